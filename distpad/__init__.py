@@ -1,0 +1,68 @@
+"""distpad: labels of varying length, trained on many devices, with the averages that one device would compute.
+
+The names below are found in their modules when they are first used, so that ``import distpad`` itself costs nothing
+and the command line needs no TensorFlow for what has no use for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_ROOMS = {
+    "Certificate": "certificate",
+    "Counts": "counts",
+    "DistpadError": "errors",
+    "DistributedLoss": "losses",
+    "Ladder": "ladder",
+    "Padded": "padding",
+    "PeerError": "errors",
+    "WeightedCounts": "counts",
+    "broadcast_variables": "gradients",
+    "certify": "certificate",
+    "gather": "collectives",
+    "global_value": "gradients",
+    "gradient": "gradients",
+    "pad": "padding",
+    "pad_sequences": "padding",
+    "pad_to_global_max": "collectives",
+    "scale_regularization": "gradients",
+    "unpad": "padding",
+}
+__all__ = sorted([*_ROOMS, "backends"])
+
+
+def __getattr__(name: str) -> Any:
+    if name == "backends":
+        return importlib.import_module("distpad.backends")
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'distpad' has no attribute {name!r}; it has: {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"distpad.{_ROOMS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds the two lists together
+    from distpad import backends as backends
+    from distpad.certificate import Certificate as Certificate
+    from distpad.certificate import certify as certify
+    from distpad.collectives import gather as gather
+    from distpad.collectives import pad_to_global_max as pad_to_global_max
+    from distpad.counts import Counts as Counts
+    from distpad.counts import WeightedCounts as WeightedCounts
+    from distpad.errors import DistpadError as DistpadError
+    from distpad.errors import PeerError as PeerError
+    from distpad.gradients import broadcast_variables as broadcast_variables
+    from distpad.gradients import global_value as global_value
+    from distpad.gradients import gradient as gradient
+    from distpad.gradients import scale_regularization as scale_regularization
+    from distpad.ladder import Ladder as Ladder
+    from distpad.losses import DistributedLoss as DistributedLoss
+    from distpad.padding import Padded as Padded
+    from distpad.padding import pad as pad
+    from distpad.padding import pad_sequences as pad_sequences
+    from distpad.padding import unpad as unpad

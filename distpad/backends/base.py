@@ -1,0 +1,105 @@
+"""Backend: what distpad asks of an engine, and what follows from that."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+
+class Backend(abc.ABC):
+    """One engine, seen from a replica (a device's copy of the model) or from a worker (a process).
+
+    An engine must sum a tensor over all replicas. All the rest has a default that is built on the sum, which an engine
+    replaces where it has something better. Every method that communicates is collective: all replicas (or workers)
+    call it in the same order, with the same shapes and dtypes.
+
+    Attributes:
+      name: for messages.
+      gradient_reduction: how the engine's training loop joins the replicas' gradients: "sum" or "mean".
+      num_replicas: over all workers.
+      num_workers, worker_index: processes, and which of them this is.
+    """
+
+    name: str
+    gradient_reduction: str
+    num_replicas: int
+    num_workers: int
+    worker_index: int
+
+    # -- in the step: called where a replica's code runs, eagerly or in a tf.function ---------------------------------
+
+    def in_replica(self) -> bool:
+        """Whether the caller stands where a replica's code runs."""
+        return True
+
+    @abc.abstractmethod
+    def replica_index(self) -> tf.Tensor:
+        """This replica's number among all, an int32 scalar."""
+
+    @abc.abstractmethod
+    def all_reduce_sum(self, tensor: tf.Tensor) -> tf.Tensor:
+        """The sum over all replicas, the same on each. Collective: one all-reduce."""
+
+    @abc.abstractmethod
+    def all_gather_rows(self, tensor: tf.Tensor) -> tf.Tensor:
+        """All replicas' rows, in replica order. The first axis may differ between them. Collective."""
+
+    def all_reduce_max(self, tensor: tf.Tensor) -> tf.Tensor:
+        """The maximum over all replicas, the same on each. Collective: one all-reduce."""
+        return tf.reduce_max(self.stack(tensor), axis=0)
+
+    def stack(self, tensor: tf.Tensor) -> tf.Tensor:
+        """What each replica holds, ``[replicas, *shape]``, the same on each. Collective: one all-reduce.
+
+        Each replica adds its own slot to zeros, so that one small sum carries maxima, sums and the evidence for an
+        error. Slots are chosen, not multiplied: NaN in one stays there.
+        """
+        if self.num_replicas == 1:
+            return tensor[tf.newaxis]
+        mine = tf.one_hot(self.replica_index(), self.num_replicas, on_value=True, off_value=False, dtype=tf.bool)
+        mine = tf.reshape(mine, [-1] + [1] * tensor.shape.rank)
+        return self.all_reduce_sum(tf.where(mine, tensor[tf.newaxis], tf.zeros([], tensor.dtype)))
+
+    @property
+    def share_scale(self) -> int:
+        """What a replica's share of the global mean is multiplied by, so that the engine's reduction restores it."""
+        return 1 if self.gradient_reduction == "sum" else self.num_replicas
+
+    # -- between steps: called once by each worker, with NumPy arrays -------------------------------------------------
+
+    @abc.abstractmethod
+    def host_sum(self, array: np.ndarray) -> np.ndarray:
+        """The sum over all workers. Collective among workers."""
+
+    @abc.abstractmethod
+    def host_max(self, array: np.ndarray) -> np.ndarray:
+        """The maximum over all workers. Collective among workers."""
+
+    def run(self, function: Callable[[Any], Any], given: Callable[[int], Any]) -> list[Any]:
+        """Call ``function(given(r))`` in a graph for each replica r of this worker, all of them one step together.
+
+        Returns the results in replica order. Collective where ``function`` is.
+        """
+        return [tf.function(function)(given(self.worker_index))]
+
+    # -- gradients and variables --------------------------------------------------------------------------------------
+
+    def reduce_gradients(self, gradients: Sequence[Any]) -> list[Any]:
+        """Gradients as the optimiser should get them. Strategies reduce inside the optimiser, so nothing is done."""
+        return list(gradients)
+
+    def reduce_in_optimizer(self, gradients: Sequence[Any]) -> list[Any]:
+        """What the engine's optimiser then does with the gradients that ``reduce_gradients`` returned."""
+        return list(gradients)
+
+    def broadcast(self, variables: Sequence[tf.Variable], root: int) -> None:
+        """Give all workers the values of worker ``root``. Strategies keep copies alike by themselves."""
+
+    def join_shares(self, value: Any) -> tf.Tensor:
+        """The global value of a replica's share: the sum, or under "mean" the mean. Collective."""
+        total = self.all_reduce_sum(tf.convert_to_tensor(value))
+        return total / tf.cast(self.share_scale, total.dtype)

@@ -1,0 +1,120 @@
+"""Horovod: one replica a rank. Horovod itself is imported when a backend is made, never before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from distpad import errors
+from distpad.backends import base
+
+
+class HorovodBackend(base.Backend):
+    """The ranks of an initialised Horovod, or of one of its process sets.
+
+    Args:
+      op: how gradients are reduced: "average" (Horovod's default) or "sum". Who keeps Horovod's own tape or optimiser
+        says here what it does. Adasum is refused: it is no mean.
+      process_set: a ``hvd.ProcessSet`` that this rank belongs to; None for all ranks.
+      compression: what ``distpad.gradient`` compresses with, such as ``hvd.Compression.fp16``; None for nothing.
+
+    Raises:
+      ValueError: an unknown ``op``, Adasum, Horovod not initialised, a process set without this rank.
+      ImportError: Horovod is not installed.
+    """
+
+    name = "horovod"
+
+    def __init__(self, op: str = "average", process_set: Any = None, compression: Any = None) -> None:
+        _check_op(op)
+        self._hvd = _initialised()
+        self.process_set = process_set or self._hvd.global_process_set
+        self.compression = compression or self._hvd.Compression.none
+        if not self.process_set.included():
+            remedy = "Run this code on the set's ranks alone."
+            raise ValueError(
+                errors.sentence("HorovodBackend", "process_set", self.process_set, "a set with this rank", remedy)
+            )
+        self.gradient_reduction = {"average": "mean", "sum": "sum"}[op]
+        self.num_replicas = self.num_workers = int(self.process_set.size())
+        self.worker_index = int(self.process_set.rank())
+
+    def replica_index(self) -> tf.Tensor:
+        return tf.constant(self.worker_index)
+
+    # Every collective has a name of its own: Horovod pairs tensors by name, and what TensorFlow would call them
+    # depends on the operations before them, which may differ between ranks where one of them reports an error.
+
+    def all_reduce_sum(self, tensor: tf.Tensor) -> tf.Tensor:
+        return self._all_reduce(tensor, self._hvd.Sum, "distpad_sum")
+
+    def all_reduce_max(self, tensor: tf.Tensor) -> tf.Tensor:
+        return self._all_reduce(tensor, self._hvd.Max, "distpad_max")
+
+    def all_gather_rows(self, tensor: tf.Tensor) -> tf.Tensor:
+        carried = {tf.bfloat16: tf.float32}.get(tensor.dtype, tensor.dtype)
+        rows = self._hvd.allgather(tf.cast(tensor, carried), name="distpad_rows", process_set=self.process_set)
+        return tf.cast(rows, tensor.dtype)
+
+    def host_sum(self, array: np.ndarray) -> np.ndarray:
+        return self._on_host(array, self._hvd.Sum, "distpad_host_sum")
+
+    def host_max(self, array: np.ndarray) -> np.ndarray:
+        return self._on_host(array, self._hvd.Max, "distpad_host_max")
+
+    def reduce_gradients(self, gradients: Sequence[Any]) -> list[Any]:
+        """Reduce all dense gradients in one fused group, sparse ones each by gathering; None stays None."""
+        op = self._hvd.Average if self.gradient_reduction == "mean" else self._hvd.Sum
+        reduced = list(gradients)
+        dense = [i for i, gradient in enumerate(reduced) if isinstance(gradient, tf.Tensor)]
+        group = self._hvd.grouped_allreduce(
+            [reduced[i] for i in dense], op=op, compression=self.compression, process_set=self.process_set
+        )
+        for i, gradient in zip(dense, group):
+            reduced[i] = gradient
+        for i, gradient in enumerate(reduced):
+            # one by one: in 0.28.1 grouped_allreduce mixes up the shapes of sparse gradients among dense ones
+            if isinstance(gradient, tf.IndexedSlices):
+                reduced[i] = self._hvd.allreduce(gradient, op=op, process_set=self.process_set)
+        return reduced
+
+    def broadcast(self, variables: Sequence[tf.Variable], root: int) -> None:
+        root_rank = self.process_set.ranks[root] if self.process_set.ranks else root
+
+        @tf.function(autograph=False)  # one graph: all variables travel together
+        def assign_all() -> None:
+            for i, variable in enumerate(variables):
+                name = f"distpad_broadcast_{i}"
+                value = self._hvd.broadcast(variable.read_value(), root_rank, name=name, process_set=self.process_set)
+                variable.assign(value)
+
+        assign_all()
+
+    def _all_reduce(self, tensor: tf.Tensor, op: Any, name: str) -> tf.Tensor:
+        return self._hvd.allreduce(tensor, op=op, name=name, process_set=self.process_set)
+
+    def _on_host(self, array: np.ndarray, op: Any, name: str) -> np.ndarray:
+        with tf.device("CPU:0"):
+            return self._all_reduce(tf.constant(np.asarray(array)), op, name).numpy()
+
+
+def _check_op(op: str) -> None:
+    if str(op).lower() == "adasum":
+        raise ValueError(errors.sentence("HorovodBackend", "op", repr(op), "a mean or a sum; Adasum is neither"))
+    errors.choice("HorovodBackend", "op", op, ("average", "sum"))
+
+
+def _initialised() -> Any:
+    """The module ``horovod.tensorflow``, ready for use."""
+    try:
+        import horovod.tensorflow as hvd
+    except ImportError as error:
+        raise ImportError(
+            "distpad: Horovod is not installed for this Python. Build it with launch/install_horovod.sh."
+        ) from error
+    if not hvd.is_initialized():
+        raise ValueError("distpad: Horovod is not initialised. Call horovod.tensorflow.init() first.")
+    return hvd

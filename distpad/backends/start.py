@@ -1,0 +1,79 @@
+"""Start an engine by name, for commands and examples that are told on the command line which one to use."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import tensorflow as tf
+
+from distpad import errors
+from distpad.backends import base, horovod, local, strategy
+
+KINDS = ("auto", "local", "mirrored", "multiworker", "horovod")
+
+
+def start(kind: str = "auto", replicas: int | None = None) -> base.Backend:
+    """Make the backend that a process was started for. Call it before TensorFlow computes anything.
+
+    Args:
+      kind: "local"; "mirrored": the GPUs of this machine, or ``replicas`` CPU devices; "multiworker": the workers of
+        TF_CONFIG; "horovod": the ranks of horovodrun or mpirun; "auto": what the environment tells, else "mirrored"
+        where ``replicas`` are asked for, else "local".
+      replicas: how many replicas there must be; left out, as many as there are.
+
+    Raises:
+      ValueError: an unknown kind, or another number of replicas than asked for.
+
+    >>> start("local").num_replicas
+    1
+    """
+    errors.choice("start", "kind", kind, KINDS)
+    if kind == "auto":
+        kind = _told_by_environment() or ("mirrored" if (replicas or 1) > 1 else "local")
+    backend = _make(kind, replicas)
+    if replicas is not None and backend.num_replicas != replicas:
+        raise ValueError(
+            f"start: replicas is {replicas}, expected {backend.num_replicas}, which is what {kind} was started with."
+        )
+    return backend
+
+
+def _make(kind: str, replicas: int | None) -> base.Backend:
+    if kind == "local":
+        return local.LocalBackend()
+    if kind == "mirrored":
+        return strategy.StrategyBackend(tf.distribute.MirroredStrategy(_devices(replicas)))
+    if kind == "multiworker":
+        if "TF_CONFIG" not in os.environ:
+            raise ValueError("start: TF_CONFIG is not set, expected it to name the workers. Use launch/multiworker.sh.")
+        return strategy.StrategyBackend(tf.distribute.MultiWorkerMirroredStrategy())
+    try:
+        import horovod.tensorflow as hvd
+    except ImportError as error:
+        raise ImportError("start: Horovod is not installed. Build it with launch/install_horovod.sh.") from error
+    hvd.init()
+    gpus = tf.config.list_physical_devices("GPU")
+    if gpus:  # one a rank; a rank that is shown a single GPU knows it as number 0
+        tf.config.set_visible_devices(gpus[hvd.local_rank() % len(gpus)], "GPU")
+    return horovod.HorovodBackend()
+
+
+def _devices(replicas: int | None) -> list[str] | None:
+    """The first GPUs, or logical devices of the CPU; None for all that there are."""
+    if replicas is None:
+        return None
+    gpus = tf.config.list_physical_devices("GPU")
+    if gpus:
+        return [f"GPU:{i}" for i in range(replicas)]
+    parts = [tf.config.LogicalDeviceConfiguration()] * replicas
+    tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], parts)
+    return [f"CPU:{i}" for i in range(replicas)]
+
+
+def _told_by_environment() -> str | None:
+    if any(name in os.environ for name in ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")):
+        return "horovod"
+    if json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster"):
+        return "multiworker"
+    return None

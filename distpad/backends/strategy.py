@@ -1,0 +1,125 @@
+"""Any synchronous tf.distribute strategy: MirroredStrategy, MultiWorkerMirroredStrategy, OneDeviceStrategy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from distpad import errors
+from distpad.backends import base
+
+# The collectives carry these; everything else travels as one of them and comes back as what it was.
+_CARRIED = {
+    tf.bool: tf.int32,
+    tf.uint8: tf.int32,
+    tf.int8: tf.int32,
+    tf.uint16: tf.int32,
+    tf.int16: tf.int32,
+    tf.uint32: tf.int64,
+    tf.bfloat16: tf.float32,
+}
+
+
+class StrategyBackend(base.Backend):
+    """The replicas of a ``tf.distribute.Strategy``; its optimisers sum their gradients.
+
+    Args:
+      strategy: a synchronous strategy. All of a worker's collectives must come from one thread.
+
+    Raises:
+      TypeError: no strategy. ValueError: a parameter server strategy, whose steps are not synchronous.
+    """
+
+    name = "strategy"
+    gradient_reduction = "sum"
+
+    def __init__(self, strategy: tf.distribute.Strategy) -> None:
+        if not isinstance(strategy, tf.distribute.Strategy):
+            raise TypeError(
+                errors.sentence("StrategyBackend", "strategy", type(strategy).__name__, "a tf.distribute.Strategy")
+            )
+        if isinstance(strategy, tf.distribute.experimental.ParameterServerStrategy):
+            raise ValueError(
+                errors.sentence("StrategyBackend", "strategy", type(strategy).__name__, "a synchronous strategy")
+            )
+        self.strategy = strategy
+        self.num_replicas = strategy.num_replicas_in_sync
+        self.num_workers, self.worker_index = _workers(strategy)
+
+    def in_replica(self) -> bool:
+        """Whether the caller is inside this strategy's ``run``: the default strategy's context means nothing here."""
+        context = tf.distribute.get_replica_context()
+        return context is not None and context.strategy is self.strategy
+
+    def _context(self) -> Any:
+        if not self.in_replica():
+            raise ValueError(
+                f"distpad: called outside {type(self.strategy).__name__}.run, expected inside it, where a replica's "
+                "code runs. Call it in the function that you give to strategy.run."
+            )
+        return tf.distribute.get_replica_context()
+
+    def replica_index(self) -> tf.Tensor:
+        return tf.convert_to_tensor(self._context().replica_id_in_sync_group)
+
+    def all_reduce_sum(self, tensor: tf.Tensor) -> tf.Tensor:
+        # identity: a function's argument that passed through nothing has no device to reduce to
+        return self._context().all_reduce(tf.distribute.ReduceOp.SUM, tf.identity(tensor))
+
+    def all_gather_rows(self, tensor: tf.Tensor) -> tf.Tensor:
+        context = self._context()
+        if self.num_replicas == 1:
+            return tensor
+        carried = _CARRIED.get(tensor.dtype, tensor.dtype)
+        return tf.cast(context.all_gather(tf.cast(tf.identity(tensor), carried), axis=0), tensor.dtype)
+
+    def join_shares(self, value: Any) -> tf.Tensor:
+        if self.in_replica():
+            return super().join_shares(value)
+        return self.strategy.reduce(tf.distribute.ReduceOp.SUM, value, axis=None)
+
+    def reduce_in_optimizer(self, gradients: Sequence[Any]) -> list[Any]:
+        return self._context().all_reduce(tf.distribute.ReduceOp.SUM, list(gradients))
+
+    def run(self, function: Callable[[Any], Any], given: Callable[[int], Any]) -> list[Any]:
+        arguments = self.strategy.experimental_distribute_values_from_function(
+            lambda context: tf.nest.map_structure(tf.convert_to_tensor, given(context.replica_id_in_sync_group))
+        )
+        results = tf.function(lambda values: self.strategy.run(function, args=(values,)))(arguments)
+        columns = [self.strategy.experimental_local_results(leaf) for leaf in tf.nest.flatten(results)]
+        return [tf.nest.pack_sequence_as(results, list(row)) for row in zip(*columns)]
+
+    def host_sum(self, array: np.ndarray) -> np.ndarray:
+        return self._host_stack(array).sum(axis=0)
+
+    def host_max(self, array: np.ndarray) -> np.ndarray:
+        return self._host_stack(array).max(axis=0)
+
+    def _host_stack(self, array: np.ndarray) -> np.ndarray:
+        """``[workers, *shape]``: a worker's first replica adds its worker's slot, the others add zeros."""
+        array = np.asarray(array)
+        if self.num_workers == 1:
+            return array[np.newaxis]
+        slots = np.zeros((self.num_workers, *array.shape), array.dtype)
+        slots[self.worker_index] = array
+        local = iter([slots])
+        given = self.strategy.experimental_distribute_values_from_function(
+            lambda _: tf.constant(next(local, np.zeros_like(slots)))
+        )
+        summed = self.strategy.run(self.all_reduce_sum, args=(given,))
+        return self.strategy.experimental_local_results(summed)[0].numpy()
+
+
+def _workers(strategy: tf.distribute.Strategy) -> tuple[int, int]:
+    """The number of processes that train together, and which of them this is (a chief comes first)."""
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return 1, 0
+    resolver = strategy.cluster_resolver
+    cluster = resolver.cluster_spec().as_dict() if resolver else {}
+    chiefs, workers = len(cluster.get("chief", [])), len(cluster.get("worker", []))
+    if chiefs + workers == 0:
+        return 1, 0
+    return chiefs + workers, resolver.task_id + (chiefs if resolver.task_type == "worker" else 0)

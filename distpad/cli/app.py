@@ -1,0 +1,19 @@
+"""The subcommands of ``distpad``, put together."""
+
+from __future__ import annotations
+
+import typer
+
+import distpad
+from distpad.cli import certify
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+app.command("certify")(certify.certify)
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: bool = typer.Option(False, "--version", help="Print the version and stop.")) -> None:
+    """Labels of varying length on many devices: padded alike, averaged exactly."""
+    if version:
+        typer.echo(f"distpad {distpad.__version__}")
+        raise typer.Exit

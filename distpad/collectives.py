@@ -1,0 +1,252 @@
+"""pad_to_global_max and gather: nests of tensors made alike on all replicas, over one exchange of their lengths."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from distpad import backends, errors, exchange, masking
+from distpad.ladder import Ladder
+from distpad.padding import Padded
+
+
+class _Leaf(NamedTuple):
+    """One tensor of the nest, on this replica."""
+
+    tensor: tf.Tensor
+    axis: int
+    value: Any
+    lengths: tf.Tensor | None
+    where: str
+
+
+@tf.autograph.experimental.do_not_convert
+def pad_to_global_max(
+    tensors: Any,
+    *,
+    axis: Any = 1,
+    value: Any = 0,
+    lengths: Any = None,
+    ladder: Ladder | None = None,
+    backend: Any = None,
+) -> Padded:
+    """Pad each replica's tensors to the longest of all replicas, behind what is there.
+
+    Every replica gets the same padded length, so that what follows (gathers, compiled functions) has one shape
+    everywhere. A replica without rows, or of length 0, takes part like the others.
+
+    Args:
+      tensors: a tensor ``[batch, length, ...]`` or a nest of them.
+      axis: the axis that is padded, an int or a nest of them like ``tensors``.
+      value: what it is padded with, a number or a nest of them.
+      lengths: the real length of each row, ``[batch]`` whole numbers, or a nest of them (None: all of that tensor is
+        real).
+      ladder: rounds the agreed length up to a rung.
+      backend: left out, it is detected (``distpad.backends.resolve``).
+
+    Returns:
+      ``Padded(values, lengths, mask)`` of nests like ``tensors``: values with the global length on ``axis``, lengths
+      ``[batch]`` int32, mask bool of the shape of values up to and including ``axis``. The padded length is the same
+      on all replicas.
+
+    Raises:
+      ValueError: on all replicas, when ranks or dtypes differ between them, an axis is out of range, a length is
+        negative or above the tensor's own, or the agreed length is above the ladder's last rung. Inside a
+        ``tf.function`` the same is a ``tf.errors.InvalidArgumentError``.
+      TypeError: ``value`` does not fit a tensor's dtype.
+
+    Collective: all replicas call this the same number of times; one all-reduce, however many tensors.
+
+    >>> labels = tf.constant([[1, 2], [3, 0]])
+    >>> padded = pad_to_global_max({"label": labels}, lengths={"label": [2, 1]}, ladder=Ladder([4]))
+    >>> padded.values["label"].numpy().tolist(), padded.mask["label"].numpy().tolist()[1]
+    ([[1, 2, 0, 0], [3, 0, 0, 0]], [True, False, False, False])
+    """
+    function = "pad_to_global_max"
+    resolved = backends.resolve(backend, function=function)
+    leaves = _leaves(function, tensors, axis, value, lengths)
+    longest, _ = _agree(resolved, function, leaves, ladder, rows=None, gathers=False)
+    return _packed(tensors, [_pad(leaf, to) for leaf, to in zip(leaves, longest)])
+
+
+@tf.autograph.experimental.do_not_convert
+def gather(
+    tensors: Any,
+    *,
+    axis: Any = 1,
+    value: Any = 0,
+    lengths: Any = None,
+    rows: Any = None,
+    backend: Any = None,
+) -> Padded:
+    """Gather all replicas' rows, padded alike, in replica order.
+
+    Args:
+      tensors, axis, value, lengths, backend: as in ``pad_to_global_max``; ``axis`` is at least 1.
+      rows: how many leading rows of this replica are real, a whole number; the others are dropped. None: all.
+
+    Returns: ``Padded(values, lengths, mask)`` of nests like ``tensors``, ``[rows of all replicas, ...]``, the same on
+      all replicas.
+
+    Raises: as ``pad_to_global_max``, and when ``rows`` is negative or above the rows that are there.
+
+    Collective: one all-reduce for the lengths, then a gather of values and one of lengths for each tensor.
+
+    >>> gather(tf.constant([[1, 2], [3, 4]]), rows=1).values.numpy().tolist()
+    [[1, 2]]
+    """
+    function = "gather"
+    resolved = backends.resolve(backend, function=function)
+    leaves = _leaves(function, tensors, axis, value, lengths)
+    for leaf in leaves:
+        if leaf.axis == 0:
+            raise ValueError(
+                errors.sentence(function, "axis", 0, "at least 1: axis 0 holds the rows that are gathered")
+            )
+    longest, kept = _agree(resolved, function, leaves, None, rows, gathers=True)
+    gathered = []
+    for leaf, to in zip(leaves, longest):
+        padded = _pad(leaf, to)
+        values = resolved.all_gather_rows(padded.values[:kept])
+        counts = resolved.all_gather_rows(padded.lengths[:kept])
+        gathered.append(Padded(values, counts, _mask(values, leaf.axis, counts)))
+    return _packed(tensors, gathered)
+
+
+def _leaves(function: str, tensors: Any, axis: Any, value: Any, lengths: Any) -> list[_Leaf]:
+    """Flatten the nests side by side; single axes and values serve every tensor."""
+    flat = tf.nest.flatten(tensors)
+    if not flat:
+        raise ValueError(errors.sentence(function, "tensors", "empty", "at least one tensor"))
+    names = [str(path) for path in _paths(tensors)]
+    columns = []
+    for name, given in (("axis", axis), ("value", value), ("lengths", lengths)):
+        if tf.nest.is_nested(tensors) and tf.nest.is_nested(given):
+            try:
+                tf.nest.assert_same_structure(tensors, given)
+            except (ValueError, TypeError) as error:
+                raise ValueError(errors.sentence(function, name, given, "a nest like that of tensors")) from error
+            columns.append(tf.nest.flatten(given))
+        else:
+            columns.append([given] * len(flat))
+    result = []
+    for where, tensor, one_axis, one_value, one_lengths in zip(names, flat, *columns):
+        if isinstance(tensor, (int, float, str)):  # lists are nests here, as everywhere in TensorFlow
+            remedy = "Nested lists of numbers are padded by distpad.pad."
+            raise TypeError(errors.sentence(function, f"tensors{where}", repr(tensor), "a tensor or an array", remedy))
+        tensor = tf.convert_to_tensor(tensor)
+        if tensor.shape.rank is None:
+            raise ValueError(
+                errors.sentence(function, f"the rank of tensors{where}", "unknown", "a known one (set_shape)")
+            )
+        try:
+            filling = tf.constant(bool(one_value) if tensor.dtype == tf.bool else one_value, tensor.dtype)
+        except (TypeError, ValueError) as error:
+            raise TypeError(errors.sentence(function, "value", repr(one_value), f"a {tensor.dtype.name}")) from error
+        if one_lengths is not None:
+            one_lengths = masking.check_lengths(one_lengths)
+        result.append(_Leaf(tensor, one_axis, filling, one_lengths, where))
+    return result
+
+
+def _agree(
+    backend: backends.Backend, function: str, leaves: list[_Leaf], ladder: Ladder | None, rows: Any, gathers: bool
+) -> tuple[list[tf.Tensor], Any]:
+    """Exchange all lengths at once; returns the padded length of each leaf and the rows to keep of this replica."""
+    rules, payload = [], []
+    for leaf in leaves:
+        rank = leaf.tensor.shape.rank
+        axis = leaf.axis + rank if leaf.axis < 0 else leaf.axis
+        fits = 0 <= axis < rank
+        size = tf.shape(leaf.tensor)[axis] if fits else 0
+        what = f"tensors{leaf.where}"
+        rules += [
+            exchange.Rule(f"{what} have ranks that differ, expected the same on all replicas", rank),
+            exchange.Rule(
+                f"{what} have dtypes that differ, expected the same on all", leaf.tensor.dtype.as_datatype_enum
+            ),
+            exchange.Rule(f"axis of {what} is out of range for their rank", rank, fits),
+            *masking.length_rules(leaf.lengths, None if leaf.lengths is None else size),
+        ]
+        if gathers:
+            inner = [i for i in range(1, rank) if i != axis]
+            text = f"{what} have inner axes that differ, expected the same on all replicas (sizes, five digits each)"
+            rules.append(exchange.Rule(text, _digits([tf.shape(leaf.tensor)[i] for i in inner])))
+        payload.append(size)
+    first = tf.shape(leaves[0].tensor)[0] if leaves[0].tensor.shape.rank else 0
+    rows = first if rows is None else rows
+    rules.append(exchange.Rule("rows are expected to be from 0 to the rows that are there", rows, _within(rows, first)))
+    table = exchange.exchange(backend, function, payload, rules)
+    longest = [_on_ladder(function, tf.reduce_max(table[:, i]), ladder) for i in range(len(leaves))]
+    return longest, rows
+
+
+def _digits(sizes: list[tf.Tensor]) -> Any:
+    """A shape as one number, since what replicas report must have the same size whatever their ranks."""
+    number = tf.zeros([], tf.float64)
+    for size in sizes:
+        number = number * 1e5 + tf.cast(size, tf.float64)
+    return number
+
+
+def _within(rows: Any, limit: Any) -> tf.Tensor:
+    rows = tf.cast(rows, tf.int64)
+    return tf.logical_and(rows >= 0, rows <= tf.cast(limit, tf.int64))
+
+
+def _on_ladder(function: str, length: tf.Tensor, ladder: Ladder | None) -> tf.Tensor:
+    """The rung at or above an agreed length, in the graph too."""
+    length = tf.cast(length, tf.int32)
+    if ladder is None:
+        return length
+    rungs, last = tf.constant(ladder.boundaries), ladder.boundaries[-1]
+    above = -(-length // last) * last
+    if ladder.beyond == "raise":
+        rule = exchange.Rule(
+            f"length is above the last rung of the ladder, expected at most {last}", length, length <= last
+        )
+        exchange.enforce(function, [rule])
+    at = tf.minimum(tf.searchsorted(rungs, [length])[0], len(ladder.boundaries) - 1)
+    return tf.where(length <= last, rungs[at], above)
+
+
+def _pad(leaf: _Leaf, to: tf.Tensor) -> Padded:
+    tensor = leaf.tensor
+    if not -tensor.shape.rank <= leaf.axis < tensor.shape.rank:
+        return Padded(
+            tensor, tf.zeros([0], tf.int32), tf.zeros([0], tf.bool)
+        )  # being traced; the exchange has refused it
+    axis = leaf.axis % tensor.shape.rank
+    shape = tf.shape(tensor)
+    behind = tf.one_hot(axis, tensor.shape.rank, on_value=to - shape[axis], off_value=0, dtype=tf.int32)
+    values = tf.pad(tensor, tf.stack([tf.zeros_like(behind), behind], axis=1), constant_values=leaf.value)
+    values.set_shape([None if i == axis else size for i, size in enumerate(tensor.shape)])
+    lengths = leaf.lengths
+    if lengths is None:
+        lengths = tf.fill(shape[: min(axis, 1)], shape[axis])
+    lengths = tf.cast(lengths, tf.int32)
+    return Padded(values, lengths, _mask(values, axis, lengths))
+
+
+def _mask(values: tf.Tensor, axis: int, lengths: tf.Tensor) -> tf.Tensor:
+    """True on real elements: the shape of values up to and including ``axis``."""
+    shape = tf.shape(values)
+    mask = tf.sequence_mask(lengths, shape[axis])
+    middle = [1] * (axis - 1)
+    mask = tf.reshape(mask, tf.concat([shape[: min(axis, 1)], middle, [shape[axis]]], 0))
+    return tf.broadcast_to(mask, shape[: axis + 1])
+
+
+def _packed(like: Any, padded: list[Padded]) -> Padded:
+    """A list of Padded as one Padded of nests."""
+    return Padded(*(tf.nest.pack_sequence_as(like, list(column)) for column in zip(*padded)))
+
+
+def _paths(nest: Any, prefix: str = "") -> list[str]:
+    """Where each leaf is, as one would write it: ``['label']``, in the order of ``tf.nest.flatten``."""
+    if isinstance(nest, dict):
+        return [path for key in sorted(nest) for path in _paths(nest[key], f"{prefix}[{key!r}]")]
+    if isinstance(nest, (list, tuple)):
+        return [path for i, item in enumerate(nest) for path in _paths(item, f"{prefix}[{i}]")]
+    return [prefix]

@@ -1,0 +1,29 @@
+"""The leaf: distpad's exceptions and the form of its messages. Imports nothing."""
+
+from __future__ import annotations
+
+
+class DistpadError(Exception):
+    """Base of the errors that are distpad's own. Wrong arguments are plain ``ValueError`` and ``TypeError``."""
+
+
+class PeerError(DistpadError):
+    """Another worker failed: the message names the worker and repeats what it said."""
+
+
+def sentence(function: str, argument: str, value: object, expected: str, *notes: str) -> str:
+    """Format an error: ``function: argument is VALUE, expected RULE. EVIDENCE. REMEDY.``
+
+    >>> sentence("pad", "padding", "'left'", "'pre' or 'post'", "Write padding='pre'.")
+    "pad: padding is 'left', expected 'pre' or 'post'. Write padding='pre'."
+    """
+    return " ".join([f"{function}: {argument} is {value}, expected {expected}.", *(note for note in notes if note)])
+
+
+def choice(function: str, argument: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Refuse a string option that is none of ``allowed``, listing them all.
+
+    >>> choice("pad", "padding", "post", ("pre", "post"))
+    """
+    if value not in allowed:
+        raise ValueError(sentence(function, argument, repr(value), "one of " + ", ".join(map(repr, allowed))))

@@ -1,0 +1,142 @@
+"""What a custom training loop needs beside the loss: gradients, the first broadcast, regularisation, logging."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from distpad import backends
+
+
+@tf.autograph.experimental.do_not_convert
+def gradient(tape: tf.GradientTape, loss: tf.Tensor, variables: Sequence[Any], *, backend: Any = None) -> list[Any]:
+    """Differentiate a DistributedLoss, ready for ``optimizer.apply_gradients``.
+
+    Under strategies the optimiser sums the replicas' gradients itself, so they are returned as they are. Under Horovod
+    they are reduced here, as the loss expects. Works with Keras 2 and 3 variables, for which Horovod's tape fails.
+
+    Args:
+      tape: a plain ``tf.GradientTape``.
+      loss: what the loss returned on this replica.
+      variables: TensorFlow or Keras variables.
+      backend: the loss's backend; left out, it is detected.
+
+    Returns: a gradient for each variable, sparse ones as ``tf.IndexedSlices``; None where the loss does not depend on
+      the variable.
+
+    Raises:
+      TypeError: the tape is Horovod's own, which reduces by itself.
+
+    Collective under Horovod: one fused all-reduce.
+
+    >>> x = tf.Variable(3.0)
+    >>> with tf.GradientTape() as tape:
+    ...     y = x * x
+    >>> [float(g) for g in gradient(tape, y, [x])]
+    [6.0]
+    """
+    if hasattr(tape, "register_local_source"):
+        raise TypeError(
+            "gradient: tape is Horovod's DistributedGradientTape, expected a plain tf.GradientTape: gradients would be "
+            "reduced twice. Drop hvd.DistributedGradientTape, or call tape.gradient."
+        )
+    resolved = backends.resolve(backend, function="gradient")
+    return resolved.reduce_gradients(tape.gradient(loss, list(variables)))
+
+
+def broadcast_variables(variables: Iterable[Any], *, root: int = 0, backend: Any = None) -> None:
+    """Give all workers the variables of worker ``root``, before the first step.
+
+    Strategies create variables alike on all workers, so that nothing is done there.
+
+    Args:
+      variables: Keras 2, Keras 3 or TensorFlow variables; the optimiser's too, once it is built.
+      root: the worker whose values count.
+      backend: left out, it is detected.
+
+    Raises:
+      ValueError: on all workers, when they do not hold the same number of variables with the same shapes and dtypes
+        (an optimiser that was built on some of them only); a root that is no worker.
+
+    Collective.
+
+    >>> broadcast_variables([tf.Variable(1.0)])
+    """
+    resolved = backends.resolve(backend, function="broadcast_variables")
+    if not 0 <= root < resolved.num_workers:
+        raise ValueError(f"broadcast_variables: root is {root}, expected a worker, 0 to {resolved.num_workers - 1}.")
+    held = [_tensorflow_variable(variable) for variable in variables]
+    if resolved.num_workers > 1:
+        _check_alike(held, resolved)
+    resolved.broadcast(held, root)
+
+
+@tf.autograph.experimental.do_not_convert
+def scale_regularization(losses: Iterable[Any], *, backend: Any = None) -> tf.Tensor:
+    """Sum penalties so that, added to every replica's DistributedLoss, they count once globally.
+
+    Penalties (``model.losses``) depend on the weights alone and are the same on all replicas; where the engine sums,
+    R of them would count R times.
+
+    Args:
+      losses: scalars; none gives 0.
+      backend: left out, it is detected.
+
+    Returns: a scalar, the same on all replicas.
+
+    >>> float(scale_regularization([tf.constant(1.0), tf.constant(2.0)]))
+    3.0
+    """
+    resolved = backends.resolve(backend, function="scale_regularization")
+    total = tf.add_n([tf.convert_to_tensor(loss) for loss in losses] or [tf.constant(0.0)])
+    return total * tf.cast(resolved.share_scale / resolved.num_replicas, total.dtype)
+
+
+@tf.autograph.experimental.do_not_convert
+def global_value(loss: Any, *, backend: Any = None) -> tf.Tensor:
+    """The global mean that a replica's loss is a share of, for logging.
+
+    Args:
+      loss: what a DistributedLoss returned; outside ``strategy.run``, what ``strategy.run`` returned.
+      backend: left out, it is detected.
+
+    Returns: a scalar, the same on all workers.
+
+    Raises:
+      ValueError: per-replica values outside the scope of their strategy, without ``backend=strategy``.
+
+    Collective.
+
+    >>> float(global_value(tf.constant(2.0)))
+    2.0
+    """
+    resolved = backends.resolve(backend, function="global_value")
+    if isinstance(loss, tf.distribute.DistributedValues) and not isinstance(resolved, backends.StrategyBackend):
+        raise ValueError(
+            f"global_value: loss is a {type(loss).__name__}, but no strategy is in scope. Write backend=strategy, or "
+            "use the loss's own global_value."
+        )
+    return resolved.join_shares(loss)
+
+
+def _tensorflow_variable(variable: Any) -> tf.Variable:
+    """A Keras 3 variable holds TensorFlow's as its value."""
+    return variable if isinstance(variable, tf.Variable) else variable.value
+
+
+def _check_alike(variables: list[tf.Variable], backend: backends.Backend) -> None:
+    described = [(tuple(variable.shape), variable.dtype.name) for variable in variables]
+    mine = np.array([len(described), zlib.crc32(repr(described).encode())], np.int64)
+    extremes = backend.host_max(np.concatenate([mine, -mine]))
+    most, least = extremes[:2], -extremes[2:]
+    if np.array_equal(most, least):
+        return
+    raise ValueError(
+        f"broadcast_variables: variables are {len(described)} on worker {backend.worker_index}, expected the same "
+        f"number, shapes and dtypes on all workers (numbers: {least[0]} to {most[0]}). Build model and optimiser on "
+        "all of them first."
+    )

@@ -1,0 +1,392 @@
+"""DistributedLoss: a loss of reduction none, averaged exactly over the valid positions of all replicas."""
+
+from __future__ import annotations
+
+import collections.abc
+import numbers
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from distpad import backends, errors, exchange, gradients, masking
+from distpad.counts import Counts, WeightedCounts
+
+_NAME = "DistributedLoss"
+
+
+class _Sums(NamedTuple):
+    """One replica's numerator (differentiable) and counts, all float64, and the dtype that the loss is given back in."""
+
+    total: Any
+    tokens: Any
+    sequences: Any
+    dtype: tf.DType = tf.float32
+
+
+@tf.keras.utils.register_keras_serializable("distpad")
+class DistributedLoss(tf.keras.losses.Loss):
+    r"""Average a loss over the valid positions of all replicas of all workers, exactly.
+
+    With w the weight of each position (mask times sample weight) and l its loss, ``average`` is
+
+    - ``"token"``: :math:`\sum w l / \sum w`;
+    - ``"sequence_sum"``: :math:`\sum w l` / number of sequences with :math:`\sum w > 0`;
+    - ``"sequence_mean"``: the mean over those sequences of each one's own :math:`\sum w l / \sum w`;
+    - a positive number: :math:`\sum w l` / number.
+
+    All sums run over all replicas. A call returns, on each replica, the scalar whose gradient is right after the
+    engine's own gradient reduction: one optimiser step on N replicas equals one step on one device with the
+    concatenated batch. No position that does not count changes a bit of the value or of a gradient, whatever stands
+    there (NaN, infinity, labels out of range). No valid position anywhere gives 0 and zero gradients.
+
+    Args:
+      loss: a Keras loss of reduction none (Keras 2 or 3, TensorFlow Addons), or a callable
+        ``(y_true, y_pred) -> [batch, ...]`` in positions, ``[batch]`` with ``per="sequence"``.
+      average: see above.
+      per: "position", or "sequence" for losses with one value a sequence, such as CTC. Then "token" divides by the
+        global sum of ``lengths``, the other two by the number of sequences that count.
+      padding_value: labels equal to it do not count (vectors: where all components are).
+      backend: see ``distpad.backends.resolve``; left out, it is detected at each call.
+      name: as in Keras.
+
+    Raises:
+      TypeError: ``loss`` is no callable. ValueError: it reduces by itself, or an option is unknown.
+
+    Source: S. Merity et al., and every sequence toolkit since, divide by tokens; that the division must be global is
+    shown in the README.
+
+    >>> import tensorflow as tf
+    >>> loss_fn = DistributedLoss(tf.keras.losses.MeanAbsoluteError(reduction="none"))
+    >>> y_true, y_pred = tf.zeros([2, 3, 1]), tf.constant([[[1.], [1.], [9.]], [[4.], [9.], [9.]]])
+    >>> float(loss_fn(y_true, y_pred, lengths=[2, 1]))
+    2.0
+    """
+
+    def __init__(
+        self,
+        loss: Any,
+        *,
+        average: str | float = "token",
+        per: str = "position",
+        padding_value: Any = None,
+        backend: Any = None,
+        name: str = "distributed_loss",
+    ) -> None:
+        # "sum" is what Keras leaves alone: it neither divides such a loss by the replicas nor its history
+        super().__init__(reduction="sum", name=name)
+        _check_unreduced(loss)
+        if isinstance(average, bool) or not isinstance(average, (str, numbers.Real)):
+            raise TypeError(errors.sentence(_NAME, "average", repr(average), "a string or a positive number"))
+        if isinstance(average, str):
+            errors.choice(_NAME, "average", average, ("token", "sequence_sum", "sequence_mean"))
+        elif not 0 < average < float("inf"):
+            raise ValueError(errors.sentence(_NAME, "average", average, "a positive number"))
+        errors.choice(_NAME, "per", per, ("position", "sequence"))
+        self.loss = loss
+        self.average = average
+        self.per = per
+        self.padding_value = padding_value
+        self._backend = backend
+        self._ran_on: backends.Backend | None = None
+
+    def __call__(
+        self,
+        y_true: Any,
+        y_pred: Any,
+        sample_weight: Any = None,
+        *,
+        lengths: Any = None,
+        mask: Any = None,
+        denominator: Any = None,
+    ) -> tf.Tensor:
+        """This replica's share of the global mean, a scalar of the loss's dtype, float32 at least.
+
+        Args:
+          y_true: labels; a nest is handed on to the loss unchanged.
+          y_pred: predictions ``[batch, length, ...]``.
+          sample_weight: ``[batch]`` or as many leading axes of the loss as you like.
+          lengths: ``[batch]`` whole numbers, the valid positions of each row (the rest is padding behind them).
+          mask: bool, leading axes of the loss; ``[batch]`` with ``per="sequence"`` says which rows count.
+          denominator: what to divide by, counted beforehand: a scalar, or ``Counts``. The step then has no collective
+            of its own, and the value is the replica's share: log it with ``global_value``.
+
+        Returns:
+          Without ``denominator`` the value is the global mean (over the number of replicas, under strategies, which
+          sum), the same on all replicas; its gradient is always that of the replica's share.
+
+        Raises:
+          ValueError, TypeError: on all replicas alike where the call is collective; inside a ``tf.function``, what only
+            shows while it runs is a ``tf.errors.InvalidArgumentError``.
+
+        Collective without ``denominator``: one all-reduce, of the numerator, the count and the evidence for errors.
+        """
+        backend = backends.resolve(self._backend, function=_NAME)
+        self._ran_on = backend
+        sources = {"sample_weight": sample_weight, "lengths": lengths, "mask": mask, "keras_mask": _keras_mask(y_pred)}
+        if denominator is not None:
+            count = self._count_from(denominator, sources)
+            sums, rules = self._sums(y_true, y_pred, sources)
+            exchange.enforce(_NAME, rules)
+            return self._share(backend, sums, count)
+        if not backend.in_replica() and not tf.executing_eagerly():
+            return self._rehearse(y_true, y_pred, sources)
+        return self._average_globally(backend, y_true, y_pred, sources)
+
+    def call(self, y_true: Any, y_pred: Any) -> tf.Tensor:
+        """The loss without any reduction, as Keras defines ``call``."""
+        return self.loss.call(y_true, y_pred) if hasattr(self.loss, "call") else self.loss(y_true, y_pred)
+
+    def global_value(self, loss: Any) -> tf.Tensor:
+        """The global mean that ``loss`` is this replica's share of, for logging; by the backend it last ran on.
+
+        Args:
+          loss: what the call returned; outside ``strategy.run``, what ``strategy.run`` returned.
+
+        Returns: a scalar, the same on all workers. Collective.
+        """
+        return gradients.global_value(loss, backend=self._ran_on or self._backend)
+
+    def _average_globally(self, backend: backends.Backend, y_true: Any, y_pred: Any, sources: dict) -> tf.Tensor:
+        complaint = None
+        sums, rules = _Sums(0.0, 0.0, 0.0), masking.length_rules()
+        try:
+            sums, rules = self._sums(y_true, y_pred, sources)
+        except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:
+            complaint = error  # it travels with the numbers, so that no other replica is left waiting for them
+        payload = [tf.stop_gradient(tf.cast(sums.total, tf.float64)), self._count_of(sums)]
+        table = exchange.exchange(backend, _NAME, payload, rules, complaint)
+        total = tf.reduce_sum(table[:, 0])
+        count = table[0, 1] if self._is_fixed() else tf.reduce_sum(table[:, 1])
+        value = tf.math.divide_no_nan(total, count)
+        if backend.gradient_reduction == "sum":
+            value /= backend.num_replicas
+        share = self._share(backend, sums, count)
+        return _value_with_gradient(tf.cast(value, sums.dtype), share)
+
+    def _share(self, backend: backends.Backend, sums: _Sums, count: Any) -> tf.Tensor:
+        share = tf.math.divide_no_nan(tf.cast(sums.total, tf.float64), tf.cast(count, tf.float64))
+        return tf.cast(share * backend.share_scale, sums.dtype)
+
+    def _rehearse(self, y_true: Any, y_pred: Any, sources: dict) -> tf.Tensor:
+        """Shapes and dtypes for Keras 3, which traces a model once outside any replica, and never runs that trace."""
+        sums, _ = self._sums(y_true, y_pred, sources)
+        text = f"{_NAME}: called outside strategy.run, expected inside it, where a replica's code runs."
+        with tf.control_dependencies([tf.debugging.Assert(False, [text])]):
+            return tf.cast(sums.total, sums.dtype)
+
+    def _is_fixed(self) -> bool:
+        return not isinstance(self.average, str)
+
+    def _count_of(self, sums: _Sums) -> Any:
+        if self._is_fixed():
+            return float(self.average)
+        return sums.tokens if self.average == "token" else sums.sequences
+
+    def _count_from(self, denominator: Any, sources: dict) -> Any:
+        """What ``denominator`` says this average divides by."""
+        if self._is_fixed():
+            raise ValueError(
+                f"{_NAME}: denominator was given with average={self.average}, expected one of them: both say what to "
+                "divide by."
+            )
+        if isinstance(denominator, Counts):
+            _check_counted(denominator, sources, self.padding_value)
+            return denominator.tokens if self.average == "token" else denominator.sequences
+        if isinstance(denominator, collections.abc.Mapping):
+            raise TypeError(
+                f"{_NAME}: denominator is a mapping with {list(denominator)}, expected one loss's counts. Write "
+                "denominator=counts[NAME]."
+            )
+        return tf.convert_to_tensor(denominator)
+
+    def _sums(self, y_true: Any, y_pred: Any, sources: dict) -> tuple[_Sums, list[exchange.Rule]]:
+        """This replica's numerator and counts."""
+        y_true = masking.as_tensor(y_true)
+        y_pred = tf.nest.map_structure(_wide, masking.as_tensor(y_pred))
+        for name, given in (("y_true", y_true), ("y_pred", y_pred)):
+            if isinstance(given, tf.RaggedTensor):
+                raise TypeError(f"{_NAME}: {name} is a RaggedTensor, expected a padded tensor. Use distpad.pad.")
+        sources = {**sources, "padding_value": self.padding_value}
+        try:
+            if self.per == "sequence":
+                valid, positions, rules = masking.of_sequences(y_true, **sources)
+                valid, positions = self._with_tokens(valid), valid.mask if positions is None else positions
+            else:
+                valid, rules = masking.of_positions(y_true, y_pred, **sources)
+                positions = valid.mask
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{_NAME}: {error}") from error
+        losses = self._losses(
+            masking.clean(y_true, positions, prediction=False), masking.clean(y_pred, valid.mask, prediction=True)
+        )
+        _check_rank(losses, self.per)
+        return _sum_up(losses, valid, self.average if self.per == "position" else "sequence_sum"), rules
+
+    def _losses(self, y_true: Any, y_pred: Any) -> tf.Tensor:
+        """The unreduced losses. One a sequence is not asked about no rows, since tf.nn.ctc_loss fails on them."""
+
+        def asked() -> tf.Tensor:
+            return _wide(tf.convert_to_tensor(self.call(y_true, y_pred)))
+
+        first = next((leaf for leaf in tf.nest.flatten(y_pred) if leaf.dtype.is_floating), None)
+        if self.per == "position" or first is None or not first.shape.rank or (first.shape[0] or 0) > 0:
+            return asked()
+
+        def none() -> tf.Tensor:  # of no rows, but reached by the gradient, which is then zero and not missing
+            return tf.reduce_sum(first, axis=list(range(1, first.shape.rank)))
+
+        if first.shape[0] == 0:
+            return none()
+        return tf.cond(tf.shape(first)[0] > 0, lambda: tf.cast(asked(), first.dtype), none)
+
+    def _with_tokens(self, valid: masking.Valid) -> masking.Valid:
+        if valid.tokens is None and self.average == "token":
+            raise ValueError("lengths are missing, expected [batch]: average='token' divides by their sum")
+        return valid
+
+    def get_config(self) -> dict[str, Any]:
+        """As in Keras: a saved model keeps the loss. A backend that is no string is detected anew."""
+        return {
+            "name": self.name,
+            "loss": tf.keras.utils.serialize_keras_object(self.loss),
+            "average": self.average,
+            "per": self.per,
+            "padding_value": self.padding_value,
+            "backend": self._backend if isinstance(self._backend, str) else None,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> DistributedLoss:
+        return cls(**{**config, "loss": tf.keras.utils.deserialize_keras_object(config["loss"])})
+
+
+def _sum_up(losses: tf.Tensor, valid: masking.Valid, average: str | float) -> _Sums:
+    """Weigh, mask and sum: within rows in the loss's dtype (float32 at least), over rows in float64."""
+    mask, weight, rank = _fit(losses, valid)
+    losses = tf.reduce_mean(losses, axis=list(range(rank, losses.shape.rank)))
+    ones = tf.ones_like(losses)
+    if mask is not None:
+        ones = tf.where(mask, ones, 0)
+        losses = tf.where(mask, losses, 0)
+    if weight is not None:
+        ones *= tf.cast(weight, losses.dtype)
+    inner = list(range(1, rank))
+    row_total = tf.reduce_sum(losses * ones, axis=inner)
+    row_weight = tf.reduce_sum(ones, axis=inner)
+    if average == "sequence_mean":
+        row_total = tf.math.divide_no_nan(row_total, row_weight)
+    row_tokens = tf.cast(row_weight, tf.float64)
+    if valid.tokens is not None:
+        row_tokens *= valid.tokens
+    sequences = tf.reduce_sum(tf.cast(row_weight > 0, tf.float64))
+    total = tf.reduce_sum(tf.cast(row_total, tf.float64))
+    return _Sums(total, tf.reduce_sum(row_tokens), sequences, losses.dtype)
+
+
+def _fit(losses: tf.Tensor, valid: masking.Valid) -> tuple[tf.Tensor | None, tf.Tensor | None, int]:
+    """Mask and weight widened to the loss's position axes, and how many these are."""
+    mask, weight, rank = valid.mask, valid.weight, valid.rank or losses.shape.rank
+    if weight is not None and rank == losses.shape.rank + 1 and weight.shape[-1] == 1:
+        # weights [batch, length, 1], as Keras allows them
+        mask, weight, rank = tf.squeeze(mask, -1), tf.squeeze(weight, -1), rank - 1
+    if rank > losses.shape.rank:
+        raise ValueError(
+            f"{_NAME}: mask or sample_weight has rank {rank}, expected at most {losses.shape.rank}, the rank of the "
+            f"loss {tuple(losses.shape)}."
+        )
+    if mask is None:
+        return None, None, rank
+    mask = masking.widen(mask, rank)
+    weight = None if weight is None else masking.widen(weight, rank)
+    for axis in range(rank):
+        stretches = weight is not None and axis > 0 and weight.shape[axis] == 1
+        sizes = {mask.shape[axis], losses.shape[axis]} - {None}
+        if len(sizes) > 1 and not stretches:
+            raise ValueError(
+                f"{_NAME}: mask has shape {tuple(mask.shape)}, expected {tuple(losses.shape[:rank])}, the leading axes "
+                f"of the loss {tuple(losses.shape)}."
+            )
+    return mask, weight, rank
+
+
+@tf.custom_gradient
+def _value_with_gradient(value: tf.Tensor, share: tf.Tensor) -> Any:
+    """``value`` going forward, ``share`` going back; adding share - share instead would turn infinity into NaN."""
+    return tf.identity(value), lambda upstream: (None, upstream)
+
+
+def _wide(tensor: Any) -> Any:
+    """Half precision widened before anything is computed: float16 squares overflow at 256."""
+    if isinstance(tensor, tf.Tensor) and tensor.dtype in (tf.float16, tf.bfloat16):
+        return tf.cast(tensor, tf.float32)
+    return tensor
+
+
+def _keras_mask(y_pred: Any) -> tf.Tensor | None:
+    """The mask that Keras layers hand along with their output.
+
+    Private: neither Keras 2 nor 3 has a public way to read it; tests/replicas/test_keras.py notices when it changes.
+    """
+    mask = getattr(y_pred, "_keras_mask", None)
+    return mask if isinstance(mask, tf.Tensor) else None
+
+
+def _check_unreduced(loss: Any) -> None:
+    if isinstance(loss, DistributedLoss) or not callable(loss):
+        raise TypeError(
+            errors.sentence(_NAME, "loss", repr(loss), "a Keras loss of reduction none, or a callable (y_true, y_pred)")
+        )
+    if isinstance(loss, type):
+        raise TypeError(
+            errors.sentence(_NAME, "loss", f"the class {loss.__name__}", "an instance", f"Write {_line(loss)}.")
+        )
+    if not hasattr(loss, "reduction"):
+        return
+    if loss.reduction not in (None, "none"):
+        raise ValueError(
+            errors.sentence(
+                _NAME,
+                "loss",
+                f"a {type(loss).__name__} of reduction {loss.reduction!r}",
+                "one of reduction none",
+                f"Write {_line(type(loss))}.",
+            )
+        )
+
+
+def _line(loss_class: type) -> str:
+    return f'{loss_class.__name__}(..., reduction="none")'
+
+
+def _check_rank(losses: tf.Tensor, per: str) -> None:
+    rank = losses.shape.rank
+    if rank is None:
+        raise ValueError(f"{_NAME}: the loss has no known rank, expected [batch, ...]. Set its shape with set_shape.")
+    if rank == 0:
+        raise ValueError(f"{_NAME}: the loss has rank 0, expected [batch, ...]. It must not reduce by itself.")
+    if per == "position" and rank == 1:
+        raise ValueError(
+            f'{_NAME}: the loss has shape [batch], expected [batch, length, ...]. Write per="sequence" if it has one '
+            "value a sequence; shapes alone cannot tell."
+        )
+    if per == "sequence" and rank != 1:
+        raise ValueError(f'{_NAME}: the loss has rank {rank}, expected [batch] with per="sequence".')
+
+
+def _check_counted(counts: Counts, sources: dict[str, Any], padding_value: Any) -> None:
+    """Counts hold what the pipeline counted; a mask or weight that it did not count would make the mean wrong."""
+    given = {name for name, source in sources.items() if source is not None}
+    if not given & {"lengths", "keras_mask"} and padding_value is None:
+        raise ValueError(
+            f"{_NAME}: denominator holds Counts, but nothing says which positions they count. Give lengths= too."
+        )
+    if "mask" in given:
+        raise ValueError(
+            f"{_NAME}: mask was not counted in denominator, expected lengths alone. Give the number instead."
+        )
+    if ("sample_weight" in given) != isinstance(counts, WeightedCounts):
+        raise ValueError(
+            f"{_NAME}: denominator is a {type(counts).__name__}, but sample_weight is "
+            f"{'given' if 'sample_weight' in given else 'missing'}; expected WeightedCounts with the weights that were "
+            "counted, Counts without. Count them in the pipeline."
+        )

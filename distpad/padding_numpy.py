@@ -1,0 +1,242 @@
+"""Padding on NumPy: take the batch apart into rectangular blocks, agree on a shape, copy each block to its place."""
+
+from __future__ import annotations
+
+import itertools
+import reprlib
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+
+from distpad import errors, padding_rules
+
+_UNKNOWN = -1  # in a table of sizes: this block says nothing about this axis
+_LARGEST = np.iinfo(np.int64).max
+_Arrays = tuple[np.ndarray, np.ndarray, Optional[np.ndarray]]
+
+
+class Block(NamedTuple):
+    """A rectangular part of the batch: ``array`` stands where the indices of ``path`` lead, the sequence's first."""
+
+    path: tuple[int, ...]
+    array: np.ndarray
+    rank: int  # of a sequence, as far as this block shows it
+    typed: bool = True  # False for empty lists, whose dtype says nothing
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it ends in nothing: an empty list may be one of numbers, of vectors or of images."""
+        return not self.array.size and self.array.shape[-1:] == (0,)
+
+
+class Branch(NamedTuple):
+    """A list that is no rectangle: ``size`` children, each with blocks of its own."""
+
+    path: tuple[int, ...]
+    size: int
+
+
+class Sizes(NamedTuple):
+    """What blocks and branches say of the sizes: one row each, ``owners`` being the sequence it belongs to."""
+
+    owners: np.ndarray
+    table: np.ndarray
+
+
+class Windows(NamedTuple):
+    """For each sequence: where what is kept of it begins, how long that is, and the place it goes to."""
+
+    begins: np.ndarray
+    kept: np.ndarray
+    places: np.ndarray
+
+
+def pad(sequences: Any, options: padding_rules.Options) -> _Arrays:
+    """Pad arrays and nested lists to ``(values, lengths, mask)``, as ``distpad.pad`` describes it."""
+    if isinstance(sequences, np.ndarray) and sequences.dtype != object and sequences.shape[0] == 0 < sequences.ndim - 1:
+        one = np.zeros((1, *sequences.shape[1:]), sequences.dtype)  # no rows, but a known shape
+        values, lengths, mask = pad(one, options._replace(truncating="post"))
+        return values[:0], lengths[:0], None if mask is None else mask[:0]
+    options = options._replace(value=padding_rules.as_value(options.value))
+    reader = _Reader(as_objects=padding_rules.is_object(options.dtype))
+    reader.read_batch(sequences)
+    blocks = reader.blocks
+    rank = _rank(blocks, options)
+    sizes = _sizes(blocks, reader.branches, rank)
+    axes = _ragged_axes(sizes, rank, options.ragged_axes)
+    lengths = _lengths(sizes, axes[0], len(sequences))
+    if options.truncating == "error":
+        padding_rules.check_lengths(lengths, options.length)
+    shape = sizes.table.max(axis=0, initial=0)
+    shape[axes[0]] = lengths.max(initial=0) if options.length is None else options.length
+    if _is_shapeless(blocks) and options.value.ndim:
+        shape[-options.value.ndim :] = options.value.shape  # nothing else tells the shape of a position
+    dtype = _dtype(blocks, options)
+    value = padding_rules.filling(options.value, dtype, tuple(shape[axes[-1] + 1 :].tolist()))
+    values = np.full((len(sequences), *shape), value, dtype)
+    windows = _windows_of(lengths, values.shape[axes[0] + 1], options)
+    if axes == [0] and not reader.branches:
+        mask = _fill_rows(blocks, values, windows)
+    else:
+        mask = np.zeros(values.shape[: axes[-1] + 2], bool)
+        _fill_each(blocks, values, mask, axes[0] + 1, windows)
+    return values, windows.kept.astype(np.int32), mask if options.mask else None
+
+
+class _Reader:
+    """Takes nested data apart into ``blocks`` and ``branches``."""
+
+    def __init__(self, as_objects: bool) -> None:
+        self.blocks: list[Block] = []
+        self.branches: list[Branch] = []
+        self._dtype = object if as_objects else None
+
+    def read_batch(self, sequences: Any) -> None:
+        for index, sequence in enumerate(sequences):
+            self._read(sequence, (index,))
+            if not self.blocks[-1].rank:
+                found, rule = reprlib.repr(sequence), "a sequence, with one axis at least"
+                remedy = "Write pad([[1, 2, 3]]) for one sequence, pad([[1], [2], [3]]) for three of length 1."
+                raise ValueError(errors.sentence("pad", f"sequences[{index}]", found, rule, remedy))
+
+    def _read(self, item: Any, path: tuple[int, ...]) -> None:
+        array = self._rectangle(item, path)
+        if array is not None:
+            typed = array.size > 0 or array.dtype != np.float64 or not isinstance(item, (list, tuple))
+            self.blocks.append(Block(path, array, len(path) - 1 + array.ndim, typed))
+            return
+        self.branches.append(Branch(path, len(item)))
+        for index, child in enumerate(item):
+            self._read(child, (*path, index))
+
+    def _rectangle(self, item: Any, path: tuple[int, ...]) -> np.ndarray | None:
+        """The item as an array; None if its parts are of different sizes."""
+        if type(item) is np.ndarray and item.dtype != object:
+            return item
+        is_list = isinstance(item, (list, tuple))
+        try:
+            array = np.asarray(item, dtype=self._dtype if is_list else None)
+        except ValueError:
+            if is_list:
+                return None
+            raise
+        if array.dtype == object and array.ndim and any(isinstance(x, (list, tuple, np.ndarray)) for x in array.flat):
+            return None
+        if is_list and array.dtype.kind in "US":
+            text = str if array.dtype.kind == "U" else bytes
+            if not all(isinstance(leaf, text) for leaf in np.asarray(item, object).flat):
+                what = f"of text and other things in sequences[{path[0]}]"
+                raise ValueError(errors.sentence("pad", "sequences", what, "one kind of element", "Give dtype=object."))
+        return array
+
+
+def _rank(blocks: list[Block], options: padding_rules.Options) -> int:
+    first_of_rank = {block.rank: block for block in reversed(blocks) if not block.is_open}
+    rank = max(first_of_rank or [block.rank for block in blocks] or [1])
+    first_of_rank.update({block.rank: block for block in blocks if block.rank > rank})
+    if len(first_of_rank) > 1:
+        found = sorted((block.path, rank) for rank, block in first_of_rank.items())
+        places = ", ".join(f"{rank} at sequences{''.join(f'[{i}]' for i in path)}" for path, rank in found)
+        remedy = "Give every sequence the same number of axes."
+        raise ValueError(errors.sentence("pad", "sequences", f"of ranks {places}", "one rank", remedy))
+    if not first_of_rank:  # all are empty: what the options say is all that is known
+        rank = max([rank, *(axis + 1 for axis in options.ragged_axes or ())])
+    return rank + options.value.ndim if _is_shapeless(blocks) else rank
+
+
+def _is_shapeless(blocks: list[Block]) -> bool:
+    return all(block.is_open and block.rank == 1 for block in blocks)
+
+
+def _sizes(blocks: list[Block], branches: list[Branch], rank: int) -> Sizes:
+    pieces = [(path, array.shape, array.ndim) for path, array, *_ in blocks]
+    pieces += [(path, (size,), 1) for path, size in branches]
+    rows = (shape if axes == rank else _row(len(path) - 1, shape, rank) for path, shape, axes in pieces)
+    table = np.fromiter(itertools.chain.from_iterable(rows), np.int64, len(pieces) * rank)
+    return Sizes(np.fromiter((path[0] for path, *_ in pieces), np.int64, len(pieces)), table.reshape(-1, rank))
+
+
+def _row(axis: int, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    return (_UNKNOWN,) * axis + shape + (_UNKNOWN,) * (rank - axis - len(shape))
+
+
+def _ragged_axes(sizes: Sizes, rank: int, wanted: list[int] | None) -> list[int]:
+    least = np.where(sizes.table == _UNKNOWN, _LARGEST, sizes.table)
+    uneven = np.flatnonzero(least.min(axis=0, initial=_LARGEST) < sizes.table.max(axis=0, initial=0)).tolist()
+    if wanted is None:
+        return sorted({0, *uneven})
+    axes = padding_rules.resolve_axes(wanted, rank)
+    for axis in uneven:
+        if axis not in axes:
+            rows = least[:, axis].argmin(), sizes.table[:, axis].argmax()
+            found = " and ".join(f"{sizes.table[row, axis]} in sequences[{sizes.owners[row]}]" for row in rows)
+            raise padding_rules.uneven_axis(axis, f"Its size is {found}.", axes)
+    return axes
+
+
+def _lengths(sizes: Sizes, axis: int, batch: int) -> np.ndarray:
+    """The length of each sequence along ``axis``, 0 where it shows none: ``[batch]``."""
+    known = sizes.table[:, axis] != _UNKNOWN
+    least, most = np.full(batch, _LARGEST), np.zeros(batch, np.int64)
+    np.minimum.at(least, sizes.owners[known], sizes.table[known, axis])
+    np.maximum.at(most, sizes.owners[known], sizes.table[known, axis])
+    uneven = np.flatnonzero(least < most)
+    if len(uneven):
+        index = uneven[0]
+        raise padding_rules.uneven_lengths(axis, f"In sequences[{index}] it is {least[index]} and {most[index]}.")
+    return most
+
+
+def _dtype(blocks: list[Block], options: padding_rules.Options) -> np.dtype:
+    filled = [block for block in blocks if block.array.size]
+    filling = options.value.dtype
+    if options.dtype is None:
+        seen = filled or [block for block in blocks if block.typed]
+        dtype = padding_rules.common_dtype([block.array.dtype for block in seen] or [filling])
+        return np.promote_types(dtype, filling) if dtype.kind in "US" and dtype.kind == filling.kind else dtype
+    dtype = padding_rules.numpy_dtype(options.dtype)
+    if dtype.kind in "US" and dtype.itemsize == 0:  # str and bytes: as long as the longest
+        text = [block.array for block in filled] + [options.value] * (filling.kind == dtype.kind)
+        dtype = np.result_type(dtype, *{array.astype(dtype).dtype for array in text})
+    for path, array, *_ in filled:
+        if padding_rules.exact_cast(array, dtype) is None:
+            found = f"sequences[{path[0]}] ({array.dtype}) holds elements that would change."
+            remedy = "Give a dtype that can hold them, or convert them first."
+            raise ValueError(errors.sentence("pad", "dtype", dtype, "one that can hold all elements", found, remedy))
+    return dtype
+
+
+def _windows_of(lengths: np.ndarray, longest: int, options: padding_rules.Options) -> Windows:
+    kept = np.minimum(lengths, longest)
+    begins = lengths - kept if options.truncating == "pre" else np.zeros_like(kept)
+    places = longest - kept if options.padding == "pre" else np.zeros_like(kept)
+    return Windows(begins, kept, places)
+
+
+def _fill_rows(blocks: list[Block], values: np.ndarray, windows: Windows) -> np.ndarray:
+    """Copies one block for each row into ``values``, where its first axis alone is ragged; returns the mask."""
+    for row, block, begin, size, place in zip(values, blocks, *map(np.ndarray.tolist, windows)):
+        if block.array.size:
+            row[place : place + size] = block.array[begin : begin + size]
+    positions = np.arange(values.shape[1])
+    before = windows.places[:, None]
+    return (positions >= before) & (positions < before + windows.kept[:, None])
+
+
+def _fill_each(blocks: list[Block], values: np.ndarray, mask: np.ndarray, axis: int, windows: Windows) -> None:
+    """Copies every block into ``values`` and marks it in ``mask``; ``axis`` is the first ragged one, of ``values``."""
+    begins, kept, places = (part.tolist() for part in windows)
+    for path, array, *_ in blocks:
+        begin, size, place = begins[path[0]], kept[path[0]], places[path[0]]
+        array = array.reshape(array.shape + (0,) * (values.ndim - len(path) - array.ndim))
+        index: list[Any] = [*path, *map(slice, array.shape)]
+        if axis < len(path):
+            if not begin <= path[axis] < begin + size:
+                continue
+            index[axis] += place - begin
+        else:
+            array = array[(slice(None),) * (axis - len(path)) + (slice(begin, begin + size),)]
+            index[axis] = slice(place, place + size)
+        mask[tuple(index[: mask.ndim])] = True
+        if array.size:
+            values[tuple(index)] = array

@@ -1,0 +1,137 @@
+"""What padding on NumPy and in TensorFlow share: the options, the rules for axes, values and dtypes, their errors."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from distpad import errors
+
+
+class Options(NamedTuple):
+    """The options of ``pad``, checked as far as they can be without the data."""
+
+    length: int | None
+    value: Any
+    padding: str
+    truncating: str
+    dtype: Any
+    ragged_axes: list[int] | None
+    mask: bool
+
+
+def resolve_axes(axes: list[int], rank: int) -> list[int]:
+    """Sorted axes of a sequence of ``rank`` axes, counted from the front."""
+    if not axes or not all(-rank <= axis < rank for axis in axes):
+        rule = f"one or several axes of a sequence, from 0 to {rank - 1}"
+        evidence = f"The sequences have {rank} {'axis' if rank == 1 else 'axes'} each (the batch axis is not counted)."
+        raise ValueError(errors.sentence("pad", "ragged_axes", axes, rule, evidence))
+    resolved = sorted(axis % rank for axis in axes)
+    if len(set(resolved)) < len(resolved):
+        raise ValueError(errors.sentence("pad", "ragged_axes", axes, "axes that differ from each other"))
+    return resolved
+
+
+def check_lengths(lengths: np.ndarray, limit: int | None) -> None:
+    """Refuse sequences longer than ``limit``, naming the first."""
+    if limit is not None and (lengths > limit).any():
+        longer = np.flatnonzero(lengths > limit)
+        found = f"sequences[{longer[0]}] has length {lengths[longer[0]]} (of {len(lengths)}, {len(longer)} are longer)."
+        remedy = "Give a larger length, or truncating='pre' or 'post' to cut sequences."
+        raise ValueError(errors.sentence("pad", "length", limit, f"at least {lengths.max()}", found, remedy))
+
+
+def uneven_axis(axis: int, evidence: str, axes: list[int]) -> ValueError:
+    """The error for sizes that differ along an axis that ``ragged_axes`` leaves out."""
+    remedy = f"Write ragged_axes={tuple(sorted({*axes, axis}))}."
+    return ValueError(errors.sentence("pad", "ragged_axes", tuple(axes), f"to contain axis {axis}", evidence, remedy))
+
+
+def uneven_lengths(axis: int, evidence: str) -> ValueError:
+    """The error for a first ragged axis that has no one length in a sequence."""
+    rule = "a first ragged axis with one length in each sequence"
+    return ValueError(
+        errors.sentence("pad", "ragged_axes", f"from axis {axis} on", rule, evidence, "Let ragged_axes begin earlier.")
+    )
+
+
+def as_value(value: Any) -> np.ndarray:
+    """The ``value`` argument as an array."""
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError):
+        raise ValueError(errors.sentence("pad", "value", reprlib.repr(value), "a scalar or an array")) from None
+
+
+def filling(wanted: np.ndarray, dtype: np.dtype, inner: tuple[int, ...] | None) -> np.ndarray:
+    """``wanted`` in ``dtype``, refused where that changes it or where it does not broadcast to the ``inner`` shape."""
+    held = exact_cast(wanted, dtype)
+    if held is None:
+        remedy = "Write value=''." if dtype.kind in "US" else "Give another value, or a dtype that can hold this one."
+        shown = reprlib.repr(wanted.tolist())
+        raise ValueError(errors.sentence("pad", "value", shown, f"a value that {dtype} can hold", remedy))
+    try:
+        fits = inner is None or np.broadcast_shapes(held.shape, inner) == inner
+    except ValueError:
+        fits = False
+    if not fits:
+        rule = f"a scalar, or an array that broadcasts to the shape of one position, {inner}"
+        raise ValueError(errors.sentence("pad", "value", f"of shape {held.shape}", rule))
+    return held
+
+
+def exact_cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray | None:
+    """``array`` in ``dtype``; None where an element would become another. Floats may be rounded, but stay finite."""
+    kinds = {array.dtype.kind, dtype.kind}
+    text_and_other = len(kinds) == 2 and kinds & set("US") and "O" not in kinds
+    if text_and_other or (array.dtype.kind == "c" and dtype.kind not in "cO"):
+        return None
+    if np.can_cast(array.dtype, dtype, "safe"):
+        return array.astype(dtype, copy=False)
+    try:
+        with np.errstate(all="ignore"):
+            cast = array.astype(dtype)
+            rounded = _has_fractions(dtype) and array.dtype.kind != "O"
+            same = np.isfinite(cast) == np.isfinite(array) if rounded else cast == array
+        return cast if np.all(same) else None
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _has_fractions(dtype: np.dtype) -> bool:
+    # bfloat16 and its like are of kind "V" to NumPy, as are records
+    return dtype.kind in "fc" or (dtype.kind == "V" and dtype.names is None and bool(np.asarray(0.5).astype(dtype)))
+
+
+def is_object(dtype: Any) -> bool:
+    """Whether Python objects are asked for, which are then left as they are."""
+    return dtype is not None and numpy_dtype(dtype).kind == "O"
+
+
+def numpy_dtype(dtype: Any) -> np.dtype:
+    """A NumPy dtype from all that names one, TensorFlow's included."""
+    try:
+        return np.dtype(getattr(dtype, "as_numpy_dtype", dtype))
+    except TypeError:
+        raise TypeError(errors.sentence("pad", "dtype", repr(dtype), "a dtype")) from None
+
+
+def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """The dtype that holds the elements of all ``dtypes``, refused where it would hold them as something else."""
+    found = sorted(set(dtypes), key=str)
+    kinds = {dtype.kind for dtype in found}
+    try:
+        common = np.result_type(*found)
+    except TypeError:
+        common = None
+    mixes_text = len(kinds) > 1 and bool(kinds & set("US")) and "O" not in kinds
+    loses_integers = common is not None and common.kind == "f" and kinds <= set("iub")
+    if common is None or mixes_text or loses_integers:
+        names = "of dtypes " + ", ".join(map(str, found))
+        raise ValueError(
+            errors.sentence("pad", "sequences", names, "one common dtype", "Convert them, or give dtype=.")
+        )
+    return common

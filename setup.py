@@ -1,0 +1,39 @@
+"""Packaging of distpad. TensorFlow is an extra, since which build of it is right depends on the machine."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "distpad" / "__init__.py").read_text(encoding="utf-8")).group(1)
+
+EXTRAS = {
+    "tensorflow": ["tensorflow>=2.15"],
+    "addons": ["tensorflow-addons>=0.23"],  # for TensorFlow 2.15 alone; its life ended in May 2024
+    "horovod": ["horovod>=0.28.1"],  # better: launch/install_horovod.sh, which builds it for the TensorFlow at hand
+    "plots": ["matplotlib>=3.7"],
+    "examples": ["matplotlib>=3.7", "pillow>=10", "scikit-learn>=1.3", "tqdm>=4.65"],
+    "dev": ["hypothesis>=6", "mypy>=1.8", "pytest>=7", "pytest-timeout>=2.2", "ruff>=0.4"],
+}
+
+setup(
+    name="distpad",
+    version=VERSION,
+    description="Labels of varying length on many devices: padded alike, averaged exactly (TensorFlow, Horovod)",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["distpad", "distpad.*"]),
+    python_requires=">=3.9",
+    install_requires=["numpy>=1.23", "rich>=13", "typer>=0.9"],  # the last two only when the command line runs
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["distpad=distpad.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: System :: Distributed Computing",
+    ],
+    keywords="tensorflow horovod distributed padding masking loss ctc variable-length",
+)

@@ -1,0 +1,272 @@
+"""One step on N replicas equals one step on one device with the concatenated batch: gradients against NumPy."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import oracle
+import pytest
+import tensorflow as tf
+from conftest import counting
+
+import distpad
+
+LIMIT = {"float64": 1e-12, "float32": 1e-5}
+SCENARIOS = ["uneven", "empty replica", "padding replica", "all padding"]
+AVERAGES = ["token", "sequence_sum", "sequence_mean", 7.5]
+
+
+def cross_entropy(y_true, y_pred):
+    return tf.nn.sparse_softmax_cross_entropy_with_logits(y_true, y_pred)
+
+
+def everything(world, scenario, seed=0):
+    return [row for r in range(world.num_replicas) for row in oracle.rows_of(r, scenario, world.num_replicas, seed)]
+
+
+def step_of(world, loss_fn, dtype, arguments, kernel, bias):
+    """A replica's part of a step: forward, loss, reduced gradients. Returns value, global value and gradients."""
+
+    def step(batch):
+        with tf.GradientTape() as tape:
+            logits = batch["x"] @ kernel + bias
+            # the model's own output at padded places: NaN and infinity
+            poison = tf.cast(np.nan, dtype) if "nan" in arguments else tf.cast(np.inf, dtype)
+            logits = tf.where(batch["mask"][..., None], logits, poison)
+            extra = {name: batch[name] for name in ("lengths", "mask") if name in arguments}
+            weight = batch["w"] if "weights" in arguments else None
+            loss = loss_fn(batch["y"], logits, weight, **extra)
+        gradients = distpad.gradient(tape, loss, [kernel, bias], backend=world.backend)
+        return loss, loss_fn.global_value(loss), world.reduce(gradients)
+
+    return step
+
+
+CASES = [
+    pytest.param(average, scenario, source, dtype, graph, id=f"{average}-{scenario}-{'+'.join(source)}-{dtype}-{graph}")
+    for (average, scenario), source, (dtype, graph) in [
+        *zip(
+            itertools.product(AVERAGES, SCENARIOS),
+            itertools.cycle([("lengths",), ("mask", "nan"), ("padding_value",), ("lengths", "weights", "nan")]),
+            itertools.cycle(
+                [("float64", True), ("float32", False), ("float64", False), ("float32", True), ("float64", True)]
+            ),
+        ),
+        (("token", "uneven"), ("lengths", "mask", "padding_value", "weights"), ("float64", True)),
+        (("sequence_mean", "uneven"), ("mask", "weights"), ("float64", True)),
+        (("sequence_sum", "empty replica"), ("lengths", "weights"), ("float64", False)),
+    ]
+]
+
+
+@pytest.mark.parametrize("average, scenario, source, dtype, graph", CASES)
+def test_gradient_equals_one_device(world, average, scenario, source, dtype, graph):
+    padding_value = -99 if "padding_value" in source else None
+    loss_fn = distpad.DistributedLoss(
+        cross_entropy, average=average, padding_value=padding_value, backend=world.backend
+    )
+    with world.scope():
+        kernel, bias = (tf.Variable(value.astype(dtype)) for value in oracle.weights())
+    step = step_of(world, loss_fn, dtype, source, kernel, bias)
+    results = world.run(
+        step, lambda r: oracle.padded(oracle.rows_of(r, scenario, world.num_replicas), dtype), graph=graph
+    )
+    value, *expected = oracle.cross_entropy(
+        everything(world, scenario), *oracle.weights(), average, weighted="weights" in source
+    )
+    assert results
+    summed = world.backend.gradient_reduction == "sum"
+    for loss, global_value, gradients in results.values():
+        assert loss.dtype == dtype
+        assert oracle.relative_error(global_value, value) <= LIMIT[dtype]
+        assert oracle.relative_error(loss, value / (world.num_replicas if summed else 1)) <= LIMIT[dtype]
+        for found, wanted in zip(gradients, expected):
+            assert oracle.relative_error(found, wanted) <= LIMIT[dtype]
+
+
+def test_denominator_makes_the_step_free_of_collectives(world):
+    rows = everything(world, "uneven")
+    tokens = float(sum(len(row["y"]) for row in rows))
+    sequences = float(sum(len(row["y"]) > 0 for row in rows))
+    expected = {average: oracle.cross_entropy(rows, *oracle.weights(), average, False) for average in AVERAGES[:3]}
+    with world.scope():
+        kernel, bias = (tf.Variable(value) for value in oracle.weights())
+    for average, (value, *gradients) in expected.items():
+        loss_fn = distpad.DistributedLoss(cross_entropy, average=average, backend=world.backend)
+
+        def step(batch, loss_fn=loss_fn, average=average):
+            with tf.GradientTape(persistent=True) as tape:
+                logits = batch["x"] @ kernel + bias
+                scalar = loss_fn(
+                    batch["y"],
+                    logits,
+                    lengths=batch["lengths"],
+                    denominator=tokens if average == "token" else sequences,
+                )
+                counts = distpad.Counts(tf.constant(tokens, tf.float64), tf.constant(sequences, tf.float64))
+                counted = loss_fn(batch["y"], logits, lengths=batch["lengths"], denominator=counts)
+            found = [distpad.gradient(tape, loss, [kernel, bias], backend=world.backend) for loss in (scalar, counted)]
+            return loss_fn.global_value(scalar), [world.reduce(each) for each in found]
+
+        results = world.run(step, lambda r: oracle.padded(oracle.rows_of(r, "uneven", world.num_replicas), "float64"))
+        for found_value, both in results.values():
+            assert oracle.relative_error(found_value, value) <= 1e-12
+            for found in both:
+                assert max(map(oracle.relative_error, found, gradients)) <= 1e-12
+
+
+def test_collectives_of_the_loss_are_counted(world):
+    """One all-reduce without a denominator, none with it: counted at the backend, where all of them pass."""
+    backend = counting(world.backend)
+    loss_fn = distpad.DistributedLoss(cross_entropy, backend=backend)
+
+    def step(batch, **extra):
+        return loss_fn(batch["y"], tf.one_hot(batch["y"], oracle.CLASSES), lengths=batch["lengths"], **extra)
+
+    given = lambda r: oracle.padded(oracle.rows_of(r, "uneven", world.num_replicas), "float32")
+    here = len(world.run(step, given, graph=False))
+    assert backend.calls == (0 if world.num_replicas == 1 else here)
+    backend.calls = 0
+    world.run(lambda batch: step(batch, denominator=3.0), given, graph=False)
+    assert backend.calls == 0
+
+
+def test_padded_places_change_no_bit(world):
+    """NaN, infinity and labels out of range at padded places: the same bits, and a gradient of exactly zero."""
+    loss_fn = distpad.DistributedLoss(cross_entropy, backend=world.backend)
+
+    def step(batch):
+        with tf.GradientTape() as tape:
+            tape.watch(batch["logits"])
+            loss = loss_fn(batch["y"], batch["logits"], lengths=batch["lengths"])
+        return loss, tape.gradient(loss, batch["logits"])
+
+    found = []
+    for label, logit in [(0, 0.0), (-99, np.nan), (10**6, np.inf), (-1, -np.inf), (3, 1e30)]:
+
+        def given(r, label=label, logit=logit):
+            batch = oracle.padded(oracle.rows_of(r, "uneven", world.num_replicas), "float32")
+            logits = np.random.default_rng(r).normal(size=[*batch["y"].shape, oracle.CLASSES]).astype("float32")
+            return {
+                "y": np.where(batch["mask"], batch["y"], label).astype("int32"),
+                "logits": np.where(batch["mask"][..., None], logits, np.float32(logit)).astype("float32"),
+                "lengths": batch["lengths"],
+            }
+
+        found.append(world.run(step, given))
+    for results in found[1:]:
+        for replica, (loss, gradient) in results.items():
+            lengths = given(replica)["lengths"]
+            assert loss.tobytes() == found[0][replica][0].tobytes()
+            assert gradient.tobytes() == found[0][replica][1].tobytes()
+            beyond = np.arange(gradient.shape[1]) >= lengths[:, None]
+            assert not gradient[beyond].any()
+
+
+def test_keras_losses_of_reduction_none(world):
+    """Keras's own losses, of sequences of classes, one-hot vectors and images, against their means by position."""
+    losses = tf.keras.losses
+    lengths = [[3, 0, 2], [1], [4, 1], [2, 2]]
+
+    def given(r):
+        random = np.random.default_rng([5, r])
+        mine = lengths[r % 4]
+        shape = [len(mine), 4]
+        return {
+            "classes": random.integers(0, 3, size=shape),
+            "onehot": np.eye(3)[random.integers(0, 3, size=shape)].astype("float32"),
+            "images": random.normal(size=[*shape, 2, 3, 1]).astype("float32"),
+            "p": random.dirichlet([1, 1, 1], size=shape).astype("float32"),
+            "predicted": random.normal(size=[*shape, 2, 3, 1]).astype("float32"),
+            "lengths": np.array(mine),
+        }
+
+    makers = {
+        "classes": (losses.SparseCategoricalCrossentropy(reduction="none"), "p"),
+        "onehot": (losses.CategoricalCrossentropy(reduction="none"), "p"),
+        "images": (losses.MeanSquaredError(reduction="none"), "predicted"),
+    }
+
+    def step(batch):
+        values = {}
+        for label, (loss, prediction) in makers.items():
+            loss_fn = distpad.DistributedLoss(loss, backend=world.backend)
+            values[label] = loss_fn.global_value(loss_fn(batch[label], batch[prediction], lengths=batch["lengths"]))
+        return values
+
+    results = world.run(step, given)
+    wanted: dict[str, list] = {label: [] for label in makers}
+    for batch in map(given, range(world.num_replicas)):
+        for i, n in enumerate(batch["lengths"]):
+            for t in range(n):
+                wanted["classes"].append(-np.log(batch["p"][i, t, batch["classes"][i, t]]))
+                wanted["onehot"].append(-np.log(batch["p"][i, t] @ batch["onehot"][i, t]))
+                wanted["images"].append(np.mean((batch["images"][i, t] - batch["predicted"][i, t]) ** 2))
+    for found in results.values():
+        for label, values in wanted.items():
+            assert oracle.relative_error(found[label], np.mean(values)) <= 2e-6, label
+
+
+@pytest.mark.parametrize("average", ["token", "sequence_sum", "sequence_mean"])
+def test_ctc_of_each_sequence(world, average):
+    """CTC by tf.nn.ctc_loss, its lengths handed on in a nest; the oracle concatenates the rows on one device."""
+    label_lengths = [[2, 0, 3], [1, 1], [], [4]]
+
+    def given(r):
+        random = np.random.default_rng([8, r])
+        mine = np.array(label_lengths[r % 4], np.int32)
+        return {
+            "labels": random.integers(1, 5, size=[len(mine), 4]).astype("int32"),
+            "lengths": mine,
+            "logits": random.normal(size=[len(mine), 11, 5]).astype("float32"),  # all that tf.nn.ctc_loss takes
+            "frames": np.full([len(mine)], 11, np.int32),
+        }
+
+    def ctc(y_true, y_pred):
+        labels, lengths, frames = y_true
+        return tf.nn.ctc_loss(labels, y_pred, lengths, frames, logits_time_major=False, blank_index=0)
+
+    loss_fn = distpad.DistributedLoss(ctc, average=average, per="sequence", backend=world.backend)
+
+    def step(batch):
+        with tf.GradientTape() as tape:
+            tape.watch(batch["logits"])
+            nest = (batch["labels"], batch["lengths"], batch["frames"])
+            loss = loss_fn(nest, batch["logits"], lengths=batch["lengths"])
+        return loss_fn.global_value(loss), tape.gradient(loss, batch["logits"])
+
+    results = world.run(step, given)
+    batches = [given(r) for r in range(world.num_replicas)]
+    joined = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    counted = joined["lengths"] > 0
+    count = float(joined["lengths"].sum() if average == "token" else counted.sum())
+    logits = tf.constant(joined["logits"])
+    with tf.GradientTape() as tape:
+        tape.watch(logits)
+        each = ctc((joined["labels"], joined["lengths"], joined["frames"]), logits)
+        value = tf.reduce_sum(tf.boolean_mask(each, counted)) / count
+    gradient = tape.gradient(value, logits).numpy()
+    starts = np.cumsum([0] + [len(batch["lengths"]) for batch in batches])
+    scale = np.abs(gradient).max()
+    for replica, (found, found_gradient) in results.items():
+        assert oracle.relative_error(found, value.numpy()) <= 1e-5
+        mine = gradient[starts[replica] : starts[replica + 1]] * world.backend.share_scale
+        assert np.all(np.abs(found_gradient - mine) <= 1e-5 * scale * world.num_replicas)
+
+
+def test_long_float16_sequences_do_not_overflow(world):
+    """100,000 valid positions of float16 with a loss of 4 each: their sum is far above what float16 holds."""
+    loss_fn = distpad.DistributedLoss(lambda t, p: tf.square(t - p)[..., 0], backend=world.backend)
+
+    def step(batch):
+        with tf.GradientTape() as tape:
+            tape.watch(batch)
+            loss = loss_fn(tf.zeros_like(batch, tf.float32), batch)
+        return loss_fn.global_value(loss), tape.gradient(loss, batch)
+
+    results = world.run(step, lambda r: np.full([1, 100_000 // world.num_replicas, 1], 2.0, np.float16))
+    for value, gradient in results.values():
+        assert value.dtype == np.float32
+        assert oracle.relative_error(value, 4.0) <= 1e-5
+        assert np.all(np.isfinite(gradient)) and gradient.any()

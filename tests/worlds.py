@@ -1,0 +1,87 @@
+"""Run the tests of tests/replicas in a world: an engine with a number of replicas, in real processes.
+
+    python tests/worlds.py mirrored:4
+    python tests/worlds.py horovod:2 -k loss
+
+Worlds: local, onedevice, mirrored:N (N devices of one process), multiworker:N, horovod:N (over Gloo), mpirun:N (Horovod
+over MPI). Every process runs the same tests; worlds of several processes run those of tests/workers too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+
+TESTS = pathlib.Path(__file__).resolve().parent
+LIMIT_S = 600
+
+
+def parse(spec: str) -> tuple[str, int]:
+    """``"mirrored:4"`` as ``("mirrored", 4)``."""
+    kind, _, count = spec.partition(":")
+    return kind, int(count or 1)
+
+
+def command(spec: str, arguments: list[str]) -> list[str]:
+    """What starts a world: its own launcher, around the same pytest in each process."""
+    kind, count = parse(spec)
+    folders = [str(TESTS / "replicas")] + ([str(TESTS / "workers")] if kind in _STARTERS else [])
+    pytest = [sys.executable, str(TESTS / "rank.py"), *folders, *arguments]
+    return [*_STARTERS.get(kind, lambda _: [])(count), *pytest]
+
+
+def _horovod(count: int) -> list[str]:
+    return [_beside_python("horovodrun"), "--gloo", "-np", str(count)]
+
+
+def _mpirun(count: int) -> list[str]:
+    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    quiet = ["--mca", "btl_vader_single_copy_mechanism", "none"]  # containers forbid what it would use
+    return ["mpirun", *root, "--oversubscribe", "--bind-to", "none", *quiet, "-np", str(count)]
+
+
+def _multiworker(count: int) -> list[str]:
+    return [str(TESTS.parent / "launch" / "multiworker.sh"), "-np", str(count), "--"]
+
+
+_STARTERS = {"horovod": _horovod, "mpirun": _mpirun, "multiworker": _multiworker}
+
+
+def _beside_python(name: str) -> str:
+    found = pathlib.Path(sys.executable).with_name(name)
+    return str(found) if found.exists() else name
+
+
+def run(spec: str, arguments: list[str], limit_s: float = LIMIT_S, **settings: str) -> int:
+    """Start a world and wait for it, at most ``limit_s``; print what its ranks wrote where that helps."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "DISTPAD_WORLD": spec, "DISTPAD_RANK_OUTPUT": folder, **settings}
+        environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+        argv = command(spec, arguments)
+        if shutil.which(argv[0]) is None:
+            print(f"{spec}: {argv[0]} is missing. Install it as launch/install_horovod.sh --help tells.")
+            return 3
+        process = subprocess.Popen(argv, env=environment, start_new_session=True, stdin=subprocess.DEVNULL)
+        try:
+            code = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            print(f"{spec}: not done after {limit_s:.0f} s, ended")
+            code = 124
+        with contextlib.suppress(ProcessLookupError):  # whoever is left of the world goes with it
+            os.killpg(process.pid, signal.SIGKILL)
+        outputs = sorted(pathlib.Path(folder).iterdir())
+        for output in outputs if code else outputs[:1]:
+            print(f"--- {spec} {output.name}\n{output.read_text(errors='replace')}", flush=True)
+        return code
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        sys.exit(__doc__)
+    sys.exit(run(sys.argv[1], sys.argv[2:]))
