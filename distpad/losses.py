@@ -6,6 +6,7 @@ import collections.abc
 import numbers
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from distpad import backends, errors, exchange, gradients, masking
@@ -15,7 +16,7 @@ _NAME = "DistributedLoss"
 
 
 class _Sums(NamedTuple):
-    """One replica's numerator (differentiable) and counts, all float64, and the dtype that the loss is given back in."""
+    """One replica's numerator (differentiable) and counts, all float64, and the dtype that the loss comes back in."""
 
     total: Any
     tokens: Any
@@ -82,8 +83,10 @@ class DistributedLoss(tf.keras.losses.Loss):
         elif not 0 < average < float("inf"):
             raise ValueError(errors.sentence(_NAME, "average", average, "a positive number"))
         errors.choice(_NAME, "per", per, ("position", "sequence"))
+        if padding_value is not None and not np.isscalar(padding_value):
+            raise TypeError(errors.sentence(_NAME, "padding_value", repr(padding_value), "one number or string"))
         self.loss = loss
-        self.average = average
+        self.average = average if isinstance(average, str) else float(average)  # NumPy's numbers cannot be saved
         self.per = per
         self.padding_value = padding_value
         self._backend = backend
@@ -126,7 +129,8 @@ class DistributedLoss(tf.keras.losses.Loss):
         if denominator is not None:
             count = self._count_from(denominator, sources)
             sums, rules = self._sums(y_true, y_pred, sources)
-            exchange.enforce(_NAME, rules)
+            positive = exchange.Rule("denominator is below 0, expected a count", count, count >= 0)
+            exchange.enforce(_NAME, [*rules, positive])
             return self._share(backend, sums, count)
         if not backend.in_replica() and not tf.executing_eagerly():
             return self._rehearse(y_true, y_pred, sources)
@@ -191,13 +195,19 @@ class DistributedLoss(tf.keras.losses.Loss):
             )
         if isinstance(denominator, Counts):
             _check_counted(denominator, sources, self.padding_value)
-            return denominator.tokens if self.average == "token" else denominator.sequences
-        if isinstance(denominator, collections.abc.Mapping):
+            denominator = denominator.tokens if self.average == "token" else denominator.sequences
+        elif isinstance(denominator, collections.abc.Mapping):
             raise TypeError(
                 f"{_NAME}: denominator is a mapping with {list(denominator)}, expected one loss's counts. Write "
                 "denominator=counts[NAME]."
             )
-        return tf.convert_to_tensor(denominator)
+        count = tf.convert_to_tensor(denominator)
+        if count.shape.rank != 0 or not (count.dtype.is_floating or count.dtype.is_integer):
+            raise ValueError(
+                f"{_NAME}: denominator has shape {tuple(count.shape)} and dtype {count.dtype.name}, expected one "
+                "number or Counts."
+            )
+        return tf.cast(count, tf.float64)
 
     def _sums(self, y_true: Any, y_pred: Any, sources: dict) -> tuple[_Sums, list[exchange.Rule]]:
         """This replica's numerator and counts."""
@@ -302,9 +312,10 @@ def _fit(losses: tf.Tensor, valid: masking.Valid) -> tuple[tf.Tensor | None, tf.
         stretches = weight is not None and axis > 0 and weight.shape[axis] == 1
         sizes = {mask.shape[axis], losses.shape[axis]} - {None}
         if len(sizes) > 1 and not stretches:
+            name, given = ("mask", mask) if weight is None or weight.shape[axis] == 1 else ("sample_weight", weight)
             raise ValueError(
-                f"{_NAME}: mask has shape {tuple(mask.shape)}, expected {tuple(losses.shape[:rank])}, the leading axes "
-                f"of the loss {tuple(losses.shape)}."
+                f"{_NAME}: {name} has shape {tuple(given.shape)}, expected {tuple(losses.shape[:rank])}, the leading "
+                f"axes of the loss {tuple(losses.shape)}."
             )
     return mask, weight, rank
 

@@ -56,7 +56,7 @@ def of_positions(
     rules = length_rules()
     sources = []
     if lengths is not None:
-        lengths = check_lengths(lengths)
+        lengths = _rows_like(y_pred, "lengths", check_lengths(lengths))
         limit = _length_axis(y_true, y_pred)
         rules = length_rules(lengths, limit)
         lengths = _nothing_unless(rules, lengths)
@@ -70,7 +70,7 @@ def of_positions(
     ranks = [source.shape.rank for source in sources]
     weight = None
     if sample_weight is not None:
-        weight = check_weight(sample_weight)
+        weight = _rows_like(y_pred, "sample_weight", check_weight(sample_weight))
         sources.append(tf.not_equal(weight, 0))  # what weighs nothing is looked at no more than padding is
         ranks += [weight.shape.rank] if weight.shape.rank > 1 else []  # [batch] says nothing of positions
     return Valid(_all_of(sources), weight, max(ranks, default=None)), rules
@@ -191,11 +191,27 @@ def _length_axis(y_true: Any, y_pred: Any) -> tf.Tensor:
     raise ValueError("lengths were given, but y_pred has no axis 1 that they could count along")
 
 
+def _rows_like(y_pred: Any, name: str, tensor: tf.Tensor) -> tf.Tensor:
+    """Refuse an argument with another number of rows than the predictions, by its own name."""
+    if (
+        isinstance(y_pred, tf.Tensor)
+        and y_pred.shape.rank
+        and not y_pred.shape[:1].is_compatible_with(tensor.shape[:1])
+    ):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {y_pred.shape[0]} rows, as y_pred has")
+    return tensor
+
+
 def _not_padding(y_true: Any, y_pred: Any, padding_value: Any) -> tf.Tensor:
     """True where a label is not ``padding_value``. Labels that are vectors are padding where all components are."""
     if not isinstance(y_true, tf.Tensor) or y_true.shape.rank is None or y_true.shape.rank < 2:
         raise ValueError("padding_value was given, but y_true is no tensor [batch, length, ...] to compare with it")
-    real = tf.not_equal(y_true, tf.cast(padding_value, y_true.dtype))
+    try:
+        real = tf.not_equal(y_true, tf.constant(padding_value, y_true.dtype))
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"padding_value is {padding_value!r}, expected a {y_true.dtype.name}, as y_true holds"
+        ) from error
     rank = y_true.shape.rank
     # labels with as many axes as the predictions are vectors; with one less they are classes
     vectors = rank > 2 and (not isinstance(y_pred, tf.Tensor) or y_pred.shape.rank == rank)

@@ -64,7 +64,7 @@ def pad(
         ragged one), such as a one-hot vector ``[classes]``. ``dtype`` must be able to hold it.
       padding: ``"post"`` fills behind the sequences, ``"pre"`` in front of them.
       truncating: of sequences longer than ``length``: ``"error"`` refuses them, ``"pre"`` cuts at their front,
-        ``"post"`` at their end.
+        ``"post"`` at their end. What is cut off has no say in the sizes of other axes.
       dtype: of ``values``; default: the common one of all sequences that have elements (``value`` decides where none
         has). Strings grow to hold ``value``. Elements that would change are refused, but for the rounding of floats.
       ragged_axes: the axes of *one sequence* that are ragged, whatever the batch looks like: so the rank of the mask

@@ -43,14 +43,6 @@ class Sizes(NamedTuple):
     table: np.ndarray
 
 
-class Windows(NamedTuple):
-    """For each sequence: where what is kept of it begins, how long that is, and the place it goes to."""
-
-    begins: np.ndarray
-    kept: np.ndarray
-    places: np.ndarray
-
-
 def pad(sequences: Any, options: padding_rules.Options) -> _Arrays:
     """Pad arrays and nested lists to ``(values, lengths, mask)``, as ``distpad.pad`` describes it."""
     if isinstance(sequences, np.ndarray) and sequences.dtype != object and sequences.shape[0] == 0 < sequences.ndim - 1:
@@ -60,27 +52,33 @@ def pad(sequences: Any, options: padding_rules.Options) -> _Arrays:
     options = options._replace(value=padding_rules.as_value(options.value))
     reader = _Reader(as_objects=padding_rules.is_object(options.dtype))
     reader.read_batch(sequences)
-    blocks = reader.blocks
+    blocks, branches = reader.blocks, reader.branches
     rank = _rank(blocks, options)
-    sizes = _sizes(blocks, reader.branches, rank)
-    axes = _ragged_axes(sizes, rank, options.ragged_axes)
-    lengths = _lengths(sizes, axes[0], len(sequences))
+    wanted = None if options.ragged_axes is None else padding_rules.resolve_axes(options.ragged_axes, rank)
+    first = wanted[0] if wanted else 0
+    sizes = _sizes(blocks, branches, rank)
+    lengths = _lengths(sizes, first, len(sequences))
+    dtype, is_shapeless = _dtype(blocks, options), _is_shapeless(blocks)
     if options.truncating == "error":
         padding_rules.check_lengths(lengths, options.length)
+    elif options.length is not None and (lengths > options.length).any():
+        blocks, branches = _cut(blocks, branches, first, lengths, options)
+        sizes = _sizes(blocks, branches, rank)
+        lengths = np.minimum(lengths, options.length)
+    axes = _ragged_axes(sizes, wanted)
     shape = sizes.table.max(axis=0, initial=0)
-    shape[axes[0]] = lengths.max(initial=0) if options.length is None else options.length
-    if _is_shapeless(blocks) and options.value.ndim:
+    shape[first] = lengths.max(initial=0) if options.length is None else options.length
+    if is_shapeless and options.value.ndim:
         shape[-options.value.ndim :] = options.value.shape  # nothing else tells the shape of a position
-    dtype = _dtype(blocks, options)
     value = padding_rules.filling(options.value, dtype, tuple(shape[axes[-1] + 1 :].tolist()))
     values = np.full((len(sequences), *shape), value, dtype)
-    windows = _windows_of(lengths, values.shape[axes[0] + 1], options)
-    if axes == [0] and not reader.branches:
-        mask = _fill_rows(blocks, values, windows)
+    begins = shape[first] - lengths if options.padding == "pre" else np.zeros_like(lengths)
+    if axes == [0] and not branches:
+        mask = _fill_rows(blocks, values, begins, lengths)
     else:
         mask = np.zeros(values.shape[: axes[-1] + 2], bool)
-        _fill_each(blocks, values, mask, axes[0] + 1, windows)
-    return values, windows.kept.astype(np.int32), mask if options.mask else None
+        _fill_each(blocks, values, mask, first + 1, begins)
+    return values, lengths.astype(np.int32), mask if options.mask else None
 
 
 class _Reader:
@@ -160,18 +158,49 @@ def _row(axis: int, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
     return (_UNKNOWN,) * axis + shape + (_UNKNOWN,) * (rank - axis - len(shape))
 
 
-def _ragged_axes(sizes: Sizes, rank: int, wanted: list[int] | None) -> list[int]:
+def _cut(
+    blocks: list[Block], branches: list[Branch], first: int, lengths: np.ndarray, options: padding_rules.Options
+) -> tuple[list[Block], list[Branch]]:
+    """The blocks and branches of sequences that are cut to ``options.length`` along their axis ``first``."""
+    limit, axis = int(options.length or 0), first + 1
+    longer = np.maximum(lengths - limit, 0)
+    begins = (longer if options.truncating == "pre" else np.zeros_like(longer)).tolist()
+    kept_blocks = []
+    for block, is_longer in zip(blocks, longer[[block.path[0] for block in blocks]].tolist()):
+        begin = begins[block.path[0]]
+        path, array = _moved(block.path, axis, begin, limit), block.array
+        if is_longer and path is not None and 0 <= axis - len(path) < array.ndim:
+            array = array[(slice(None),) * (axis - len(path)) + (slice(begin, begin + limit),)]
+        if path is not None:
+            kept_blocks.append(Block(path, array, block.rank, block.typed))
+    moved = [(_moved(path, axis, begins[path[0]], limit), path, size) for path, size in branches]
+    kept_branches = [
+        Branch(new, min(size, limit) if len(path) == axis else size) for new, path, size in moved if new is not None
+    ]
+    return kept_blocks, kept_branches
+
+
+def _moved(path: tuple[int, ...], axis: int, begin: int, limit: int) -> tuple[int, ...] | None:
+    """Where ``path`` leads once its sequence begins at ``begin`` along ``axis``; None if that is cut off."""
+    if axis >= len(path):
+        return path
+    if not 0 <= path[axis] - begin < limit:
+        return None
+    return (*path[:axis], path[axis] - begin, *path[axis + 1 :])
+
+
+def _ragged_axes(sizes: Sizes, wanted: list[int] | None) -> list[int]:
+    """The ragged axes of a sequence: those of the data, or those ``wanted``, if no other is uneven."""
     least = np.where(sizes.table == _UNKNOWN, _LARGEST, sizes.table)
     uneven = np.flatnonzero(least.min(axis=0, initial=_LARGEST) < sizes.table.max(axis=0, initial=0)).tolist()
     if wanted is None:
         return sorted({0, *uneven})
-    axes = padding_rules.resolve_axes(wanted, rank)
     for axis in uneven:
-        if axis not in axes:
+        if axis not in wanted:
             rows = least[:, axis].argmin(), sizes.table[:, axis].argmax()
             found = " and ".join(f"{sizes.table[row, axis]} in sequences[{sizes.owners[row]}]" for row in rows)
-            raise padding_rules.uneven_axis(axis, f"Its size is {found}.", axes)
-    return axes
+            raise padding_rules.uneven_axis(axis, f"Its size is {found}.", wanted)
+    return wanted
 
 
 def _lengths(sizes: Sizes, axis: int, batch: int) -> np.ndarray:
@@ -206,37 +235,22 @@ def _dtype(blocks: list[Block], options: padding_rules.Options) -> np.dtype:
     return dtype
 
 
-def _windows_of(lengths: np.ndarray, longest: int, options: padding_rules.Options) -> Windows:
-    kept = np.minimum(lengths, longest)
-    begins = lengths - kept if options.truncating == "pre" else np.zeros_like(kept)
-    places = longest - kept if options.padding == "pre" else np.zeros_like(kept)
-    return Windows(begins, kept, places)
-
-
-def _fill_rows(blocks: list[Block], values: np.ndarray, windows: Windows) -> np.ndarray:
+def _fill_rows(blocks: list[Block], values: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Copies one block for each row into ``values``, where its first axis alone is ragged; returns the mask."""
-    for row, block, begin, size, place in zip(values, blocks, *map(np.ndarray.tolist, windows)):
+    for row, block, begin in zip(values, blocks, begins.tolist()):
         if block.array.size:
-            row[place : place + size] = block.array[begin : begin + size]
-    positions = np.arange(values.shape[1])
-    before = windows.places[:, None]
-    return (positions >= before) & (positions < before + windows.kept[:, None])
+            row[begin : begin + len(block.array)] = block.array
+    positions, before = np.arange(values.shape[1]), begins[:, None]
+    return np.asarray((positions >= before) & (positions < before + lengths[:, None]))
 
 
-def _fill_each(blocks: list[Block], values: np.ndarray, mask: np.ndarray, axis: int, windows: Windows) -> None:
-    """Copies every block into ``values`` and marks it in ``mask``; ``axis`` is the first ragged one, of ``values``."""
-    begins, kept, places = (part.tolist() for part in windows)
+def _fill_each(blocks: list[Block], values: np.ndarray, mask: np.ndarray, axis: int, begins: np.ndarray) -> None:
+    """Copies every block into ``values`` and marks it in ``mask``; rows begin at ``begins`` on ``axis`` of values."""
     for path, array, *_ in blocks:
-        begin, size, place = begins[path[0]], kept[path[0]], places[path[0]]
         array = array.reshape(array.shape + (0,) * (values.ndim - len(path) - array.ndim))
+        begin = int(begins[path[0]])
         index: list[Any] = [*path, *map(slice, array.shape)]
-        if axis < len(path):
-            if not begin <= path[axis] < begin + size:
-                continue
-            index[axis] += place - begin
-        else:
-            array = array[(slice(None),) * (axis - len(path)) + (slice(begin, begin + size),)]
-            index[axis] = slice(place, place + size)
+        index[axis] = index[axis] + begin if axis < len(path) else slice(begin, begin + index[axis].stop)
         mask[tuple(index[: mask.ndim])] = True
         if array.size:
             values[tuple(index)] = array

@@ -17,19 +17,18 @@ def pad(tf: Any, sequences: Any, options: padding_rules.Options) -> tuple[Any, A
     if isinstance(sequences, (list, tuple)) and not any(tf.is_tensor(item) for item in sequences):
         return _pad_nested(tf, sequences, options)
     ragged, axes = _as_ragged(tf, sequences, options.ragged_axes)
-    _check_even(tf, ragged, axes)
-    ragged = _cast(tf, ragged, options.dtype)
     first, last = axes[0] + 1, axes[-1] + 1  # among the axes of the batch
     lengths = _lengths(tf, ragged, first)
     if options.length is not None:
         if options.truncating == "error":
             _check_lengths(tf, lengths, options.length)
-        elif options.truncating == "pre":
-            end = slice(-options.length, None) if options.length else slice(0, 0)
-            ragged = ragged[(slice(None),) * first + (end,)]
+        begin = -options.length if options.truncating == "pre" and options.length else 0
+        ragged = ragged[(slice(None),) * first + (slice(begin, None if begin else options.length),)]
         lengths = tf.minimum(lengths, options.length)
+    _check_even(tf, ragged, axes)
+    ragged = _cast(tf, ragged, options.dtype)
     shape = [options.length if axis == first else None for axis in range(ragged.shape.rank)]
-    values = ragged.to_tensor(shape=shape)  # this cuts behind, where sequences are longer
+    values = ragged.to_tensor(shape=shape)
     splits = ragged.nested_row_splits[:last]
     real = tf.RaggedTensor.from_nested_row_splits(tf.ones([splits[-1][-1]], tf.bool), splits, validate=False)
     mask = real.to_tensor(False, shape=shape[: last + 1])

@@ -29,4 +29,6 @@ def main() -> int:
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
+    if code == 0 and "horovod.tensorflow" in sys.modules:
+        sys.modules["horovod.tensorflow"].shutdown()  # together with the others, else they report a lost peer
     os._exit(code)  # engines leave threads behind that can hang an ordinary exit

@@ -96,7 +96,7 @@ class Backend(abc.ABC):
         """What the engine's optimiser then does with the gradients that ``reduce_gradients`` returned."""
         return list(gradients)
 
-    def broadcast(self, variables: Sequence[tf.Variable], root: int) -> None:
+    def broadcast(self, variables: Sequence[tf.Variable], root: int) -> None:  # noqa: B027 (nothing is right)
         """Give all workers the values of worker ``root``. Strategies keep copies alike by themselves."""
 
     def join_shares(self, value: Any) -> tf.Tensor:

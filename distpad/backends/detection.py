@@ -65,11 +65,8 @@ def _detect(function: str) -> base.Backend:
 
 def _horovod_ranks() -> int:
     """The ranks of an initialised Horovod, or 0. Horovod is looked at only where the process has imported it."""
-    if "horovod.tensorflow" not in sys.modules and "horovod.common.basics" not in sys.modules:
-        return 0
-    import horovod.tensorflow as hvd
-
-    return int(hvd.size()) if hvd.is_initialized() else 0
+    hvd = sys.modules.get("horovod.tensorflow")
+    return int(hvd.size()) if hvd is not None and hvd.is_initialized() else 0
 
 
 def _refuse_a_lone_member(function: str) -> None:

@@ -1,108 +1,11 @@
-"""The world that these tests run in, made once a process, as DISTPAD_WORLD says (tests/worlds.py)."""
+"""The world that these tests run in, as DISTPAD_WORLD says (tests/worlds.py)."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from typing import Any
-
-import numpy as np
 import pytest
-import tensorflow as tf
-import worlds
-
-from distpad import backends
-
-
-class World:
-    """An engine and its replicas, some of which are this process's."""
-
-    def __init__(self, spec: str) -> None:
-        self.kind, self.num_replicas = worlds.parse(spec)
-        self.strategy = self._strategy()
-        self.local_backend = backends.LocalBackend()
-        if self.kind in ("horovod", "mpirun"):
-            import horovod.tensorflow as hvd
-
-            hvd.init()
-            self.backend: backends.Backend = backends.HorovodBackend()
-        else:
-            self.backend = backends.StrategyBackend(self.strategy) if self.strategy else self.local_backend
-
-    def _strategy(self) -> tf.distribute.Strategy | None:
-        if self.kind == "mirrored":
-            cpu = tf.config.list_physical_devices("CPU")[0]
-            logical = [tf.config.LogicalDeviceConfiguration()] * self.num_replicas
-            tf.config.set_logical_device_configuration(cpu, logical)
-            return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(self.num_replicas)])
-        if self.kind == "multiworker":
-            options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=60)
-            return tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
-        return tf.distribute.OneDeviceStrategy("CPU:0") if self.kind == "onedevice" else None
-
-    @property
-    def several_workers(self) -> bool:
-        return self.backend.num_workers > 1
-
-    def run(self, function: Callable[..., Any], given: Callable[[int], Any], *, graph: bool = True) -> dict[int, Any]:
-        """Call ``function(given(r))`` on each replica r; returns this process's results by replica, as NumPy."""
-        called = tf.function(function) if graph and self.strategy is None else function
-        if self.strategy is None:
-            arguments = tf.nest.map_structure(tf.convert_to_tensor, given(self.backend.worker_index))
-            return {self.backend.worker_index: _numpy(called(arguments))}
-        strategy, mine = self.strategy, []
-
-        def value_of(context: tf.distribute.experimental.ValueContext) -> Any:
-            mine.append(context.replica_id_in_sync_group)
-            return tf.nest.map_structure(tf.convert_to_tensor, given(context.replica_id_in_sync_group))
-
-        arguments = strategy.experimental_distribute_values_from_function(value_of)
-        step = lambda values: strategy.run(called, args=(values,))
-        results = (tf.function(step) if graph else step)(arguments)
-        return dict(zip(mine, _each(strategy, results)))
-
-    def reduce(self, gradients: list[Any]) -> list[Any]:
-        """What the engine's optimiser does with the replicas' gradients that ``distpad.gradient`` returned."""
-        if self.strategy is None:
-            return gradients
-        return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, gradients)
-
-    def scope(self) -> Any:
-        import contextlib
-
-        return self.strategy.scope() if self.strategy else contextlib.nullcontext()
-
-
-def _each(strategy: tf.distribute.Strategy, results: Any) -> list[Any]:
-    """Per-replica results as one structure a replica."""
-    columns = [strategy.experimental_local_results(leaf) for leaf in tf.nest.flatten(results)]
-    return [_numpy(tf.nest.pack_sequence_as(results, list(row))) for row in zip(*columns)]
-
-
-def _numpy(values: Any) -> Any:
-    return tf.nest.map_structure(lambda value: value.numpy() if hasattr(value, "numpy") else np.asarray(value), values)
-
-
-def counting(backend):
-    """The same backend, counting its sums: every exchange is one."""
-
-    def all_reduce_sum(self, tensor):
-        self.calls += 1
-        return type(backend).all_reduce_sum(self, tensor)
-
-    counted = object.__new__(type("Counting", (type(backend),), {"all_reduce_sum": all_reduce_sum}))
-    counted.__dict__.update(backend.__dict__, calls=0)
-    return counted
+import replica_world
 
 
 @pytest.fixture(scope="session")
-def world() -> Iterator[World]:
-    spec = os.environ.get("DISTPAD_WORLD", "local")
-    made = World(spec)
-    # a test of something distributed proves nothing on one replica
-    assert made.backend.num_replicas == worlds.parse(spec)[1]
-    yield made
-    if spec.startswith(("horovod", "mpirun")):
-        import horovod.tensorflow as hvd
-
-        hvd.shutdown()
+def world() -> replica_world.World:
+    return replica_world.made()

@@ -83,9 +83,9 @@ def test_plain_numbers_are_no_tensors(world):
         distpad.pad_to_global_max([[1, 2], [3]], backend=world.backend)
     with pytest.raises(ValueError, match="tensors is empty"):
         distpad.gather({}, backend=world.backend)
-    with pytest.raises(TypeError, match="value is 0.5, expected a int32"):
+    with pytest.raises(TypeError, match=r"value is 0\.5, expected a int32"):
         distpad.gather(np.ones([1, 1], "int32"), value=0.5, backend=world.backend)
-    with pytest.raises(ValueError, match="axis is .*expected a nest like that of tensors"):
+    with pytest.raises(ValueError, match=r"axis is .*expected a nest like that of tensors"):
         distpad.gather({"a": np.ones([1, 1])}, axis={"b": 1}, backend=world.backend)
 
 

@@ -1,4 +1,4 @@
-"""model.compile(loss=DistributedLoss(...)) and fit: the history and weights of one device, on any number of replicas."""
+"""compile(loss=DistributedLoss(...)) and fit: the history and weights of one device, on any number of replicas."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def dataset(mask_by):
     width = max(part["y"].shape[1] for part in parts)
 
     def wide(name, filling):
-        rest = lambda part: [(0, 0), (0, width - part["y"].shape[1])] + [(0, 0)] * (part[name].ndim - 2)
+        rest = lambda part: [(0, 0), (0, width - part["y"].shape[1]), (0, 0)][: part[name].ndim]
         return np.concatenate([np.pad(part[name], rest(part), constant_values=filling) for part in parts])
 
     columns = [wide("x", 0), wide("y", -99)]

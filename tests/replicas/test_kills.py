@@ -43,3 +43,19 @@ def test_rows_of_padding_alone_are_no_sequences(world, average):
         assert oracle.relative_error(value, total / count) <= 1e-6
         wanted = np.array([2.0 + 2 * replica, 0.0, 4.0 + 2 * replica]) / count * world.backend.share_scale
         assert oracle.relative_error(gradient, wanted) <= 1e-6
+
+
+def test_counts_of_a_step_without_valid_positions(world):
+    """A step that the pipeline filled up has counts of 0: the value and all gradients are 0, never NaN."""
+    with world.scope():
+        w = tf.Variable([[2.0], [3.0]])
+    loss_fn = distpad.DistributedLoss(lambda t, p: tf.square(t - p)[..., 0], backend=world.backend)
+
+    def step(x):
+        with tf.GradientTape() as tape:
+            loss = loss_fn(x[..., :1], x @ w, lengths=[0, 0], denominator=distpad.Counts(0.0, 0.0))
+        return loss, distpad.gradient(tape, loss, [w], backend=world.backend)
+
+    for value, (gradient,) in world.run(step, lambda r: np.full([2, 3, 2], 1.0 + r, "float32")).values():
+        assert value == 0
+        np.testing.assert_array_equal(gradient, [[0.0], [0.0]])

@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import tensorflow as tf
-from conftest import counting
+from replica_world import counting
 
 import distpad
 
@@ -60,7 +60,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("average, scenario, source, dtype, graph", CASES)
+@pytest.mark.parametrize(("average", "scenario", "source", "dtype", "graph"), CASES)
 def test_gradient_equals_one_device(world, average, scenario, source, dtype, graph):
     padding_value = -99 if "padding_value" in source else None
     loss_fn = distpad.DistributedLoss(

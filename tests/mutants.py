@@ -1,0 +1,372 @@
+"""The tests can fail: each mutant of the product, in a copy of the checkout, must be killed by an assertion of a test.
+
+    python tests/mutants.py
+    python tests/mutants.py mean-of-means horovod-factor-dropped
+    python tests/mutants.py --list
+
+A mutant is one replacement in one file of the product. First the selected tests run on an unchanged copy, where they
+must pass; then on each mutant, where one of them must fail by an assertion: a mutant that only crashes, hangs or does
+not import shows nothing about the tests. Exits with 1 where one survives, with 2 where the list below is out of date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+COPIED = ("distpad", "tests", "launch", "pyproject.toml")
+LIMIT_S = 110  # of one world, below the time limit of a single test, so that a hang is never taken for a failed test
+JOBS = 2
+# the last lines of pytest's output; "Failed: Timeout" or an exception of the product is no assertion
+ASSERTED = re.compile(r"^FAILED \S+::(.+?) - (?:AssertionError|assert\b|Failed: DID NOT RAISE)", re.MULTILINE)
+START = f"import sys, worlds; sys.exit(worlds.run(sys.argv[1], sys.argv[2:], limit_s={LIMIT_S}))"
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """One wrong product: ``old`` stands exactly once in ``file`` and becomes ``new``.
+
+    Attributes:
+      name: what is wrong with it.
+      file: in distpad/.
+      world: the engine in which the tests run (tests/worlds.py).
+      selection: which tests, as pytest's ``-k`` has it.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    world: str
+    selection: str
+
+
+GRADIENT = "test_gradient_equals_one_device and "
+MUTANTS = (
+    Mutant(
+        name="horovod-factor-dropped",
+        file="losses.py",
+        old="tf.cast(share * backend.share_scale, sums.dtype)",
+        new="tf.cast(share, sums.dtype)",
+        world="horovod:2",
+        selection="test_three_sgd_steps",
+    ),
+    Mutant(
+        name="local-count-for-the-global",
+        file="losses.py",
+        old="else tf.reduce_sum(table[:, 1])",
+        new="else self._count_of(sums)",
+        world="mirrored:2",
+        selection=GRADIENT + "token-uneven",
+    ),
+    Mutant(
+        name="mean-of-means",
+        file="losses.py",
+        old="else tf.reduce_sum(table[:, 1])",
+        new="else self._count_of(sums) * backend.num_replicas",
+        world="mirrored:2",
+        selection=GRADIENT + "token-uneven",
+    ),
+    Mutant(
+        name="mean-of-means-horovod",
+        file="losses.py",
+        old="else tf.reduce_sum(table[:, 1])",
+        new="else self._count_of(sums) * backend.num_replicas",
+        world="horovod:2",
+        selection=GRADIENT + "token-uneven",
+    ),
+    Mutant(
+        name="float16-sum",
+        file="losses.py",
+        old="row_total = tf.reduce_sum(losses * ones, axis=inner)",
+        new="row_total = tf.cast(tf.reduce_sum(tf.cast(losses * ones, tf.float16), axis=inner), losses.dtype)",
+        world="mirrored:2",
+        selection="test_long_float16_sequences",
+    ),
+    Mutant(
+        name="rows-beyond-rows-gathered",
+        file="collectives.py",
+        old="padded = _pad(leaf, to)\n",
+        new="padded, kept = _pad(leaf, to), None\n",
+        world="mirrored:2",
+        selection="test_gather_drops_filling_rows",
+    ),
+    Mutant(
+        name="rows-of-length-0-counted",
+        file="losses.py",
+        old="tf.cast(row_weight > 0, tf.float64)",
+        new="tf.cast(row_weight >= 0, tf.float64)",
+        world="mirrored:2",
+        selection=GRADIENT + "sequence_sum-padding",
+    ),
+    Mutant(
+        name="ctc-rows-of-length-0-counted",
+        file="masking.py",
+        old="rows.append(lengths > 0)",
+        new="rows.append(lengths >= 0)",
+        world="mirrored:2",
+        selection="test_ctc_of_each_sequence and sequence_sum",
+    ),
+    Mutant(
+        name="padded-rows-counted",
+        file="masking.py",
+        old="rows.append(tokens > 0)",
+        new="rows.append(tokens >= 0)",
+        world="mirrored:2",
+        selection="test_rows_of_padding_alone_are_no_sequences",
+    ),
+    Mutant(
+        name="padding-counted",
+        file="losses.py",
+        old="ones = tf.where(mask, ones, 0)",
+        new="ones = tf.ones_like(losses)",
+        world="mirrored:2",
+        selection=GRADIENT + "token-uneven",
+    ),
+    Mutant(
+        name="maximum-of-one-replica",
+        file="collectives.py",
+        old="tf.reduce_max(table[:, i])",
+        new="table[backend.replica_index(), i]",
+        world="mirrored:2",
+        selection="test_pad_to_global_max and True",
+    ),
+    Mutant(
+        name="maximum-of-one-replica-horovod",
+        file="collectives.py",
+        old="tf.reduce_max(table[:, i])",
+        new="table[backend.replica_index(), i]",
+        world="horovod:2",
+        selection="test_pad_to_global_max and True",
+    ),
+    Mutant(
+        name="gradient-not-masked",
+        file="losses.py",
+        old="masking.clean(y_pred, valid.mask, prediction=True)",
+        new="y_pred",
+        world="mirrored:2",
+        selection="test_padded_places_change_no_bit",
+    ),
+    Mutant(
+        name="all-padding-gives-nan",
+        file="losses.py",
+        old="value = tf.math.divide_no_nan(total, count)",
+        new="value = total / count",
+        world="mirrored:2",
+        selection=GRADIENT + "token-all",
+    ),
+    Mutant(
+        name="counts-of-0-give-nan",
+        file="losses.py",
+        old="share = tf.math.divide_no_nan(tf.cast(sums.total, tf.float64), tf.cast(count, tf.float64))",
+        new="share = tf.cast(sums.total, tf.float64) / tf.cast(count, tf.float64)",
+        world="mirrored:2",
+        selection="test_counts_of_a_step_without_valid_positions",
+    ),
+    Mutant(
+        name="value-counted-by-every-replica",
+        file="losses.py",
+        old="value /= backend.num_replicas",
+        new="pass",
+        world="mirrored:2",
+        selection=GRADIENT + "token-uneven",
+    ),
+    Mutant(
+        name="weights-not-counted",
+        file="losses.py",
+        old="row_weight = tf.reduce_sum(ones, axis=inner)",
+        new="row_weight = tf.reduce_sum(tf.cast(tf.not_equal(ones, 0), ones.dtype), axis=inner)",
+        world="mirrored:2",
+        selection=GRADIENT + "padding_value+weights",
+    ),
+    Mutant(
+        name="sequence-mean-is-a-sum",
+        file="losses.py",
+        old="row_total = tf.math.divide_no_nan(row_total, row_weight)",
+        new="pass",
+        world="mirrored:2",
+        selection=GRADIENT + "sequence_mean-uneven",
+    ),
+    Mutant(
+        name="denominator-with-a-collective",
+        file="losses.py",
+        old="exchange.enforce(_NAME, rules)",
+        new="exchange.exchange(backend, _NAME, [], rules)",
+        world="mirrored:2",
+        selection="test_collectives_of_the_loss_are_counted",
+    ),
+    Mutant(
+        name="length-rules-not-exchanged",
+        file="losses.py",
+        old="exchange.exchange(backend, _NAME, payload, rules, complaint)",
+        new="exchange.exchange(backend, _NAME, payload, (), complaint)",
+        world="mirrored:2",
+        selection="test_wrong_lengths_on_one_replica",
+    ),
+    Mutant(
+        name="stack-multiplied-instead-of-chosen",
+        file="backends/base.py",
+        old="tf.where(mine, tensor[tf.newaxis], tf.zeros([], tensor.dtype))",
+        new="tf.cast(mine, tensor.dtype) * tensor[tf.newaxis]",
+        world="mirrored:2",
+        selection="test_nan_stays_in_its_slot",
+    ),
+    Mutant(
+        name="broadcast-from-the-wrong-root",
+        file="backends/horovod.py",
+        old="self._hvd.broadcast(variable.read_value(), root_rank,",
+        new="self._hvd.broadcast(variable.read_value(), self.num_workers - 1 - root_rank,",
+        world="horovod:2",
+        selection="test_broadcast_of_keras_variables",
+    ),
+    Mutant(
+        name="horovod-sums-what-it-should-average",
+        file="backends/horovod.py",
+        old='op = self._hvd.Average if self.gradient_reduction == "mean" else self._hvd.Sum',
+        new="op = self._hvd.Sum",
+        world="horovod:2",
+        selection="test_three_sgd_steps",
+    ),
+    Mutant(
+        name="regularisation-counted-by-every-replica",
+        file="gradients.py",
+        old="tf.cast(resolved.share_scale / resolved.num_replicas, total.dtype)",
+        new="tf.cast(1.0, total.dtype)",
+        world="mirrored:2",
+        selection="test_regularisation_counts_once",
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of a mutant: ``killer`` is the test that failed by an assertion; else ``why`` none did."""
+
+    mutant: Mutant
+    killer: str
+    why: str
+    seconds: float
+    output: str
+
+
+def main() -> int:
+    """Run the mutants that the command line names, all by default; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = {mutant.name: mutant for mutant in MUTANTS}
+    parser.add_argument("names", nargs="*", metavar="NAME", help="mutants (default: all)")
+    parser.add_argument("--list", action="store_true", help="print the mutants and stop")
+    options = parser.parse_args()
+    unknown = [name for name in options.names if name not in known]
+    if unknown:
+        parser.error(f"no mutant is named {', '.join(unknown)}; there are: {', '.join(known)}")
+    chosen = [known[name] for name in options.names] or list(MUTANTS)
+    if options.list:
+        print(*(f"{mutant.name:<40} {mutant.world:<11} {mutant.file}" for mutant in chosen), sep="\n")
+        return 0
+    outdated = [complaint for mutant in MUTANTS if (complaint := check(mutant))]
+    if outdated:
+        print(*outdated, sep="\n")
+        return 2
+    with concurrent.futures.ThreadPoolExecutor(JOBS) as pool:
+        worlds = sorted({mutant.world for mutant in chosen})
+        sound = [*pool.map(lambda world: passes_unchanged(world, chosen), worlds)]
+        if not all(sound):
+            return 2
+        outcomes = []
+        for outcome in pool.map(attack, chosen):  # in order, each as soon as it is known
+            outcomes.append(outcome)
+            print(line(outcome), flush=True)
+    survivors = [outcome for outcome in outcomes if not outcome.killer]
+    for outcome in survivors:
+        print(f"\n=== {outcome.mutant.name}: {outcome.why}\n{outcome.output[-4000:]}")
+    print(f"\n{len(outcomes) - len(survivors)} passed, {len(survivors)} failed")
+    return 1 if survivors else 0
+
+
+def check(mutant: Mutant) -> str:
+    """What is out of date about a mutant; nothing where its place in the product is found exactly once."""
+    found = (ROOT / "distpad" / mutant.file).read_text(encoding="utf-8").count(mutant.old)
+    if found == 1:
+        return ""
+    place = f"{mutant.old!r} is {found} times in distpad/{mutant.file}, expected once"
+    return f"{mutant.name}: {place}. The product changed, renew this mutant."
+
+
+def passes_unchanged(world: str, mutants: list[Mutant]) -> bool:
+    """Whether all that a world's mutants are attacked with passes on the product as it is."""
+    selections = sorted({mutant.selection for mutant in mutants if mutant.world == world})
+    start = time.monotonic()
+    with copy() as folder:
+        code, output = run(folder, world, " or ".join(f"({selection})" for selection in selections))
+    print(f"{'(unchanged)':<40} {world:<11} {'passes' if code == 0 else 'FAILS':<60} {time.monotonic() - start:5.0f} s")
+    if code:
+        print(f"{world}: the tests must pass before they can kill anything (exit code {code})\n{output}")
+    return code == 0
+
+
+def attack(mutant: Mutant) -> Outcome:
+    """Run a mutant's selection against it."""
+    start = time.monotonic()
+    with copy() as folder:
+        path = folder / "distpad" / mutant.file
+        path.write_text(path.read_text(encoding="utf-8").replace(mutant.old, mutant.new), encoding="utf-8")
+        code, output = run(folder, mutant.world, mutant.selection)
+    asserted = ASSERTED.search(output)
+    killer, why = "", "survived: all tests passed"
+    if code and asserted:
+        killer, why = asserted[1], ""
+    elif code:
+        why = f"no assertion failed (exit code {code}): it crashed, hung, or no test was selected"
+    return Outcome(mutant, killer, why, time.monotonic() - start, output)
+
+
+@contextlib.contextmanager
+def copy() -> Iterator[pathlib.Path]:
+    """The checkout's product and tests in a folder of their own."""
+    with tempfile.TemporaryDirectory(prefix="distpad-mutant-") as folder:
+        for name in COPIED:
+            source, target = ROOT / name, pathlib.Path(folder, name)
+            if source.is_dir():
+                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy2(source, target)
+        yield pathlib.Path(folder)
+
+
+def run(folder: pathlib.Path, world: str, selection: str) -> tuple[int, str]:
+    """The selected tests of a copy in a world: exit code and output of all its ranks."""
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "2", "COLUMNS": "400", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", START, world, "-k", selection]
+    done = subprocess.run(
+        command,
+        cwd=folder / "tests",
+        env={**os.environ, **quiet},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    return done.returncode, done.stdout
+
+
+def line(outcome: Outcome) -> str:
+    mutant = outcome.mutant
+    found = f"killed by {outcome.killer}" if outcome.killer else f"NOT KILLED, {outcome.why}"
+    return f"{mutant.name:<40} {mutant.world:<11} {found:<60} {outcome.seconds:5.0f} s"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""What only several processes can show: errors that reach all workers, broadcasts, and Horovod's own settings."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import oracle
+import pytest
+import tensorflow as tf
+
+import distpad
+
+LIMIT_S = 30  # an error that takes longer than this to reach all workers is a hang
+
+
+@pytest.fixture(autouse=True)
+def _several(world):
+    assert world.backend.num_workers > 1
+
+
+@pytest.fixture
+def horovod(world):
+    if world.strategy is not None:
+        pytest.skip("a setting of Horovod's")
+    import horovod.tensorflow as hvd
+
+    return hvd
+
+
+def share(world, value, **options):
+    loss_fn = distpad.DistributedLoss(lambda t, p: tf.abs(t - p), backend=world.backend, **options)
+    return lambda mask: loss_fn(tf.zeros([2, 3]), tf.fill([2, 3], float(value)), mask=mask)
+
+
+def test_peers_are_shown_what_the_faulty_replica_said(world):
+    last = world.num_replicas - 1
+    given = lambda r: np.ones([2, 5 if r == last else 3], bool)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"mask has shape \(2, 5\)") as raised:
+        world.run(share(world, 1), given, graph=False)
+    assert time.monotonic() - started < LIMIT_S
+    said_by_peer = f"replica {last} refused its arguments" in str(raised.value)
+    assert said_by_peer == (world.backend.worker_index != last)
+
+
+def test_variables_that_differ_between_workers_are_refused_on_all(world):
+    count = 1 + (world.backend.worker_index == 0)
+    with world.scope():
+        variables = [tf.Variable(0.0) for _ in range(2)]
+    with pytest.raises(ValueError, match=r"numbers: 1 to 2"):
+        distpad.broadcast_variables(variables[:count], backend=world.backend)
+
+
+def test_outside_any_scope_nothing_is_guessed(world):
+    if world.strategy is None:
+        assert isinstance(distpad.backends.resolve(), distpad.backends.HorovodBackend)
+        return
+    with pytest.raises(ValueError, match=r"TF_CONFIG names 2 workers.*strategy\.run"):
+        distpad.DistributedLoss(lambda t, p: p)(tf.ones([1, 1]), tf.ones([1, 1]))
+    assert distpad.backends.resolve("local").num_replicas == 1
+
+
+def test_horovods_own_tape_is_refused(world, horovod):
+    with horovod.DistributedGradientTape(tf.GradientTape()) as tape:
+        loss = tf.Variable(1.0) * 2.0
+    with pytest.raises(TypeError, match=r"plain tf\.GradientTape"):
+        distpad.gradient(tape, loss, [])
+
+
+@pytest.mark.parametrize("op", ["average", "sum"])
+def test_who_keeps_horovods_own_tape_says_how_it_reduces(world, horovod, op):
+    reduction = {"average": horovod.Average, "sum": horovod.Sum}[op]
+    backend = distpad.backends.HorovodBackend(op=op)
+    kernel, bias = (tf.Variable(value) for value in oracle.weights())
+    loss_fn = distpad.DistributedLoss(tf.nn.sparse_softmax_cross_entropy_with_logits, backend=backend)
+    batch = oracle.padded(oracle.rows_of(backend.worker_index, "uneven", world.num_replicas), "float64")
+    with horovod.DistributedGradientTape(tf.GradientTape(), op=reduction) as tape:
+        loss = loss_fn(batch["y"], batch["x"] @ kernel + bias, lengths=batch["lengths"])
+    found = tape.gradient(loss, [kernel, bias])
+    rows = [row for r in range(world.num_replicas) for row in oracle.rows_of(r, "uneven", world.num_replicas)]
+    value, *expected = oracle.cross_entropy(rows, *oracle.weights(), "token", False)
+    assert oracle.relative_error(loss_fn.global_value(loss), value) <= 1e-12
+    assert max(map(oracle.relative_error, found, expected)) <= 1e-12
+
+
+def test_compressed_gradients_lose_no_more_than_float16_does(world, horovod):
+    backend = distpad.backends.HorovodBackend(compression=horovod.Compression.fp16)
+    x = tf.Variable(np.random.default_rng(0).normal(size=[50]).astype("float32"))
+    with tf.GradientTape() as tape:
+        loss = distpad.DistributedLoss(lambda t, p: p, backend=backend)(tf.zeros([1, 50]), tf.square(x)[None])
+    (found,) = distpad.gradient(tape, loss, [x], backend=backend)
+    error = oracle.relative_error(found, 2 * x.numpy().astype("float64") / 50)
+    assert 1e-6 < error < 1e-2  # compressed indeed, and not more than that
+
+
+def test_adasum_and_unknown_operations_are_refused(world, horovod):
+    with pytest.raises(ValueError, match="Adasum is neither"):
+        distpad.backends.HorovodBackend(op="adasum")
+    with pytest.raises(ValueError, match="one of 'average', 'sum'"):
+        distpad.backends.HorovodBackend(op="mean")
+
+
+def test_a_graph_refuses_on_all_workers(world):
+    """Last of this file: TensorFlow's own collectives do not work again after a graph that failed."""
+    last = world.num_replicas - 1
+    started = time.monotonic()
+    with pytest.raises((tf.errors.InvalidArgumentError, tf.errors.InternalError, tf.errors.UnavailableError)) as raised:
+        world.run(share(world, 1), lambda r: np.ones([2, 5 if r == last else 3], bool), graph=True)
+    assert "refused its arguments" in str(raised.value)
+    assert time.monotonic() - started < LIMIT_S
