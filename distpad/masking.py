@@ -31,11 +31,11 @@ class Valid(NamedTuple):
 
 
 def as_tensor(value: Any) -> Any:
-    """A tensor from an array, a variable or nested numbers. A nest of tensors, or a composite one, stays as it is."""
+    """A tensor from an array, a variable or lists of numbers. A nest of tensors, or a composite one, stays as it is."""
     if isinstance(value, (tf.RaggedTensor, tf.SparseTensor)):
         return value
-    leaves = tf.nest.flatten(value)
-    is_nest = isinstance(value, (dict, list, tuple)) and not all(np.isscalar(leaf) for leaf in leaves)
+    is_list = isinstance(value, list) and all(np.isscalar(leaf) for leaf in tf.nest.flatten(value))
+    is_nest = isinstance(value, (dict, list, tuple)) and not is_list
     return value if is_nest else tf.convert_to_tensor(value)
 
 

@@ -238,7 +238,7 @@ def _filling(tf: Any, value: Any, dtype: Any, inner: tuple[int, ...] | None) -> 
 def _move_back(tf: Any, padded: Any, lengths: Any, axis: int) -> Any:
     """What was padded behind along ``axis``, padded in front instead."""
     longest = tf.shape(padded)[axis]
-    places = (tf.range(longest) - (longest - lengths)[:, tf.newaxis]) % tf.maximum(longest, 1)
+    places = (tf.range(longest) - (longest - lengths)[:, tf.newaxis]) % longest
     return tf.gather(padded, places, axis=axis, batch_dims=1)
 
 

@@ -31,9 +31,9 @@ def parse(spec: str) -> tuple[str, int]:
 def command(spec: str, arguments: list[str]) -> list[str]:
     """What starts a world: its own launcher, around the same pytest in each process."""
     kind, count = parse(spec)
-    folders = [str(TESTS / "replicas")] + ([str(TESTS / "workers")] if kind in _STARTERS else [])
+    folders = [str(TESTS / "replicas")] + ([str(TESTS / "workers")] if kind in STARTERS else [])
     pytest = [sys.executable, str(TESTS / "rank.py"), *folders, *arguments]
-    return [*_STARTERS.get(kind, lambda _: [])(count), *pytest]
+    return [*STARTERS.get(kind, lambda _: [])(count), *pytest]
 
 
 def _horovod(count: int) -> list[str]:
@@ -50,7 +50,7 @@ def _multiworker(count: int) -> list[str]:
     return [str(TESTS.parent / "launch" / "multiworker.sh"), "-np", str(count), "--"]
 
 
-_STARTERS = {"horovod": _horovod, "mpirun": _mpirun, "multiworker": _multiworker}
+STARTERS = {"horovod": _horovod, "mpirun": _mpirun, "multiworker": _multiworker}
 
 
 def _beside_python(name: str) -> str:

@@ -24,13 +24,14 @@ def batches():
 
 
 def dataset(mask_by):
-    """What fit is fed: padded inputs (zeros), labels (-99, or anything), and the mask as weights where that is asked."""
+    """What fit is fed: padded inputs (zeros) and labels (-99), and the mask as weights where that is asked."""
     parts = [oracle.padded(rows, "float32", beyond=0) for rows in batches()]
     width = max(part["y"].shape[1] for part in parts)
 
     def wide(name, filling):
-        rest = lambda part: [(0, 0), (0, width - part["y"].shape[1]), (0, 0)][: part[name].ndim]
-        return np.concatenate([np.pad(part[name], rest(part), constant_values=filling) for part in parts])
+        behind = lambda part: [(0, 0), (0, width - part["y"].shape[1]), (0, 0)][: part[name].ndim]
+        columns = [np.pad(part[name], behind(part), constant_values=filling) for part in parts]
+        return np.concatenate(columns)
 
     columns = [wide("x", 0), wide("y", -99)]
     if mask_by == "sample_weight":
