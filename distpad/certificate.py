@@ -32,7 +32,11 @@ class Line(NamedTuple):
 
 
 class Certificate(NamedTuple):
-    """The result of ``certify``; ``str()`` prints it as a table."""
+    """The result of ``certify``; ``str()`` prints it as a table.
+
+    >>> Certificate("local", 1, 1, (Line("random lengths", "float64", 3, 2e-16, 1e-12),)).passed
+    True
+    """
 
     engine: str
     num_replicas: int

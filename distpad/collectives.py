@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from distpad import backends, errors, exchange, masking
@@ -121,7 +122,7 @@ def _leaves(function: str, tensors: Any, axis: Any, value: Any, lengths: Any) ->
         raise ValueError(errors.sentence(function, "tensors", "empty", "at least one tensor"))
     names = [str(path) for path in _paths(tensors)]
     columns = []
-    for name, given in (("axis", axis), ("value", value), ("lengths", lengths)):
+    for name, given in (("axis", axis), ("value", value), ("lengths", _lists_as_arrays(lengths))):
         if tf.nest.is_nested(tensors) and tf.nest.is_nested(given):
             try:
                 tf.nest.assert_same_structure(tensors, given)
@@ -148,6 +149,17 @@ def _leaves(function: str, tensors: Any, axis: Any, value: Any, lengths: Any) ->
             one_lengths = masking.check_lengths(one_lengths)
         result.append(_Leaf(tensor, one_axis, filling, one_lengths, where))
     return result
+
+
+def _lists_as_arrays(lengths: Any) -> Any:
+    """Lists of numbers are somebody's lengths; TensorFlow would take them for more of the nest."""
+    if isinstance(lengths, dict):
+        return {key: _lists_as_arrays(item) for key, item in lengths.items()}
+    if isinstance(lengths, (list, tuple)):
+        if all(isinstance(item, (int, np.integer)) for item in lengths):
+            return np.array(lengths, np.int64)
+        return [_lists_as_arrays(item) for item in lengths] if isinstance(lengths, list) else lengths
+    return lengths
 
 
 def _agree(

@@ -21,6 +21,10 @@ class Counts(NamedTuple):
 
 
 class WeightedCounts(Counts):
-    """Counts in which each position counts with its sample weight: the loss must be given the same weights."""
+    """Counts in which each position counts with its sample weight: the loss must be given the same weights.
+
+    >>> isinstance(WeightedCounts(tokens=7.5, sequences=3.0), Counts)
+    True
+    """
 
     __slots__ = ()

@@ -115,11 +115,6 @@ def global_value(loss: Any, *, backend: Any = None) -> tf.Tensor:
     2.0
     """
     resolved = backends.resolve(backend, function="global_value")
-    if isinstance(loss, tf.distribute.DistributedValues) and not isinstance(resolved, backends.StrategyBackend):
-        raise ValueError(
-            f"global_value: loss is a {type(loss).__name__}, but no strategy is in scope. Write backend=strategy, or "
-            "use the loss's own global_value."
-        )
     return resolved.join_shares(loss)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import operator
 from collections.abc import Iterable
 
 from distpad import errors
@@ -17,6 +18,7 @@ class Ladder:
 
     Raises:
       ValueError: no rungs, rungs that do not rise or are below 1, an unknown ``beyond``.
+      TypeError: rungs that are no whole numbers.
 
     >>> ladder = Ladder([8, 16, 32])
     >>> ladder(9), ladder(16), ladder.boundaries
@@ -24,7 +26,10 @@ class Ladder:
     """
 
     def __init__(self, boundaries: Iterable[int], *, beyond: str = "raise") -> None:
-        self.boundaries = tuple(int(rung) for rung in boundaries)
+        given = list(boundaries)
+        if any(isinstance(rung, bool) or not hasattr(rung, "__index__") for rung in given):
+            raise TypeError(errors.sentence("Ladder", "boundaries", given, "whole numbers"))
+        self.boundaries = tuple(operator.index(rung) for rung in given)
         rising = all(a < b for a, b in zip(self.boundaries, self.boundaries[1:]))
         if not self.boundaries or self.boundaries[0] < 1 or not rising:
             raise ValueError(
@@ -61,11 +66,14 @@ class Ladder:
 
     def __call__(self, n: int) -> int:
         """The smallest rung that is at least ``n``. Raises ValueError above the last, unless ``beyond="multiples"``."""
+        n = operator.index(n)
+        if n < 0:
+            raise ValueError(errors.sentence("Ladder", "length", n, "at least 0"))
         last = self.boundaries[-1]
         if n <= last:
             return self.boundaries[bisect.bisect_left(self.boundaries, n)]
         if self.beyond == "multiples":
-            return -(-int(n) // last) * last
+            return -(-n // last) * last
         raise ValueError(
             errors.sentence(
                 "Ladder", "length", n, f"at most {last}, the last rung", "Add a rung, or beyond='multiples'."

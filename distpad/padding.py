@@ -29,6 +29,9 @@ class Padded(NamedTuple):
       lengths: ``[batch]`` int32, of the first ragged axis.
       mask: bool, true on real elements; the shape of ``values`` up to and including the last ragged axis. None where
         it was not asked for.
+
+    >>> Padded(values=[[1, 0]], lengths=[1]).mask is None
+    True
     """
 
     values: Any

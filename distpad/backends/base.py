@@ -86,6 +86,9 @@ class Backend(abc.ABC):
         """
         return [tf.function(function)(given(self.worker_index))]
 
+    def close(self) -> None:  # noqa: B027 (nothing is right)
+        """End what the engine keeps running in this process, before it exits."""
+
     # -- gradients and variables --------------------------------------------------------------------------------------
 
     def reduce_gradients(self, gradients: Sequence[Any]) -> list[Any]:
@@ -101,5 +104,10 @@ class Backend(abc.ABC):
 
     def join_shares(self, value: Any) -> tf.Tensor:
         """The global value of a replica's share: the sum, or under "mean" the mean. Collective."""
+        if isinstance(value, tf.distribute.DistributedValues):
+            raise ValueError(
+                f"global_value: loss is a {type(value).__name__}, but no strategy is in scope. Write backend=strategy, "
+                "or use the loss's own global_value."
+            )
         total = self.all_reduce_sum(tf.convert_to_tensor(value))
         return total / tf.cast(self.share_scale, total.dtype)

@@ -93,6 +93,9 @@ class HorovodBackend(base.Backend):
 
         assign_all()
 
+    def close(self) -> None:
+        self._hvd.shutdown()
+
     def _all_reduce(self, tensor: tf.Tensor, op: Any, name: str) -> tf.Tensor:
         return self._hvd.allreduce(tensor, op=op, name=name, process_set=self.process_set)
 

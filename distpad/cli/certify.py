@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import Any, Optional
 
 import typer
@@ -44,7 +43,7 @@ def certify(
     certificate = distpad.certify(loss=_mean_of_own if naive else None, cases=cases, seed=seed, backend=engine)
     if engine.worker_index == 0:
         typer.echo(str(certificate))
-    sys.stdout.flush()
+    engine.close()
     raise typer.Exit(0 if certificate.passed else 1)
 
 
