@@ -136,6 +136,9 @@ def _leaves(function: str, tensors: Any, axis: Any, value: Any, lengths: Any) ->
         if isinstance(tensor, (int, float, str)):  # lists are nests here, as everywhere in TensorFlow
             remedy = "Nested lists of numbers are padded by distpad.pad."
             raise TypeError(errors.sentence(function, f"tensors{where}", repr(tensor), "a tensor or an array", remedy))
+        if isinstance(tensor, (tf.RaggedTensor, tf.SparseTensor)):
+            kind, remedy = type(tensor).__name__, "Use distpad.pad first."
+            raise TypeError(errors.sentence(function, f"tensors{where}", kind, "a padded tensor", remedy))
         tensor = tf.convert_to_tensor(tensor)
         if tensor.shape.rank is None:
             raise ValueError(

@@ -116,6 +116,28 @@ def test_denominator_makes_the_step_free_of_collectives(world):
                 assert max(map(oracle.relative_error, found, gradients)) <= 1e-12
 
 
+def test_global_value_outside_any_scope(world):
+    """The loss remembers the backend that it ran on: what strategy.run returned is joined outside a scope too."""
+    loss_fn = distpad.DistributedLoss(lambda t, p: p, backend=world.backend)
+
+    def step(x):
+        return loss_fn(tf.zeros_like(x), x, denominator=2.0 * world.num_replicas)
+
+    given = lambda r: np.full([1, 2], 1.0 + r)
+    if world.strategy is None:
+        returned = step(tf.constant(given(world.backend.worker_index)))
+    else:
+        batches = world.strategy.experimental_distribute_values_from_function(
+            lambda context: tf.constant(given(context.replica_id_in_sync_group))
+        )
+        returned = world.strategy.run(step, args=(batches,))
+        if world.num_replicas > 1 and not world.several_workers:
+            with pytest.raises(ValueError, match="no strategy is in scope"):
+                distpad.global_value(returned)
+    expected = np.mean([1.0 + r for r in range(world.num_replicas)])
+    assert oracle.relative_error(loss_fn.global_value(returned), expected) <= 1e-12
+
+
 def test_collectives_of_the_loss_are_counted(world):
     """One all-reduce without a denominator, none with it: counted at the backend, where all of them pass."""
     backend = counting(world.backend)
