@@ -66,6 +66,8 @@ class Ladder:
 
     def __call__(self, n: int) -> int:
         """The smallest rung that is at least ``n``. Raises ValueError above the last, unless ``beyond="multiples"``."""
+        if not hasattr(n, "__index__"):
+            raise TypeError(errors.sentence("Ladder", "length", repr(n), "a whole number"))
         n = operator.index(n)
         if n < 0:
             raise ValueError(errors.sentence("Ladder", "length", n, "at least 0"))

@@ -1,0 +1,88 @@
+"""How far training on several replicas departs from training on one, with distpad and with the mean of means.
+
+Plain gradient descent, since an optimiser that normalises its steps would hide a wrong scale.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+from handwriting import engines, learner, model, rows
+from handwriting.engines import Engine
+
+STEPS = 60
+LEARNING_RATE = 0.05
+
+
+def measure(
+    engine: Engine, source: rows.Source, config: model.Config, batch_size: int, steps: int = STEPS
+) -> dict[str, object]:
+    """Compare, after each step, the weights with those of one device that is given the same global batches whole.
+
+    Collective: all workers call it, and only worker 0 trains the single device and gets distances.
+
+    Returns:
+        What ``save`` writes: "backend", "replicas", "batch_size", "distpad" and "naive" (the distance after each step,
+        ``|w - w1| / |w1|``), "seconds".
+    """
+    start = time.monotonic()
+    weights = model.build(config).get_weights()
+    # All workers build the single device's learner, so that their layers are named alike; only worker 0 trains it.
+    single = list(
+        _train(engines.LOCAL, source, config, batch_size, steps if engine.worker == 0 else 0, weights, "global")
+    )
+    result: dict[str, object] = {"backend": engine.name, "replicas": engine.replicas, "batch_size": batch_size}
+    for name, mean in (("distpad", "global"), ("naive", "naive")):
+        several = _train(engine, source, config, batch_size, steps, weights, mean)
+        distances = [_distance(here, there) for here, there in zip(several, single or _nothing())]
+        result[name] = distances
+    return {**result, "seconds": round(time.monotonic() - start, 1)}
+
+
+def save(result: dict[str, object], folder: Path) -> None:
+    """Write one engine's result, where ``load_all`` finds it."""
+    path = folder / f"drift-{result['backend']}-{result['replicas']}.json"
+    path.write_text(json.dumps(result) + "\n")
+
+
+def load_all(folder: Path) -> list[dict]:
+    """Every engine's result in a folder: the report shows them side by side."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("drift-*.json"))]
+
+
+def _train(
+    engine: Engine,
+    source: rows.Source,
+    config: model.Config,
+    batch_size: int,
+    steps: int,
+    weights: list[np.ndarray],
+    mean: str,
+) -> Iterator[np.ndarray]:
+    """The weights after each step, as one vector."""
+    optimizer = functools.partial(tf.keras.optimizers.SGD, LEARNING_RATE)
+    trained = learner.Learner(engine, config, optimizer, mean)
+    trained.model.set_weights(weights)
+    trained.broadcast()
+    for batch in learner.batches(engine, source, config, batch_size, range(steps)):
+        trained.step(batch)
+        yield np.concatenate([array.ravel() for array in trained.model.get_weights()])
+
+
+def _distance(weights: np.ndarray, single: np.ndarray | None) -> float:
+    if single is None:
+        return float("nan")
+    single = single.astype(np.float64)
+    return float(np.linalg.norm(weights - single) / np.linalg.norm(single))
+
+
+def _nothing() -> Iterator[None]:
+    while True:
+        yield None

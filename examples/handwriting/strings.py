@@ -1,0 +1,94 @@
+"""Strings of 1 to 12 real handwritten digits, set side by side as a hand would: spacing, slant, thickness, size vary.
+
+Every string is a pure function of (seed, index): any worker can make any row of any global batch, and no two workers
+have to agree on anything but the seed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from handwriting import digits
+
+MAX_DIGITS = 12
+MIN_ADVANCE = 9  # pixels between two digits' left edges; the reader has one output per 4 pixels, and "11" needs three
+
+
+@dataclass(frozen=True)
+class Example:
+    """One line of handwriting."""
+
+    image: np.ndarray  # [width, height] float32, 0 is paper and 1 is ink
+    text: str
+
+
+class DigitStrings:
+    """An endless, indexable set of strings.
+
+    Example:
+        >>> strings = DigitStrings("train", seed=1)
+        >>> strings[7].text == DigitStrings("train", seed=1)[7].text
+        True
+    """
+
+    alphabet = "0123456789"
+    height = digits.SIZE
+    max_length = MAX_DIGITS
+
+    def __init__(self, split: str, seed: int):
+        self.digits = digits.load(split)
+        self.seed = seed
+
+    def __getitem__(self, index: int) -> Example:
+        rng = np.random.default_rng((self.seed, index))
+        chosen = rng.integers(len(self.digits.labels), size=rng.integers(1, MAX_DIGITS + 1))
+        line = _set_side_by_side(self.digits, chosen, rng)
+        line = _change_thickness(line, rng.uniform(-0.45, 0.6))
+        text = "".join(self.alphabet[label] for label in self.digits.labels[chosen])
+        return Example(np.ascontiguousarray(line.T), text)
+
+
+def _set_side_by_side(source: digits.Digits, chosen: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw the chosen digits into one line, [height, width].
+
+    Slant, size and spacing belong to the hand that writes the line, and each digit departs from them a little.
+    """
+    count, size = len(chosen), digits.SIZE
+    slant = rng.normal(0, 0.18) + rng.normal(0, 0.05, count)
+    scale = rng.uniform(0.74, 0.93) * rng.uniform(0.95, 1.05, count)
+    widen = scale * rng.uniform(0.9, 1.1)
+    raise_by = rng.normal(0, 0.5, count)
+    gaps = rng.uniform(-1, 3) + rng.normal(0, 0.8, count)
+
+    widths = (source.right - source.left)[chosen] * widen
+    advances = np.maximum(widths + gaps, MIN_ADVANCE)
+    starts = 4 + rng.uniform(0, 3) + np.concatenate([[0], np.cumsum(advances)[:-1]])
+    line = np.zeros((size, int(np.ceil(starts[-1] + widths[-1] + 5 + rng.uniform(0, 4)))), np.float32)
+
+    # For each digit a window of the line, and for each of its pixels the place in the digit's picture it comes from.
+    window = size + 8
+    first = np.floor(starts).astype(int) - 4
+    columns = np.arange(window)[None, None, :] + first[:, None, None]
+    rows = np.arange(size)[None, :, None] - (size - 1) / 2
+    y = (rows + raise_by[:, None, None]) / scale[:, None, None]
+    x = (
+        (columns - starts[:, None, None]) / widen[:, None, None]
+        + source.left[chosen, None, None]
+        + slant[:, None, None] * y
+    )
+    y, x = np.broadcast_arrays(y + (size - 1) / 2, x)
+    which = np.broadcast_to(chosen[:, None, None], x.shape)
+    drawn = ndimage.map_coordinates(source.images, (which, y, x), order=1, mode="constant")
+    for picture, start in zip(drawn, first):
+        stop = min(start + window, line.shape[1])
+        np.maximum(line[:, start:stop], picture[:, : stop - start], out=line[:, start:stop])
+    return line
+
+
+def _change_thickness(line: np.ndarray, amount: float) -> np.ndarray:
+    """Blend a line towards its dilation (amount > 0, a broad pen) or its erosion (amount < 0, a fine one)."""
+    extreme = ndimage.grey_dilation if amount > 0 else ndimage.grey_erosion
+    return line + abs(amount) * (extreme(line, size=(2, 2)) - line)

@@ -1,0 +1,178 @@
+#!/usr/bin/env python
+"""Train a reader of handwriting on several devices at once.
+
+Without options: strings of 1 to 12 handwritten digits, four replicas on this machine's processor, a few minutes. Before
+the training, its first steps are run three times, on one device, on all replicas with distpad, and on all replicas with
+the usual mean of means, to see how far the weights come apart; the report shows it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import tensorflow as tf  # the level of its log is read now
+from tqdm import tqdm
+
+from handwriting import checkpoints, decode, drift, engines, folder, learner, model, reading, report, rows
+from handwriting.strings import DigitStrings, Example
+
+EXAMPLES = """\
+examples:
+  train.py                                              # digits, four replicas in one process
+  train.py --loss position                              # cross-entropy for each position instead of CTC
+  train.py --data my-pictures --height 32               # a folder with pictures and labels.csv (file,text)
+  train.py --resume                                     # go on from the last checkpoint
+  horovodrun -np 2 python train.py --backend horovod    # two processes; their drift joins the same report
+"""
+LOG_EVERY = 10
+LOOK_EVERY = 100  # steps between two looks at the held-out strings
+LOOK_AT = 48
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--backend", default="mirrored", metavar="ENGINE", help="local, mirrored (default), multiworker or horovod")
+    add("--replicas", type=int, metavar="N", help="over all workers; default 4, or as many as the launcher started")
+    add("--loss", choices=("ctc", "position"), default="ctc", help="CTC (default), or cross-entropy for each position")
+    add("--data", type=Path, metavar="FOLDER", help="your own pictures, with a labels.csv (file,text)")
+    add("--height", type=int, default=32, metavar="PIXELS", help="what they are scaled to (default 32)")
+    add("--out", type=Path, default=Path("runs/demo"), metavar="FOLDER", help="default runs/demo")
+    add("--steps", type=int, default=1000, metavar="N", help="default 1000")
+    add("--batch", type=int, default=32, metavar="N", help="examples in a global batch (default 32)")
+    add("--learning-rate", type=float, default=6e-3, metavar="X", help="its highest value (default 0.006)")
+    add("--seed", type=int, default=0, metavar="N", help="of weights and data (default 0)")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    add("--checkpoint-every", type=int, default=200, metavar="STEPS", help="default 200")
+    add("--stop-at", type=int, metavar="STEP", help="save and stop there, to be resumed (for queues with a time limit)")
+    add("--eval-strings", type=int, default=500, metavar="N", help="held-out strings to test with (default 500)")
+    add("--no-drift", dest="drift", action="store_false", help="leave out the comparison with one device")
+    options = parser.parse_args(arguments)
+    for name in ("steps", "batch", "checkpoint_every", "eval_strings", "stop_at"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least 1")
+    if options.height < 8 or options.height % model.STRIDE:
+        parser.error(f"--height is {options.height}, expected a multiple of {model.STRIDE}, at least 8")
+    return options
+
+
+def load(options: argparse.Namespace) -> tuple[rows.Source, list[Example], model.Config]:
+    """What to train on, what to test with, and the reader that fits them."""
+    if options.data is None:
+        source: rows.Source = DigitStrings("train", options.seed)
+        unseen = DigitStrings("test", options.seed)
+        test = [unseen[index] for index in range(options.eval_strings)]
+    else:
+        source = folder.FolderStrings(options.data, "train", options.seed, options.height)
+        test = folder.FolderStrings(options.data, "test", options.seed, options.height).examples[: options.eval_strings]
+        folder.check(source, options.loss)
+    return source, test, model.Config(source.alphabet, options.loss, source.max_length, source.height)
+
+
+def make_optimizer(options: argparse.Namespace) -> tf.keras.optimizers.Optimizer:
+    """Adam, whose rate rises for the first steps and then falls along a cosine."""
+    warmup = min(50, options.steps // 4)
+    schedule = tf.keras.optimizers.schedules.CosineDecay(
+        0.0, options.steps - warmup, alpha=0.01, warmup_target=options.learning_rate, warmup_steps=warmup
+    )
+    return tf.keras.optimizers.Adam(schedule)
+
+
+def train(
+    engine: engines.Engine,
+    source: rows.Source,
+    test: list[Example],
+    config: model.Config,
+    options: argparse.Namespace,
+) -> reading.TextReader:
+    """Train to the last step, or to ``--stop-at``. All workers call it; only worker 0 evaluates, prints and writes."""
+    learning = learner.Learner(engine, config, lambda: make_optimizer(options))
+    saved = checkpoints.Checkpoints(learning, options.out / "checkpoints")
+    if options.resume:
+        saved.restore()
+    learning.broadcast()
+    first, last = int(learning.optimizer.iterations.numpy()), min(options.steps, options.stop_at or options.steps)
+    reader = reading.TextReader(config)  # a copy on one device: what worker 0 evaluates, nobody waits for
+    look_at = test[:LOOK_AT]
+    shown = {"loss": "", "CER": ""}
+    with tqdm(range(first, last), initial=first, total=last, unit="step", disable=engine.worker > 0, ncols=88) as bar:
+        for step, batch in zip(bar, learner.batches(engine, source, config, options.batch, range(first, last))):
+            loss = learning.step(batch)
+            done = step + 1
+            if done % LOG_EVERY == 0 or done == last:
+                shown["loss"] = f"{learning.global_loss(loss):.3f}"
+            if done % LOOK_EVERY == 0 and engine.worker == 0:
+                reader.model.set_weights(learning.model.get_weights())
+                shown["CER"] = f"{error_rate(reader, look_at):.1%}"
+            bar.set_postfix(shown, refresh=False)
+            if done % options.checkpoint_every == 0 or done == last:
+                saved.save(done)
+    reader.model.set_weights(learning.model.get_weights())
+    return reader
+
+
+def error_rate(reader: reading.TextReader, examples: Sequence[Example]) -> float:
+    """The character error rate on held-out examples."""
+    return decode.character_error_rate(reader.read([e.image for e in examples]), [e.text for e in examples])
+
+
+def run(options: argparse.Namespace) -> None:
+    began = time.monotonic()
+    engine = engines.start(options.backend, options.replicas)
+    if options.batch < engine.replicas:
+        raise ValueError(
+            f"--batch is {options.batch}, expected at least one example for each of {engine.replicas} replicas."
+        )
+    source, test, config = load(options)
+    tf.keras.utils.set_random_seed(options.seed)
+    chief = engine.worker == 0
+    if chief:
+        options.out.mkdir(parents=True, exist_ok=True)
+        report.announce(engine, options.batch, len(test))
+    if options.drift and engine.replicas > 1 and not options.resume:
+        measured = drift.measure(engine, source, config, options.batch)
+        if chief:
+            drift.save(measured, options.out)
+    tf.keras.utils.set_random_seed(options.seed)
+    reader = train(engine, source, test, config, options)
+    if chief:
+        reader.save(options.out / "reader")
+        texts = reader.read([example.image for example in test])
+        rate = decode.character_error_rate(texts, [example.text for example in test])
+        summary = {
+            "backend": engine.name,
+            "replicas": engine.replicas,
+            "loss": options.loss,
+            "steps": options.steps,
+            "held_out_strings": len(test),
+            "character_error_rate": round(rate, 5),
+            "seconds": round(time.monotonic() - began, 1),
+        }
+        (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        report.write_samples(test, options.out / "samples")
+        report.finish(summary, drift.load_all(options.out), test, texts, options.out)
+
+
+def main() -> None:
+    options = parse()
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    try:
+        run(options)
+    except ValueError as error:
+        sys.exit(f"train.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""What the label kinds share: start an engine, run each way of averaging on it, and compare with one device.
+
+Import it before TensorFlow, whose log level is read when it is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import numpy as np
+import tensorflow as tf
+
+import distpad
+
+tf.get_logger().setLevel("ERROR")
+
+LIMIT = 1e-5  # of distpad's gradient error: what float32 allows
+DISTPAD, KERAS, OWN = "distpad", "plain Keras: the mean with its padding", "each replica's mean of valid positions"
+
+Batch = dict  # name -> array; in a replica's step, name -> tensor
+Step = Callable[[Any, Batch], tuple]  # (model, batch) -> (loss, gradients), run on each replica
+
+
+class Kind(NamedTuple):
+    """One kind of labels, and the ways to train on them.
+
+    Attributes:
+      title: of the table.
+      inputs, outputs: of the model, a linear one at each position.
+      sequences: ``replica -> (features, labels)``, two lists with an item a sequence, which is an array
+        ``[positions..., inputs]`` (labels: whatever ``by_hand`` takes) or a list of such arrays.
+      by_hand: the loss in NumPy: ``(labels, logits) -> (sum over the positions, its derivative by logits)``.
+      ways: name -> how the host pads ``(features, labels)``, and the step that each replica runs on the result.
+    """
+
+    title: str
+    inputs: int
+    outputs: int
+    sequences: Callable[[int], tuple[list, list]]
+    by_hand: Callable[[np.ndarray, np.ndarray], tuple[float, np.ndarray]]
+    ways: dict[str, tuple[Callable[[list, list], Batch], Step]]
+
+
+class Linear:
+    """``features @ kernel + bias`` at each position: no row depends on another, so gradients can be compared."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        random = np.random.default_rng(7)
+        self.kernel = tf.Variable(random.normal(size=[inputs, outputs]), dtype=tf.float32)
+        self.bias = tf.Variable(random.normal(size=[outputs]), dtype=tf.float32)
+        self.variables = [self.kernel, self.bias]
+
+    def __call__(self, features: tf.Tensor) -> tf.Tensor:
+        return tf.tensordot(features, self.kernel, 1) + self.bias
+
+
+def lengths(random: np.random.Generator, rows: int) -> np.ndarray:
+    """As captions, transcripts and sentences have them: many short ones, a few long."""
+    return np.clip(random.lognormal(2.0, 0.8, size=rows).astype(int), 1, 60)
+
+
+def mean_of_means(loss: Callable[[Any, Batch], tf.Tensor]) -> Step:
+    """The step that training loops usually have: each replica takes a mean, and the engine the mean of these."""
+
+    def step(model: Linear, batch: Batch) -> tuple:
+        engine = distpad.backends.resolve()
+        with tf.GradientTape() as tape:
+            mean = loss(model, batch)
+            if engine.gradient_reduction == "sum":  # as Keras does under strategies; Horovod averages by itself
+                mean /= engine.num_replicas
+        return mean, distpad.gradient(tape, mean, model.variables)
+
+    return step
+
+
+def main(*kinds: Kind, arguments: Sequence[str] | None = None) -> int:
+    """Print the table of each kind; the exit code: 1 where distpad's gradients are not those of one device."""
+    parser = argparse.ArgumentParser(description="Compares the gradients of several replicas with those of one device.")
+    parser.add_argument("--backend", default="auto", choices=["auto", "local", "mirrored", "multiworker", "horovod"])
+    parser.add_argument("--replicas", type=int, help="how many there must be; mirrored makes as many CPU devices")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="of distpad's gradient error (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        backend = distpad.backends.start(options.backend, options.replicas)
+    except (ValueError, ImportError) as error:
+        parser.error(str(error))
+    passed = [_compare(kind, backend, options.limit) for kind in kinds]
+    sys.stdout.flush()
+    return 0 if all(passed) else 1
+
+
+def _compare(kind: Kind, backend: distpad.backends.Backend, limit: float) -> bool:
+    """Run all ways of one kind and print its table. Collective; the verdict is the same on all workers."""
+    rows = [kind.sequences(replica) for replica in range(backend.num_replicas)]
+    strategy = getattr(backend, "strategy", None)
+    with strategy.scope() if strategy else contextlib.nullcontext():
+        model = Linear(kind.inputs, kind.outputs)
+    distpad.broadcast_variables(model.variables, backend=backend)
+    true_loss, true_gradient = _one_device(kind, model, rows)
+    losses, errors = {"one device, sequence by sequence": true_loss}, {}
+    for name, (pad, step) in kind.ways.items():
+        losses[name], gradient = _run(backend, model, step, [pad(*replica) for replica in rows])
+        errors[name] = float(np.abs(gradient - true_gradient).max() / np.abs(true_gradient).max())
+    passed = errors[DISTPAD] <= limit  # NaN does not pass
+    if backend.worker_index == 0:
+        numbers = f"replicas: {backend.num_replicas}, workers: {backend.num_workers}"
+        print(f"\n{kind.title}\n{backend.name}, {numbers}, sequences: {sum(len(labels) for _, labels in rows)}")
+        print(f"{'':40}{'loss':>9}{'off by':>9}{'gradient error':>17}")
+        for name, loss in losses.items():
+            figures = f"{abs(loss / true_loss - 1):>9.2%}{errors[name]:>17.1e}" if name in errors else ""
+            print(f"{name:40}{loss:>9.5f}{figures}")
+        print(f"The plain way's gradient is off by {errors[KERAS]:.1%} of its size.")
+        if not passed:
+            print(f"NOT PASSED: distpad's gradient error is {errors[DISTPAD]:.1e}, expected at most {limit:.0e}.")
+    return passed
+
+
+def _run(backend: distpad.backends.Backend, model: Linear, step: Step, batches: list[Batch]) -> tuple:
+    """The global loss, and the gradient that the optimiser applies as one vector. Collective."""
+
+    def on_replica(batch: Batch) -> tuple:
+        loss, gradients = step(model, batch)
+        # A training loop would go on with optimizer.apply_gradients, in which strategies sum over the replicas.
+        return loss, backend.reduce_in_optimizer(gradients)
+
+    results = backend.run(on_replica, lambda replica: batches[replica])
+    shares = np.array(sum(float(loss) for loss, _ in results))  # of the global loss: distpad.global_value in a loop
+    loss = float(backend.host_sum(shares)) / backend.share_scale
+    return loss, np.concatenate([gradient.numpy().ravel() for gradient in results[0][1]])
+
+
+def _one_device(kind: Kind, model: Linear, rows: list[tuple[list, list]]) -> tuple[float, np.ndarray]:
+    """The mean over all positions of all replicas, and its gradient: float64, no padding, no TensorFlow."""
+    kernel, bias = (variable.numpy().astype("float64") for variable in model.variables)
+    total, positions, d_kernel, d_bias = 0.0, 0, np.zeros_like(kernel), np.zeros_like(bias)
+    for features, labels in rows:
+        for x, y in zip(_arrays(features), _arrays(labels)):
+            x = x.reshape(-1, kind.inputs).astype("float64")
+            loss, slope = kind.by_hand(y, x @ kernel + bias)
+            total, positions = total + loss, positions + len(x)
+            d_kernel += x.T @ slope
+            d_bias += slope.sum(axis=0)
+    return total / positions, np.concatenate([d_kernel.ravel(), d_bias]) / positions
+
+
+def _arrays(sequences: list) -> Iterator[np.ndarray]:
+    """The arrays in a list of arrays, or of lists of them."""
+    for item in sequences:
+        if isinstance(item, list):
+            yield from _arrays(item)
+        else:
+            yield item

@@ -1,0 +1,142 @@
+#!/usr/bin/env bash
+# Makes, or at once reuses, a virtual environment with one of the two stacks that distpad supports.
+set -euo pipefail
+
+usage() {
+  cat <<'EOF'
+Makes a virtual environment with one of the two supported stacks and distpad itself in it, or reuses
+the one that is there. Prints the path of its Python on stdout, everything else on stderr.
+
+Usage: launch/environment.sh STACK [--horovod] [--tests]
+  STACK       current (TensorFlow 2.21, Keras 3) or classic (TensorFlow 2.15, Keras 2, Addons)
+  --horovod   with Horovod, built for that TensorFlow (the first time 3 to 10 minutes)
+  --tests     with pytest, hypothesis, ruff and mypy
+  -h, --help  this text
+
+Examples:
+  PYTHON=$(launch/environment.sh current)
+  PYTHON=$(launch/environment.sh classic --horovod --tests)
+  DISTPAD_ENVS=/scratch/envs launch/environment.sh current
+
+It stands in .envs/STACK, or in $DISTPAD_ENVS/STACK. To have it made anew, remove that folder.
+Needs Python 3.11. Exit codes: 2 usage, 10 Python, 17 an installation, and those of install_horovod.sh.
+EOF
+}
+
+say() { printf 'environment: %s\n' "$*" >&2; }
+die() { local code=$1; shift; printf 'environment: error: %s\n' "$@" >&2; exit "$code"; }
+
+# Prints a Python 3.11 that can make environments. Candidates are run, not believed: a pyenv shim is on
+# PATH also for versions that are not installed, and Debian ships a Python without ensurepip.
+find_python() {
+  local candidate without_venv=""
+  while read -r candidate; do
+    "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || continue
+    if "$candidate" -c 'import venv, ensurepip' 2>/dev/null || "$candidate" -c 'import virtualenv' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+    without_venv=$candidate
+  done < <(type -ap python3.11 python3 python; printf '%s\n' "$HOME"/.pyenv/versions/3.11*/bin/python)
+  if [[ -n $without_venv ]]; then
+    die 10 "$without_venv has neither ensurepip nor virtualenv. Try: $(sudo_word)apt-get install -y python3.11-venv" \
+      "or, without root: $without_venv -m pip install --user virtualenv"
+  fi
+  die 10 "no Python 3.11 on PATH. On Debian 12: $(sudo_word)apt-get install -y python3.11 python3.11-venv" \
+    "elsewhere, for example: pyenv install 3.11, or: conda create -n py311 python=3.11"
+}
+
+sudo_word() { [[ $(id -u) == 0 ]] || printf 'sudo '; }
+
+# The state of what a stamp vouches for: fingerprint WORDS... -- FILES...
+fingerprint() {
+  local words=()
+  while [[ $1 != -- ]]; do words+=("$1"); shift; done
+  shift
+  { printf '%s\n' "${words[@]}"; cat -- "$@"; } | sha256sum | cut -c 1-16
+}
+
+is_stamped() { [[ -f $ENV/.distpad/$1 && $(<"$ENV/.distpad/$1") == "$2" ]]; }
+stamp() { printf '%s\n' "$2" >"$ENV/.distpad/$1"; }
+
+pip_install() {
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@" >&2 ||
+    die 17 "pip could not install $* (its words are above). Is there a network? Run this again to go on."
+}
+
+make_base() {
+  local base
+  base=$(find_python)
+  if [[ -e $ENV ]]; then
+    # Never remove a folder that this script did not make.
+    [[ -d $ENV/.distpad || -z $(ls -A "$ENV") ]] || die 17 "$ENV exists and was not made by this script. Remove it, or set DISTPAD_ENVS."
+    say "$ENV is half-made, was moved, or its requirements changed: making it anew"
+    rm -rf "$ENV"
+  fi
+  say "making $ENV with $base, the $STACK stack: one to four minutes, most of it downloading"
+  mkdir -p "$ENV/.distpad"
+  if "$base" -c 'import venv, ensurepip' 2>/dev/null; then
+    "$base" -m venv "$ENV" >&2
+  else
+    "$base" -m virtualenv --quiet "$ENV" >&2
+  fi
+  # First the build tools, in versions that can install the rest; then all pins at once.
+  pip_install -r "$HERE/requirements/horovod-build.txt"
+  pip_install -r "$HERE/requirements/$STACK.txt"
+  stamp base "$1"
+}
+
+add_project() {
+  if [[ -f $ROOT/setup.py || -f $ROOT/pyproject.toml ]]; then
+    say "installing distpad from $ROOT, editable"
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e "$ROOT" >&2 ||
+      die 17 "the environment is made, but distpad's own setup.py failed in it (pip's words are above)."
+  else
+    echo "$ROOT" >"$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/distpad-checkout.pth"
+  fi
+  stamp project "$1"
+}
+
+main() {
+  local horovod="" tests="" arg
+  STACK=""
+  for arg; do
+    case $arg in
+      --horovod) horovod=1 ;;
+      --tests) tests=1 ;;
+      -h | --help) usage; exit 0 ;;
+      current | classic) STACK=$arg ;;
+      *) die 2 "unknown argument $arg, expected current or classic, --horovod, --tests. See launch/environment.sh --help" ;;
+    esac
+  done
+  [[ -n $STACK ]] || die 2 "which stack, current or classic? See launch/environment.sh --help"
+
+  HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+  ROOT=$(dirname "$HERE")
+  mkdir -p "${DISTPAD_ENVS:-$ROOT/.envs}"
+  ENV=$(cd "${DISTPAD_ENVS:-$ROOT/.envs}" && pwd)/$STACK
+  PYTHON=$ENV/bin/python
+
+  exec 9>"$(dirname "$ENV")/.$STACK.lock"
+  flock -n 9 || { say "another process is at work on $ENV: waiting for it"; flock 9; }
+
+  # Paths are part of the stamps: environments do not survive being moved.
+  local base tests_stamp project description=("$ROOT/launch/environment.sh")
+  for arg in setup.py setup.cfg pyproject.toml; do [[ ! -f $ROOT/$arg ]] || description+=("$ROOT/$arg"); done
+  base=$(fingerprint "$ENV" -- "$HERE/requirements/horovod-build.txt" "$HERE/requirements/$STACK.txt")
+  tests_stamp=$(fingerprint "$base" -- "$HERE/requirements/tests.txt")
+  project=$(fingerprint "$base" "$ROOT" -- "${description[@]}")
+
+  if ! is_stamped base "$base" || ! "$PYTHON" -c '' 2>/dev/null; then make_base "$base"; fi
+  if [[ -n $tests ]] && ! is_stamped tests "$tests_stamp"; then
+    say "adding what the tests need"
+    pip_install -r "$HERE/requirements/tests.txt"
+    stamp tests "$tests_stamp"
+  fi
+  is_stamped project "$project" || add_project "$project"
+  if [[ -n $horovod ]]; then "$HERE/install_horovod.sh" --python "$PYTHON" --if-needed >&2; fi
+  say "ready: $ENV"
+  echo "$PYTHON"
+}
+
+main "$@"

@@ -1,0 +1,201 @@
+#!/usr/bin/env bash
+# Sets everything up and runs all test suites on both stacks. CI runs this, too.
+set -euo pipefail
+
+# name | stacks | time limit in minutes | command, run in the checkout with the environment's programs first
+# on PATH. `pytests` is pytest with the report that the counts at the end are taken from, `world` the same tests in an
+# engine with so many replicas (tests/worlds.py).
+SUITES='
+lint          | current         |  5 | ruff check . && ruff format --check . && mypy distpad
+single        | current classic | 15 | pytests tests/single
+local         | current classic | 10 | world local
+onedevice     | current classic | 10 | world onedevice
+mirrored:1    | current classic | 10 | world mirrored:1
+mirrored:2    | current classic | 10 | world mirrored:2
+mirrored:4    | current classic | 12 | world mirrored:4
+multiworker:2 | current classic | 12 | world multiworker:2
+horovod:2     | current classic | 12 | world horovod:2
+horovod:3     | current classic | 12 | world horovod:3
+mpirun:2      | current classic | 12 | world mpirun:2
+launch        | current classic | 12 | pytests tests/launch
+mutants       | current         | 20 | python tests/mutants.py
+examples      | current classic | 20 | pytests tests/examples
+'
+
+# what tells that it is here | the Debian package that brings it
+NEEDS='
+command -v cmake               | cmake
+command -v g++                 | g++
+command -v make                | make
+command -v mpirun              | openmpi-bin
+command -v mpicxx              | libopenmpi-dev
+python3.11 -c "import venv, ensurepip" | python3.11-venv
+'
+
+usage() {
+  cat <<'EOF'
+Makes the environments, builds Horovod (3 to 10 minutes a stack, the first time) and runs the test suites.
+Goes on after a failed suite. Exit code 1 where any failed.
+
+Usage: tests/run.sh [--stack current|classic|all] [--suite NAME...] [--list]
+  --stack     which of the two stacks (default: all)
+  --suite     only these suites
+  --list      print the suites and stop
+  -h, --help  this text
+
+Examples:
+  tests/run.sh
+  tests/run.sh --stack current --suite lint single
+  tests/run.sh --stack classic --suite horovod:2 mirrored:4
+
+As root on Debian or Ubuntu it installs missing packages; otherwise it names them and goes on. With CI=true
+an engine that is missing is a failure, not a skipped test.
+EOF
+}
+
+say() { printf '\n== %s\n' "$*"; }
+die() { printf 'tests/run.sh: error: %s\n' "$*" >&2; exit 2; }
+trim() { local word=$1; word=${word#"${word%%[![:space:]]*}"}; printf '%s' "${word%"${word##*[![:space:]]}"}"; }
+names() { local name; while IFS='|' read -r name _; do [[ -z ${name// /} ]] || trim "$name "; echo; done <<<"$SUITES" | grep .; }
+
+install_packages() {
+  local probe package missing=()
+  while IFS='|' read -r probe package; do
+    [[ -n ${package// /} ]] || continue
+    bash -c "$probe" >/dev/null 2>&1 </dev/null || missing+=("$(trim "$package")")
+  done <<<"$NEEDS"
+  ((${#missing[@]})) || return 0
+  if [[ $(id -u) != 0 ]] || ! command -v apt-get >/dev/null; then
+    say "missing: ${missing[*]}. Going on without; on Debian and Ubuntu: sudo apt-get install -y ${missing[*]}"
+    return 0
+  fi
+  say "installing ${missing[*]}"
+  export DEBIAN_FRONTEND=noninteractive
+  apt-get -qq update </dev/null || true
+  for package in "${missing[@]}"; do # one by one: a name that this release lacks must not stop the others
+    apt-get -qq install -y --no-install-recommends "$package" </dev/null >"$REPORTS/apt.log" 2>&1 ||
+      { tail -n 3 "$REPORTS/apt.log"; echo "apt-get could not install $package: going on without it"; }
+  done
+}
+
+# Everything that makes two runs alike, and keeps two cores from being shared by dozens of threads.
+# TensorFlow's inter-op threads stay as they are: collectives of several replicas block in them.
+set_up_variables() {
+  export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1
+  export TF_CPP_MIN_LOG_LEVEL=2 PYTHONHASHSEED=0 MPLBACKEND=agg
+  [[ ${CI:-} != true ]] || export DISTPAD_CI=1
+}
+
+pytests() { python -m pytest --junitxml="$report" "$@"; }
+world() { python tests/worlds.py "$1" --junitxml="$report"; }
+
+# Passed, failed and skipped tests of one suite: count REPORT STATUS. A suite without pytest is one test.
+count() {
+  "$PYTHON" - "$@" <<'EOF'
+import sys
+import xml.etree.ElementTree as ET
+
+report, status = sys.argv[1], int(sys.argv[2])
+try:
+    suites = list(ET.parse(report).getroot().iter("testsuite"))
+    total, failures, errors, skipped = (
+        sum(int(s.get(key, 0)) for s in suites) for key in ("tests", "failures", "errors", "skipped")
+    )
+    failed = failures + errors
+    # Where pytest ended badly without a failed test (nothing collected, interrupted), that counts as one.
+    print(total - failed - skipped, max(failed, int(status != 0)), skipped)
+except (OSError, ET.ParseError):
+    print(int(status == 0), int(status != 0), 0)
+EOF
+}
+
+run_suite() { # run_suite STACK NAME MINUTES COMMAND
+  local report=$REPORTS/$1-$2.xml start=$SECONDS status=0 result=passed passed failed skipped prelude
+  say "$1 $2: $4"
+  prelude="$(declare -f pytests world); report=$(printf %q "$report")"
+  # In the background with `wait`, so that a signal to this script is passed on at once.
+  PATH=$(dirname "$PYTHON"):$PATH timeout --kill-after=30 "${3}m" bash -c "$prelude; $4" </dev/null &
+  CHILD=$!
+  wait "$CHILD" || status=$?
+  CHILD=""
+  ((status == 0)) || result=FAILED
+  ((status != 124 && status != 137)) || result="TIMED OUT"
+  read -r passed failed skipped < <(count "$report" "$status")
+  record "$1" "$2" "$result" $((SECONDS - start)) "$passed" "$failed" "$skipped"
+}
+
+record() { # record STACK SUITE RESULT SECONDS PASSED FAILED SKIPPED
+  ROWS+=("$(printf '%-8s %-13s %-10s %3d:%02d %7d %7d %8d' "$1" "$2" "$3" $(($4 / 60)) $(($4 % 60)) "$5" "$6" "$7")")
+  PASSED=$((PASSED + $5))
+  FAILED=$((FAILED + $6))
+}
+
+run_stack() {
+  local stack=$1 name stacks minutes command wanted=() start=$SECONDS
+  while IFS='|' read -r name stacks minutes command; do
+    name=$(trim "$name")
+    [[ -n $name && " $stacks " == *" $stack "* && " $CHOSEN " == *" $name "* ]] || continue
+    wanted+=("$name|$(trim "$minutes")|$(trim "$command")")
+  done <<<"$SUITES"
+  ((${#wanted[@]})) || return 0
+  local flags=(--tests)
+  [[ $CHOSEN == lint ]] || flags+=(--horovod)
+  say "$stack: setting up"
+  if ! PYTHON=$("$ROOT/launch/environment.sh" "$stack" "${flags[@]}"); then
+    record "$stack" setup FAILED $((SECONDS - start)) 0 1 0
+    return 0
+  fi
+  record "$stack" setup passed $((SECONDS - start)) 0 0 0
+  for wanted in "${wanted[@]}"; do
+    IFS='|' read -r name minutes command <<<"$wanted"
+    run_suite "$stack" "$name" "$minutes" "$command"
+  done
+}
+
+cleanup() {
+  [[ -z $CHILD ]] || kill "$CHILD" 2>/dev/null || true
+  rm -rf "$REPORTS"
+}
+
+main() {
+  local stacks="current classic" chosen=()
+  CHILD="" ROWS=() PASSED=0 FAILED=0
+  while (($#)); do
+    case $1 in
+      --stack)
+        [[ ${2:-} =~ ^(current|classic|all)$ ]] || die "--stack is ${2:-missing}, expected current, classic or all"
+        [[ $2 == all ]] || stacks=$2
+        shift ;;
+      --suite)
+        while [[ -n ${2:-} && $2 != -* ]]; do
+          names | grep -qx -- "$2" || die "there is no suite $2, expected one of: $(names | paste -sd ' ')"
+          chosen+=("$2")
+          shift
+        done ;;
+      --list) printf '%s\n' "${SUITES#$'\n'}"; exit 0 ;;
+      -h | --help) usage; exit 0 ;;
+      *) die "unknown argument $1. See tests/run.sh --help" ;;
+    esac
+    shift
+  done
+  CHOSEN=${chosen[*]:-$(names | paste -sd ' ')}
+  ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+  cd "$ROOT"
+  REPORTS=$(mktemp -d "${TMPDIR:-/tmp}/distpad-tests.XXXXXX")
+  trap cleanup EXIT
+  trap 'exit 130' INT
+  trap 'exit 143' TERM
+
+  set_up_variables
+  install_packages
+  local stack
+  for stack in $stacks; do run_stack "$stack"; done
+
+  say "results"
+  printf '%-8s %-13s %-10s %6s %7s %7s %8s\n' stack suite result min:s passed failed skipped
+  printf '%s\n' "${ROWS[@]}"
+  printf '\n%d passed, %d failed\n' "$PASSED" "$FAILED"
+  ((FAILED == 0))
+}
+
+main "$@"

@@ -1,0 +1,117 @@
+"""Ladder: rounding up to a rung, alone and agreed among replicas; and its errors."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import distpad
+
+relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a machine that others use too
+RUNGS = st.sets(st.integers(1, 500), min_size=1, max_size=12).map(sorted)
+
+
+@relaxed
+@given(RUNGS, st.integers(0, 500))
+def test_the_smallest_rung_that_is_long_enough(rungs, n):
+    ladder = distpad.Ladder(rungs)
+    at_or_above = [rung for rung in rungs if rung >= n]
+    if at_or_above:
+        assert ladder(n) == min(at_or_above)
+    else:
+        with pytest.raises(ValueError, match=f"length is {n}, expected at most {rungs[-1]}, the last rung"):
+            ladder(n)
+
+
+@relaxed
+@given(RUNGS, st.integers(0, 2000))
+def test_beyond_the_last_rung_in_multiples(rungs, n):
+    found = distpad.Ladder(rungs, beyond="multiples")(n)
+    last = rungs[-1]
+    expected = min((rung for rung in rungs if rung >= n), default=math.ceil(n / last) * last)
+    assert found == expected and isinstance(found, int)
+
+
+@relaxed
+@given(st.integers(1, 64), st.integers(0, 1000))
+def test_multiples(m, n):
+    found = distpad.Ladder.multiples(m)(n)
+    assert found % m == 0 and found >= n and found > 0
+    assert found - n < m or found == m
+
+
+@relaxed
+@given(st.integers(1, 50), st.integers(0, 500), st.floats(1.01, 4.0))
+def test_geometric(low, more, factor):
+    high = low + more
+    rungs = distpad.Ladder.geometric(low, high, factor).boundaries
+    assert rungs[0] == low and rungs[-1] == high
+    assert all(a < b for a, b in zip(rungs, rungs[1:]))
+    # so many rungs at most, whatever the rounding: that is what a factor promises
+    assert len(rungs) <= math.ceil(math.log(high / low) / math.log(factor)) + 2
+    # and no step is wider than the factor, to the rounding of the two rungs
+    assert all(b <= a + 1 or b <= (a + 0.5) * factor + 0.5 for a, b in zip(rungs, rungs[1:]))
+
+
+@settings(relaxed, max_examples=20)
+@given(RUNGS, st.integers(0, 500), st.sampled_from(["raise", "multiples"]))
+def test_the_graph_rounds_alike(rungs, n, beyond):
+    """pad_to_global_max rounds in TensorFlow what Ladder rounds in Python."""
+    ladder = distpad.Ladder(rungs, beyond=beyond)
+    if beyond == "raise" and n > rungs[-1]:
+        with pytest.raises(ValueError, match="length is above the last rung of the ladder"):
+            distpad.pad_to_global_max(tf.zeros([1, n]), ladder=ladder, backend="local")
+    else:
+        padded = distpad.pad_to_global_max(tf.zeros([1, n]), ladder=ladder, backend="local")
+        assert padded.values.shape == (1, ladder(n))
+        assert padded.lengths.numpy().tolist() == [n]
+
+
+def test_boundaries_of_any_whole_numbers():
+    assert distpad.Ladder(np.array([4, 8])).boundaries == distpad.Ladder(iter([4, 8])).boundaries == (4, 8)
+    assert distpad.Ladder([4, 8])(np.int64(5)) == 8
+
+
+@pytest.mark.parametrize("boundaries", [[], [0, 4], [-1], [4, 4], [8, 4]])
+def test_rungs_must_rise_from_1_on(boundaries):
+    with pytest.raises(ValueError, match=r"Ladder: boundaries is \[.*\], expected rising whole numbers from 1 on"):
+        distpad.Ladder(boundaries)
+
+
+@pytest.mark.parametrize("boundaries", [[1.5, 2.5], [4, 8.5], ["4", "8"], [True, 2]])
+def test_rungs_are_whole_numbers(boundaries):
+    """1.5 must not become 1."""
+    with pytest.raises((ValueError, TypeError), match="Ladder: boundaries"):
+        distpad.Ladder(boundaries)
+
+
+def test_other_errors():
+    with pytest.raises(ValueError, match="beyond is 'cut', expected one of 'raise', 'multiples'"):
+        distpad.Ladder([4], beyond="cut")
+    with pytest.raises(ValueError, match=r"Ladder.geometric: factor is 1, expected above 1"):
+        distpad.Ladder.geometric(4, 8, 1)
+    with pytest.raises(ValueError, match=r"Ladder.geometric: low is 0, expected between 1 and high \(8\)"):
+        distpad.Ladder.geometric(0, 8, 2)
+    with pytest.raises(ValueError, match=r"Ladder.geometric: low is 9, expected between 1 and high"):
+        distpad.Ladder.geometric(9, 8, 2)
+    with pytest.raises(ValueError, match="expected"):
+        distpad.Ladder.multiples(0)
+
+
+@pytest.mark.parametrize("n", [-1, 2.5])
+def test_a_length_is_a_whole_number_from_0_on(n):
+    with pytest.raises((ValueError, TypeError), match="length"):
+        distpad.Ladder([4, 8])(n)
+
+
+def test_ladders_are_values():
+    assert distpad.Ladder([4, 8]) == distpad.Ladder((4, 8)) != distpad.Ladder([4, 8], beyond="multiples")
+    assert len({distpad.Ladder([4]), distpad.Ladder([4]), distpad.Ladder([5])}) == 2
+    assert distpad.Ladder([4]) != [4]
+    ladder = distpad.Ladder([4, 8], beyond="multiples")
+    assert eval(repr(ladder), {"Ladder": distpad.Ladder}) == ladder
