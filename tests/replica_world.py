@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-import worlds
 
+import worlds
 from distpad import backends
 
 

@@ -6,9 +6,9 @@ import concurrent.futures
 from collections.abc import Iterator
 from typing import Any
 
-import distpad
 import tensorflow as tf
 
+import distpad
 from handwriting import engines, model, rows
 from handwriting.engines import Engine, Rows
 

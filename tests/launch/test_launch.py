@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+
 import worlds
 
 HERE = pathlib.Path(__file__).parent

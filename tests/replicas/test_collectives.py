@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tensorflow as tf
-from replica_world import counting
 
 import distpad
+from replica_world import counting
 
 
 def batch_of(replica, *, empty=None):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
 import tensorflow as tf
 
 import distpad
+import oracle
 
 ROWS, STEPS, RATE = 8, 3, 0.5  # of the global batch, which strategies deal out evenly
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
 import tensorflow as tf
 
 import distpad
+import oracle
 
 
 def test_nan_stays_in_its_slot(world):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
 import tensorflow as tf
 
 import distpad
+import oracle
 
 
 def test_three_sgd_steps_of_a_keras_model(world):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-import oracle
 import pytest
 import tensorflow as tf
-from replica_world import counting
 
 import distpad
+import oracle
+from replica_world import counting
 
 LIMIT = {"float64": 1e-12, "float32": 1e-5}
 SCENARIOS = ["uneven", "empty replica", "padding replica", "all padding"]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from padding_oracle import as_lists, batches, cut, cutting, depth, many, oracle, plain, ragged_axes, shapes, sides
 
 from distpad.padding import Padded, pad, unpad
+from padding_oracle import as_lists, batches, cut, cutting, depth, many, oracle, plain, ragged_axes, shapes, sides
 
 tf = pytest.importorskip("tensorflow")
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from padding_oracle import as_lists, batches, cutting, depth, few, oracle, plain, shapes, sides
 
 from distpad.padding import Padded, pad, unpad
+from padding_oracle import as_lists, batches, cutting, depth, few, oracle, plain, shapes, sides
 
 tf = pytest.importorskip("tensorflow")
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 
 import numpy as np
-import oracle
 import pytest
 import tensorflow as tf
 
 import distpad
+import oracle
 
 LIMIT_S = 30  # an error that takes longer than this to reach all workers is a hang
 
