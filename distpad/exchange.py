@@ -63,43 +63,56 @@ def exchange(
             raise complaint
         enforce(function, [rule for rule in rules if isinstance(rule.ok, bool)])
     good = [True if rule.ok is None else rule.ok for rule in rules]
-    flags = [complaint is None, *good]
-    numbers = [*flags, *(rule.found for rule in rules), *payload]
+    numbers = [complaint is None, *good, *(rule.found for rule in rules), *payload]
     table = backend.stack(tf.stack([tf.cast(number, tf.float64) for number in numbers]))
-    _raise_complaint(backend, function, table[:, 0], complaint)
     split = 1 + len(rules)
-    _raise_broken(function, rules, table[:, 1:split], table[:, split : split + len(rules)])
+    checks = [_agreed(rule, table[:, 1 + i], table[:, split + i]) for i, rule in enumerate(rules)]
+    if tf.executing_eagerly():
+        _raise_complaint(backend, function, table[:, 0], complaint)
+    else:
+        text = "a replica refused its arguments (0 below)" + (f", here: {complaint}" if complaint else "")
+        checks.insert(0, _Check(tf.reduce_all(table[:, 0] > 0), text, table[:, 0]))
+    _require(function, checks)
     return table[:, split + len(rules) :]
 
 
 @tf.autograph.experimental.do_not_convert
 def enforce(function: str, rules: Sequence[Rule]) -> None:
     """Check rules on this replica alone, where a step has no exchange."""
-    for rule in rules:
-        if rule.ok is not None:
-            _fail_unless(rule.ok, f"{function}: {rule.text}; found:", rule.found)
+    _require(function, [_Check(rule.ok, rule.text, rule.found) for rule in rules if rule.ok is not None])
 
 
-def _traced_alone(backend: backends.Backend) -> bool:
-    """Inside a tf.function of a single process an error while tracing ends the whole step, on all its replicas."""
-    return backend.num_workers == 1 and not tf.executing_eagerly()
+class _Check(NamedTuple):
+    """Whether something holds, what, and the evidence of each replica."""
+
+    ok: Any
+    text: str
+    found: Any
 
 
-def _raise_broken(function: str, rules: Sequence[Rule], good: tf.Tensor, found: tf.Tensor) -> None:
-    for i, rule in enumerate(rules):
-        column = found[:, i]
-        if rule.ok is None:
-            _fail_unless(tf.reduce_all(column == column[0]), f"{function}: {rule.text}; by replica:", column)
-        else:
-            _fail_unless(tf.reduce_all(good[:, i] > 0), f"{function}: {rule.text}; by replica:", column)
+def _agreed(rule: Rule, good: tf.Tensor, found: tf.Tensor) -> _Check:
+    """A rule, after all replicas have reported on it."""
+    ok = tf.reduce_all(found == found[0]) if rule.ok is None else tf.reduce_all(good > 0)
+    return _Check(ok, rule.text, found)
+
+
+def _require(function: str, checks: Sequence[_Check]) -> None:
+    """Raise ValueError for the first check that is known to fail, or let the graph fail when it runs."""
+    for check in checks:
+        known = tf.executing_eagerly() or isinstance(check.ok, bool)
+        if known and not bool(check.ok):
+            raise ValueError(f"{function}: {check.text}; found by replica: {_listed(np.asarray(check.found))}.")
+    if tf.executing_eagerly() or not checks:
+        return
+    # One assertion for all, since each costs tracing time; what it prints must be constants and numbers.
+    printed: list[Any] = [f"{function}: one of these does not hold (0); what was found, by replica, stands behind it:"]
+    for check in checks:
+        printed += [f"; {check.text}", tf.cast(check.ok, tf.int32), tf.convert_to_tensor(check.found)]
+    tf.debugging.Assert(tf.reduce_all([check.ok for check in checks]), printed, summarize=64)
 
 
 def _raise_complaint(backend: backends.Backend, function: str, fine: tf.Tensor, complaint: Exception | None) -> None:
-    if not tf.executing_eagerly():
-        text = f"{function}: a replica refused its arguments (0 below)"
-        text += f"; here: {complaint}" if complaint else ", see its own message"
-        _fail_unless(tf.reduce_all(fine > 0), text + "; by replica:", fine)
-        return
+    """Where a replica complained, show all of them what it said, and raise on all."""
     if np.all(fine.numpy() > 0):
         return
     first = int(np.argmin(fine.numpy()))
@@ -111,17 +124,10 @@ def _raise_complaint(backend: backends.Backend, function: str, fine: tf.Tensor, 
     raise ValueError(f"{function}: replica {first} refused its arguments: {peer}")
 
 
-def _fail_unless(ok: Any, text: str, found: Any) -> None:
-    """Raise ValueError eagerly, or fail the running graph, with the numbers that were found."""
-    if tf.executing_eagerly() or isinstance(ok, bool):
-        if not bool(ok):
-            raise ValueError(f"{text} {_listed(np.atleast_1d(np.asarray(found)))}.")
-    else:
-        # what is said inside a graph must be constant; the numbers are printed behind it
-        tf.debugging.Assert(ok, [text, tf.convert_to_tensor(found)], summarize=64)
+def _traced_alone(backend: backends.Backend) -> bool:
+    """Inside a tf.function of a single process an error while tracing ends the whole step, on all its replicas."""
+    return backend.num_workers == 1 and not tf.executing_eagerly()
 
 
 def _listed(found: np.ndarray) -> str:
-    if found.size == 1:
-        return f"{found[0]:g}"
-    return ", ".join(f"{replica}→{value:g}" for replica, value in enumerate(found))
+    return ", ".join(f"{replica}→{value:g}" for replica, value in enumerate(np.atleast_1d(found)))

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import collections.abc
 import numbers
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from distpad import backends, errors, exchange, gradients, masking
+from distpad import averages, backends, errors, exchange, gradients, masking
 from distpad.counts import Counts, WeightedCounts
 
 _NAME = "DistributedLoss"
-
-
-class _Sums(NamedTuple):
-    """One replica's numerator (differentiable) and counts, all float64, and the dtype that the loss comes back in."""
-
-    total: Any
-    tokens: Any
-    sequences: Any
-    dtype: tf.DType = tf.float32
 
 
 @tf.keras.utils.register_keras_serializable("distpad")
@@ -152,7 +143,7 @@ class DistributedLoss(tf.keras.losses.Loss):
 
     def _average_globally(self, backend: backends.Backend, y_true: Any, y_pred: Any, sources: dict) -> tf.Tensor:
         complaint = None
-        sums, rules = _Sums(0.0, 0.0, 0.0), masking.length_rules()
+        sums, rules = averages.Sums(0.0, 0.0, 0.0), masking.length_rules()
         try:
             sums, rules = self._sums(y_true, y_pred, sources)
         except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:
@@ -165,9 +156,9 @@ class DistributedLoss(tf.keras.losses.Loss):
         if backend.gradient_reduction == "sum":
             value /= backend.num_replicas
         share = self._share(backend, sums, count)
-        return _value_with_gradient(tf.cast(value, sums.dtype), share)
+        return averages.value_with_gradient(tf.cast(value, sums.dtype), share)
 
-    def _share(self, backend: backends.Backend, sums: _Sums, count: Any) -> tf.Tensor:
+    def _share(self, backend: backends.Backend, sums: averages.Sums, count: Any) -> tf.Tensor:
         share = tf.math.divide_no_nan(tf.cast(sums.total, tf.float64), tf.cast(count, tf.float64))
         return tf.cast(share * backend.share_scale, sums.dtype)
 
@@ -181,7 +172,7 @@ class DistributedLoss(tf.keras.losses.Loss):
     def _is_fixed(self) -> bool:
         return not isinstance(self.average, str)
 
-    def _count_of(self, sums: _Sums) -> Any:
+    def _count_of(self, sums: averages.Sums) -> Any:
         if self._is_fixed():
             return float(self.average)
         return sums.tokens if self.average == "token" else sums.sequences
@@ -209,7 +200,7 @@ class DistributedLoss(tf.keras.losses.Loss):
             )
         return tf.cast(count, tf.float64)
 
-    def _sums(self, y_true: Any, y_pred: Any, sources: dict) -> tuple[_Sums, list[exchange.Rule]]:
+    def _sums(self, y_true: Any, y_pred: Any, sources: dict) -> tuple[averages.Sums, list[exchange.Rule]]:
         """This replica's numerator and counts."""
         y_true = masking.as_tensor(y_true)
         y_pred = tf.nest.map_structure(_wide, masking.as_tensor(y_pred))
@@ -230,7 +221,7 @@ class DistributedLoss(tf.keras.losses.Loss):
             masking.clean(y_true, positions, prediction=False), masking.clean(y_pred, valid.mask, prediction=True)
         )
         _check_rank(losses, self.per)
-        return _sum_up(losses, valid, self.average if self.per == "position" else "sequence_sum"), rules
+        return averages.sum_up(losses, valid, self.average if self.per == "position" else "sequence_sum"), rules
 
     def _losses(self, y_true: Any, y_pred: Any) -> tf.Tensor:
         """The unreduced losses. One a sequence is not asked about no rows, since tf.nn.ctc_loss fails on them."""
@@ -268,62 +259,6 @@ class DistributedLoss(tf.keras.losses.Loss):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DistributedLoss:
         return cls(**{**config, "loss": tf.keras.utils.deserialize_keras_object(config["loss"])})
-
-
-def _sum_up(losses: tf.Tensor, valid: masking.Valid, average: str | float) -> _Sums:
-    """Weigh, mask and sum: within rows in the loss's dtype (float32 at least), over rows in float64."""
-    mask, weight, rank = _fit(losses, valid)
-    losses = tf.reduce_mean(losses, axis=list(range(rank, losses.shape.rank)))
-    ones = tf.ones_like(losses)
-    if mask is not None:
-        ones = tf.where(mask, ones, 0)
-        losses = tf.where(mask, losses, 0)
-    if weight is not None:
-        ones *= tf.cast(weight, losses.dtype)
-    inner = list(range(1, rank))
-    row_total = tf.reduce_sum(losses * ones, axis=inner)
-    row_weight = tf.reduce_sum(ones, axis=inner)
-    if average == "sequence_mean":
-        row_total = tf.math.divide_no_nan(row_total, row_weight)
-    row_tokens = tf.cast(row_weight, tf.float64)
-    if valid.tokens is not None:
-        row_tokens *= valid.tokens
-    sequences = tf.reduce_sum(tf.cast(row_weight > 0, tf.float64))
-    total = tf.reduce_sum(tf.cast(row_total, tf.float64))
-    return _Sums(total, tf.reduce_sum(row_tokens), sequences, losses.dtype)
-
-
-def _fit(losses: tf.Tensor, valid: masking.Valid) -> tuple[tf.Tensor | None, tf.Tensor | None, int]:
-    """Mask and weight widened to the loss's position axes, and how many these are."""
-    mask, weight, rank = valid.mask, valid.weight, valid.rank or losses.shape.rank
-    if weight is not None and rank == losses.shape.rank + 1 and weight.shape[-1] == 1:
-        # weights [batch, length, 1], as Keras allows them
-        mask, weight, rank = tf.squeeze(mask, -1), tf.squeeze(weight, -1), rank - 1
-    if rank > losses.shape.rank:
-        raise ValueError(
-            f"{_NAME}: mask or sample_weight has rank {rank}, expected at most {losses.shape.rank}, the rank of the "
-            f"loss {tuple(losses.shape)}."
-        )
-    if mask is None:
-        return None, None, rank
-    mask = masking.widen(mask, rank)
-    weight = None if weight is None else masking.widen(weight, rank)
-    for axis in range(rank):
-        stretches = weight is not None and axis > 0 and weight.shape[axis] == 1
-        sizes = {mask.shape[axis], losses.shape[axis]} - {None}
-        if len(sizes) > 1 and not stretches:
-            name, given = ("mask", mask) if weight is None or weight.shape[axis] == 1 else ("sample_weight", weight)
-            raise ValueError(
-                f"{_NAME}: {name} has shape {tuple(given.shape)}, expected {tuple(losses.shape[:rank])}, the leading "
-                f"axes of the loss {tuple(losses.shape)}."
-            )
-    return mask, weight, rank
-
-
-@tf.custom_gradient
-def _value_with_gradient(value: tf.Tensor, share: tf.Tensor) -> Any:
-    """``value`` going forward, ``share`` going back; adding share - share instead would turn infinity into NaN."""
-    return tf.identity(value), lambda upstream: (None, upstream)
 
 
 def _wide(tensor: Any) -> Any:

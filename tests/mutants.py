@@ -89,7 +89,7 @@ MUTANTS = (
     ),
     Mutant(
         name="float16-sum",
-        file="losses.py",
+        file="averages.py",
         old="row_total = tf.reduce_sum(losses * ones, axis=inner)",
         new="row_total = tf.cast(tf.reduce_sum(tf.cast(losses * ones, tf.float16), axis=inner), losses.dtype)",
         world="mirrored:2",
@@ -105,7 +105,7 @@ MUTANTS = (
     ),
     Mutant(
         name="rows-of-length-0-counted",
-        file="losses.py",
+        file="averages.py",
         old="tf.cast(row_weight > 0, tf.float64)",
         new="tf.cast(row_weight >= 0, tf.float64)",
         world="mirrored:2",
@@ -129,7 +129,7 @@ MUTANTS = (
     ),
     Mutant(
         name="padding-counted",
-        file="losses.py",
+        file="averages.py",
         old="ones = tf.where(mask, ones, 0)",
         new="ones = tf.ones_like(losses)",
         world="mirrored:2",
@@ -185,7 +185,7 @@ MUTANTS = (
     ),
     Mutant(
         name="weights-not-counted",
-        file="losses.py",
+        file="averages.py",
         old="row_weight = tf.reduce_sum(ones, axis=inner)",
         new="row_weight = tf.reduce_sum(tf.cast(tf.not_equal(ones, 0), ones.dtype), axis=inner)",
         world="mirrored:2",
@@ -193,7 +193,7 @@ MUTANTS = (
     ),
     Mutant(
         name="sequence-mean-is-a-sum",
-        file="losses.py",
+        file="averages.py",
         old="row_total = tf.math.divide_no_nan(row_total, row_weight)",
         new="pass",
         world="mirrored:2",
@@ -202,7 +202,7 @@ MUTANTS = (
     Mutant(
         name="denominator-with-a-collective",
         file="losses.py",
-        old="exchange.enforce(_NAME, rules)",
+        old="exchange.enforce(_NAME, [*rules, positive])",
         new="exchange.exchange(backend, _NAME, [], rules)",
         world="mirrored:2",
         selection="test_collectives_of_the_loss_are_counted",

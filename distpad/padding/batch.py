@@ -1,6 +1,6 @@
 """Padding on the host: lists of sequences of different lengths to one batch, and back. Pure, no communication.
 
-The work is done on NumPy (``padding_numpy``) or in TensorFlow operations (``padding_tensorflow``), after the kind of
+The work is done on NumPy (``on_numpy``) or in TensorFlow operations (``on_tensorflow``), after the kind of
 the input; this file holds what both share. TensorFlow is never imported here: an input can only be a tensor where the
 user's process has imported it.
 """
@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, Union
 
 import numpy as np
 
-from distpad import errors, padding_numpy, padding_rules, unpadding
-from distpad.padding_keras import pad_sequences as pad_sequences
+from distpad import errors
+from distpad.padding import on_numpy, rules, unpadding
 
 Axes = Union[int, Iterable[int]]
 
@@ -105,16 +105,16 @@ def pad(
     errors.choice("pad", "truncating", truncating, ("error", "pre", "post"))
     if not isinstance(mask, (bool, np.bool_)):
         raise TypeError(errors.sentence("pad", "mask", f"a {type(mask).__name__}", "True or False"))
-    options = padding_rules.Options(
+    options = rules.Options(
         _check_length(length), value, padding, truncating, dtype, _check_axes(ragged_axes), bool(mask)
     )
     tensorflow = _tensorflow_for(sequences)
     if tensorflow is None:
         _check_sequences(sequences)
-        return Padded(*padding_numpy.pad(sequences, options))
-    from distpad import padding_tensorflow
+        return Padded(*on_numpy.pad(sequences, options))
+    from distpad.padding import on_tensorflow
 
-    return Padded(*padding_tensorflow.pad(tensorflow, sequences, options))
+    return Padded(*on_tensorflow.pad(tensorflow, sequences, options))
 
 
 def unpad(values: Any, lengths: Any = None, mask: Any = None) -> Any:
@@ -156,9 +156,9 @@ def unpad(values: Any, lengths: Any = None, mask: Any = None) -> Any:
             what = f"a {type(values).__name__}"
             raise TypeError(errors.sentence("unpad", "values", what, "an array or a tensor", "Write unpad(*padded)."))
         return unpadding.unpad(values, *unpadding.check_padded(values.shape, lengths, mask))
-    from distpad import padding_tensorflow
+    from distpad.padding import on_tensorflow
 
-    return padding_tensorflow.unpad(tensorflow, values, lengths, mask)
+    return on_tensorflow.unpad(tensorflow, values, lengths, mask)
 
 
 def _check_length(length: Any) -> int | None:
