@@ -45,16 +45,17 @@ class Reader(keras.Model):
 
     A row's result depends neither on the other rows (no batch normalisation) nor on how far it is padded: the padding
     is set back to zero after each convolution, and masked in all that follows. This is what makes a step on several
-    replicas equal to one on a single device.
+    replicas equal to one on a single device. It is smooth as well (no ReLU, no maximum): at a kink, a difference in the
+    last bit sends the gradient another way, and what several replicas add in another order would not stay alike.
     """
 
     def __init__(self, config: Config):
         super().__init__(name="reader")
         self.config = config
         layers = keras.layers
-        self.convolutions = [layers.Conv2D(n, 3, padding="same", activation="relu") for n in config.filters]
-        self.halve = layers.MaxPool2D(2)
-        self.project = layers.Dense(config.units, activation="relu")
+        self.convolutions = [layers.Conv2D(n, 3, padding="same", activation="elu") for n in config.filters]
+        self.halve = layers.AveragePooling2D(2)
+        self.project = layers.Dense(config.units, activation="elu")
         self.recurrent = recurrent.BidirectionalGRU(config.units)
         self.classify = layers.Dense(len(config.alphabet) + 1)
         if config.head == "position":

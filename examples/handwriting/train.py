@@ -106,8 +106,10 @@ def train(
     first, last = int(learning.optimizer.iterations.numpy()), min(options.steps, options.stop_at or options.steps)
     reader = reading.TextReader(config)  # a copy on one device: what worker 0 evaluates, nobody waits for
     look_at = test[:LOOK_AT]
-    shown = {"loss": "", "CER": ""}
-    with tqdm(range(first, last), initial=first, total=last, unit="step", disable=engine.worker > 0, ncols=88) as bar:
+    shown = {"loss": "?", "CER": "?"}
+    often = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file needs few lines
+    progress = {"initial": first, "total": last, "unit": "step", "ncols": 88, "mininterval": often}
+    with tqdm(range(first, last), disable=engine.worker > 0, **progress) as bar:
         for step, batch in zip(bar, learner.batches(engine, source, config, options.batch, range(first, last))):
             loss = learning.step(batch)
             done = step + 1
