@@ -4,7 +4,8 @@
     python tests/worlds.py horovod:2 -k loss
 
 Worlds: local, onedevice, mirrored:N (N devices of one process), multiworker:N, horovod:N (over Gloo), mpirun:N (Horovod
-over MPI). Every process runs the same tests; worlds of several processes run those of tests/workers too.
+over MPI). Every process runs the same tests; worlds of several processes run those of tests/workers too. Tests of
+programs start them in a world with ``start``.
 """
 
 from __future__ import annotations
@@ -17,9 +18,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from typing import NamedTuple
+
+import pytest
 
 TESTS = pathlib.Path(__file__).resolve().parent
 LIMIT_S = 600
+GRACE_S = 15
 
 
 def parse(spec: str) -> tuple[str, int]:
@@ -30,10 +36,15 @@ def parse(spec: str) -> tuple[str, int]:
 
 def command(spec: str, arguments: list[str]) -> list[str]:
     """What starts a world: its own launcher, around the same pytest in each process."""
+    several = parse(spec)[0] in STARTERS
+    folders = [str(TESTS / "replicas")] + [str(TESTS / "workers")] * several
+    return [*launcher(spec), sys.executable, str(TESTS / "rank.py"), *folders, *arguments]
+
+
+def launcher(spec: str) -> list[str]:
+    """What starts a world's processes; nothing for worlds of one process."""
     kind, count = parse(spec)
-    folders = [str(TESTS / "replicas")] + ([str(TESTS / "workers")] if kind in STARTERS else [])
-    pytest = [sys.executable, str(TESTS / "rank.py"), *folders, *arguments]
-    return [*STARTERS.get(kind, lambda _: [])(count), *pytest]
+    return STARTERS.get(kind, lambda _: [])(count)
 
 
 def _horovod(count: int) -> list[str]:
@@ -73,12 +84,61 @@ def run(spec: str, arguments: list[str], limit_s: float = LIMIT_S, **settings: s
         except subprocess.TimeoutExpired:
             print(f"{spec}: not done after {limit_s:.0f} s, ended")
             code = 124
-        with contextlib.suppress(ProcessLookupError):  # whoever is left of the world goes with it
-            os.killpg(process.pid, signal.SIGKILL)
+        end(process)
         outputs = sorted(pathlib.Path(folder).iterdir())
         for output in outputs if code else outputs[:1]:
             print(f"--- {spec} {output.name}\n{output.read_text(errors='replace')}", flush=True)
         return code
+
+
+def end(process: subprocess.Popen) -> None:
+    """End a process that leads a session, and whoever is left of it: a launcher first gets the time to end its workers,
+    which may have groups of their own."""
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+class Finished(NamedTuple):
+    """What became of a program: the launcher's exit code, all that its processes wrote, and how long it took."""
+
+    code: int
+    output: str
+    seconds: float
+
+
+def start(spec: str, *arguments: str | os.PathLike[str], limit_s: float, **settings: str) -> Finished:
+    """Run Python with these arguments on every worker of a world. Where its engine is missing, the test that asks for
+    it is skipped at a desk, and fails in CI.
+
+    Raises:
+        TimeoutError: it was not done within ``limit_s`` seconds; with what it wrote. Nobody is left behind.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TF_CONFIG"} | settings
+    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    argv = [*launcher(spec), sys.executable, *map(str, arguments)]
+    if shutil.which(argv[0]) is None:
+        missing = f"{spec}: {argv[0]} is missing; launch/install_horovod.sh --help tells how to get it"
+        (pytest.fail if os.environ.get("DISTPAD_CI") else pytest.skip)(missing)
+    began = time.monotonic()
+    process = subprocess.Popen(
+        argv,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        end(process)
+        raise TimeoutError(f"{argv}: not done after {limit_s:.0f} s\n{process.communicate()[0]}") from None
+    return Finished(process.returncode, output, time.monotonic() - began)
 
 
 if __name__ == "__main__":

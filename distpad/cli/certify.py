@@ -30,6 +30,7 @@ def certify(
       launch/multiworker.sh -np 2 -- distpad certify
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # its note is printed at any level of the log
     import tensorflow as tf
 
     import distpad
