@@ -9,7 +9,9 @@ import pytest
 
 import worlds
 
-LABELS = pathlib.Path(__file__).resolve().parents[2] / "examples" / "labels"
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+LABELS = ROOT / "examples" / "labels"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 LIMIT_S = 240  # of one start, on a machine that is busy with other things
 NUMBER = r"[\d.]+(?:e[+-]\d+)?"
 KINDS = ["integers", "one_hot", "multi_hot", "images"]
@@ -51,8 +53,15 @@ def test_all_kinds_on_one_device_where_an_error_above_the_limit_is_exit_code_1()
     assert output.count("NOT PASSED: distpad's gradient error is") == 4
 
 
-def test_all_kinds_on_four_replicas_of_one_process() -> None:
-    check(*start("mirrored:4", "all", "--replicas", "4"), tables=4, replicas=4)
+def test_all_kinds_on_four_replicas_of_one_process_print_the_figures_of_the_readme() -> None:
+    code, output = start("mirrored:4", "all", "--replicas", "4")
+    check(code, output, tables=4, replicas=4)
+    rows = re.findall(
+        r"^\| (?:integers|.* vectors|images) \| ([\d.]+)% \| ([\d.]+)% \| [\d.e-]+ \|$", README, re.MULTILINE
+    )
+    plain, own = ([float(row[column]) / 100 for row in rows] for column in range(2))
+    assert plain == pytest.approx(figures(output, "plain Keras"), rel=0.04)  # the scripts print two digits
+    assert own == pytest.approx(figures(output, "each replica's mean"), rel=0.04)
 
 
 def test_all_kinds_on_two_workers() -> None:
