@@ -60,7 +60,7 @@ is_stamped() { [[ -f $ENV/.distpad/$1 && $(<"$ENV/.distpad/$1") == "$2" ]]; }
 stamp() { printf '%s\n' "$2" >"$ENV/.distpad/$1"; }
 
 pip_install() {
-  "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@" >&2 ||
+  "$PYTHON" -m pip install --quiet "$@" >&2 ||
     die 17 "pip could not install $* (its words are above). Is there a network? Run this again to go on."
 }
 
@@ -89,7 +89,7 @@ make_base() {
 add_project() {
   if [[ -f $ROOT/setup.py || -f $ROOT/pyproject.toml ]]; then
     say "installing distpad from $ROOT, editable"
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e "$ROOT" >&2 ||
+    "$PYTHON" -m pip install --quiet --no-deps --no-build-isolation -e "$ROOT" >&2 ||
       die 17 "the environment is made, but distpad's own setup.py failed in it (pip's words are above)."
   else
     echo "$ROOT" >"$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/distpad-checkout.pth"
@@ -116,6 +116,7 @@ main() {
   mkdir -p "${DISTPAD_ENVS:-$ROOT/.envs}"
   ENV=$(cd "${DISTPAD_ENVS:-$ROOT/.envs}" && pwd)/$STACK
   PYTHON=$ENV/bin/python
+  export PIP_DISABLE_PIP_VERSION_CHECK=1
 
   exec 9>"$(dirname "$ENV")/.$STACK.lock"
   flock -n 9 || { say "another process is at work on $ENV: waiting for it"; flock 9; }

@@ -344,6 +344,7 @@ main() {
   done
   [[ $MPI_WANTED =~ ^(auto|on|off)$ ]] || die 2 "--mpi is $MPI_WANTED, expected auto, on or off"
 
+  export PIP_DISABLE_PIP_VERSION_CHECK=1
   find_python
   probe_python
   PATH=$SCRIPTS:$PATH # finds a cmake that pip installed
