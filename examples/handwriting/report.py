@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 
 OURS = ("#1f6f8b", "#3a9d6e", "#6a5fb0")  # a colour for each engine
 NAIVE = ("#c0392b", "#e08a3c", "#b0527f")
+WIDTHS = (4.5, 2.5, 1.2)  # points; lines that lie on one another can still be told apart
 INK = "#222222"
 SHOWN = 12  # read pictures in the report
 SAMPLES = 6
@@ -79,9 +80,8 @@ def draw(summary: dict, drifts: Sequence[dict], test: Sequence[Example], texts: 
     upper, lower = figure.subfigures(2, 1, height_ratios=heights)
     if drifts:
         _draw_drift(upper, drifts)
-    _draw_read(
-        lower, test[:SHOWN], texts, rows, f"Held-out strings, {summary['character_error_rate']:.1%} character errors"
-    )
+    title = f"Held-out strings, {summary['character_error_rate']:.1%} character errors (red: read ≠ written)"
+    _draw_read(lower, test[:SHOWN], texts, rows, title)
     figure.savefig(path)
     plt.close(figure)
 
@@ -98,7 +98,7 @@ def _draw_drift(figure: SubFigure, drifts: Sequence[dict]) -> None:
         for key, name, colours in (("naive", "mean of means", NAIVE), ("distpad", "with distpad", OURS)):
             colour = colours[place % len(colours)]
             distances = np.maximum(drift[key], 1e-12)  # zero has no place on a logarithmic axis
-            axis.plot(steps, distances, color=colour, linewidth=2)
+            axis.plot(steps, distances, color=colour, linewidth=WIDTHS[place % len(WIDTHS)] if len(drifts) > 1 else 2)
             ends.append((steps[-1], distances[-1], f"{name}, {drift['replicas']} × {drift['backend']}", colour))
     axis.set_yscale("log")
     axis.set_xlabel("step, on the same global batches")
