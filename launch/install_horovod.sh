@@ -138,9 +138,14 @@ prepare_source() {
   is_at_least "$TF_VERSION" 2.16 || return 0
   # TensorFlow moved the XLA headers that this one file includes. Without it, only collectives *inside*
   # XLA-compiled functions are lost; all others live in mpi_ops.cc.
-  local list=$1/horovod/tensorflow/CMakeLists.txt
+  local list=$1/horovod/tensorflow/CMakeLists.txt operations=$1/horovod/tensorflow/mpi_ops.cc
   grep -q 'xla_mpi_ops\.cc' "$list" || return 1
   sed -i.orig '/xla_mpi_ops\.cc/d' "$list"
+  # TensorFlow no longer has this function, which GPU builds call; the stream itself knows its handle.
+  local declared='GpuStreamHandle AsGpuStreamValue(Stream\* stream);'
+  grep -q "^$declared" "$operations" || return 1
+  sed -i.orig "s|^$declared|template <class S> GpuStreamHandle AsGpuStreamValue(S* stream) {\n\
+  return static_cast<GpuStreamHandle>(stream->platform_specific_handle().stream);\n}|" "$operations"
 }
 
 # Compiles the source and puts one wheel into a folder: build_wheel SOURCE FOLDER
@@ -221,7 +226,7 @@ build() {
   for each in "${NOTES[@]}"; do say "$each"; done
   check_tools
   fetch_source
-  prepare_source "$WORK/source" || die 16 "the source of Horovod $HOROVOD_VERSION is not as expected: no xla_mpi_ops.cc listed."
+  prepare_source "$WORK/source" || die 16 "the source of Horovod $HOROVOD_VERSION is not as expected: no xla_mpi_ops.cc, or no AsGpuStreamValue."
   local log=$STORE/build.log builder status=0
   say "building for $TF_PACKAGE $TF_VERSION, $MPI, $NCCL: 3 to 10 minutes. Log: $log"
   set -m # gives the build a process group of its own, which cleanup can end as a whole
