@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from distpad import masking
+from distpad import fitting, masking
 
 
 class Sums(NamedTuple):
-    """One replica's numerator (differentiable) and counts, all float64, and the dtype that the loss comes back in."""
+    """One replica's numerator (differentiable) and counts, all float64; the dtype that the loss comes back in; and the
+    loss's number of rows, with whether mask and weights fit it."""
 
     total: Any
     tokens: Any
     sequences: Any
     dtype: tf.DType = tf.float32
+    rows: Any = 0
+    fits: Any = True
 
 
 def sum_up(losses: tf.Tensor, valid: masking.Valid, average: str | float) -> Sums:
     """Weigh, mask and sum: within rows in the loss's dtype (float32 at least), over rows in float64."""
-    mask, weight, rank = _fit(losses, valid)
+    mask, weight, rank, fits = _fit(losses, valid)
     losses = tf.reduce_mean(losses, axis=list(range(rank, losses.shape.rank)))
     ones = tf.ones_like(losses)
+    if weight is not None:
+        ones *= tf.cast(weight, losses.dtype)
     if mask is not None:
         ones = tf.where(mask, ones, 0)
         losses = tf.where(mask, losses, 0)
-    if weight is not None:
-        ones *= tf.cast(weight, losses.dtype)
     inner = list(range(1, rank))
     row_total = tf.reduce_sum(losses * ones, axis=inner)
     row_weight = tf.reduce_sum(ones, axis=inner)
@@ -35,37 +39,46 @@ def sum_up(losses: tf.Tensor, valid: masking.Valid, average: str | float) -> Sum
         row_total = tf.math.divide_no_nan(row_total, row_weight)
     row_tokens = tf.cast(row_weight, tf.float64)
     if valid.tokens is not None:
-        row_tokens *= valid.tokens
+        row_tokens *= fitting.fitted(fitting.Source("lengths", valid.tokens), fitting.sizes_of(losses, 1))[0]
     sequences = tf.reduce_sum(tf.cast(row_weight > 0, tf.float64))
     total = tf.reduce_sum(tf.cast(row_total, tf.float64))
-    return Sums(total, tf.reduce_sum(row_tokens), sequences, losses.dtype)
+    return Sums(total, tf.reduce_sum(row_tokens), sequences, losses.dtype, tf.shape(losses)[0], fits)
 
 
-def _fit(losses: tf.Tensor, valid: masking.Valid) -> tuple[tf.Tensor | None, tf.Tensor | None, int]:
-    """Mask and weight widened to the loss's position axes, and how many these are."""
+def _fit(losses: tf.Tensor, valid: masking.Valid) -> tuple[tf.Tensor | None, tf.Tensor | None, int, Any]:
+    """Mask and weight as they are applied, how many axes of the loss are positions, and whether the shapes fit.
+
+    What weighs nothing is masked, whatever its loss.
+    """
     mask, weight, rank = valid.mask, valid.weight, valid.rank or losses.shape.rank
     if weight is not None and rank == losses.shape.rank + 1 and weight.shape[-1] == 1:
         # weights [batch, length, 1], as Keras allows them
-        mask, weight, rank = tf.squeeze(mask, -1), tf.squeeze(weight, -1), rank - 1
+        mask = None if mask is None else tf.squeeze(fitting.widen(mask, rank), -1)
+        weight, rank = tf.squeeze(weight, -1), rank - 1
     if rank > losses.shape.rank:
         raise ValueError(
             f"DistributedLoss: mask or sample_weight has rank {rank}, expected at most {losses.shape.rank}, the rank "
             f"of the loss {tuple(losses.shape)}."
         )
-    if mask is None:
-        return None, None, rank
-    mask = masking.widen(mask, rank)
-    weight = None if weight is None else masking.widen(weight, rank)
-    for axis in range(rank):
-        stretches = weight is not None and axis > 0 and weight.shape[axis] == 1
-        sizes = {mask.shape[axis], losses.shape[axis]} - {None}
-        if len(sizes) > 1 and not stretches:
-            name, given = ("mask", mask) if weight is None or weight.shape[axis] == 1 else ("sample_weight", weight)
+    sizes, fits = fitting.sizes_of(losses, rank), valid.fits
+    sources = []
+    for name, given in (("mask", mask), ("sample_weight", weight)):
+        if given is None:
+            continue
+        try:
+            given, fit = fitting.fitted(fitting.Source(name, given, name == "sample_weight"), sizes)
+        except ValueError as error:
             raise ValueError(
                 f"DistributedLoss: {name} has shape {tuple(given.shape)}, expected {tuple(losses.shape[:rank])}, the "
                 f"leading axes of the loss {tuple(losses.shape)}."
-            )
-    return mask, weight, rank
+            ) from error
+        fits = fit if fits is True else tf.logical_and(fits, fit)
+        given = fitting.widen(given, rank)
+        if name == "sample_weight":
+            weight, given = given, tf.not_equal(given, 0)
+        sources.append(tf.broadcast_to(given, tf.shape(losses)[:rank]))
+    mask = functools.reduce(tf.logical_and, sources) if sources else None
+    return mask, weight, rank, fits
 
 
 @tf.custom_gradient

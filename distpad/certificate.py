@@ -9,12 +9,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from distpad import backends, gradients, losses
+from distpad import backends, errors, gradients, losses
 
 _ROWS, _LENGTH, _FEATURES, _CLASSES = 3, 6, 5, 4  # of one replica's batch, and of the built-in model
 _LIMITS = {"float64": 1e-12, "float32": 1e-5}
 _AVERAGES = ("token", "sequence_sum", "sequence_mean", 7.5)
-_KINDS = ("random lengths", "sample weights", "NaN in padding", "an empty replica", "all padding", "accumulation")
+_KINDS = (
+    "random lengths",
+    "random masks",
+    "sample weights",
+    "NaN in padding",
+    "an empty replica",
+    "all padding",
+    "accumulation",
+)
 
 
 class Line(NamedTuple):
@@ -69,13 +77,14 @@ class Certificate(NamedTuple):
 def certify(*, loss: Any = None, cases: int = 32, seed: int = 0, backend: Any = None) -> Certificate:
     """Compare the reduced gradients of random steps with those of one device on the concatenated batch.
 
-    A linear model under a masked softmax cross-entropy is run on all replicas: random lengths, sample weights, NaN in
-    padded predictions, an empty replica, a step of padding alone, and two accumulated micro-batches over one
-    denominator, in float64 and float32. The one device is NumPy in float64, written out by position.
+    A linear model under a masked softmax cross-entropy is run on all replicas: random lengths, masks and sample
+    weights, NaN in padded predictions, an empty replica, a step of padding alone, and two accumulated micro-batches
+    over one denominator, in float64 and float32. The one device is NumPy in float64, written out by position.
 
     Args:
       loss: what to certify in place of ``DistributedLoss``: a callable
-        ``(y_true, y_pred, sample_weight=None, *, lengths) -> this replica's share``. Only "token" is then asked of it.
+        ``(y_true, y_pred, sample_weight=None, *, lengths, mask) -> this replica's share``; ``mask`` may be None. Only
+        "token" is then asked of it.
       cases: how many random steps at least; as many of each kind and dtype.
       seed: of the random steps; the same on all workers.
       backend: left out, it is detected; with a strategy, call it in its scope, outside ``run``.
@@ -83,15 +92,18 @@ def certify(*, loss: Any = None, cases: int = 32, seed: int = 0, backend: Any = 
     Returns: the ``Certificate``, the same on all workers.
 
     Raises:
-      ValueError: ``cases`` below 1.
+      ValueError: ``cases`` below 1, ``seed`` below 0. TypeError: one of them is no whole number.
 
     Collective: all workers call it.
 
     >>> certify(cases=12, backend="local").passed
     True
     """
-    if cases < 1:
-        raise ValueError(f"certify: cases is {cases}, expected at least 1.")
+    for name, number, least in (("cases", cases, 1), ("seed", seed, 0)):
+        if isinstance(number, bool) or not isinstance(number, (int, np.integer)):
+            raise TypeError(errors.sentence("certify", name, repr(number), "a whole number"))
+        if number < least:
+            raise ValueError(errors.sentence("certify", name, number, f"at least {least}"))
     resolved = backends.resolve(backend, function="certify")
     lines = []
     for kind, dtype in itertools.product(_KINDS, _LIMITS):
@@ -106,7 +118,8 @@ def certify(*, loss: Any = None, cases: int = 32, seed: int = 0, backend: Any = 
 
 def _error(backend: backends.Backend, loss: Any, kind: str, dtype: str, seed: list[int], number: int) -> float:
     """The largest relative error of this worker's replicas in one random step."""
-    average = _AVERAGES[number % 4 if loss is None and kind != "accumulation" else 0]
+    turn = number + _KINDS.index(kind)  # so that few cases ask for all averages, too
+    average = _AVERAGES[turn % 4 if loss is None and kind != "accumulation" else 0]
     micro = 2 if kind == "accumulation" else 1
     drawn = [
         [_draw(kind, r, backend.num_replicas, [*seed, m]) for m in range(micro)] for r in range(backend.num_replicas)
@@ -116,7 +129,7 @@ def _error(backend: backends.Backend, loss: Any, kind: str, dtype: str, seed: li
     tokens = float(sum(batch["lengths"].sum() for batch in every)) if micro > 1 else None
     loss_fn = loss or losses.DistributedLoss(_cross_entropy, average=average, backend=backend)
     step = _step(backend, loss_fn, kernel.astype(dtype), kind, tokens)
-    expected = _reference(every, kernel, average, kind == "sample weights")
+    expected = _reference(every, kernel, average, kind)
     scale = np.abs(expected).max() or 1.0
     results = backend.run(step, lambda r: [_cast(batch, dtype) for batch in drawn[r]])
     return max(float(np.max(np.abs(result.numpy() - expected)) / scale) for result in results)
@@ -130,12 +143,14 @@ def _draw(kind: str, replica: int, replicas: int, seed: list[int]) -> dict[str, 
         "x": random.normal(size=[rows, _LENGTH, _FEATURES]),
         "y": random.integers(0, _CLASSES, size=[rows, _LENGTH]),
         "weight": random.uniform(0, 2, size=[rows, _LENGTH]),
+        "mask": random.random(size=[rows, _LENGTH]) < 0.6,
         "lengths": random.integers(0, 1 if kind == "all padding" else _LENGTH + 1, size=[rows]),
     }
 
 
 def _cast(batch: dict[str, np.ndarray], dtype: str) -> dict[str, tf.Tensor]:
-    return {name: tf.constant(array, dtype if array.dtype == "float64" else "int32") for name, array in batch.items()}
+    dtypes = {"float64": dtype, "int64": "int32", "bool": "bool"}
+    return {name: tf.constant(array, dtypes[array.dtype.name]) for name, array in batch.items()}
 
 
 def _cross_entropy(y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
@@ -157,19 +172,20 @@ def _step(backend: backends.Backend, loss_fn: Any, kernel: np.ndarray, kind: str
                     logits = tf.where(real, logits, tf.cast(np.nan, logits.dtype))
                 extra = {} if tokens is None else {"denominator": tokens}
                 weight = batch["weight"] if kind == "sample weights" else None
-                loss = loss_fn(batch["y"], logits, weight, lengths=batch["lengths"], **extra)
+                mask = batch["mask"] if kind == "random masks" else None
+                loss = loss_fn(batch["y"], logits, weight, lengths=batch["lengths"], mask=mask, **extra)
             parts += gradients.gradient(tape, loss, [weights], backend=backend)
         return backend.reduce_in_optimizer([tf.add_n(parts)])[0]
 
     return step
 
 
-def _reference(batches: list[dict[str, np.ndarray]], kernel: np.ndarray, average: Any, weighted: bool) -> np.ndarray:
+def _reference(batches: list[dict[str, np.ndarray]], kernel: np.ndarray, average: Any, kind: str) -> np.ndarray:
     """The gradient by the kernel on one device: NumPy, position by position, nothing shared with the product."""
     total, tokens, sequences = np.zeros_like(kernel), 0.0, 0
-    rows = [row for batch in batches for row in zip(batch["x"], batch["y"], batch["weight"], batch["lengths"])]
-    for x, y, weight, length in rows:
-        w = weight[:length] if weighted else np.ones(length)
+    names = ("x", "y", "weight", "mask", "lengths")
+    for x, y, weight, mask, length in (row for batch in batches for row in zip(*(batch[name] for name in names))):
+        w = {"sample weights": weight, "random masks": mask.astype(float)}.get(kind, np.ones(_LENGTH))[:length]
         if w.sum() == 0:
             continue
         tokens, sequences = tokens + w.sum(), sequences + 1

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
-from distpad import backends, errors, exchange, masking
+from distpad import backends, errors, exchange, fitting, masking, nests
 from distpad.ladder import Ladder
 from distpad.padding import Padded
-
-
-class _Leaf(NamedTuple):
-    """One tensor of the nest, on this replica."""
-
-    tensor: tf.Tensor
-    axis: int
-    value: Any
-    lengths: tf.Tensor | None
-    where: str
 
 
 @tf.autograph.experimental.do_not_convert
@@ -66,8 +55,10 @@ def pad_to_global_max(
     """
     function = "pad_to_global_max"
     resolved = backends.resolve(backend, function=function)
-    leaves = _leaves(function, tensors, axis, value, lengths)
-    longest, _ = _agree(resolved, function, leaves, ladder, rows=None, gathers=False)
+    if not isinstance(ladder, (Ladder, type(None))):
+        raise TypeError(errors.sentence(function, "ladder", repr(ladder), "a distpad.Ladder"))
+    leaves, complaint = nests.leaves_of(function, tensors, axis, value, lengths)
+    longest, _ = _agree(resolved, function, leaves, complaint, ladder, rows=None, gathers=False)
     return _packed(tensors, [_pad(leaf, to) for leaf, to in zip(leaves, longest)])
 
 
@@ -99,13 +90,11 @@ def gather(
     """
     function = "gather"
     resolved = backends.resolve(backend, function=function)
-    leaves = _leaves(function, tensors, axis, value, lengths)
-    for leaf in leaves:
-        if leaf.axis == 0:
-            raise ValueError(
-                errors.sentence(function, "axis", 0, "at least 1: axis 0 holds the rows that are gathered")
-            )
-    longest, kept = _agree(resolved, function, leaves, None, rows, gathers=True)
+    leaves, complaint = nests.leaves_of(function, tensors, axis, value, lengths)
+    if complaint is None and any(leaf.axis == 0 for leaf in leaves):
+        expected = "an axis behind the first, which holds the rows that are gathered"
+        complaint = ValueError(errors.sentence(function, "axis", axis, expected))
+    longest, kept = _agree(resolved, function, leaves, complaint, None, rows, gathers=True)
     gathered = []
     for leaf, to in zip(leaves, longest):
         padded = _pad(leaf, to)
@@ -115,73 +104,30 @@ def gather(
     return _packed(tensors, gathered)
 
 
-def _leaves(function: str, tensors: Any, axis: Any, value: Any, lengths: Any) -> list[_Leaf]:
-    """Flatten the nests side by side; single axes and values serve every tensor."""
-    flat = tf.nest.flatten(tensors)
-    if not flat:
-        raise ValueError(errors.sentence(function, "tensors", "empty", "at least one tensor"))
-    names = [str(path) for path in _paths(tensors)]
-    columns = []
-    for name, given in (("axis", axis), ("value", value), ("lengths", _lists_as_arrays(lengths))):
-        if tf.nest.is_nested(tensors) and tf.nest.is_nested(given):
-            try:
-                tf.nest.assert_same_structure(tensors, given)
-            except (ValueError, TypeError) as error:
-                raise ValueError(errors.sentence(function, name, given, "a nest like that of tensors")) from error
-            columns.append(tf.nest.flatten(given))
-        else:
-            columns.append([given] * len(flat))
-    result = []
-    for where, tensor, one_axis, one_value, one_lengths in zip(names, flat, *columns):
-        if isinstance(tensor, (int, float, str)):  # lists are nests here, as everywhere in TensorFlow
-            remedy = "Nested lists of numbers are padded by distpad.pad."
-            raise TypeError(errors.sentence(function, f"tensors{where}", repr(tensor), "a tensor or an array", remedy))
-        if isinstance(tensor, (tf.RaggedTensor, tf.SparseTensor)):
-            kind, remedy = type(tensor).__name__, "Use distpad.pad first."
-            raise TypeError(errors.sentence(function, f"tensors{where}", kind, "a padded tensor", remedy))
-        tensor = tf.convert_to_tensor(tensor)
-        if tensor.shape.rank is None:
-            raise ValueError(
-                errors.sentence(function, f"the rank of tensors{where}", "unknown", "a known one (set_shape)")
-            )
-        try:
-            filling = tf.constant(bool(one_value) if tensor.dtype == tf.bool else one_value, tensor.dtype)
-        except (TypeError, ValueError) as error:
-            raise TypeError(errors.sentence(function, "value", repr(one_value), f"a {tensor.dtype.name}")) from error
-        if one_lengths is not None:
-            one_lengths = masking.check_lengths(one_lengths)
-        result.append(_Leaf(tensor, one_axis, filling, one_lengths, where))
-    return result
-
-
-def _lists_as_arrays(lengths: Any) -> Any:
-    """Lists of numbers are somebody's lengths; TensorFlow would take them for more of the nest."""
-    if isinstance(lengths, dict):
-        return {key: _lists_as_arrays(item) for key, item in lengths.items()}
-    if isinstance(lengths, (list, tuple)):
-        if all(isinstance(item, (int, np.integer)) for item in lengths):
-            return np.array(lengths, np.int64)
-        return [_lists_as_arrays(item) for item in lengths] if isinstance(lengths, list) else lengths
-    return lengths
-
-
 def _agree(
-    backend: backends.Backend, function: str, leaves: list[_Leaf], ladder: Ladder | None, rows: Any, gathers: bool
+    backend: backends.Backend,
+    function: str,
+    leaves: list[nests.Leaf],
+    complaint: Exception | None,
+    ladder: Ladder | None,
+    rows: Any,
+    gathers: bool,
 ) -> tuple[list[tf.Tensor], Any]:
     """Exchange all lengths at once; returns the padded length of each leaf and the rows to keep of this replica."""
     rules, payload = [], []
     for leaf in leaves:
-        rank = leaf.tensor.shape.rank
-        axis = leaf.axis + rank if leaf.axis < 0 else leaf.axis
-        fits = 0 <= axis < rank
-        size = tf.shape(leaf.tensor)[axis] if fits else 0
+        rank, axis = leaf.tensor.shape.rank, leaf.axis
+        in_range = 0 <= axis < rank
+        size = tf.shape(leaf.tensor)[axis] if in_range else 0
+        count, as_many = _count(leaf)
         what = f"tensors{leaf.where}"
         rules += [
             exchange.Rule(f"{what} have ranks that differ, expected the same on all replicas", rank),
             exchange.Rule(
                 f"{what} have dtypes that differ, expected the same on all", leaf.tensor.dtype.as_datatype_enum
             ),
-            exchange.Rule(f"axis of {what} is out of range for their rank", rank, fits),
+            exchange.Rule(f"axis of {what} is out of range for their rank", rank, in_range),
+            exchange.Rule(f"lengths of {what} are expected to be as many as their rows", count, as_many),
             *masking.length_rules(leaf.lengths, None if leaf.lengths is None else size),
         ]
         if gathers:
@@ -190,11 +136,30 @@ def _agree(
             rules.append(exchange.Rule(text, _digits([tf.shape(leaf.tensor)[i] for i in inner])))
         payload.append(size)
     first = tf.shape(leaves[0].tensor)[0] if leaves[0].tensor.shape.rank else 0
-    rows = first if rows is None else rows
+    try:
+        rows = first if rows is None else _whole_number(function, rows)
+    except TypeError as error:
+        rows, complaint = first, complaint or error
     rules.append(exchange.Rule("rows are expected to be from 0 to the rows that are there", rows, _within(rows, first)))
-    table = exchange.exchange(backend, function, payload, rules)
+    table = exchange.exchange(backend, function, payload, rules, complaint)
     longest = [_on_ladder(function, tf.reduce_max(table[:, i]), ladder) for i in range(len(leaves))]
     return longest, rows
+
+
+def _count(leaf: nests.Leaf) -> tuple[Any, Any]:
+    """How many lengths a leaf has, and whether it has as many rows."""
+    if leaf.lengths is None or not leaf.tensor.shape.rank:
+        return 0, True
+    count = tf.shape(leaf.lengths)[0]
+    return count, tf.equal(count, tf.shape(leaf.tensor)[0])
+
+
+def _whole_number(function: str, rows: Any) -> tf.Tensor:
+    rows = tf.convert_to_tensor(rows)
+    if rows.shape.rank != 0 or not rows.dtype.is_integer:
+        given = f"of shape {tuple(rows.shape)} and dtype {rows.dtype.name}"
+        raise TypeError(errors.sentence(function, "rows", given, "one whole number"))
+    return rows
 
 
 def _digits(sizes: list[tf.Tensor]) -> Any:
@@ -226,13 +191,10 @@ def _on_ladder(function: str, length: tf.Tensor, ladder: Ladder | None) -> tf.Te
     return tf.where(length <= last, rungs[at], above)
 
 
-def _pad(leaf: _Leaf, to: tf.Tensor) -> Padded:
-    tensor = leaf.tensor
-    if not -tensor.shape.rank <= leaf.axis < tensor.shape.rank:
-        return Padded(
-            tensor, tf.zeros([0], tf.int32), tf.zeros([0], tf.bool)
-        )  # being traced; the exchange has refused it
-    axis = leaf.axis % tensor.shape.rank
+def _pad(leaf: nests.Leaf, to: tf.Tensor) -> Padded:
+    tensor, axis = leaf.tensor, leaf.axis
+    if not 0 <= axis < tensor.shape.rank:  # being traced; the exchange has refused it
+        return Padded(tensor, tf.zeros([0], tf.int32), tf.zeros([0], tf.bool))
     shape = tf.shape(tensor)
     behind = tf.one_hot(axis, tensor.shape.rank, on_value=to - shape[axis], off_value=0, dtype=tf.int32)
     values = tf.pad(tensor, tf.stack([tf.zeros_like(behind), behind], axis=1), constant_values=leaf.value)
@@ -240,6 +202,8 @@ def _pad(leaf: _Leaf, to: tf.Tensor) -> Padded:
     lengths = leaf.lengths
     if lengths is None:
         lengths = tf.fill(shape[: min(axis, 1)], shape[axis])
+    elif axis > 0:
+        lengths = fitting.fitted(fitting.Source("lengths", lengths), fitting.sizes_of(tensor, 1))[0]
     lengths = tf.cast(lengths, tf.int32)
     return Padded(values, lengths, _mask(values, axis, lengths))
 
@@ -256,12 +220,3 @@ def _mask(values: tf.Tensor, axis: int, lengths: tf.Tensor) -> tf.Tensor:
 def _packed(like: Any, padded: list[Padded]) -> Padded:
     """A list of Padded as one Padded of nests."""
     return Padded(*(tf.nest.pack_sequence_as(like, list(column)) for column in zip(*padded)))
-
-
-def _paths(nest: Any, prefix: str = "") -> list[str]:
-    """Where each leaf is, as one would write it: ``['label']``, in the order of ``tf.nest.flatten``."""
-    if isinstance(nest, dict):
-        return [path for key in sorted(nest) for path in _paths(nest[key], f"{prefix}[{key!r}]")]
-    if isinstance(nest, (list, tuple)):
-        return [path for i, item in enumerate(nest) for path in _paths(item, f"{prefix}[{i}]")]
-    return [prefix]

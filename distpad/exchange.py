@@ -64,7 +64,17 @@ def exchange(
         enforce(function, [rule for rule in rules if isinstance(rule.ok, bool)])
     good = [True if rule.ok is None else rule.ok for rule in rules]
     numbers = [complaint is None, *good, *(rule.found for rule in rules), *payload]
-    table = backend.stack(tf.stack([tf.cast(number, tf.float64) for number in numbers]))
+    try:
+        table = backend.stack(tf.stack([tf.cast(number, tf.float64) for number in numbers]))
+    except Exception as error:
+        if complaint is not None:
+            raise complaint from error
+        if "ismatched" in str(error):  # Horovod's word; the sizes follow from the arguments' structure
+            raise ValueError(
+                f"{function}: replicas gave arguments of different structure, expected nests of as many tensors on all "
+                f"({len(payload)} here)."
+            ) from error
+        raise
     split = 1 + len(rules)
     checks = [_agreed(rule, table[:, 1 + i], table[:, split + i]) for i, rule in enumerate(rules)]
     if tf.executing_eagerly():

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from distpad import backends
+from distpad import backends, errors
 
 
 @tf.autograph.experimental.do_not_convert
@@ -29,7 +29,7 @@ def gradient(tape: tf.GradientTape, loss: tf.Tensor, variables: Sequence[Any], *
       the variable.
 
     Raises:
-      TypeError: the tape is Horovod's own, which reduces by itself.
+      TypeError: the tape is Horovod's own, which reduces by itself, or no tape; ``variables`` is no list.
 
     Collective under Horovod: one fused all-reduce.
 
@@ -39,6 +39,10 @@ def gradient(tape: tf.GradientTape, loss: tf.Tensor, variables: Sequence[Any], *
     >>> [float(g) for g in gradient(tape, y, [x])]
     [6.0]
     """
+    if not hasattr(tape, "gradient"):
+        raise TypeError(errors.sentence("gradient", "tape", repr(tape), "a tf.GradientTape"))
+    if not isinstance(variables, (list, tuple)):
+        raise TypeError(errors.sentence("gradient", "variables", type(variables).__name__, "a list of variables"))
     if hasattr(tape, "register_local_source"):
         raise TypeError(
             "gradient: tape is Horovod's DistributedGradientTape, expected a plain tf.GradientTape: gradients would be "
@@ -67,8 +71,8 @@ def broadcast_variables(variables: Iterable[Any], *, root: int = 0, backend: Any
     >>> broadcast_variables([tf.Variable(1.0)])
     """
     resolved = backends.resolve(backend, function="broadcast_variables")
-    if not 0 <= root < resolved.num_workers:
-        raise ValueError(f"broadcast_variables: root is {root}, expected a worker, 0 to {resolved.num_workers - 1}.")
+    if not isinstance(root, (int, np.integer)) or not 0 <= root < resolved.num_workers:
+        raise ValueError(f"broadcast_variables: root is {root!r}, expected a worker, 0 to {resolved.num_workers - 1}.")
     held = [_tensorflow_variable(variable) for variable in variables]
     if resolved.num_workers > 1:
         _check_alike(held, resolved)
@@ -86,13 +90,21 @@ def scale_regularization(losses: Iterable[Any], *, backend: Any = None) -> tf.Te
       losses: scalars; none gives 0.
       backend: left out, it is detected.
 
-    Returns: a scalar, the same on all replicas.
+    Returns: a scalar of the widest of their dtypes, the same on all replicas.
+
+    Raises:
+      ValueError: a penalty that is no scalar.
 
     >>> float(scale_regularization([tf.constant(1.0), tf.constant(2.0)]))
     3.0
     """
     resolved = backends.resolve(backend, function="scale_regularization")
-    total = tf.add_n([tf.convert_to_tensor(loss) for loss in losses] or [tf.constant(0.0)])
+    penalties = [tf.convert_to_tensor(loss) for loss in losses] or [tf.constant(0.0)]
+    if any(penalty.shape.rank for penalty in penalties):
+        shapes = [tuple(penalty.shape) for penalty in penalties]
+        raise ValueError(errors.sentence("scale_regularization", "losses", f"of shapes {shapes}", "scalars"))
+    widest = max((penalty.dtype for penalty in penalties), key=lambda dtype: dtype.size)
+    total = tf.add_n([tf.cast(penalty, widest) for penalty in penalties])
     return total * tf.cast(resolved.share_scale / resolved.num_replicas, total.dtype)
 
 
@@ -120,7 +132,12 @@ def global_value(loss: Any, *, backend: Any = None) -> tf.Tensor:
 
 def _tensorflow_variable(variable: Any) -> tf.Variable:
     """A Keras 3 variable holds TensorFlow's as its value."""
-    return variable if isinstance(variable, tf.Variable) else variable.value
+    held = variable if isinstance(variable, tf.Variable) else getattr(variable, "value", None)
+    if not isinstance(held, tf.Variable):
+        raise TypeError(
+            errors.sentence("broadcast_variables", "variables", f"with a {type(variable).__name__}", "variables alone")
+        )
+    return held
 
 
 def _check_alike(variables: list[tf.Variable], backend: backends.Backend) -> None:

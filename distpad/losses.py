@@ -129,7 +129,9 @@ class DistributedLoss(tf.keras.losses.Loss):
 
     def call(self, y_true: Any, y_pred: Any) -> tf.Tensor:
         """The loss without any reduction, as Keras defines ``call``."""
-        return self.loss.call(y_true, y_pred) if hasattr(self.loss, "call") else self.loss(y_true, y_pred)
+        if not hasattr(self.loss, "call"):
+            return self.loss(y_true, y_pred)
+        return self.loss.call(_as_keras_casts(self.loss, y_true, y_pred), y_pred)
 
     def global_value(self, loss: Any) -> tf.Tensor:
         """The global mean that ``loss`` is this replica's share of, for logging; by the backend it last ran on.
@@ -143,11 +145,11 @@ class DistributedLoss(tf.keras.losses.Loss):
 
     def _average_globally(self, backend: backends.Backend, y_true: Any, y_pred: Any, sources: dict) -> tf.Tensor:
         complaint = None
-        sums, rules = averages.Sums(0.0, 0.0, 0.0), masking.length_rules()
+        sums, rules = averages.Sums(0.0, 0.0, 0.0), [*masking.length_rules(), masking.fit_rule()]
         try:
             sums, rules = self._sums(y_true, y_pred, sources)
-        except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:
-            complaint = error  # it travels with the numbers, so that no other replica is left waiting for them
+        except Exception as error:  # whatever the loss raised travels with the numbers: no other replica waits for them
+            complaint = error
         payload = [tf.stop_gradient(tf.cast(sums.total, tf.float64)), self._count_of(sums)]
         table = exchange.exchange(backend, _NAME, payload, rules, complaint)
         total = tf.reduce_sum(table[:, 0])
@@ -202,7 +204,7 @@ class DistributedLoss(tf.keras.losses.Loss):
 
     def _sums(self, y_true: Any, y_pred: Any, sources: dict) -> tuple[averages.Sums, list[exchange.Rule]]:
         """This replica's numerator and counts."""
-        y_true = masking.as_tensor(y_true)
+        y_true = _wide(masking.as_tensor(y_true))
         y_pred = tf.nest.map_structure(_wide, masking.as_tensor(y_pred))
         for name, given in (("y_true", y_true), ("y_pred", y_pred)):
             if isinstance(given, tf.RaggedTensor):
@@ -211,34 +213,47 @@ class DistributedLoss(tf.keras.losses.Loss):
         try:
             if self.per == "sequence":
                 valid, positions, rules = masking.of_sequences(y_true, **sources)
-                valid, positions = self._with_tokens(valid), valid.mask if positions is None else positions
+                valid = self._with_tokens(valid)
             else:
                 valid, rules = masking.of_positions(y_true, y_pred, **sources)
-                positions = valid.mask
+                positions = valid.looked_at
+            rows = valid.looked_at
         except (ValueError, TypeError) as error:
             raise type(error)(f"{_NAME}: {error}") from error
         losses = self._losses(
-            masking.clean(y_true, positions, prediction=False), masking.clean(y_pred, valid.mask, prediction=True)
+            masking.clean(y_true, positions, prediction=False), masking.clean(y_pred, rows, prediction=True)
         )
         _check_rank(losses, self.per)
-        return averages.sum_up(losses, valid, self.average if self.per == "position" else "sequence_sum"), rules
+        sums = averages.sum_up(losses, valid, self.average if self.per == "position" else "sequence_sum")
+        return sums, [*rules, masking.fit_rule(sums.rows, sums.fits)]
 
     def _losses(self, y_true: Any, y_pred: Any) -> tf.Tensor:
         """The unreduced losses. One a sequence is not asked about no rows, since tf.nn.ctc_loss fails on them."""
-
-        def asked() -> tf.Tensor:
-            return _wide(tf.convert_to_tensor(self.call(y_true, y_pred)))
-
         first = next((leaf for leaf in tf.nest.flatten(y_pred) if leaf.dtype.is_floating), None)
         if self.per == "position" or first is None or not first.shape.rank or (first.shape[0] or 0) > 0:
-            return asked()
+            return self._asked(y_true, y_pred)
+        if first.shape[0] == 0:
+            # Traced for any number of rows: the gradient then reaches all that it would with rows, as zeros, the
+            # variables of the loss too. A missing one would leave Horovod's other ranks waiting for it.
+            leaves = tf.nest.flatten((y_true, y_pred))
+            rowless = [i for i, leaf in enumerate(leaves) if isinstance(leaf, tf.Tensor) and leaf.shape[:1] == [0]]
+            specs = [tf.TensorSpec([None, *leaves[i].shape[1:]], leaves[i].dtype) for i in rowless]
 
-        def none() -> tf.Tensor:  # of no rows, but reached by the gradient, which is then zero and not missing
+            @tf.function(input_signature=specs, autograph=False)
+            def of_any_rows(*given: tf.Tensor) -> tf.Tensor:
+                named = dict(zip(rowless, given))
+                every = [named.get(i, leaf) for i, leaf in enumerate(leaves)]
+                return self._losses(*tf.nest.pack_sequence_as((y_true, y_pred), every))
+
+            return of_any_rows(*(leaves[i] for i in rowless))
+
+        def none() -> tf.Tensor:
             return tf.reduce_sum(first, axis=list(range(1, first.shape.rank)))
 
-        if first.shape[0] == 0:
-            return none()
-        return tf.cond(tf.shape(first)[0] > 0, lambda: tf.cast(asked(), first.dtype), none)
+        return tf.cond(tf.shape(first)[0] > 0, lambda: tf.cast(self._asked(y_true, y_pred), first.dtype), none)
+
+    def _asked(self, y_true: Any, y_pred: Any) -> tf.Tensor:
+        return _wide(tf.convert_to_tensor(self.call(y_true, y_pred)))
 
     def _with_tokens(self, valid: masking.Valid) -> masking.Valid:
         if valid.tokens is None and self.average == "token":
@@ -266,6 +281,16 @@ def _wide(tensor: Any) -> Any:
     if isinstance(tensor, tf.Tensor) and tensor.dtype in (tf.float16, tf.bfloat16):
         return tf.cast(tensor, tf.float32)
     return tensor
+
+
+def _as_keras_casts(loss: Any, y_true: Any, y_pred: Any) -> Any:
+    """Labels in the predictions' dtype, as Keras hands them to ``Loss.call``: floating ones, and in Keras 3 whole
+    numbers too. Keras's own losses get whole numbers as they are, since classes above 2**24 are no float32."""
+    if not (isinstance(y_true, tf.Tensor) and isinstance(y_pred, tf.Tensor) and y_pred.dtype.is_floating):
+        return y_true
+    own = type(loss).__module__.split(".")[0] in ("keras", "tf_keras", "tensorflow_addons")
+    wanted = y_true.dtype.is_floating or (y_true.dtype.is_integer and hasattr(loss, "dtype") and not own)
+    return tf.cast(y_true, y_pred.dtype) if wanted else y_true
 
 
 def _keras_mask(y_pred: Any) -> tf.Tensor | None:

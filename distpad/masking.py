@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from distpad import fitting
 from distpad.exchange import Rule
 
 # What stands at padded places of the predictions while the loss looks at them: as a probability, a logit or a
@@ -19,15 +20,26 @@ class Valid(NamedTuple):
 
     Attributes:
       mask: bool, a prefix of the loss's shape; None: all are valid.
-      weight: floating, broadcasts to the mask's shape from the left; None: one each.
+      weight: floating, a prefix of the loss's shape, in which an axis but the first may have size one; None: one each.
       rank: how many leading axes of the loss are positions; None: all of them.
       tokens: for losses with one value a sequence: the positions of each sequence, ``[batch]``; else None.
+      fits: whether all sources have shapes that go together; where that shows only when the step runs, a tensor.
     """
 
     mask: tf.Tensor | None
     weight: tf.Tensor | None
     rank: int | None
     tokens: tf.Tensor | None = None
+    fits: Any = True
+
+    @property
+    def looked_at(self) -> tf.Tensor | None:
+        """The mask of what the loss looks at: what weighs nothing is replaced like padding."""
+        if self.weight is None:
+            return self.mask
+        return fitting.all_of(
+            [fitting.Source("sample_weight", tf.not_equal(self.weight, 0), True), fitting.Source("mask", self.mask)]
+        )[0]
 
 
 def as_tensor(value: Any) -> Any:
@@ -37,12 +49,6 @@ def as_tensor(value: Any) -> Any:
     is_list = isinstance(value, list) and all(np.isscalar(leaf) for leaf in tf.nest.flatten(value))
     is_nest = isinstance(value, (dict, list, tuple)) and not is_list
     return value if is_nest else tf.convert_to_tensor(value)
-
-
-def widen(tensor: tf.Tensor, rank: int) -> tf.Tensor:
-    """Add trailing axes of size one up to ``rank``, so that a prefix of a shape broadcasts to all of it."""
-    missing = rank - tensor.shape.rank
-    return tf.reshape(tensor, tf.concat([tf.shape(tensor), [1] * missing], 0)) if missing > 0 else tensor
 
 
 @tf.autograph.experimental.do_not_convert
@@ -59,21 +65,21 @@ def of_positions(
         lengths = _rows_like(y_pred, "lengths", check_lengths(lengths))
         limit = _length_axis(y_true, y_pred)
         rules = length_rules(lengths, limit)
-        lengths = _nothing_unless(rules, lengths)
-        sources.append(tf.sequence_mask(lengths, limit))
+        sources.append(fitting.Source("lengths", tf.sequence_mask(_nothing_unless(rules, lengths), limit)))
     if mask is not None:
-        sources.append(check_mask(mask))
+        sources.append(fitting.Source("mask", _rows_like(y_pred, "mask", check_mask(mask))))
     if padding_value is not None:
-        sources.append(_not_padding(y_true, y_pred, padding_value))
+        sources.append(fitting.Source("padding_value", _not_padding(y_true, y_pred, padding_value)))
     if keras_mask is not None:
-        sources.append(tf.cast(keras_mask, tf.bool))
-    ranks = [source.shape.rank for source in sources]
+        sources.append(fitting.Source("Keras's mask", tf.cast(keras_mask, tf.bool)))
     weight = None
     if sample_weight is not None:
         weight = _rows_like(y_pred, "sample_weight", check_weight(sample_weight))
-        sources.append(tf.not_equal(weight, 0))  # what weighs nothing is looked at no more than padding is
-        ranks += [weight.shape.rank] if weight.shape.rank > 1 else []  # [batch] says nothing of positions
-    return Valid(_all_of(sources), weight, max(ranks, default=None)), rules
+    combined, fits = fitting.all_of(sources)
+    ranks = [tensor.shape.rank for tensor in (combined, weight) if tensor is not None]
+    if combined is None and weight is not None and weight.shape.rank == 1:
+        ranks = []  # [batch] says nothing of positions
+    return Valid(combined, weight, max(ranks, default=None), fits=fits), rules
 
 
 @tf.autograph.experimental.do_not_convert
@@ -89,28 +95,29 @@ def of_sequences(
     width = tf.shape(y_true)[1] if isinstance(y_true, tf.Tensor) and y_true.shape.rank > 1 else None
     rows, positions = [], []
     tokens = None
+    said = mask is not None and check_mask(mask).shape.rank == 1  # then the lengths do not say which rows count
     if lengths is not None:
         lengths = check_lengths(lengths)
         rules = length_rules(lengths, width)
         lengths = _nothing_unless(rules, lengths)
-        rows.append(lengths > 0)
+        rows += [] if said else [fitting.Source("lengths", lengths > 0)]
         tokens = tf.cast(lengths, tf.float64)
         if width is not None:
-            positions.append(tf.sequence_mask(lengths, width))
+            positions.append(fitting.Source("lengths", tf.sequence_mask(lengths, width)))
     if mask is not None:
-        mask = check_mask(mask)
-        (rows if mask.shape.rank == 1 else positions).append(mask)
+        (rows if said else positions).append(fitting.Source("mask", check_mask(mask)))
     if padding_value is not None:
-        positions.append(_not_padding(y_true, None, padding_value))
-    position_mask = _all_of(positions)
+        positions.append(fitting.Source("padding_value", _not_padding(y_true, None, padding_value)))
+    position_mask, positions_fit = fitting.all_of(positions)
     if position_mask is not None:
         tokens = tf.reduce_sum(tf.cast(position_mask, tf.float64), axis=list(range(1, position_mask.shape.rank)))
-        rows.append(tokens > 0)
+        rows += [] if said else [fitting.Source("positions", tokens > 0)]
     elif tokens is None and width is not None and mask is None:
         tokens = tf.fill([tf.shape(y_true)[0]], tf.cast(width, tf.float64))
     if keras_mask is not None:  # of a prediction's frames, which are not the label's positions
         keras_mask = tf.cast(keras_mask, tf.bool)
-        rows.append(tf.reduce_any(keras_mask, axis=list(range(1, keras_mask.shape.rank))))
+        frames = tf.reduce_any(keras_mask, axis=list(range(1, keras_mask.shape.rank)))
+        rows.append(fitting.Source("Keras's mask", frames))
     weight = None
     if sample_weight is not None:
         weight = check_weight(sample_weight)
@@ -118,8 +125,10 @@ def of_sequences(
             weight = tf.squeeze(weight, 1)
         if weight.shape.rank != 1:
             raise ValueError(f"sample_weight has shape {tuple(weight.shape)}, expected [batch], one a sequence")
-        rows.append(tf.not_equal(weight, 0))
-    return Valid(_all_of(rows), weight, 1, tokens), position_mask, rules
+    row_mask, rows_fit = fitting.all_of(rows)
+    valid = Valid(row_mask, weight, 1, tokens, tf.logical_and(positions_fit, rows_fit))
+    counted = [fitting.Source("mask", valid.looked_at), *positions]
+    return valid, fitting.all_of(counted)[0], rules
 
 
 @tf.autograph.experimental.do_not_convert
@@ -135,20 +144,32 @@ def clean(tensor: Any, mask: tf.Tensor | None, *, prediction: bool) -> Any:
         return tf.nest.map_structure(lambda leaf: clean(leaf, mask, prediction=True), tensor) if prediction else tensor
     if tensor.dtype == tf.string or tensor.shape.rank is None or tensor.shape.rank < mask.shape.rank:
         return tensor
-    if not tensor.shape[: mask.shape.rank].is_compatible_with(mask.shape):
+    sizes = fitting.sizes_of(tensor, mask.shape.rank)
+    try:
+        mask, fits = fitting.fitted(fitting.Source("mask", mask, True), sizes)
+    except ValueError:
         return tensor
+    if fits is not True:
+        mask = tf.logical_or(mask, tf.logical_not(fits))
     filling = tf.cast(_NEUTRAL if prediction and tensor.dtype.is_floating else 0, tensor.dtype)
-    return tf.where(widen(mask, tensor.shape.rank), tensor, filling)
+    return tf.where(fitting.widen(mask, tensor.shape.rank), tensor, filling)
 
 
 def check_lengths(lengths: Any) -> tf.Tensor:
     """``[batch]`` whole numbers."""
-    lengths = tf.convert_to_tensor(lengths)
+    if isinstance(lengths, (tf.RaggedTensor, tf.SparseTensor)):
+        raise TypeError(f"lengths are a {type(lengths).__name__}, expected [batch] whole numbers")
+    lengths = tf.convert_to_tensor(lengths, tf.int32 if _is_empty(lengths) else None)
     if not lengths.dtype.is_integer:
         raise TypeError(f"lengths have dtype {lengths.dtype.name}, expected whole numbers")
     if lengths.shape.rank != 1:
         raise ValueError(f"lengths have shape {tuple(lengths.shape)}, expected [batch]")
     return lengths
+
+
+def _is_empty(given: Any) -> bool:
+    """A list of nothing, which TensorFlow takes for floats: what an empty replica may hand over."""
+    return isinstance(given, (list, tuple)) and not given
 
 
 def length_rules(lengths: tf.Tensor | None = None, limit: Any = None) -> list[Rule]:
@@ -168,8 +189,18 @@ def _nothing_unless(rules: list[Rule], lengths: tf.Tensor) -> tf.Tensor:
     return tf.where(tf.reduce_all([rule.ok for rule in rules]), lengths, tf.zeros_like(lengths))
 
 
+def fit_rule(rows: Any = 0, fits: Any = True) -> Rule:
+    """Sources and loss have shapes that go together; found is the loss's number of rows."""
+    text = (
+        "mask, lengths or sample_weight do not fit the loss, expected its leading axes in each (found: the loss's rows)"
+    )
+    return Rule(text, rows, fits)
+
+
 def check_mask(mask: Any) -> tf.Tensor:
-    mask = tf.convert_to_tensor(mask)
+    if isinstance(mask, (tf.RaggedTensor, tf.SparseTensor)):
+        raise TypeError(f"mask is a {type(mask).__name__}, expected a bool tensor")
+    mask = tf.convert_to_tensor(mask, tf.bool if _is_empty(mask) else None)
     if mask.dtype.is_floating:
         raise TypeError(f"mask has dtype {mask.dtype.name}, expected bool. Weights go to sample_weight")
     if not mask.shape.rank:
@@ -178,6 +209,8 @@ def check_mask(mask: Any) -> tf.Tensor:
 
 
 def check_weight(sample_weight: Any) -> tf.Tensor:
+    if isinstance(sample_weight, (tf.RaggedTensor, tf.SparseTensor)):
+        raise TypeError(f"sample_weight is a {type(sample_weight).__name__}, expected a tensor of numbers")
     weight = tf.convert_to_tensor(sample_weight)
     if not weight.shape.rank:
         raise ValueError(f"sample_weight has rank {weight.shape.rank}, expected [batch, ...]")
@@ -207,7 +240,9 @@ def _not_padding(y_true: Any, y_pred: Any, padding_value: Any) -> tf.Tensor:
     if not isinstance(y_true, tf.Tensor) or y_true.shape.rank is None or y_true.shape.rank < 2:
         raise ValueError("padding_value was given, but y_true is no tensor [batch, length, ...] to compare with it")
     try:
-        real = tf.not_equal(y_true, tf.constant(padding_value, y_true.dtype))
+        padding = tf.constant(padding_value, y_true.dtype)
+        is_nan = y_true.dtype.is_floating and np.isnan(padding_value)  # which is not equal to itself
+        real = tf.math.logical_not(tf.math.is_nan(y_true)) if is_nan else tf.not_equal(y_true, padding)
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"padding_value is {padding_value!r}, expected a {y_true.dtype.name}, as y_true holds"
@@ -216,21 +251,3 @@ def _not_padding(y_true: Any, y_pred: Any, padding_value: Any) -> tf.Tensor:
     # labels with as many axes as the predictions are vectors; with one less they are classes
     vectors = rank > 2 and (not isinstance(y_pred, tf.Tensor) or y_pred.shape.rank == rank)
     return tf.reduce_any(real, axis=-1) if vectors else real
-
-
-def _all_of(sources: list[tf.Tensor]) -> tf.Tensor | None:
-    """The AND of masks, each a prefix (or a broadcasting prefix) of the largest."""
-    if not sources:
-        return None
-    rank = max(source.shape.rank for source in sources)
-    result = widen(sources[0], rank)
-    for source in sources[1:]:
-        source = widen(source, rank)
-        try:
-            tf.broadcast_static_shape(result.shape, source.shape)
-        except ValueError as error:
-            raise ValueError(
-                f"masks, lengths and weights have shapes {[tuple(s.shape) for s in sources]}, expected prefixes of one"
-            ) from error
-        result = tf.logical_and(result, source)
-    return result

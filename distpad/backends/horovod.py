@@ -70,15 +70,18 @@ class HorovodBackend(base.Backend):
         op = self._hvd.Average if self.gradient_reduction == "mean" else self._hvd.Sum
         reduced = list(gradients)
         dense = [i for i, gradient in enumerate(reduced) if isinstance(gradient, tf.Tensor)]
-        group = self._hvd.grouped_allreduce(
-            [reduced[i] for i in dense], op=op, compression=self.compression, process_set=self.process_set
-        )
-        for i, gradient in zip(dense, group):
-            reduced[i] = gradient
+        packed = [self.compression.compress(reduced[i]) for i in dense]
+        named = [_named(tensor, f"distpad_gradient_{i}") for i, (tensor, _) in zip(dense, packed)]
+        group = self._hvd.grouped_allreduce(named, op=op, process_set=self.process_set)
+        for i, tensor, (_, context) in zip(dense, group, packed):
+            reduced[i] = self.compression.decompress(tensor, context)
         for i, gradient in enumerate(reduced):
             # one by one: in 0.28.1 grouped_allreduce mixes up the shapes of sparse gradients among dense ones
             if isinstance(gradient, tf.IndexedSlices):
-                reduced[i] = self._hvd.allreduce(gradient, op=op, process_set=self.process_set)
+                values = _named(gradient.values, f"distpad_values_{i}")
+                indices = _named(gradient.indices, f"distpad_indices_{i}")
+                sparse = tf.IndexedSlices(values, indices, gradient.dense_shape)
+                reduced[i] = self._hvd.allreduce(sparse, op=op, process_set=self.process_set)
         return reduced
 
     def broadcast(self, variables: Sequence[tf.Variable], root: int) -> None:
@@ -102,6 +105,11 @@ class HorovodBackend(base.Backend):
     def _on_host(self, array: np.ndarray, op: Any, name: str) -> np.ndarray:
         with tf.device("CPU:0"):
             return self._all_reduce(tf.constant(np.asarray(array)), op, name).numpy()
+
+
+def _named(tensor: tf.Tensor, name: str) -> tf.Tensor:
+    """The tensor under a name of ours, for calls that take no name and make theirs from the tensor's."""
+    return tf.identity(tensor, name=name)
 
 
 def _check_op(op: str) -> None:

@@ -48,14 +48,15 @@ def certify(
     raise typer.Exit(0 if certificate.passed else 1)
 
 
-def _mean_of_own(y_true: Any, y_pred: Any, sample_weight: Any = None, *, lengths: Any) -> Any:
+def _mean_of_own(y_true: Any, y_pred: Any, sample_weight: Any = None, *, lengths: Any, mask: Any = None) -> Any:
     """What loops usually do: each replica divides by its own count, and the engine takes the mean of the means."""
     import tensorflow as tf
 
     from distpad import backends
 
-    mask = tf.cast(tf.sequence_mask(lengths, tf.shape(y_true)[1]), y_pred.dtype)
-    weight = mask if sample_weight is None else mask * sample_weight
+    valid = tf.sequence_mask(lengths, tf.shape(y_true)[1])
+    weight = tf.cast(valid if mask is None else valid & mask, y_pred.dtype)
+    weight = weight if sample_weight is None else weight * sample_weight
     each = tf.nn.sparse_softmax_cross_entropy_with_logits(y_true, y_pred)
     mean = tf.math.divide_no_nan(tf.reduce_sum(each * weight), tf.reduce_sum(weight))
     engine = backends.resolve()

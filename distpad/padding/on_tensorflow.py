@@ -178,7 +178,8 @@ def _check_lengths(tf: Any, lengths: Any, limit: int) -> None:
     else:
         remedy = "Give a larger length, or truncating='pre' or 'post' to cut sequences."
         error = ValueError(errors.sentence("pad", "length", limit, "at least the longest sequence's", remedy))
-        _require(tf, tf.reduce_all(lengths <= limit), error, lengths)
+        first = tf.where(lengths > limit)[:1, 0]
+        _require(tf, tf.reduce_all(lengths <= limit), error, "sequence", first, "has length", tf.gather(lengths, first))
 
 
 def _between(tf: Any, least: Any, most: Any) -> str:

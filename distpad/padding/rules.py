@@ -73,6 +73,8 @@ def filling(wanted: np.ndarray, dtype: np.dtype, inner: tuple[int, ...] | None) 
         remedy = "Write value=''." if dtype.kind in "US" else "Give another value, or a dtype that can hold this one."
         shown = reprlib.repr(wanted.tolist())
         raise ValueError(errors.sentence("pad", "value", shown, f"a value that {dtype} can hold", remedy))
+    while inner is not None and held.ndim > len(inner) and held.shape[0] == 1:
+        held = held[0]  # written for all of a sequence's axes, the ragged ones included
     try:
         fits = inner is None or np.broadcast_shapes(held.shape, inner) == inner
     except ValueError:

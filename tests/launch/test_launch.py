@@ -17,7 +17,7 @@ def test_certify_passes_under_the_engines_launcher(world):
     code, output, _ = worlds.start(world, "-m", "distpad", "certify", "--cases", "12", limit_s=LIMIT_S)
     assert "2 replicas on 2 workers" in output
     assert code == 0, output
-    assert output.count(" yes") == 12, output
+    assert output.count(" yes") == 14, output
 
 
 @pytest.mark.parametrize("world", ["horovod:2", "multiworker:2"])

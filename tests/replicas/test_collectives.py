@@ -148,3 +148,22 @@ def test_gather_of_every_dtype(world):
         for values in world.run(step, lambda r: np.full([1, 2], r % 2, np.int32)).values():
             assert values.dtype == tf.as_dtype(dtype).as_numpy_dtype
             np.testing.assert_array_equal(values[:, 0].astype("int32"), np.arange(world.num_replicas) % 2)
+
+
+def test_axes_are_counted_from_the_back_too(world):
+    padded = world.run(
+        lambda x: tuple(distpad.gather(x, axis=-1, lengths=[1, 2], backend=world.backend)),
+        lambda r: np.full([2, 2 + r], r),
+    )
+    for values, lengths, mask in padded.values():
+        assert values.shape == (2 * world.num_replicas, world.num_replicas + 1) == mask.shape
+        assert lengths.tolist() == [1, 2] * world.num_replicas and mask.sum() == 3 * world.num_replicas
+
+
+def test_lengths_are_a_nest_like_the_tensors(world):
+    x = np.ones([2, 3])
+    call = lambda x: tuple(
+        distpad.pad_to_global_max((x, [x]), lengths=([2, 1], [[3, 3]]), backend=world.backend).lengths
+    )
+    for first, (second,) in world.run(call, lambda r: x).values():
+        assert first.tolist() == [2, 1] and second.tolist() == [3, 3]

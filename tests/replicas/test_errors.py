@@ -113,3 +113,133 @@ def test_the_world_still_works_after_errors(world):
     call = lambda x: loss_of(world).global_value(loss_of(world)(tf.zeros_like(x), x))
     for value in world.run(call, lambda r: np.full([2, 3], 2.0, "float32"), graph=False).values():
         assert value == 2.0
+
+
+# -- shapes that only show when the step runs, on one replica alone ---------------------------------------------------
+
+
+def hidden(tensor):
+    """The same tensor, of which tracing knows no size."""
+    return tf.compat.v1.placeholder_with_default(tensor, [None] * tensor.shape.rank)
+
+
+MISFITS = {
+    "mask of one row": ({"mask": np.ones([1, 3], bool)}, {"mask": np.ones([2, 3], bool)}),
+    "mask too wide": ({"mask": np.ones([2, 5], bool)}, {"mask": np.ones([2, 3], bool)}),
+    "mask of one column": ({"mask": np.ones([2, 1], bool), "lengths": [1, 2]}, {"mask": np.ones([2, 3], bool)}),
+    "lengths of one row": ({"lengths": [1]}, {"lengths": [1, 2]}),
+    "lengths of three rows": ({"lengths": [1, 2, 3]}, {"lengths": [1, 2]}),
+    "weights of one row": ({"sample_weight": np.ones([1, 3])}, {"sample_weight": np.ones([2, 3])}),
+    "a mask of one row beside lengths": (
+        {"mask": np.ones([1, 3], bool), "lengths": [1, 2]},
+        {"mask": np.ones([2, 3], bool)},
+    ),
+}
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("case", MISFITS)
+def test_a_shape_that_does_not_fit_is_not_spread(world, case, graph):
+    wrong, right = MISFITS[case]
+    right = {"mask": np.ones([2, 3], bool), "lengths": [2, 3], "sample_weight": np.ones([2, 3]), **right}
+    wrong, right = ({name: np.array(each[name]) for name in sorted(wrong)} for each in (wrong, right))
+    given = wrong_on_the_last(world, wrong, right)
+
+    def call(arguments):
+        known = hidden if graph else tf.identity
+        arguments = {name: known(tf.convert_to_tensor(value)) for name, value in arguments.items()}
+        return loss_of(world)(known(tf.zeros([2, 3])), known(tf.ones([2, 3])), **arguments)
+
+    with pytest.raises((ValueError, tf.errors.OpError), match=r"mask|lengths|weight|shape"):
+        world.run(call, given, graph=graph)
+
+
+@pytest.mark.parametrize("name", ["mask", "sample_weight", "lengths"])
+def test_rows_of_a_loss_of_sequences_are_not_spread(world, name):
+    wrong, right = {
+        "mask": ([True], [True, True]),
+        "sample_weight": ([1.0], [1.0, 1.0]),
+        "lengths": ([3], [3, 3]),
+    }[name]
+    loss_fn = distpad.DistributedLoss(
+        lambda t, p: tf.reduce_sum(p, 1), per="sequence", average="sequence_sum", backend=world.backend
+    )
+    given = wrong_on_the_last(world, np.array(wrong), np.array(right))
+    call = lambda rows: loss_fn(hidden(tf.zeros([2, 3])), hidden(tf.ones([2, 3])), **{name: hidden(rows)})
+    with pytest.raises((ValueError, tf.errors.OpError), match=r"mask|lengths|shape"):
+        world.run(call, given, graph=True)
+
+
+def wrongly(world, call, right=lambda: None):
+    """``call`` on the last replica, ``right`` on the others, eagerly."""
+    last = world.num_replicas - 1
+    return world.run(lambda r: call() if int(r) == last else right(), np.int64, graph=False)
+
+
+WRONG_HERE = {
+    "lengths of floats": ({"lengths": [1.0, 2.0]}, "lengths have dtype float32"),
+    "lengths of other rows": ({"lengths": [1, 2, 1]}, r"lengths"),
+    "a scalar length": ({"lengths": 2}, r"lengths have shape \(\)"),
+    "a value of another dtype": ({"value": 0.5}, r"value is 0\.5, expected a int32"),
+    "a value of two": ({"value": [1, 2]}, "value is .1, 2., expected one number"),
+    "an axis of text": ({"axis": "1"}, "axis is '1', expected a whole number"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_HERE)
+@pytest.mark.parametrize("function", [distpad.pad_to_global_max, distpad.gather])
+def test_what_is_wrong_on_the_last_replica_raises_on_all(world, function, case):
+    arguments, message = WRONG_HERE[case]
+    x = np.ones([2, 3], "int32")
+    call = lambda **given: function(x, backend=world.backend, **given).values
+    with pytest.raises((ValueError, TypeError), match=message):
+        wrongly(world, lambda: call(**arguments), call)
+
+
+def test_a_ragged_tensor_on_the_last_replica_raises_on_all(world):
+    ragged = tf.ragged.constant([[1, 2], [3]])
+    call = lambda x: distpad.pad_to_global_max({"y": x}, backend=world.backend).values["y"]
+    with pytest.raises((ValueError, TypeError), match=r"tensors\['y'\] is RaggedTensor, expected a padded tensor"):
+        wrongly(world, lambda: call(ragged), lambda: call(np.ones([2, 2], "int32")))
+
+
+def test_whatever_the_loss_raises_on_the_last_replica_raises_on_all(world):
+    def fails(y_true, y_pred):
+        raise KeyError("no such class")
+
+    def call(loss):
+        return distpad.DistributedLoss(loss, backend=world.backend)(tf.zeros([2, 3]), tf.ones([2, 3]))
+
+    with pytest.raises((ValueError, KeyError), match="no such class"):
+        wrongly(world, lambda: call(fails), lambda: call(lambda t, p: p))
+
+
+def test_structures_that_differ_are_named(world):
+    if not world.several_workers:
+        return  # within a process the strategy itself demands equal structures
+    one, two = (np.ones([2, 3]),), (np.ones([2, 3]), np.ones([2, 3]))
+    call = lambda x: distpad.pad_to_global_max(x, backend=world.backend).values
+    if world.strategy is not None:
+        return  # TensorFlow's collectives are called as many times, and cannot compare sizes
+    with pytest.raises(ValueError, match="pad_to_global_max: replicas gave arguments of different structure"):
+        wrongly(world, lambda: call(two), lambda: call(one))
+
+
+def test_other_wrong_arguments_are_named(world):
+    x = np.ones([2, 3])
+    with pytest.raises(TypeError, match=r"ladder is \[8\], expected a distpad.Ladder"):
+        distpad.pad_to_global_max(x, ladder=[8], backend=world.backend)
+    with pytest.raises(TypeError, match=r"rows is of shape \(1,\)"):
+        wrongly(world, *[lambda: distpad.gather(x, rows=[1], backend=world.backend).values] * 2)
+    with pytest.raises((ValueError, TypeError), match="axis is -2, expected an axis behind the first"):
+        wrongly(world, *[lambda: distpad.gather(x, axis=-2, backend=world.backend).values] * 2)
+    with pytest.raises(TypeError, match="variables is with a str, expected variables"):
+        distpad.broadcast_variables(["a"], backend=world.backend)
+    with pytest.raises(ValueError, match="root is '0', expected a worker"):
+        distpad.broadcast_variables([], root="0", backend=world.backend)
+    with pytest.raises(TypeError, match=r"tape is None, expected a tf\.GradientTape"):
+        distpad.gradient(None, x, [], backend=world.backend)
+    with pytest.raises(TypeError, match="expected a list of variables"):
+        distpad.gradient(tf.GradientTape(), x, tf.Variable(1.0), backend=world.backend)
+    with pytest.raises(ValueError, match=r"losses is of shapes \[\(2,\)\], expected scalars"):
+        distpad.scale_regularization([tf.ones([2])], backend=world.backend)

@@ -292,3 +292,105 @@ def test_long_float16_sequences_do_not_overflow(world):
         assert value.dtype == np.float32
         assert oracle.relative_error(value, 4.0) <= 1e-5
         assert np.all(np.isfinite(gradient)) and gradient.any()
+
+
+def test_labels_of_rows_that_do_not_count_are_replaced(world):
+    """A loss that fails on labels out of range must not see them, whatever says that the row does not count."""
+
+    def strict(y_true, y_pred):
+        tf.debugging.assert_less(y_true, 4)
+        return tf.reduce_sum(y_pred, 1)
+
+    labels, given = tf.constant([[1, 2], [99, 99]]), {"mask": [True, False], "sample_weight": [1.0, 0.0]}
+    for name, value in given.items():
+        loss_fn = distpad.DistributedLoss(strict, per="sequence", average="sequence_sum", backend=world.backend)
+        call = lambda rows, name=name, loss_fn=loss_fn: loss_fn.global_value(
+            loss_fn(labels, tf.constant([[1.0, 2.0], [5.0, 5.0]]), lengths=[2, 2], **{name: rows})
+        )
+        for found in world.run(call, lambda r, value=value: np.array(value)).values():
+            assert found == 3.0
+
+
+def test_a_mask_of_rows_decides_alone_which_rows_count(world):
+    """The empty text of a picture without any is a label, and a row that counts."""
+    loss_fn = distpad.DistributedLoss(
+        lambda t, p: tf.reduce_sum(p, 1), per="sequence", average="sequence_sum", backend=world.backend
+    )
+    y_pred = tf.constant([[1.0, 2.0], [5.0, 6.0], [7.0, 7.0]])
+    arguments = {"lengths": np.array([2, 0, 0]), "mask": np.array([True, True, False])}
+    call = lambda given: loss_fn.global_value(loss_fn(tf.zeros([3, 2], tf.int32), y_pred, **given))
+    for found in world.run(call, lambda r: arguments).values():
+        assert found == 7.0
+    for found in world.run(lambda x: call({"lengths": x}), lambda r: arguments["lengths"]).values():
+        assert found == 3.0
+
+
+def test_an_empty_replica_has_all_gradients_that_the_others_have(world):
+    """The variables of the loss itself (a CRF's transitions) and every leaf of the predictions, without a graph too."""
+    transitions, weight = tf.Variable(tf.ones([3], tf.float64)), tf.Variable(tf.constant(2.0, tf.float64))
+
+    def crf(y_true, y_pred):
+        return tf.reduce_sum(tf.square(y_pred["a"] - transitions) + y_pred["b"], axis=-1)
+
+    loss_fn = distpad.DistributedLoss(crf, per="sequence", average="sequence_sum", backend=world.backend)
+
+    def step(x):
+        with tf.GradientTape() as tape:
+            y_pred = {"a": x * weight, "b": x * weight * weight}
+            loss = loss_fn(tf.zeros_like(x, tf.int32), y_pred, lengths=tf.fill([tf.shape(x)[0]], 3))
+        return world.reduce(distpad.gradient(tape, loss, [transitions, weight], backend=world.backend))
+
+    last = world.num_replicas - 1
+    given = lambda r: np.full([0 if r == last and last > 0 else 2, 3], r + 1.0)
+    rows = np.concatenate([given(r) for r in range(world.num_replicas)])
+    expected = (
+        np.sum(-2 * (rows * 2 - 1), axis=0) / len(rows),
+        np.sum(2 * (rows * 2 - 1) * rows + 4 * rows) / len(rows),
+    )
+    for graph in (False, True):
+        for found in world.run(step, given, graph=graph).values():
+            for a, b in zip(found, expected):
+                assert oracle.relative_error(a, b) < 1e-12
+
+
+def test_what_weighs_nothing_is_not_looked_at(world):
+    y_true = tf.constant([[1, 2], [1, 99]])
+
+    def step(y_pred, weights, lengths):
+        with tf.GradientTape() as tape:
+            tape.watch(y_pred)
+            loss_fn = distpad.DistributedLoss(cross_entropy, backend=world.backend)
+            loss = loss_fn(y_true, y_pred, weights, lengths=lengths)
+        return loss_fn.global_value(loss), distpad.gradient(tape, loss, [y_pred], backend=world.backend)[0]
+
+    logits = np.random.default_rng(0).normal(size=[2, 2, 4])
+    poisoned = logits.copy()
+    poisoned[1] = np.nan
+    for weights, lengths in (([[1.0], [0.0]], [2, 2]), ([1.0, 0.0], [2, 2]), ([[1.0, 1.0], [np.nan, np.nan]], [2, 0])):
+        call = lambda x, weights=weights, lengths=lengths: step(x, tf.constant(weights), lengths)
+        found = world.run(call, lambda r: poisoned)
+        expected = world.run(call, lambda r: logits)
+        for r, (value, gradient) in found.items():
+            assert np.isfinite(value) and value == expected[r][0]
+            assert np.array_equal(gradient, expected[r][1]) and not gradient[1].any() and gradient[0].any()
+
+
+def test_half_precision_labels_and_a_padding_value_of_nan(world):
+    loss_fn = distpad.DistributedLoss(lambda t, p: tf.square(t - p), padding_value=float("nan"), backend=world.backend)
+    for dtype in ("float16", "float32"):
+        call = lambda y, dtype=dtype: loss_fn.global_value(loss_fn(y, tf.zeros([2, 2], dtype)))
+        for found in world.run(call, lambda r, dtype=dtype: np.array([[1, np.nan], [2, 3]], dtype)).values():
+            assert found == pytest.approx(14 / 3)
+
+
+def test_an_empty_replica_may_hand_over_empty_lists(world):
+    loss_fn = distpad.DistributedLoss(lambda t, p: p, backend=world.backend)
+    last = world.num_replicas - 1
+
+    def call(r):
+        rows = 0 if int(r) == last else 2
+        y_pred = tf.ones([rows, 3]) * 2.0
+        return loss_fn.global_value(loss_fn(y_pred, y_pred, lengths=[3] * rows, mask=[True] * rows))
+
+    for found in world.run(call, np.int64, graph=False).values():
+        assert found == (2.0 if last else 0.0)

@@ -31,11 +31,11 @@ ROOMS = (
     "certificate",
     "losses",
     "collectives gradients",
-    "averages",
+    "averages nests",
     "masking",
     "exchange",
     "backends",
-    "ladder padding",
+    "fitting ladder padding",
     "counts",
     "errors",
 )

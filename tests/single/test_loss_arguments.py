@@ -350,3 +350,26 @@ def test_a_numpy_average_can_be_saved(average):
     """Keras writes the config as JSON."""
     config = json.loads(json.dumps(loss_of(average=average).get_config()))
     assert distpad.DistributedLoss.from_config(config).average == average
+
+
+def test_a_keras_loss_of_ones_own_gets_its_labels_as_keras_casts_them():
+    class Own(tf.keras.losses.Loss):
+        def call(self, y_true, y_pred):
+            return tf.reduce_mean(tf.abs(tf.cast(y_true, y_pred.dtype) - y_pred), -1)
+
+    class Trusting(Own):
+        def call(self, y_true, y_pred):
+            return tf.reduce_mean(tf.abs(y_true - y_pred), -1)
+
+    y_pred = tf.zeros([1, 2, 1])
+    wide = np.array([[[1.0], [2.0]]])  # float64, as NumPy has it
+    for own in (Own, Trusting):
+        assert float(distpad.DistributedLoss(own(reduction="none"))(wide, y_pred)) == 1.5
+    if hasattr(Own(reduction="none"), "dtype"):  # Keras 3 casts whole numbers, too
+        assert float(distpad.DistributedLoss(Trusting(reduction="none"))(wide.astype("int64"), y_pred)) == 1.5
+
+
+@pytest.mark.parametrize("name", ["lengths", "mask", "sample_weight"])
+def test_ragged_lengths_masks_and_weights_are_refused(name):
+    with pytest.raises(TypeError, match=rf"DistributedLoss: {name}.*RaggedTensor"):
+        call(**{name: tf.ragged.constant([[1.0], [1.0, 1.0]])})

@@ -338,3 +338,11 @@ def test_importing_and_padding_arrays_does_not_import_tensorflow() -> None:
     code = "import sys; from distpad.padding import pad, unpad; unpad(*pad([[1], []])); "
     code += "sys.exit(any(name in sys.modules for name in ('tensorflow', 'keras')))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_a_value_may_be_written_for_all_axes_of_a_sequence() -> None:
+    images = [np.ones([1, 1, 1, 3]), np.ones([1, 2, 1, 3])]
+    for value in ([7, 8, 9], [[7, 8, 9]], [[[7, 8, 9]]]):
+        assert pad(images, value=value).values[0, 0, 1].tolist() == [[7, 8, 9]]
+    with pytest.raises(ValueError, match="broadcasts to the shape of one position"):
+        pad(images, value=np.ones([2, 1, 3]))

@@ -254,3 +254,9 @@ def test_graphs_cast_and_refuse_what_is_not_static() -> None:
         tf.function(lambda batch, value: pad(batch, value=value))(rows(), tf.constant(0.0))
     filled = tf.function(lambda batch, value: pad(batch, value=value))(rows(), tf.constant(9))
     assert filled.values.numpy().tolist() == [[1, 2, 3], [4, 9, 9]]
+
+
+def test_a_graph_names_the_sequence_that_is_too_long() -> None:
+    ragged = tf.ragged.constant([[1]] * 7 + [[1, 2, 3]] + [[2]])
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"sequence.*\[7\].*has length.*\[3\]"):
+        tf.function(lambda batch: pad(batch, length=2).values)(ragged)
