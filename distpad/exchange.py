@@ -64,8 +64,10 @@ def exchange(
         enforce(function, [rule for rule in rules if isinstance(rule.ok, bool)])
     good = [True if rule.ok is None else rule.ok for rule in rules]
     numbers = [complaint is None, *good, *(rule.found for rule in rules), *payload]
+    # Nothing here is differentiated: a gradient through the collective would be one more, on some replicas perhaps.
+    packed = tf.stop_gradient(tf.stack([tf.cast(number, tf.float64) for number in numbers]))
     try:
-        table = backend.stack(tf.stack([tf.cast(number, tf.float64) for number in numbers]))
+        table = backend.stack(packed)
     except Exception as error:
         if complaint is not None:
             raise complaint from error

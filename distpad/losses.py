@@ -98,9 +98,11 @@ class DistributedLoss(tf.keras.losses.Loss):
         Args:
           y_true: labels; a nest is handed on to the loss unchanged.
           y_pred: predictions ``[batch, length, ...]``.
-          sample_weight: ``[batch]`` or as many leading axes of the loss as you like.
+          sample_weight: ``[batch]`` or as many leading axes of the loss as you like; all but the first may be of size
+            1. What weighs 0 is treated like padding.
           lengths: ``[batch]`` whole numbers, the valid positions of each row (the rest is padding behind them).
-          mask: bool, leading axes of the loss; ``[batch]`` with ``per="sequence"`` says which rows count.
+          mask: bool, leading axes of the loss; ``[batch]`` with ``per="sequence"`` says which rows count, those
+            of length 0 (an empty text) included.
           denominator: what to divide by, counted beforehand: a scalar, or ``Counts``. The step then has no collective
             of its own, and the value is the replica's share: log it with ``global_value``.
 
@@ -150,7 +152,7 @@ class DistributedLoss(tf.keras.losses.Loss):
             sums, rules = self._sums(y_true, y_pred, sources)
         except Exception as error:  # whatever the loss raised travels with the numbers: no other replica waits for them
             complaint = error
-        payload = [tf.stop_gradient(tf.cast(sums.total, tf.float64)), self._count_of(sums)]
+        payload = [sums.total, self._count_of(sums)]
         table = exchange.exchange(backend, _NAME, payload, rules, complaint)
         total = tf.reduce_sum(table[:, 0])
         count = table[0, 1] if self._is_fixed() else tf.reduce_sum(table[:, 1])

@@ -109,3 +109,24 @@ def test_a_graph_refuses_on_all_workers(world):
         world.run(share(world, 1), lambda r: np.ones([2, 5 if r == last else 3], bool), graph=True)
     assert "refused its arguments" in str(raised.value)
     assert time.monotonic() - started < LIMIT_S
+
+
+@pytest.mark.parametrize("per", ["position", "sequence"])
+def test_going_back_makes_no_collective(world, horovod, per):
+    """The counts are no function of the weights: in the traced step, there is the exchange and nothing else."""
+
+    def loss(y_true, y_pred):
+        return tf.abs(y_pred) if per == "position" else tf.reduce_sum(tf.abs(y_pred), -1)
+
+    loss_fn = distpad.DistributedLoss(loss, per=per, backend=world.backend)
+
+    @tf.function(input_signature=[tf.TensorSpec([None, None])])
+    def step(x):
+        weight = tf.ones([])
+        with tf.GradientTape() as tape:
+            tape.watch(weight)
+            value = loss_fn(tf.zeros_like(x), x * weight, lengths=tf.fill([tf.shape(x)[0]], tf.shape(x)[1]))
+        return tape.gradient(value, weight)
+
+    made = [operation.type for operation in step.get_concrete_function().graph.get_operations()]
+    assert [kind for kind in made if "Horovod" in kind] == ["HorovodAllreduce"]
