@@ -160,6 +160,14 @@ MUTANTS = (
         selection="test_padded_places_change_no_bit",
     ),
     Mutant(
+        name="differentiated-through-the-exchange",
+        file="exchange.py",
+        old="packed = tf.stop_gradient(",
+        new="packed = tf.identity(",
+        world="horovod:2",
+        selection="test_going_back_makes_no_collective",
+    ),
+    Mutant(
         name="one-row-spread-over-all",
         file="losses.py",
         old="masking.fit_rule(sums.rows, sums.fits)",
