@@ -5,6 +5,9 @@ from __future__ import annotations
 import bisect
 import operator
 from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
 
 from distpad import errors
 
@@ -64,6 +67,42 @@ class Ladder:
             rungs.append(min(high, max(rungs[-1] + 1, round(exact))))
         return cls(rungs)
 
+    @classmethod
+    def from_lengths(cls, lengths: Any, rungs: int, *, beyond: str = "raise") -> Ladder:
+        """The rungs with the least padding of ``lengths``: the optimum, not a heuristic.
+
+        The sum of ``ladder(n) - n`` over all lengths is least among all ladders with at most so many rungs; the last is
+        the longest length.
+
+        Args:
+          lengths: whole numbers from 0 on, at least one: those of the data set, or a sample of them.
+          rungs: how many at most; fewer come back where there are fewer different lengths.
+          beyond: for lengths that were not in the sample, as in ``Ladder``.
+
+        Raises:
+          ValueError: no lengths, a negative one, fewer than one rung. TypeError: no whole numbers.
+
+        Source: the cost of one rung for a range of lengths is Monge, so that best cuts do not cross: F. F. Yao,
+        Efficient dynamic programming using quadrangle inequalities, STOC 1980.
+
+        >>> Ladder.from_lengths([2, 2, 2, 3, 9, 10], rungs=2).boundaries
+        (3, 10)
+        """
+        given = np.asarray(lengths)
+        if given.size == 0:
+            raise ValueError(errors.sentence("Ladder.from_lengths", "lengths", "empty", "at least one"))
+        if given.dtype.kind not in "iu":
+            raise TypeError(errors.sentence("Ladder.from_lengths", "lengths", f"of {given.dtype}", "whole numbers"))
+        if given.min() < 0:
+            raise ValueError(errors.sentence("Ladder.from_lengths", "lengths", int(given.min()), "at least 0"))
+        if isinstance(rungs, bool) or not hasattr(rungs, "__index__"):
+            raise TypeError(errors.sentence("Ladder.from_lengths", "rungs", repr(rungs), "a whole number"))
+        if rungs < 1:
+            raise ValueError(errors.sentence("Ladder.from_lengths", "rungs", rungs, "at least 1"))
+        # a rung is at least 1, so that lengths of 0 cost as much as those of 1
+        sizes, counts = np.unique(np.maximum(given.ravel().astype(np.int64), 1), return_counts=True)
+        return cls((int(size) for size in _least_padding(sizes, counts, operator.index(rungs))), beyond=beyond)
+
     def __call__(self, n: int) -> int:
         """The smallest rung that is at least ``n``. Raises ValueError above the last, unless ``beyond="multiples"``."""
         if not hasattr(n, "__index__"):
@@ -90,3 +129,48 @@ class Ladder:
 
     def __hash__(self) -> int:
         return hash((self.boundaries, self.beyond))
+
+
+def _least_padding(sizes: np.ndarray, counts: np.ndarray, rungs: int) -> list[int]:
+    """Which of the rising ``sizes`` are rungs.
+
+    With C and S the running sums of counts and of counts times sizes, ``cost[j]``, the least padding of the first j
+    sizes, is the least over i < j of cost[i] with one rung less, plus sizes[j-1] (C[j] - C[i]) - (S[j] - S[i]).
+    """
+    number = np.concatenate([[0], np.cumsum(counts)])
+    total = np.concatenate([[0], np.cumsum(counts * sizes)])
+    size = np.concatenate([[0], sizes])
+    cost = size * number - total  # one rung for all of the first j
+    cuts = []
+    for _ in range(min(rungs, len(sizes)) - 1):
+        cut = _best_cuts(cost + total, number, size)
+        cost = cost[cut] + size * (number - number[cut]) - (total - total[cut])
+        cuts.append(cut)
+    ends = [len(sizes)]
+    for cut in reversed(cuts):
+        ends.append(int(cut[ends[-1]]))
+    return sorted({int(size[end]) for end in ends if end > 0})
+
+
+def _best_cuts(start: np.ndarray, number: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """For each j the first i <= j with the least ``start[i] - size[j] * number[i]``.
+
+    These i never fall as j grows. So the j at multiples of a step are found first, and those between them are looked
+    for between what their neighbours found: all of one step at once, with n + n / step comparisons.
+    """
+    last = len(start) - 1
+    best = np.zeros(last + 1, np.int64)
+    step = 1 << max(last, 1).bit_length()
+    while step > 1:
+        step //= 2
+        at = np.arange(step, last + 1, 2 * step)
+        low, behind = best[at - step], at + step
+        high = np.where(behind <= last, np.minimum(best[np.minimum(behind, last)], at), at)
+        begins = np.concatenate([[0], np.cumsum(high - low + 1)])
+        where = np.repeat(np.arange(len(at)), high - low + 1)
+        candidates = np.arange(begins[-1]) - begins[where] + low[where]
+        values = start[candidates] - size[at][where] * number[candidates]
+        least = np.minimum.reduceat(values, begins[:-1])
+        hits = np.flatnonzero(values == least[where])
+        best[at] = candidates[hits[np.searchsorted(hits, begins[:-1])]]
+    return best

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -115,3 +116,55 @@ def test_ladders_are_values():
     assert distpad.Ladder([4]) != [4]
     ladder = distpad.Ladder([4, 8], beyond="multiples")
     assert eval(repr(ladder), {"Ladder": distpad.Ladder}) == ladder
+
+
+# -- the optimum ------------------------------------------------------------------------------------------------------
+
+
+def padding_of(lengths, rungs):
+    return sum(min(rung for rung in rungs if rung >= n) - n for n in lengths)
+
+
+@relaxed
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=25), st.integers(1, 5))
+def test_no_ladder_with_as_many_rungs_pads_less(lengths, rungs):
+    found = distpad.Ladder.from_lengths(lengths, rungs).boundaries
+    sizes = sorted({max(n, 1) for n in lengths})
+    others = itertools.combinations(sizes[:-1], min(rungs, len(sizes)) - 1)  # a rung between two lengths is no better
+    assert padding_of(lengths, found) == min(padding_of(lengths, [*other, sizes[-1]]) for other in others)
+    assert len(found) <= rungs and found[-1] == max(*lengths, 1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_optimum_of_many_lengths(seed):
+    """Against the plain recurrence, which looks at every cut."""
+    lengths = np.random.default_rng(seed).lognormal(4, 1, size=2000).astype(int)
+    sizes, counts = np.unique(np.maximum(lengths, 1), return_counts=True)
+    cost = [[sum(counts[i:j] * (sizes[j - 1] - sizes[i:j])) for j in range(len(sizes) + 1)] for i in range(len(sizes))]
+    cost = np.array(cost, float)
+    least = cost[0].copy()
+    for _ in range(5):
+        least = np.array([0.0, *(min(least[i] + cost[i][j] for i in range(j)) for j in range(1, len(sizes) + 1))])
+    ladder = distpad.Ladder.from_lengths(lengths, 6)
+    assert sum(ladder(int(n)) - max(int(n), 1) for n in lengths) == least[-1]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "rungs", "error", "words"),
+    [
+        ([], 2, ValueError, "lengths is empty, expected at least one"),
+        ([1.5], 2, TypeError, "lengths is of float64, expected whole numbers"),
+        ([3, -1], 2, ValueError, "lengths is -1, expected at least 0"),
+        ([3], 0, ValueError, "rungs is 0, expected at least 1"),
+        ([3], 2.0, TypeError, r"rungs is 2\.0, expected a whole number"),
+    ],
+)
+def test_wrong_arguments_of_from_lengths(lengths, rungs, error, words):
+    with pytest.raises(error, match=words):
+        distpad.Ladder.from_lengths(lengths, rungs)
+
+
+def test_lengths_beyond_those_of_the_sample():
+    assert distpad.Ladder.from_lengths([1, 4], 2, beyond="multiples")(9) == 12
+    with pytest.raises(ValueError, match="the last rung"):
+        distpad.Ladder.from_lengths([1, 4], 2)(9)
