@@ -17,6 +17,7 @@ _ROOMS = {
     "DistpadError": "errors",
     "DistributedLoss": "losses",
     "Ladder": "ladder",
+    "LengthSampler": "sampling",
     "Padded": "padding",
     "PeerError": "errors",
     "WeightedCounts": "counts",
@@ -66,3 +67,4 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
     from distpad.padding import pad as pad
     from distpad.padding import pad_sequences as pad_sequences
     from distpad.padding import unpad as unpad
+    from distpad.sampling import LengthSampler as LengthSampler

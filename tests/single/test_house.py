@@ -28,7 +28,7 @@ ROOMS = (
     "__main__",
     "cli",
     "__init__",  # the facade; the command line stands above it, since it uses what users use
-    "certificate",
+    "certificate sampling",
     "losses",
     "collectives gradients",
     "averages nests",
