@@ -99,11 +99,8 @@ def certify(*, loss: Any = None, cases: int = 32, seed: int = 0, backend: Any = 
     >>> certify(cases=12, backend="local").passed
     True
     """
-    for name, number, least in (("cases", cases, 1), ("seed", seed, 0)):
-        if isinstance(number, bool) or not isinstance(number, (int, np.integer)):
-            raise TypeError(errors.sentence("certify", name, repr(number), "a whole number"))
-        if number < least:
-            raise ValueError(errors.sentence("certify", name, number, f"at least {least}"))
+    errors.whole_number("certify", "cases", cases, least=1)
+    errors.whole_number("certify", "seed", seed, least=0)
     resolved = backends.resolve(backend, function="certify")
     lines = []
     for kind, dtype in itertools.product(_KINDS, _LIMITS):

@@ -1,6 +1,8 @@
-"""The leaf: distpad's exceptions and the form of its messages. Imports nothing."""
+"""The leaf: distpad's exceptions and the form of its messages. Imports nothing of distpad."""
 
 from __future__ import annotations
+
+import operator
 
 
 class DistpadError(Exception):
@@ -27,3 +29,17 @@ def choice(function: str, argument: str, value: object, allowed: tuple[str, ...]
     """
     if value not in allowed:
         raise ValueError(sentence(function, argument, repr(value), "one of " + ", ".join(map(repr, allowed))))
+
+
+def whole_number(function: str, argument: str, value: object, least: int) -> int:
+    """``value`` as an int; TypeError where it is no whole number, ValueError where it is below ``least``.
+
+    >>> whole_number("certify", "cases", 32, least=1)
+    32
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(sentence(function, argument, repr(value), "a whole number"))
+    number = operator.index(value)
+    if number < least:
+        raise ValueError(sentence(function, argument, number, f"at least {least}"))
+    return number

@@ -95,21 +95,14 @@ class Ladder:
             raise TypeError(errors.sentence("Ladder.from_lengths", "lengths", f"of {given.dtype}", "whole numbers"))
         if given.min() < 0:
             raise ValueError(errors.sentence("Ladder.from_lengths", "lengths", int(given.min()), "at least 0"))
-        if isinstance(rungs, bool) or not hasattr(rungs, "__index__"):
-            raise TypeError(errors.sentence("Ladder.from_lengths", "rungs", repr(rungs), "a whole number"))
-        if rungs < 1:
-            raise ValueError(errors.sentence("Ladder.from_lengths", "rungs", rungs, "at least 1"))
+        rungs = errors.whole_number("Ladder.from_lengths", "rungs", rungs, least=1)
         # a rung is at least 1, so that lengths of 0 cost as much as those of 1
         sizes, counts = np.unique(np.maximum(given.ravel().astype(np.int64), 1), return_counts=True)
-        return cls((int(size) for size in _least_padding(sizes, counts, operator.index(rungs))), beyond=beyond)
+        return cls((int(size) for size in _least_padding(sizes, counts, rungs)), beyond=beyond)
 
     def __call__(self, n: int) -> int:
         """The smallest rung that is at least ``n``. Raises ValueError above the last, unless ``beyond="multiples"``."""
-        if not hasattr(n, "__index__"):
-            raise TypeError(errors.sentence("Ladder", "length", repr(n), "a whole number"))
-        n = operator.index(n)
-        if n < 0:
-            raise ValueError(errors.sentence("Ladder", "length", n, "at least 0"))
+        n = errors.whole_number("Ladder", "length", n, least=0)
         last = self.boundaries[-1]
         if n <= last:
             return self.boundaries[bisect.bisect_left(self.boundaries, n)]

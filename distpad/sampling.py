@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,9 +60,8 @@ class LengthSampler:
             found = "both" if max_tokens is not None else "none of them"
             raise ValueError(_sentence("global_batch_size, max_tokens", found, "one of them"))
         for name, number in (("global_batch_size", global_batch_size), ("max_tokens", max_tokens), ("seed", seed)):
-            least = 0 if name == "seed" else 1
-            if number is not None and _whole(name, number) < least:
-                raise ValueError(_sentence(name, number, f"at least {least}"))
+            if number is not None:
+                _whole(name, number, least=0 if name == "seed" else 1)
         if not isinstance(ladder, (Ladder, type(None))):
             raise TypeError(_sentence("ladder", repr(ladder), "a distpad.Ladder"))
         if not 0 <= randomness <= 1:
@@ -88,9 +86,7 @@ class LengthSampler:
 
         Raises ValueError for a negative epoch.
         """
-        if _whole("epoch", epoch) < 0:
-            raise ValueError(_sentence("epoch", epoch, "at least 0"))
-        return list(self._planned(operator.index(epoch)))
+        return list(self._planned(_whole("epoch", epoch)))
 
     def shard(self, worker_index: int, num_workers: int) -> Shard:
         """One worker's part of all epochs; as many shards of one sampler as one likes."""
@@ -159,9 +155,8 @@ class Shard:
     """
 
     def __init__(self, sampler: LengthSampler, worker_index: int, num_workers: int) -> None:
-        if _whole("num_workers", num_workers) < 1:
-            raise ValueError(_sentence("num_workers", num_workers, "at least 1"))
-        if not 0 <= _whole("worker_index", worker_index) < num_workers:
+        _whole("num_workers", num_workers, least=1)
+        if _whole("worker_index", worker_index) >= num_workers:
             raise ValueError(_sentence("worker_index", worker_index, f"from 0 to {num_workers - 1}"))
         self.sampler = sampler
         self.worker_index = worker_index
@@ -184,9 +179,7 @@ class Shard:
 
     def set_epoch(self, epoch: int) -> None:
         """Begin this epoch, from its first step, when iterated next."""
-        if _whole("epoch", epoch) < 0:
-            raise ValueError(_sentence("epoch", epoch, "at least 0"))
-        self._epoch, self._step, self._begun = operator.index(epoch), 0, False
+        self._epoch, self._step, self._begun = _whole("epoch", epoch), 0, False
 
     def state_dict(self) -> dict[str, Any]:
         """Where it stands, for JSON: it holds for any number of workers."""
@@ -234,10 +227,8 @@ def _checked_lengths(lengths: Any) -> np.ndarray:
     return given.astype(np.int64)
 
 
-def _whole(name: str, number: Any) -> int:
-    if isinstance(number, bool) or not hasattr(number, "__index__"):
-        raise TypeError(_sentence(name, repr(number), "a whole number"))
-    return operator.index(number)
+def _whole(name: str, number: Any, least: int = 0) -> int:
+    return errors.whole_number("LengthSampler", name, number, least)
 
 
 def _sentence(argument: str, value: Any, rule: str, *more: str) -> str:

@@ -130,3 +130,10 @@ def test_going_back_makes_no_collective(world, horovod, per):
 
     made = [operation.type for operation in step.get_concrete_function().graph.get_operations()]
     assert [kind for kind in made if "Horovod" in kind] == ["HorovodAllreduce"]
+
+
+def test_structures_that_differ_are_named(world, horovod):
+    """TensorFlow's collectives cannot compare sizes; Horovod's do, and distpad says what they mean."""
+    tensors = (np.ones([2, 3]),) * (2 if world.backend.worker_index else 1)
+    with pytest.raises(ValueError, match="pad_to_global_max: replicas gave arguments of different structure"):
+        distpad.pad_to_global_max(tensors, backend=world.backend)
