@@ -42,7 +42,7 @@ def test_wrong_lengths_on_one_replica(world, case):
 
 def test_ranks_that_differ_between_replicas(world):
     if world.num_replicas == 1:
-        return  # one replica cannot differ from itself
+        pytest.skip("one replica cannot differ from itself")
     given = wrong_on_the_last(world, np.zeros([2, 3, 1], "float32"), np.zeros([2, 3], "float32"))
     for function in (distpad.pad_to_global_max, distpad.gather):
         with pytest.raises(ValueError, match="ranks that differ") as raised:
@@ -103,7 +103,7 @@ def test_a_loss_of_shape_batch_needs_per_sequence(world):
 def test_a_single_process_raises_while_tracing(world):
     """In a tf.function of one process what is known while tracing is a ValueError; it need not wait for a run."""
     if world.several_workers:
-        return  # there it is an InvalidArgumentError of the run, on all workers: tests/workers
+        pytest.skip("there it is an InvalidArgumentError of the run, on all workers: tests/workers")
     call = lambda mask: loss_of(world)(tf.zeros([2, 3]), tf.ones([2, 3]), mask=mask)
     with pytest.raises(ValueError, match="mask has shape"):
         world.run(call, lambda r: np.ones([2, 5], bool), graph=True)
