@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _ROOMS = {
+    "Batch": "pipeline",
     "Certificate": "certificate",
     "Counts": "counts",
     "DistpadError": "errors",
     "DistributedLoss": "losses",
     "Ladder": "ladder",
     "LengthSampler": "sampling",
+    "Pad": "pipeline",
     "Padded": "padding",
+    "PaddedBatches": "pipeline",
     "PeerError": "errors",
     "WeightedCounts": "counts",
     "broadcast_variables": "gradients",
@@ -67,4 +70,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
     from distpad.padding import pad as pad
     from distpad.padding import pad_sequences as pad_sequences
     from distpad.padding import unpad as unpad
+    from distpad.pipeline import Batch as Batch
+    from distpad.pipeline import Pad as Pad
+    from distpad.pipeline import PaddedBatches as PaddedBatches
     from distpad.sampling import LengthSampler as LengthSampler

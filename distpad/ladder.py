@@ -102,17 +102,30 @@ class Ladder:
 
     def __call__(self, n: int) -> int:
         """The smallest rung that is at least ``n``. Raises ValueError above the last, unless ``beyond="multiples"``."""
+        return self.rung(self.index(n))
+
+    def index(self, n: int) -> int:
+        """Which rung that is, counted from 0; the multiples beyond the last count on.
+
+        >>> Ladder([8, 16], beyond="multiples").index(40)
+        3
+        """
         n = errors.whole_number("Ladder", "length", n, least=0)
         last = self.boundaries[-1]
         if n <= last:
-            return self.boundaries[bisect.bisect_left(self.boundaries, n)]
+            return bisect.bisect_left(self.boundaries, n)
         if self.beyond == "multiples":
-            return -(-n // last) * last
+            return len(self.boundaries) - 2 - (-n // last)
         raise ValueError(
             errors.sentence(
                 "Ladder", "length", n, f"at most {last}, the last rung", "Add a rung, or beyond='multiples'."
             )
         )
+
+    def rung(self, index: int) -> int:
+        """The length of a rung that ``index`` returned."""
+        beyond = index - len(self.boundaries) + 1
+        return self.boundaries[index] if beyond <= 0 else (beyond + 1) * self.boundaries[-1]
 
     def __repr__(self) -> str:
         return f"Ladder({list(self.boundaries)}, beyond={self.beyond!r})"

@@ -79,6 +79,24 @@ class Backend(abc.ABC):
     def host_max(self, array: np.ndarray) -> np.ndarray:
         """The maximum over all workers. Collective among workers."""
 
+    def host_merge(self, maxima: np.ndarray, sums: np.ndarray, limit_s: float) -> tuple[np.ndarray, np.ndarray]:
+        """The maximum of one vector and the sum of another over all workers, in one exchange; both float64.
+
+        Raises TimeoutError where the others did not come within ``limit_s`` seconds, or came with something else; an
+        engine that cannot tell waits as long as it always does. Collective among workers.
+        """
+        return self.host_max(maxima), self.host_sum(sums)
+
+    @property
+    def replicas_here(self) -> int:
+        """How many replicas this worker has."""
+        return self.num_replicas // self.num_workers
+
+    def hand_over(self, values: Sequence[Any]) -> Any:
+        """One nest of NumPy arrays for each replica of this worker, as tensors on its device, in the form that the
+        engine's step takes. No collective: any thread may call it."""
+        return tf.nest.map_structure(tf.convert_to_tensor, values[0])
+
     def run(self, function: Callable[[Any], Any], given: Callable[[int], Any]) -> list[Any]:
         """Call ``function(given(r))`` in a graph for each replica r of this worker, all of them one step together.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,6 +66,40 @@ class HorovodBackend(base.Backend):
 
     def host_max(self, array: np.ndarray) -> np.ndarray:
         return self._on_host(array, self._hvd.Max, "distpad_host_max")
+
+    def host_merge(self, maxima: np.ndarray, sums: np.ndarray, limit_s: float) -> tuple[np.ndarray, np.ndarray]:
+        # Horovod waits for ever where a rank does not come: so it waits in a thread of its own, and we beside it.
+        # Its collectives are paired by name, whichever thread they come from.
+        done: list[Any] = []
+
+        def exchange() -> None:
+            try:
+                done.append([tensor.numpy() for tensor in self._merged(tf.constant(maxima), tf.constant(sums))])
+            except Exception as error:
+                done.append(error)
+
+        waiting = threading.Thread(target=exchange, daemon=True, name="distpad-exchange")
+        waiting.start()
+        waiting.join(limit_s)
+        if not done:
+            raise TimeoutError(f"the other ranks did not come within {limit_s:g} s")
+        if isinstance(done[0], Exception):
+            raise TimeoutError(str(done[0])) from done[0]
+        return done[0]
+
+    @functools.cached_property
+    def _merged(self) -> Any:
+        """Both reductions in one graph, so that they are submitted together and travel in one cycle."""
+
+        @tf.function(autograph=False, reduce_retracing=True)
+        def merged(maxima: tf.Tensor, sums: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            with tf.device("CPU:0"):
+                return (
+                    self._all_reduce(maxima, self._hvd.Max, "distpad_plan_max"),
+                    self._all_reduce(sums, self._hvd.Sum, "distpad_plan_sum"),
+                )
+
+        return merged
 
     def reduce_gradients(self, gradients: Sequence[Any]) -> list[Any]:
         """Reduce all dense gradients in one fused group, sparse ones each by gathering; None stays None."""

@@ -98,7 +98,28 @@ class StrategyBackend(base.Backend):
     def host_max(self, array: np.ndarray) -> np.ndarray:
         return self._host_stack(array).max(axis=0)
 
-    def _host_stack(self, array: np.ndarray) -> np.ndarray:
+    def host_merge(self, maxima: np.ndarray, sums: np.ndarray, limit_s: float) -> tuple[np.ndarray, np.ndarray]:
+        # strategies know no maximum: one sum of slots serves both
+        options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=limit_s)
+        try:
+            table = self._host_stack(np.concatenate([maxima, sums]), options)
+        except tf.errors.OpError as error:
+            raise TimeoutError(str(error)) from error
+        return table[:, : len(maxima)].max(axis=0), table[:, len(maxima) :].sum(axis=0)
+
+    def hand_over(self, values: Sequence[Any]) -> Any:
+        devices, local = self.strategy.extended.worker_devices, iter(range(len(values)))
+
+        def of_next(_: Any) -> Any:
+            i = next(local)
+            with tf.device(devices[i]):
+                return tf.nest.map_structure(tf.convert_to_tensor, values[i])
+
+        return self.strategy.experimental_distribute_values_from_function(of_next)
+
+    def _host_stack(
+        self, array: np.ndarray, options: tf.distribute.experimental.CommunicationOptions | None = None
+    ) -> np.ndarray:
         """``[workers, *shape]``: a worker's first replica adds its worker's slot, the others add zeros."""
         array = np.asarray(array)
         if self.num_workers == 1:
@@ -109,7 +130,11 @@ class StrategyBackend(base.Backend):
         given = self.strategy.experimental_distribute_values_from_function(
             lambda _: tf.constant(next(local, np.zeros_like(slots)))
         )
-        summed = self.strategy.run(self.all_reduce_sum, args=(given,))
+
+        def add(mine: tf.Tensor) -> tf.Tensor:
+            return self._context().all_reduce(tf.distribute.ReduceOp.SUM, tf.identity(mine), options=options)
+
+        summed = self.strategy.run(add, args=(given,))
         return self.strategy.experimental_local_results(summed)[0].numpy()
 
 

@@ -28,13 +28,14 @@ ROOMS = (
     "__main__",
     "cli",
     "__init__",  # the facade; the command line stands above it, since it uses what users use
-    "certificate sampling",
+    "certificate pipeline",
     "losses",
     "collectives gradients",
     "averages nests",
     "masking",
     "exchange",
     "backends",
+    "sampling",
     "fitting ladder padding",
     "counts",
     "errors",
@@ -119,7 +120,7 @@ def test_public_names_resolve(name):
 
 
 def test_an_unknown_name_lists_the_known():
-    with pytest.raises(AttributeError, match=r"has no attribute 'pads'; it has: Certificate, .*unpad"):
+    with pytest.raises(AttributeError, match=r"has no attribute 'pads'; it has: Batch, Certificate, .*unpad"):
         distpad.pads  # noqa: B018 (the access is what is tested)
 
 

@@ -1,0 +1,98 @@
+"""Agreement: what workers say to one another about a window of steps, and how long they wait for it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from distpad import backends
+from distpad.errors import DistpadError, PeerError
+from distpad.pipeline import plan
+
+_TEXT = 1024  # bytes of an error that peers are shown
+_LOG = logging.getLogger("distpad")
+Vectors = tuple[np.ndarray, np.ndarray]
+
+
+class Agreement:
+    """The exchanges of one pipeline. All methods are collective among workers, called from the training's thread.
+
+    A worker whose source is slow does not keep the others in a collective: after ``slow_after_s`` it comes and says
+    that it has nothing yet. Then all know its name, warn, and meet again, until ``limit_s`` is over.
+    """
+
+    def __init__(self, backend: backends.Backend, slow_after_s: float, limit_s: float) -> None:
+        self.backend, self.slow_after_s, self.limit_s = backend, slow_after_s, limit_s
+        self.seconds = 0.0  # spent in exchanges
+
+    def merge(self, sizes: tuple[int, int], ready: Callable[[float], Vectors | None], what: str) -> Vectors:
+        """The maximum and the sum of the workers' vectors.
+
+        Args:
+          sizes: of the two vectors, the same on all workers.
+          ready: gives this worker's vectors, or None after so many seconds.
+          what: for messages, as "window 3".
+
+        Raises:
+          PeerError: another worker was not ready within the limit, or did not come at all.
+          DistpadError: this worker was not ready within the limit.
+        """
+        workers, worker = self.backend.num_workers, self.backend.worker_index
+        began = time.monotonic()
+        while True:
+            mine = ready(min(self.slow_after_s, self.limit_s))
+            late = 0.0
+            if mine is None:
+                mine = np.zeros(sizes[0]), np.zeros(sizes[1])
+                late = int(time.monotonic() - began) * workers + workers - worker
+            maxima, sums = self._reduced(np.concatenate([[late], mine[0]]), mine[1], what)
+            if maxima[0] <= 0:
+                return maxima[1:], sums
+            self._wait_on(int(maxima[0]), what, time.monotonic() - began)
+
+    def tell(self, text: str | None, size: int = _TEXT) -> str:
+        """What one worker says to all; the others give None."""
+        said = np.zeros(size)
+        if text is not None:
+            said[:] = np.frombuffer(text.encode()[:size].ljust(size, b"\0"), np.uint8)
+        heard = self._reduced(np.zeros(1), said, "a message")[1]
+        return heard.astype(np.uint8).tobytes().rstrip(b"\0").decode(errors="replace")
+
+    def gather(self, text: str) -> list[str]:
+        """What each worker says, for errors alone: its size grows with the number of workers."""
+        longest = int(self._reduced(np.array([float(len(text.encode()))]), np.zeros(1), "a message")[0][0])
+        mine = self.backend.worker_index
+        return [self.tell(text if worker == mine else None, longest) for worker in range(self.backend.num_workers)]
+
+    def _reduced(self, maxima: np.ndarray, sums: np.ndarray, what: str) -> Vectors:
+        began = time.monotonic()
+        try:
+            return self.backend.host_merge(maxima, sums, self.limit_s + self.slow_after_s)
+        except TimeoutError as error:
+            raise PeerError(
+                f"PaddedBatches: worker {self.backend.worker_index} waited {time.monotonic() - began:.0f} s at {what} "
+                f"for the other workers, in vain ({error}). All workers must leave a loop at the same step, and begin "
+                "epochs together; limit_s says how long to wait."
+            ) from error
+        finally:
+            self.seconds += time.monotonic() - began
+
+    def _wait_on(self, code: int, what: str, waited: float) -> None:
+        """Warn of a worker that is not ready; raise where it took too long."""
+        seconds, behind = divmod(code - 1, self.backend.num_workers)
+        slow = self.backend.num_workers - 1 - behind
+        found = f"PaddedBatches: worker {slow} is still reading {what}, for {max(seconds, 1)} s now"
+        if seconds < self.limit_s:
+            _LOG.warning("%s; worker %d waits for it.", found, self.backend.worker_index)
+            return
+        text = f"{found}, expected less than limit_s={self.limit_s:g} s."
+        raise DistpadError(text) if slow == self.backend.worker_index else PeerError(text)
+
+
+def raise_differences(agreement: Agreement, text: str, what: str) -> None:
+    """Where fingerprints differ: show all workers' texts to all, and raise what differs and where. Collective."""
+    found = plan.differences(agreement.gather(text))
+    raise ValueError(f"PaddedBatches: the workers' {what} differ, expected the same: {'; '.join(found)}.")

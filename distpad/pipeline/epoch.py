@@ -1,0 +1,166 @@
+"""Epoch: one epoch's way through the pipeline. The only place where its parts, threads and exchanges, meet."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import tensorflow as tf
+
+from distpad import backends, errors
+from distpad.pipeline import agreement, padder, plan, reading
+from distpad.pipeline.features import Features
+from distpad.pipeline.ledger import Ledger
+from distpad.pipeline.recipe import Recipe
+
+_NAME = "PaddedBatches"
+_NOTHING = -(2.0**60)  # in a maximum: this worker has nothing to say
+
+
+class Epoch:
+    """Reads, agrees, pads and hands over the steps of one epoch, from ``first_step`` on.
+
+    Its collectives come from the thread that takes the batches, and at the same steps on all workers: one header
+    and one window before the first step, then each next window in the middle of the one before.
+    """
+
+    def __init__(
+        self,
+        backend: backends.Backend,
+        recipe: Recipe,
+        steps: Callable[[], Iterator[reading.Step]],
+        *,
+        features: Features | None,
+        ledger: Ledger,
+        position: dict,
+    ) -> None:
+        self.features = features
+        self._backend, self._recipe, self._ledger, self._first = backend, recipe, ledger, position["step"]
+        versions = {"tensorflow": tf.__version__, "numpy": np.__version__}
+        self._configuration = json.dumps({**recipe.as_json(), **position, "versions": versions}, sort_keys=True)
+        self._agreement = agreement.Agreement(backend, recipe.slow_after_s, recipe.limit_s)
+        self._reader = reading.Reader(steps, recipe, features)
+        self._padder = padder.Padder(backend, recipe, ledger)
+        self._read: reading.Window | None = None  # taken from the reader, not planned yet
+        self._planned = 0  # steps
+        self._rows = recipe.batch_size or 1  # of a replica, in the last batch that was read
+        self._error: Exception | None = None  # of the last window that was planned
+        self._failed_at: int | None = None
+
+    def close(self) -> None:
+        """End both threads. No collective."""
+        self._reader.close()
+        self._padder.close()
+
+    def batches(self) -> Iterator[padder.Batch]:
+        """Collective among workers, as the class says."""
+        self._compare()
+        window = self._plan()
+        while True:
+            following = None
+            for i, step in enumerate(window.steps):
+                if i == len(window.steps) // 2 and not (window.is_last or window.failure):
+                    following = self._plan()
+                began = time.perf_counter()
+                batch = self._padder.take()
+                self._ledger.padding_seconds += time.perf_counter() - began
+                self._ledger.steps += 1
+                if i % self._recipe.accumulate == 0:
+                    self._ledger.add_group(float(step.tokens.sum()))
+                yield batch
+            if window.failure:
+                self._fail(window.failure)
+            if following is None:
+                return
+            window = following
+
+    def _compare(self) -> None:
+        """The first exchange: the same configuration and kind of examples on all workers, but not the same examples."""
+        workers, worker = self._backend.num_workers, self._backend.worker_index
+        maxima, sums = self._agreement.merge((8, 2), self._header, "the first window")
+        known = self.features
+        if maxima[0] != -maxima[1]:
+            agreement.raise_differences(self._agreement, self._configuration, "configurations")
+        if sums[0] > 1 and maxima[4] != -maxima[5]:
+            agreement.raise_differences(self._agreement, known.to_text() if known else "", "examples")
+        if sums[1] > 1 and maxima[6] == -maxima[7] and not self._recipe.replicated:
+            raise ValueError(
+                f"{_NAME}: source gives the same examples on all {sums[1]:.0f} workers that have any, expected "
+                "different ones. Write dataset.shard(num_workers, worker_index), or replicated=True if that is meant."
+            )
+        if 0 < sums[0] < workers:  # who has no example learns what they are like
+            teller = workers - int(maxima[2])
+            text = self._agreement.tell(known.to_text() if known and worker == teller else None, int(maxima[3]))
+            self.features = known or Features.from_text(text, self._recipe.padding)
+
+    def _header(self, limit_s: float) -> agreement.Vectors | None:
+        window = self._window(limit_s)
+        if window is None:
+            return None
+        self.features = window.features or self.features
+        configured = plan.fingerprint(self._configuration)
+        maxima = [configured, -configured, 0, 0, *[_NOTHING] * 4]
+        if self.features:
+            text = self.features.to_text()
+            hashed = plan.fingerprint(text)
+            first = self._backend.num_workers - self._backend.worker_index
+            maxima[2:6] = [first, len(text.encode()), hashed, -hashed]
+        if window.digest:
+            maxima[6:8] = [window.digest, -window.digest]
+        return np.array(maxima), np.array([bool(self.features), bool(window.digest)], np.float64)
+
+    def _plan(self) -> plan.Merged:
+        """Agree on the next window, and have its steps padded."""
+        recipe, workers = self._recipe, self._backend.num_workers
+        axes, losses = len(recipe.axes), len(recipe.tokens)
+
+        def report(limit_s: float) -> agreement.Vectors | None:
+            read = self._window(limit_s)
+            return None if read is None else plan.pack(read.report, self._backend.worker_index, workers)
+
+        steps = f"steps {self._first + self._planned} to {self._first + self._planned + recipe.window - 1}"
+        sizes = 1 + recipe.window * axes, recipe.window * (1 + 2 * losses)
+        maxima, sums = self._agreement.merge(sizes, report, steps)
+        self._ledger.plan_seconds, self._agreement.seconds = self._ledger.plan_seconds + self._agreement.seconds, 0.0
+        full = (recipe.batch_size or 0) * self._backend.num_replicas if recipe.drop_remainder else None
+        merged = plan.merge(
+            maxima,
+            sums,
+            window=recipe.window,
+            axes=axes,
+            losses=losses,
+            workers=workers,
+            ladders=recipe.axis_ladders,
+            accumulate=recipe.accumulate,
+            full_rows=full,
+        )
+        read, self._read = self._read, None
+        assert read is not None, "the report was made from it"
+        self._planned += recipe.window
+        self._error, self._failed_at = read.error, read.report.failed_at
+        for i, step in enumerate(merged.steps):
+            micro = read.batches[i] if i < len(read.batches) else None
+            self._rows = micro.batch_size if micro else self._rows
+            assert self.features is not None, "a step has rows, so that somebody knew what they are like"
+            self._padder.order(padder.Order(micro, step, self.features, self._rows))
+        return merged
+
+    def _window(self, limit_s: float) -> reading.Window | None:
+        """The window that is to be planned next, as soon as it is read."""
+        if self._read is None:
+            began = time.perf_counter()
+            self._read = self._reader.take(limit_s)
+            self._ledger.source_seconds += time.perf_counter() - began
+        return self._read
+
+    def _fail(self, failure: plan.Failure) -> None:
+        """On all workers: those that failed there raise their own error, the others learn what the first one said."""
+        error = self._error
+        is_first = failure.worker == self._backend.worker_index
+        said = self._agreement.tell(f"{type(error).__name__}: {error}" if is_first else None)
+        if error is not None and self._failed_at == failure.step:
+            raise error
+        step = self._first + self._planned - self._recipe.window + failure.step
+        raise errors.PeerError(f"{_NAME}: worker {failure.worker} failed at step {step} of the epoch: {said}")

@@ -1,0 +1,239 @@
+"""Features of an example: their names, dtypes and shapes, which axes are ragged, and rows of them padded to a batch."""
+
+from __future__ import annotations
+
+import collections.abc
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Union
+
+import numpy as np
+
+from distpad import errors
+
+Name = Union[str, int]  # a key of a dict; a place in a tuple; "0/image" where they are nested
+Row = list  # of arrays, one for each feature, in the order of Features.features
+
+
+@dataclass(frozen=True)
+class Pad:
+    """Which axes of an example's feature are ragged, and what they are filled with behind its end.
+
+    Args:
+      axis: one axis of an example (without the batch), or several; the first is that of positions.
+      value: the filling, one number (or string).
+
+    Raises:
+      ValueError: no axes, a negative one, one twice. TypeError: no whole numbers, a ``value`` that is no scalar.
+
+    >>> Pad(axis=(0, 1)).axes, Pad(value=-1).axes
+    ((0, 1), (0,))
+    """
+
+    axis: int | Sequence[int] = 0
+    value: Any = 0
+
+    def __post_init__(self) -> None:
+        if not self.axes or len(set(self.axes)) < len(self.axes):
+            raise ValueError(errors.sentence("Pad", "axis", self.axis, "one axis or several different ones"))
+        for axis in self.axes:
+            errors.whole_number("Pad", "axis", axis, least=0)
+        if not np.isscalar(self.value):
+            raise TypeError(errors.sentence("Pad", "value", repr(self.value), "one number or string"))
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The ragged axes, that of positions first."""
+        return tuple(self.axis) if isinstance(self.axis, collections.abc.Sequence) else (self.axis,)
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One array of each example; its ``shape`` is None on ragged axes."""
+
+    name: Name
+    dtype: np.dtype
+    shape: tuple[int | None, ...]
+    pad: Pad | None
+
+    def sizes(self, array: np.ndarray) -> list[int]:
+        """Those of the ragged axes."""
+        return [array.shape[axis] for axis in self.pad.axes] if self.pad else []
+
+
+class Features:
+    """What all examples have in common. ``to_text`` and ``from_text`` carry it to workers that have none."""
+
+    def __init__(self, skeleton: Any, features: Sequence[Feature]) -> None:
+        self.skeleton = skeleton
+        self.features = list(features)
+
+    @classmethod
+    def learn(cls, examples: Sequence[Any], padding: Mapping[Name, Pad]) -> Features:
+        """From a few examples; an empty list says nothing of its dtype, so that another example's counts."""
+        skeleton = _skeleton(examples[0])
+        rows = [_leaves(example, skeleton) for example in examples]
+        names = _names(skeleton)
+        _check_named(padding, names)
+        features = []
+        for name, column in zip(names, zip(*rows)):
+            typed = next((item for item in column if not _says_nothing(item)), column[0])
+            array = _as_array(typed)
+            pad = padding.get(name)
+            if pad and max(pad.axes) >= array.ndim:
+                raise ValueError(
+                    _sentence(f"padding[{name!r}]", f"Pad(axis={pad.axis})", f"axes below {array.ndim}, its rank")
+                )
+            shape = tuple(None if pad and axis in pad.axes else size for axis, size in enumerate(array.shape))
+            features.append(Feature(name, array.dtype, shape, pad))
+        return cls(skeleton, features)
+
+    def row(self, example: Any, place: int) -> Row:
+        """An example's arrays, checked. ValueError names the example and the feature that is not like the others."""
+        if _skeleton(example) != self.skeleton:
+            found = f"with {_names(_skeleton(example))}"
+            raise ValueError(_sentence(f"example {place}", found, f"the same features as the others, {self.names}"))
+        row = []
+        for feature, item in zip(self.features, _leaves(example, self.skeleton)):
+            array = np.empty([0], feature.dtype) if _says_nothing(item) else _as_array(item)
+            if _says_nothing(item):
+                array = array.reshape([0] + [size or 0 for size in feature.shape[1:]])
+            where = f"{feature.name!r} of example {place}"
+            if array.dtype != feature.dtype:
+                raise ValueError(_sentence(where, f"of dtype {array.dtype}", f"{feature.dtype}, as the first"))
+            sizes_fit = array.ndim == len(feature.shape) and all(
+                want in (None, have) for want, have in zip(feature.shape, array.shape)
+            )
+            if not sizes_fit:
+                remedy = "" if feature.pad else f"Ragged? Add {feature.name!r} to padding."
+                wanted = f"{feature.shape} (None is ragged)"
+                raise ValueError(_sentence(where, f"of shape {array.shape}", wanted, remedy))
+            row.append(array)
+        return row
+
+    @property
+    def names(self) -> list[Name]:
+        return [feature.name for feature in self.features]
+
+    def blank_row(self) -> Row:
+        """Zeros of length 1, where there never was an example."""
+        return [np.zeros([size or 1 for size in f.shape], f.dtype) for f in self.features]
+
+    def pack(self, leaves: Sequence[Any]) -> Any:
+        """Leaves in the structure of an example."""
+        return _packed(self.skeleton, dict(zip(self.names, leaves)))
+
+    def to_text(self) -> str:
+        """For comparison and for peers: the padding is not in it, since all workers have that."""
+        features = [[f.name, "object" if f.dtype == object else f.dtype.str, f.shape] for f in self.features]
+        return json.dumps({"structure": self.skeleton, "features": features}, sort_keys=True)
+
+    @classmethod
+    def from_text(cls, text: str, padding: Mapping[Name, Pad]) -> Features:
+        read = json.loads(text)
+        features = [Feature(n, np.dtype(dtype), tuple(shape), padding.get(n)) for n, dtype, shape in read["features"]]
+        return cls(read["structure"], features)
+
+
+def collate(
+    features: Sequence[Feature],
+    rows: Sequence[Row],
+    sizes: Mapping[Name, Sequence[int]],
+    batch_size: int,
+    last: Row,
+    emptied: frozenset[Name],
+) -> tuple[list[np.ndarray], dict[Name, np.ndarray]]:
+    """Pad rows to a batch of static shape.
+
+    Args:
+      features: of each column.
+      rows: at most ``batch_size``.
+      sizes: what the ragged axes of each feature are padded to.
+      last: repeated behind the rows, cut to ``sizes``; of ``emptied`` features nothing is left.
+
+    Returns:
+      For each feature ``[batch_size, *shape]``, and for each padded one its lengths, ``[batch_size]`` int32.
+    """
+    values, lengths = [], {}
+    for column, feature in enumerate(features):
+        ragged = dict(zip(feature.pad.axes if feature.pad else (), sizes.get(feature.name, ())))
+        shape = [ragged.get(axis, size or 0) for axis, size in enumerate(feature.shape)]
+        filled = [row[column] for row in rows]
+        repeated = batch_size - len(rows)
+        filling = last[column][tuple(slice(size) for size in shape)]
+        if feature.pad is None:
+            values.append(_stacked([*filled, *[filling] * repeated], shape, feature.dtype))
+            continue
+        axis = feature.pad.axes[0]
+        if feature.name in emptied:
+            filling = filling[tuple(slice(0) if at == axis else slice(None) for at in range(filling.ndim))]
+        batch = np.full([batch_size, *shape], feature.pad.value, feature.dtype)
+        every = [*filled, *[filling] * repeated]
+        for place, array in zip(batch, every):
+            place[tuple(map(slice, array.shape))] = array
+        values.append(batch)
+        lengths[feature.name] = np.array([array.shape[axis] for array in every], np.int32)
+    return values, lengths
+
+
+def _stacked(arrays: Sequence[np.ndarray], shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    batch = np.empty([len(arrays), *shape], dtype)
+    for i, array in enumerate(arrays):
+        batch[i] = array
+    return batch
+
+
+def _skeleton(example: Any, path: tuple[Name, ...] = ()) -> Any:
+    """The structure, with names for leaves: JSON, so that it can travel. Lists are leaves: people write labels so."""
+    if isinstance(example, Mapping):
+        return {"dict": [[key, _skeleton(example[key], (*path, key))] for key in sorted(example)]}
+    if isinstance(example, tuple):
+        return {"tuple": [_skeleton(item, (*path, i)) for i, item in enumerate(example)]}
+    return (path[0] if path else 0) if len(path) < 2 else "/".join(map(str, path))
+
+
+def _names(skeleton: Any) -> list[Name]:
+    if not isinstance(skeleton, dict):
+        return [skeleton]
+    children = [child for _, child in skeleton["dict"]] if "dict" in skeleton else skeleton["tuple"]
+    return [name for child in children for name in _names(child)]
+
+
+def _leaves(example: Any, skeleton: Any) -> list[Any]:
+    if not isinstance(skeleton, dict):
+        return [example]
+    if "dict" in skeleton:
+        return [leaf for key, child in skeleton["dict"] for leaf in _leaves(example[key], child)]
+    return [leaf for item, child in zip(example, skeleton["tuple"]) for leaf in _leaves(item, child)]
+
+
+def _packed(skeleton: Any, leaves: Mapping[Name, Any]) -> Any:
+    if not isinstance(skeleton, dict):
+        return leaves[skeleton]
+    if "dict" in skeleton:
+        return {key: _packed(child, leaves) for key, child in skeleton["dict"]}
+    return tuple(_packed(child, leaves) for child in skeleton["tuple"])
+
+
+def _says_nothing(item: Any) -> bool:
+    return isinstance(item, list) and not item
+
+
+def _as_array(item: Any) -> np.ndarray:
+    array = np.asarray(item)
+    if array.dtype.kind in "US":  # texts of different lengths are of one kind
+        return array.astype(object)
+    if array.dtype.kind == "O" and not all(isinstance(leaf, (str, bytes)) for leaf in array.flat):
+        raise TypeError(_sentence("an example's feature", type(item).__name__, "an array, a number or a list of them"))
+    return array
+
+
+def _check_named(padding: Mapping[Name, Pad], names: Sequence[Name]) -> None:
+    for name in padding:
+        if name not in names:
+            raise ValueError(_sentence("padding", f"for {name!r}", f"features of an example: {names}"))
+
+
+def _sentence(argument: str, value: Any, rule: str, *more: str) -> str:
+    return errors.sentence("PaddedBatches", argument, value, rule, *more)

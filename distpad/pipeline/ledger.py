@@ -1,0 +1,117 @@
+"""Ledger: where padding came from, and what was waited for."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+_CAUSES = ("own_batch", "global_agreement", "ladder", "filling")
+
+
+class Ledger:
+    """This worker's account of the positions that its replicas were given, over all ragged features.
+
+    A position is an element of a feature's ragged axes. Padding is booked under the first cause that made it:
+    ``own_batch``, up to the longest row of the replica; ``global_agreement``, from there to the longest row of all
+    replicas; ``ladder``, from there to the rung; ``filling``, rows that repeat others at the end of an epoch.
+
+    >>> import numpy as np
+    >>> ledger = Ledger()
+    >>> ledger.add_replica([np.array([[3], [1]])], agreed=(4,), sizes=(8,), batch_size=3)
+    >>> {cause: count for cause, count in ledger.as_dict().items() if cause in ("real", "own_batch", "ladder")}
+    {'real': 4, 'own_batch': 2, 'ladder': 8}
+    """
+
+    def __init__(self) -> None:
+        self.real = 0
+        self.padding = dict.fromkeys(_CAUSES, 0)
+        self.steps = 0
+        self.shapes: set[tuple[int, ...]] = set()
+        self.plan_seconds = self.source_seconds = self.padding_seconds = 0.0
+        self._counts = [0.0, 0.0, 0.0]  # groups, their mean count, the sum of squared distances from it
+
+    def add_replica(self, features: Any, agreed: tuple[int, ...], sizes: tuple[int, ...], batch_size: int) -> None:
+        """Book one replica's step: for each padded feature ``[rows, axes]`` real sizes; ``agreed`` and ``sizes`` are of
+        all axes in turn."""
+        self.shapes.add((batch_size, *sizes))
+        at = 0
+        for table in features:
+            rows, axes = table.shape
+            here = slice(at, at + axes)
+            at += axes
+            real = int(table.prod(axis=1).sum())
+            own = rows * int(table.max(axis=0, initial=0).prod()) if rows else 0
+            together, rung = rows * math.prod(agreed[here]), rows * math.prod(sizes[here])
+            self.real += real
+            steps = (own - real, together - own, rung - together, batch_size * math.prod(sizes[here]) - rung)
+            for cause, count in zip(_CAUSES, steps):
+                self.padding[cause] += count
+
+    def add_group(self, tokens: float) -> None:
+        """Book the global count of one optimiser step."""
+        number, mean, squares = self._counts
+        away = tokens - mean
+        mean += away / (number + 1)
+        self._counts = [number + 1, mean, squares + away * (tokens - mean)]
+
+    @property
+    def count_variation(self) -> float:
+        """The standard deviation of the steps' global counts over their mean. Where it is large, ``average="token"``
+        gives the tokens of steps with few of them more weight; a constant ``average`` does not."""
+        number, mean, squares = self._counts
+        return math.sqrt(squares / number) / mean if number and mean else 0.0
+
+    def as_dict(self) -> dict[str, float]:
+        """All figures by name, for logs."""
+        total = self.real + sum(self.padding.values())
+        return {
+            "steps": self.steps,
+            "real": self.real,
+            **self.padding,
+            "real_fraction": self.real / total if total else 1.0,
+            "shapes": len(self.shapes),
+            "count_variation": self.count_variation,
+            "plan_seconds": self.plan_seconds,
+            "source_seconds": self.source_seconds,
+            "padding_seconds": self.padding_seconds,
+        }
+
+    def __str__(self) -> str:
+        """A table."""
+        total = max(1, self.real + sum(self.padding.values()))
+        names = {
+            "real": "real positions",
+            "own_batch": "padding to the longest of the replica's rows",
+            "global_agreement": "padding to the longest of all replicas",
+            "ladder": "padding to the ladder's rung",
+            "filling": "rows that fill up",
+        }
+        found = {"real": self.real, **self.padding}
+        lines = [f"{text:<46}{found[key]:>14,}{found[key] / total:>8.1%}" for key, text in names.items()]
+        lines.append(f"{'steps':<46}{self.steps:>14,}")
+        lines.append(f"{'distinct shapes':<46}{len(self.shapes):>14,}")
+        lines.append(f"{'variation of the global count':<46}{self.count_variation:>14.1%}")
+        for key, text in (("plan", "the plan"), ("source", "the source"), ("padding", "padding")):
+            lines.append(f"{'waited for ' + text:<46}{getattr(self, key + '_seconds'):>12.2f} s")
+        return "\n".join(lines)
+
+    def callback(self, log_dir: str) -> Any:
+        """A Keras callback that writes all figures as TensorBoard scalars, at the end of each epoch."""
+        import tensorflow as tf
+
+        ledger, writer = self, tf.summary.create_file_writer(log_dir)
+
+        class LedgerCallback(tf.keras.callbacks.Callback):
+            def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+                ledger.write(writer, epoch)
+
+        return LedgerCallback()
+
+    def write(self, writer: Any, step: int) -> None:
+        """Write all figures as scalars, ``distpad/NAME``, with a ``tf.summary`` writer: for loops of one's own."""
+        import tensorflow as tf
+
+        with writer.as_default():
+            for name, figure in self.as_dict().items():
+                tf.summary.scalar(f"distpad/{name}", figure, step=step)
+        writer.flush()

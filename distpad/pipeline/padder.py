@@ -1,0 +1,125 @@
+"""Padding ahead: planned steps become batches on their devices, in a thread beside the training."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from distpad import backends
+from distpad.counts import Counts, WeightedCounts
+from distpad.pipeline import plan, reading
+from distpad.pipeline.features import Features, Name, Row, collate
+from distpad.pipeline.ledger import Ledger
+from distpad.pipeline.recipe import Recipe
+
+_AHEAD = 4  # batches that are padded and on their devices before their step
+
+
+class Batch(NamedTuple):
+    """What one replica gets for one step, as tensors; under a strategy every leaf holds a value for each replica.
+
+    Attributes:
+      data: in the structure of an example, each feature ``[batch_size, *shape]``, padded where it is ragged.
+      lengths: for each padded feature ``[batch_size]`` int32, of the first of its ragged axes.
+      rows: int32 scalar: so many rows are real, those behind them are filling.
+      counts: ``Counts`` over all replicas and all micro-batches of the optimiser step, float64 scalars: the loss's
+        ``denominator``. A mapping of them where ``tokens`` is one.
+      indices: ``[batch_size]`` int64, each row's place in the source, -1 for filling.
+
+    >>> Batch(data={}, lengths={}, rows=0, counts=Counts(0.0, 0.0), indices=[]).rows
+    0
+    """
+
+    data: Any
+    lengths: Any
+    rows: Any
+    counts: Any
+    indices: Any
+
+
+class Order(NamedTuple):
+    """A step to be made; ``batch_size`` is for a worker without examples."""
+
+    micro: reading.MicroBatch | None  # None where this worker has no more examples
+    step: plan.StepPlan
+    features: Features
+    batch_size: int
+
+
+class Padder:
+    """Makes the batches that are ordered, a few ahead of those that are taken, in a thread that ends with ``close``."""
+
+    def __init__(self, backend: backends.Backend, recipe: Recipe, ledger: Ledger) -> None:
+        self._backend, self._recipe, self._ledger = backend, recipe, ledger
+        self._last: list[Row | None] = [None] * backend.replicas_here
+        self._orders: queue.Queue[Order | None] = queue.Queue()
+        self._made: queue.Queue[Any] = queue.Queue()
+        self._room = threading.Semaphore(_AHEAD)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="distpad-padder")
+        self._thread.start()
+
+    def order(self, order: Order) -> None:
+        self._orders.put(order)
+
+    def take(self) -> Batch:
+        """The next batch in order. Raises what making it raised."""
+        made = self._made.get()
+        self._room.release()
+        if isinstance(made, BaseException):
+            raise made
+        return made
+
+    def close(self) -> None:
+        """End the thread."""
+        self._stopped.set()
+        self._orders.put(None)
+        self._room.release()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            self._room.acquire()
+            order = self._orders.get()
+            if order is None or self._stopped.is_set():
+                return
+            try:
+                self._made.put(self._make(order))
+            except BaseException as error:  # the training's thread raises it
+                self._made.put(error)
+
+    def _make(self, order: Order) -> Any:
+        micro, replicas = order.micro, self._backend.replicas_here
+        size = micro.batch_size if micro else order.batch_size
+        sizes: dict[Name, list[int]] = {}
+        for (name, _), agreed in zip(self._recipe.axes, order.step.sizes):
+            sizes.setdefault(name, []).append(agreed)
+        counts = self._counts(order.step)
+        batches = []
+        for replica in range(replicas):
+            rows = micro.rows[replica] if micro else []
+            self._last[replica] = last = rows[-1] if rows else self._last[replica] or order.features.blank_row()
+            emptied = frozenset(self._recipe.tokens.values())
+            values, lengths = collate(order.features.features, rows, sizes, size, last, emptied)
+            indices = np.full([size], -1, np.int64)
+            indices[: len(rows)] = micro.places[replica] if micro else []
+            batches.append(Batch(order.features.pack(values), lengths, np.int32(len(rows)), counts, indices))
+            self._book(order, rows, size)
+        return self._backend.hand_over(batches)
+
+    def _counts(self, step: plan.StepPlan) -> Any:
+        counts = {}
+        for i, loss in enumerate(self._recipe.tokens):
+            kind = WeightedCounts if loss in self._recipe.weights else Counts
+            counts[loss] = kind(np.float64(step.tokens[i]), np.float64(step.sequences[i]))
+        return counts.get(None, counts)
+
+    def _book(self, order: Order, rows: Sequence[Row], size: int) -> None:
+        padded = [(i, feature) for i, feature in enumerate(order.features.features) if feature.pad]
+        by_name = {f.name: np.array([f.sizes(row[i]) for row in rows], np.int64) for i, f in padded}
+        tables = [by_name[name].reshape(len(rows), len(pad.axes)) for name, pad in self._recipe.padding.items()]
+        self._ledger.add_replica(tables, order.step.agreed, order.step.sizes, size)

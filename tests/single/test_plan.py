@@ -1,0 +1,104 @@
+"""The plan of a window: merging reports, against a loop over all workers' steps."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import distpad
+from distpad.pipeline import plan
+
+AXES, LOSSES = 2, 1
+
+
+def report(window: int, rows: list[int], failed_at: int | None, seed: int) -> plan.Report:
+    """Of a worker with so many rows in each of its steps."""
+    random = np.random.default_rng(seed)
+    made = plan.Report.blank(window, AXES, LOSSES)
+    for step, count in enumerate(rows):
+        if count:
+            made.longest[step] = random.integers(0, 20, AXES)
+            made.tokens[step] = random.integers(0, 50)
+            made.sequences[step] = random.integers(0, count + 1)
+        made.rows[step] = count
+    made.failed_at = failed_at
+    return made
+
+
+def merged(reports, *, window, accumulate=1, ladders=None, full_rows=None):
+    packed = [plan.pack(each, worker, len(reports)) for worker, each in enumerate(reports)]
+    return plan.merge(
+        np.max([maxima for maxima, _ in packed], axis=0),
+        np.sum([sums for _, sums in packed], axis=0),
+        window=window,
+        axes=AXES,
+        losses=LOSSES,
+        workers=len(reports),
+        ladders=ladders,
+        accumulate=accumulate,
+        full_rows=full_rows,
+    )
+
+
+@settings(deadline=None, max_examples=300)
+@given(data=st.data())
+def test_plans_are_what_a_loop_over_the_workers_finds(data):
+    accumulate = data.draw(st.integers(1, 3))
+    window = accumulate * data.draw(st.integers(1, 4))
+    reports = []
+    for worker in range(data.draw(st.integers(1, 4))):
+        count = data.draw(st.integers(0, window))
+        rows = data.draw(st.lists(st.integers(1, 5), min_size=count, max_size=count))
+        failed_at = data.draw(st.sampled_from([None, None, len(rows)])) if len(rows) < window else None
+        reports.append(report(window, rows, failed_at, seed=worker))
+    found = merged(reports, window=window, accumulate=accumulate)
+
+    failures = [(each.failed_at, worker) for worker, each in enumerate(reports) if each.failed_at is not None]
+    assert found.failure == (min(failures) if failures else None)
+    with_data = max((np.flatnonzero(each.rows)[-1] + 1 for each in reports if each.rows.any()), default=0)
+    steps = -(-with_data // accumulate) * accumulate
+    if failures:
+        steps = min(steps, min(failures)[0] // accumulate * accumulate)
+    assert len(found.steps) == steps
+    assert found.is_last == (not failures and steps < window)
+    for k, step in enumerate(found.steps):
+        group = slice(k // accumulate * accumulate, k // accumulate * accumulate + accumulate)
+        assert step.agreed == step.sizes
+        assert step.agreed == tuple(max(1, max(int(each.longest[k, a]) for each in reports)) for a in range(AXES))
+        assert step.rows == sum(each.rows[k] for each in reports)
+        assert step.tokens == sum(each.tokens[group].sum() for each in reports)
+        assert step.sequences == sum(each.sequences[group].sum() for each in reports)
+
+
+def test_a_step_takes_the_highest_rung_that_a_feature_needs():
+    ladders = [distpad.Ladder([5, 30]), distpad.Ladder([7, 40])]
+    one = plan.Report.blank(2, AXES, LOSSES)
+    one.longest[:] = [[5, 7], [2, 8]]
+    one.rows[:] = 1
+    found = merged([one], window=2, ladders=ladders)
+    assert [step.sizes for step in found.steps] == [(5, 7), (30, 40)]
+
+
+def test_dropping_ends_before_the_first_step_that_is_not_full():
+    reports = [report(4, [2, 2, 2, 2], None, 0), report(4, [2, 2, 1], None, 1)]
+    found = merged(reports, window=4, full_rows=4)
+    assert (len(found.steps), found.is_last) == (2, True)
+    assert len(merged(reports, window=4, full_rows=4, accumulate=2).steps) == 2
+
+
+def test_a_message_does_not_grow_with_the_workers():
+    sizes = {tuple(map(len, plan.pack(report(8, [3], None, 0), 0, workers))) for workers in (1, 2, 1000)}
+    assert sizes == {(1 + 8 * AXES, 8 + 2 * 8 * LOSSES)}
+
+
+def test_differences_name_key_values_and_workers():
+    texts = [json.dumps({"window": 32, "same": [1]}), "", json.dumps({"window": 16, "same": [1]})]
+    assert plan.differences(texts) == ["window is 32 on worker 0, 16 on worker 2"]
+
+
+def test_fingerprints_travel_exactly_as_floats():
+    prints = [plan.fingerprint(str(i)) for i in range(1000)]
+    assert len(set(prints)) == 1000 and all(p == int(p) < 2**48 for p in prints)

@@ -1,0 +1,124 @@
+"""What several workers tell one another ahead of their steps: errors, differences, and who is slow."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import numpy as np
+import pytest
+
+import distpad
+
+PADDING = {"y": distpad.Pad()}
+LIMIT_S = 30  # an error that takes longer than this to reach all workers is a hang
+
+
+@pytest.fixture(autouse=True)
+def _several(world):
+    assert world.backend.num_workers > 1
+
+
+def examples(worker, count=6, dtype=np.int64):
+    return [{"y": np.arange(1 + (worker + i) % 4).astype(dtype) + 10 * worker} for i in range(count)]
+
+
+def made(world, source, size=2, **options):
+    return distpad.PaddedBatches(
+        source, size, **{"padding": PADDING, "tokens": "y", "backend": world.backend, **options}
+    )
+
+
+def refused(world, batches, kind, match):
+    began = time.monotonic()
+    with pytest.raises(kind, match=match):
+        for _ in batches:
+            pass
+    assert time.monotonic() - began < LIMIT_S
+
+
+def test_a_peers_error_reaches_all_with_worker_step_and_message(world):
+    worker, last = world.backend.worker_index, world.backend.num_workers - 1
+
+    class Source:
+        def __iter__(self):
+            yield from examples(worker, 10)
+            if worker == last:
+                raise OSError("the disk is gone")
+            yield from examples(worker, 10)
+
+    batches = made(world, Source(), window=2)
+    if worker == last:
+        refused(world, batches, OSError, "the disk is gone")
+    else:
+        refused(world, batches, distpad.PeerError, f"worker {last} failed at step 5 .*OSError: the disk is gone")
+
+
+def test_a_bad_example_of_one_worker_reaches_all(world):
+    worker = world.backend.worker_index
+    source = examples(worker)
+    if worker == 0:
+        source[3] = {"y": np.zeros([2, 2], np.int64)}
+    kind = ValueError if worker == 0 else distpad.PeerError
+    refused(world, made(world, source), kind, r"'y' of example 3 is of shape \(2, 2\)")
+
+
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("window", (4, 8)),
+        ("ladder", (distpad.Ladder([8]), distpad.Ladder([16]))),
+        ("accumulate", (1, 2)),
+        ("padding", ({"y": distpad.Pad()}, {"y": distpad.Pad(value=7)})),
+    ],
+)
+def test_configurations_that_differ_are_named_on_all(world, option, values):
+    worker = world.backend.worker_index
+    batches = made(world, examples(worker), **{option: values[min(worker, 1)]})
+    refused(world, batches, ValueError, rf"configurations differ.*{option}.* on worker 0, .* on worker 1")
+
+
+def test_examples_of_other_dtypes_are_named_on_all(world):
+    worker = world.backend.worker_index
+    source = examples(worker, dtype=[np.int64, np.int32][min(worker, 1)])
+    refused(world, made(world, source), ValueError, r"examples differ.*<i8.*worker 0.*<i4.*worker 1")
+
+
+def test_a_forgotten_shard_is_refused_unless_meant(world):
+    refused(world, made(world, examples(0)), ValueError, r"same examples on all .*dataset\.shard")
+    assert sum(1 for _ in made(world, examples(0), replicated=True)) == 3
+
+
+def test_a_slow_worker_is_named(world, caplog):
+    worker, last = world.backend.worker_index, world.backend.num_workers - 1
+
+    class Source:
+        def __iter__(self):
+            for i, example in enumerate(examples(worker)):
+                time.sleep(2.5 if worker == last and i == 1 else 0)
+                yield example
+
+    with caplog.at_level(logging.WARNING, "distpad"):
+        assert sum(1 for _ in made(world, Source(), slow_after_s=0.7)) == 3
+    assert f"worker {last} is still reading" in caplog.text
+
+
+def test_a_worker_that_is_too_slow_ends_all(world):
+    worker, last = world.backend.worker_index, world.backend.num_workers - 1
+
+    class Source:
+        def __iter__(self):
+            time.sleep(8 if worker == last else 0)
+            yield from examples(worker)
+
+    kind = distpad.DistpadError if worker == last else distpad.PeerError
+    refused(
+        world, made(world, Source(), slow_after_s=0.5, limit_s=2), kind, f"worker {last} is still reading .*limit_s"
+    )
+
+
+def test_leaving_together_and_beginning_again(world):
+    batches = made(world, examples(world.backend.worker_index), window=1)
+    for _ in range(3):
+        assert isinstance(next(iter(batches)), distpad.Batch)
+    assert sum(1 for _ in batches) == 3
