@@ -73,7 +73,7 @@ class Features:
     def learn(cls, examples: Sequence[Any], padding: Mapping[Name, Pad]) -> Features:
         """From a few examples; an empty list says nothing of its dtype, so that another example's counts."""
         skeleton = _skeleton(examples[0])
-        rows = [_leaves(example, skeleton) for example in examples]
+        rows = [_leaves(example, skeleton) for example in examples if _skeleton(example) == skeleton]
         names = _names(skeleton)
         _check_named(padding, names)
         features = []
@@ -180,7 +180,7 @@ def collate(
 def _stacked(arrays: Sequence[np.ndarray], shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     batch = np.empty([len(arrays), *shape], dtype)
     for i, array in enumerate(arrays):
-        batch[i] = array
+        batch[i, ...] = array  # also where an element is an object, such as a text
     return batch
 
 

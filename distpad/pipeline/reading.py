@@ -71,6 +71,8 @@ def steps_of_sampler(
     indexable: Any, sampler: LengthSampler, replicas: Sequence[int], num_replicas: int, epoch: int, step: int
 ) -> Iterator[Step]:
     """The examples that a sampler deals to this worker's replicas, which are ``replicas`` of ``num_replicas``."""
+    if step >= len(sampler.plan(epoch)):  # saved behind the last step: this epoch has no more
+        return
     shards = [sampler.shard(replica, num_replicas) for replica in replicas]
     for shard in shards:
         shard.load_state_dict({"epoch": epoch, "step": step, "sampler": sampler.fingerprint()})

@@ -1,0 +1,226 @@
+"""PaddedBatches in one process: sources, wrong arguments, coverage, memory."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import threading
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import distpad
+from distpad.backends import base, local
+
+PADDING = {"y": distpad.Pad()}
+EXAMPLES = [{"y": [1, 2, 3]}, {"y": []}, {"y": [4]}]
+
+
+def made(source=EXAMPLES, size=2, **options):
+    return distpad.PaddedBatches(source, size, **{"padding": PADDING, "tokens": "y", "backend": "local", **options})
+
+
+# -- what it reads ----------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_list_has_the_dtype_of_the_others():
+    first, second = made()
+    assert first.data["y"].numpy().tolist() == [[1, 2, 3], [0, 0, 0]] and first.data["y"].dtype == tf.int64
+    assert second.lengths["y"].numpy().tolist() == [1, 0] and second.indices.numpy().tolist() == [2, -1]
+
+
+def test_tuples_and_single_arrays_keep_their_structure():
+    pairs = [(np.ones([n, 2]), np.arange(n)) for n in (2, 3)]
+    (batch,) = made(pairs, padding={0: distpad.Pad(), 1: distpad.Pad(value=-1)}, tokens=1)
+    assert isinstance(batch.data, tuple) and batch.data[1].numpy().tolist() == [[0, 1, -1], [0, 1, 2]]
+    (batch,) = made([[1, 2], [3]], padding={0: distpad.Pad()}, tokens=0)
+    assert batch.data.numpy().tolist() == [[1, 2], [3, 0]]
+    (batch,) = made([({"x": [1.0]}, "a"), ({"x": [2.0, 3.0]}, "bc")], padding={"0/x": distpad.Pad()}, tokens="0/x")
+    assert batch.data[0]["x"].shape == (2, 2) and batch.data[1].numpy().tolist() == [b"a", b"bc"]
+
+
+def test_several_ragged_axes_share_a_ladder():
+    images = [{"image": np.ones([h, w, 1]), "y": [1]} for h, w in ((3, 9), (5, 2))]
+    padding = {"image": distpad.Pad(axis=(1, 0)), "y": distpad.Pad()}
+    ladder = {"image": distpad.Ladder([4, 16]), "y": distpad.Ladder([1, 2])}
+    (batch,) = made(images, padding=padding, ladder=ladder)
+    assert batch.data["image"].shape == (2, 16, 16, 1) and batch.data["y"].shape == (2, 2)
+    assert batch.lengths["image"].numpy().tolist() == [9, 2]
+    assert float(tf.reduce_sum(batch.data["image"])) == 3 * 9 + 5 * 2
+
+
+def test_losses_of_their_own_counts():
+    source = [{"a": [1, 2], "b": [1.0], "w": 0.5}, {"a": [3], "b": [], "w": 2.0}]
+    padding = {"a": distpad.Pad(), "b": distpad.Pad()}
+    (batch,) = made(source, padding=padding, tokens={"text": "a", "tone": "b"}, weights={"text": "w"})
+    assert [float(count) for count in batch.counts["text"]] == [0.5 * 2 + 2.0, 2]
+    assert [float(count) for count in batch.counts["tone"]] == [1, 1]
+    assert isinstance(batch.counts["text"], distpad.WeightedCounts)
+    assert not isinstance(batch.counts["tone"], distpad.WeightedCounts)
+
+
+def test_lengths_are_known_where_they_can_be():
+    assert len(made()) == len(list(made())) == 2 and len(made(accumulate=3)) == 3
+    assert len(made(drop_remainder=True)) == 1
+    assert len(made(tf.data.Dataset.range(5).map(lambda i: {"y": tf.range(i)}))) == 3
+    with pytest.raises(TypeError, match="number of steps is not known"):
+        len(made(iter(EXAMPLES)))
+
+
+# -- wrong arguments --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "match"),
+    [
+        ({"tokens": "z"}, ValueError, r"tokens is 'z', expected a padded feature: \['y'\]"),
+        ({"padding": {"y": 0}}, TypeError, r"padding\['y'\] is 0, expected a distpad.Pad"),
+        ({"padding": {}}, TypeError, "padding is {}"),
+        ({"padding": {"y": distpad.Pad((0, 1))}}, ValueError, "with 2 ragged axes"),
+        ({"window": 0}, ValueError, "window is 0, expected at least 1"),
+        ({"ladder": 8}, TypeError, "ladder is 8"),
+        ({"ladder": {"x": distpad.Ladder([8])}}, ValueError, "ladder is for 'x'"),
+        ({"weights": {"tone": "w"}}, ValueError, "weights is for"),
+        ({"limit_s": 0}, ValueError, "limit_s is 0"),
+        ({"size": None}, ValueError, "batch_size is None"),
+        ({"source": lambda: EXAMPLES}, TypeError, r"function.*class with __iter__"),
+    ],
+)
+def test_wrong_arguments_are_named(options, kind, match):
+    with pytest.raises(kind, match=match):
+        made(**options)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "match"),
+    [
+        ([{"y": [1]}, {"x": [1]}], {}, r"example 1 is with \['x'\], expected the same features"),
+        ([{"y": [1]}, {"y": [1.5]}], {}, "'y' of example 1 is of dtype float64, expected int64"),
+        ([{"y": [1], "x": [1]}, {"y": [1], "x": [1, 2]}], {}, "'x' of example 1 .* Add 'x' to padding"),
+        ([{"y": [1]}], {"weights": "w"}, "weights is 'w', expected a feature of an example"),
+        ([{"y": [1] * 9}], {"ladder": distpad.Ladder([8])}, r"axis 0 of 'y'.*length is 9.*\(example 0\)"),
+        ([{"y": [1, 2], "w": [1.0]}], {"padding": {**PADDING, "w": distpad.Pad()}, "weights": "w"}, "of length 1 in"),
+    ],
+)
+def test_bad_examples_are_named(source, options, match):
+    with pytest.raises(ValueError, match=match):
+        list(made(source, **options))
+
+
+def test_an_iterator_is_good_for_one_epoch():
+    batches = made(iter(EXAMPLES))
+    assert len(list(batches)) == 2
+    with pytest.raises(ValueError, match="used up by the first epoch"):
+        list(batches)
+
+
+def test_a_state_of_another_source_is_refused():
+    with pytest.raises(ValueError, match="'batch_size': 3"):
+        made().load_state_dict(made(size=3).state_dict())
+
+
+# -- coverage ---------------------------------------------------------------------------------------------------------
+
+
+class Replicas(local.LocalBackend):
+    """One worker's view of several replicas, without an engine: each replica's batch in a list."""
+
+    def __init__(self, count):
+        self.num_replicas = count
+
+    def hand_over(self, values):
+        return values
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    count=st.integers(0, 30),
+    size=st.integers(1, 5),
+    replicas=st.integers(1, 3),
+    window=st.integers(1, 7),
+    accumulate=st.integers(1, 3),
+    stop=st.integers(0, 12),
+)
+def test_every_example_once_wherever_it_is_resumed(count, size, replicas, window, accumulate, stop):
+    source = [{"y": np.arange(i % 5)} for i in range(count)]
+    options = {"backend": Replicas(replicas), "window": window, "accumulate": accumulate}
+    whole = list(made(source, size, **options))
+    stopped = made(source, size, **options)
+    first = list(itertools.islice(stopped, stop))
+    state = stopped.state_dict()
+    kept = state["step"] if state["epoch"] == 0 else len(first)
+    resumed = made(source, size, **options)
+    resumed.load_state_dict(state)
+    rest = list(resumed) if state["epoch"] == 0 else []
+    assert len(whole) % accumulate == 0
+    for steps in (whole, first[:kept] + rest):
+        indices = [i for step in steps for batch in step for i in batch.indices]
+        assert [i for i in indices if i >= 0] == list(range(count))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    count=st.integers(0, 40), batch=st.integers(1, 9), replicas=st.lists(st.integers(1, 4), min_size=2, max_size=2),
+    stop=st.integers(0, 9),
+)  # fmt: skip
+def test_a_sampler_goes_on_with_another_number_of_replicas(count, batch, replicas, stop):
+    source = [{"y": np.arange(i % 7)} for i in range(count)]
+    sampler = distpad.LengthSampler([i % 7 for i in range(count)], global_batch_size=batch, seed=1)
+    before, after = (made((source, sampler), None, backend=Replicas(n), window=3) for n in replicas)
+    steps = list(itertools.islice(before, stop))
+    after.load_state_dict(before.state_dict())
+    if after.state_dict()["epoch"] == 0:
+        steps += after
+    found = [sorted(i for part in step for i in part.indices if i >= 0) for step in steps]
+    assert found == [sorted(step) for step in sampler.plan(0)]
+
+
+# -- threads and memory -----------------------------------------------------------------------------------------------
+
+
+def test_memory_does_not_grow_over_10000_steps():
+    """The largest amount in the second half is that of the first, give or take two windows of examples."""
+
+    class Source:
+        def __iter__(self):
+            for i in range(20_000):
+                yield {"y": np.zeros([1 + i % 50], np.int64)}
+
+    tracemalloc.start()
+    try:
+        largest = [0, 0]
+        for step, _ in enumerate(made(Source(), window=16)):
+            if step % 100 == 99:
+                gc.collect()
+                largest[step >= 5000] = max(largest[step >= 5000], tracemalloc.get_traced_memory()[0])
+        assert step == 9_999
+        assert largest[1] < largest[0] + 64 * 1024, largest
+    finally:
+        tracemalloc.stop()
+
+
+def test_no_more_is_read_than_some_windows():
+    read, threads = [], set(threading.enumerate())
+
+    class Source:
+        def __iter__(self):
+            for i in range(10_000):
+                read.append(i)
+                yield {"y": [i]}
+
+    for step, _ in enumerate(made(Source(), 1, window=8)):
+        time.sleep(0.005)
+        assert len(read) <= step + 1 + 3 * 8
+        if step == 40:
+            break
+    assert not set(threading.enumerate()) - threads
+
+
+def test_the_defaults_of_a_backend_serve_a_new_engine():
+    """What a file in backends/ must bring for the pipeline is a sum and a maximum."""
+    assert base.Backend.host_merge(local.LocalBackend(), np.ones(2), np.ones(3), 1.0)[1].tolist() == [1, 1, 1]
