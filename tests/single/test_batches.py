@@ -184,22 +184,29 @@ def test_a_sampler_goes_on_with_another_number_of_replicas(count, batch, replica
 
 
 def test_memory_does_not_grow_over_10000_steps():
-    """The largest amount in the second half is that of the first, give or take two windows of examples."""
+    """The largest amount in the second half is that of the first, give or take two windows of examples. What TensorFlow
+    allocates itself is counted in live tensors: 2.15 loses 16 bytes for each that was ever made, in any program."""
 
     class Source:
         def __iter__(self):
             for i in range(20_000):
                 yield {"y": np.zeros([1 + i % 50], np.int64)}
 
+    def held():
+        gc.collect()
+        ours = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(False, "*/tensorflow/*")])
+        tensors = sum(isinstance(thing, tf.Tensor) for thing in gc.get_objects())
+        return np.array([sum(trace.size for trace in ours.traces), tensors])
+
     tracemalloc.start()
     try:
-        largest = [0, 0]
+        largest = np.zeros([2, 2], int)
         for step, _ in enumerate(made(Source(), window=16)):
-            if step % 100 == 99:
-                gc.collect()
-                largest[step >= 5000] = max(largest[step >= 5000], tracemalloc.get_traced_memory()[0])
+            if step % 500 == 499:
+                half = int(step >= 5000)
+                largest[half] = np.maximum(largest[half], held())
         assert step == 9_999
-        assert largest[1] < largest[0] + 64 * 1024, largest
+        assert (largest[1] < largest[0] + [64 * 1024, 200]).all(), largest
     finally:
         tracemalloc.stop()
 
