@@ -1,4 +1,4 @@
-"""Checkpoints: weights, optimiser and with them the step; written by worker 0, read by all."""
+"""Checkpoints: weights, optimiser and the place in the data; written by worker 0, read by all."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import tensorflow as tf
 
+import distpad
 from handwriting.learner import Learner
 
 KEEP = 2
@@ -17,33 +18,40 @@ class Checkpoints:
 
     Args:
         learner: what is saved and restored.
+        batches: what it trains on, of which the place is kept.
         folder: for worker 0. Under MultiWorkerMirroredStrategy all workers take part in saving; the others write to a
             folder that is thrown away.
     """
 
-    def __init__(self, learner: Learner, folder: Path):
+    def __init__(self, learner: Learner, batches: distpad.PaddedBatches, folder: Path):
         self.engine = learner.engine
+        self.batches = batches
         self.folder = folder
         self._thrown_away = None if self.engine.worker == 0 else tempfile.TemporaryDirectory()
         where = str(folder) if self._thrown_away is None else self._thrown_away.name
-        # The optimiser counts the steps, and the data of a step depend on its number alone: no more is to be saved.
-        self._checkpoint = tf.train.Checkpoint(model=learner.model, optimizer=learner.optimizer)
+        with self.engine.scope():
+            self._place = tf.Variable([0, 0], dtype=tf.int64, trainable=False, name="place")  # epoch and step
+        self._checkpoint = tf.train.Checkpoint(model=learner.model, optimizer=learner.optimizer, place=self._place)
         self._manager = tf.train.CheckpointManager(self._checkpoint, where, max_to_keep=KEEP)
 
     def save(self, step: int) -> None:
         """All workers call this at the same step."""
+        state = self.batches.state_dict()
+        self._place.assign([state["epoch"], state["step"]])
         if self.engine.worker == 0 or self.engine.strategy is not None:
             self._manager.save(checkpoint_number=step)
 
     def restore(self) -> None:
-        """Go back to the last checkpoint. Horovod's other ranks get it from rank 0 (``Learner.broadcast``).
+        """Go back to the last checkpoint. Horovod's other ranks get the weights from rank 0 (``Learner.broadcast``).
 
         Raises:
             ValueError: there is none.
         """
-        if self.engine.worker > 0 and self.engine.strategy is None:
-            return
-        latest = tf.train.latest_checkpoint(str(self.folder))
-        if latest is None:
-            raise ValueError(f"--resume: {self.folder} holds no checkpoint. Leave --resume out to start anew.")
-        self._checkpoint.restore(latest).assert_existing_objects_matched()
+        if self.engine.worker == 0 or self.engine.strategy is not None:
+            latest = tf.train.latest_checkpoint(str(self.folder))
+            if latest is None:
+                raise ValueError(f"--resume: {self.folder} holds no checkpoint. Leave --resume out to start anew.")
+            self._checkpoint.restore(latest).assert_existing_objects_matched()
+        distpad.broadcast_variables([self._place], backend=self.engine.backend)
+        epoch, step = map(int, self._place.numpy())
+        self.batches.load_state_dict({**self.batches.state_dict(), "epoch": epoch, "step": step})

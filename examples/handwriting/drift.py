@@ -22,7 +22,7 @@ LEARNING_RATE = 0.05
 
 
 def measure(
-    engine: Engine, source: rows.Source, config: model.Config, batch_size: int, steps: int = STEPS
+    engine: Engine, data: rows.Rows, config: model.Config, batch_size: int, steps: int = STEPS
 ) -> dict[str, object]:
     """Compare, after each step, the weights with those of one device that is given the same global batches whole.
 
@@ -36,11 +36,11 @@ def measure(
     weights = model.build(config).get_weights()
     # All workers build the single device's learner, so that their layers are named alike; only worker 0 trains it.
     single = list(
-        _train(engines.LOCAL, source, config, batch_size, steps if engine.worker == 0 else 0, weights, "global")
+        _train(engines.LOCAL, data, config, batch_size, steps if engine.worker == 0 else 0, weights, naive=False)
     )
     result: dict[str, object] = {"backend": engine.name, "replicas": engine.replicas, "batch_size": batch_size}
-    for name, mean in (("distpad", "global"), ("naive", "naive")):
-        several = _train(engine, source, config, batch_size, steps, weights, mean)
+    for name, naive in (("distpad", False), ("naive", True)):
+        several = _train(engine, data, config, batch_size, steps, weights, naive=naive)
         distances = [_distance(here, there) for here, there in zip(several, single or _nothing())]
         result[name] = distances
     return {**result, "seconds": round(time.monotonic() - start, 1)}
@@ -59,19 +59,22 @@ def load_all(folder: Path) -> list[dict]:
 
 def _train(
     engine: Engine,
-    source: rows.Source,
+    data: rows.Rows,
     config: model.Config,
     batch_size: int,
     steps: int,
     weights: list[np.ndarray],
-    mean: str,
+    *,
+    naive: bool,
 ) -> Iterator[np.ndarray]:
     """The weights after each step, as one vector."""
     optimizer = functools.partial(tf.keras.optimizers.SGD, LEARNING_RATE)
-    trained = learner.Learner(engine, config, optimizer, mean)
+    trained = learner.Learner(engine, config, optimizer, naive=naive)
     trained.model.set_weights(weights)
     trained.broadcast()
-    for batch in learner.batches(engine, source, config, batch_size, range(steps)):
+    if not steps:
+        return
+    for batch in rows.shuffled_batches(engine, data, batch_size, steps):
         trained.step(batch)
         yield np.concatenate([array.ravel() for array in trained.model.get_weights()])
 

@@ -16,36 +16,35 @@ HELD_OUT = 10  # one file in ten is held out
 
 
 class FolderStrings:
-    """The examples of a folder, endless: one shuffled epoch after another, each a pure function of (seed, index).
+    """The examples of a folder.
 
     Which files are held out depends on their names alone, so that it stays as it is when files are added.
 
     Args:
         folder: holds ``labels.csv`` with the columns ``file`` and ``text``, and the files.
         split: "train" or "test".
-        seed: of the shuffling.
         height: what the pictures are scaled to, pixels.
 
     Raises:
         ValueError: no ``labels.csv``, a missing column, a missing or unreadable picture, no text, fewer than two rows.
     """
 
-    def __init__(self, folder: Path, split: str, seed: int, height: int):
+    def __init__(self, folder: Path, split: str, height: int):
         texts = _read_labels(folder)
-        self.seed = seed
         self.height = height
         self.alphabet = "".join(sorted(set("".join(texts.values()))))
         self.max_length = max(len(text) for text in texts.values())
         names = [name for name in texts if (name in _held_out(texts)) == (split == "test")]
         self.names = names
         self.examples = [Example(read_picture(folder / name, height), texts[name]) for name in names]
+        self.widths = np.array([len(example.image) for example in self.examples], np.int64)
+        self.lengths = np.array([len(example.text) for example in self.examples], np.int64)
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> Example:
-        epoch, place = divmod(index, len(self))
-        return self.examples[np.random.default_rng((self.seed, epoch)).permutation(len(self))[place]]
+        return self.examples[index]
 
 
 def check(source: FolderStrings, head: str) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
 
 import distpad
-from handwriting import engines, model, rows
-from handwriting.engines import Engine, Rows
+from handwriting import model
+from handwriting.engines import Engine
 
 keras = tf.keras
 
@@ -27,7 +25,8 @@ def ctc(y_true: dict[str, tf.Tensor], y_pred: tf.Tensor) -> tf.Tensor:
     """
     label = y_true["label"]
     # On a CPU, sparse labels take the compiled kernel; dense ones would take a loop of many small operations.
-    places = tf.where(tf.sequence_mask(y_true["length"], tf.shape(label)[1]))
+    # It refuses empty labels, which filling rows have: they get a character, and count for nothing all the same.
+    places = tf.where(tf.sequence_mask(tf.maximum(y_true["length"], 1), tf.shape(label)[1]))
     sparse = tf.SparseTensor(places, tf.gather_nd(label, places), tf.shape(label, out_type=tf.int64))
     return tf.nn.ctc_loss(sparse, y_pred, None, y_true["columns"], logits_time_major=False, blank_index=-1)
 
@@ -39,25 +38,37 @@ class Learner:
         engine: who trains together.
         config: of the reader.
         optimizer: makes the optimiser; called in the engine's scope.
-        mean: "global", the mean over all replicas' characters, which is distpad's; or "naive", for comparison: each
-            replica takes the mean over its own characters, and the engine averages these means.
+        average: of the loss, over all replicas, as ``distpad.DistributedLoss`` has it. Where batches hold texts of like
+            lengths, "token" gives the characters of short texts more weight than those of long ones; "sequence_sum", or
+            a number, gives all the same.
+        naive: for comparison: each replica takes the mean over its own characters, and the engine averages these means.
     """
 
-    def __init__(self, engine: Engine, config: model.Config, optimizer: Any, mean: str = "global"):
+    def __init__(
+        self,
+        engine: Engine,
+        config: model.Config,
+        optimizer: Any,
+        *,
+        average: str | float = "token",
+        naive: bool = False,
+    ):
         self.engine = engine
         self.config = config
-        self.mean = mean
+        self.naive = naive
         with engine.scope():
             self.model = model.build(config)
             self.optimizer = optimizer()
             self.optimizer.build(self.model.trainable_variables)
-        backend = engine.backend if mean == "global" else "local"
+        backend = "local" if naive else engine.backend
         if config.head == "ctc":
-            self.loss = distpad.DistributedLoss(ctc, per="sequence", average="token", backend=backend)
+            self.loss = distpad.DistributedLoss(ctc, per="sequence", average=average, backend=backend)
         else:
             entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
-            self.loss = distpad.DistributedLoss(entropy, average="token", backend=backend)
-        self.step = engine.compile(self._step, *(_blank_rows(config, size) for size in (1, 2)))
+            self.loss = distpad.DistributedLoss(entropy, average=average, backend=backend)
+        # a number is its own denominator, and a replica's own mean counts for itself
+        self.counted = not naive and isinstance(average, str)
+        self.step = engine.compile(self._step)
 
     def broadcast(self) -> None:
         """Start with worker 0's weights everywhere."""
@@ -68,58 +79,22 @@ class Learner:
         """What a step returned, as the mean over all replicas, for the log. Collective."""
         return float(distpad.global_value(loss, backend=self.engine.backend))
 
-    def _step(self, batch: Rows) -> tf.Tensor:
-        """Train one step on a replica's rows (see ``rows.pad``)."""
-        padded = distpad.pad_to_global_max(
-            {"image": batch["image"], "label": batch["label"]},
-            axis=1,
-            lengths={"image": batch["width"], "label": batch["length"]},
-            backend=self.engine.backend,
-        )
+    def _step(self, batch: distpad.Batch) -> tf.Tensor:
+        """Train one step on a replica's rows."""
         with tf.GradientTape() as tape:
-            loss = self._loss(padded)
+            loss = self._loss(batch)
         variables = self.model.trainable_variables
         gradients = distpad.gradient(tape, loss, variables, backend=self.engine.backend)
         self.optimizer.apply_gradients(zip(gradients, variables))
         return loss
 
-    def _loss(self, padded: distpad.Padded) -> tf.Tensor:
-        image, width = padded.values["image"], padded.lengths["image"]
-        label, length = padded.values["label"], padded.lengths["label"]
-        logits = self.model({"image": image, "width": width, "positions": tf.shape(label)[1]})
+    def _loss(self, batch: distpad.Batch) -> tf.Tensor:
+        width, label, length = batch.lengths["image"], batch.data["label"], batch.lengths["label"]
+        logits = self.model({"image": batch.data["image"], "width": width, "positions": tf.shape(label)[1]})
         if self.config.head == "ctc":
             label = {"label": label, "length": length, "columns": model.columns(width)}
-        loss = self.loss(label, logits, lengths=length)
-        if self.mean == "naive" and self.engine.strategy is not None:
+        # the pipeline counted all replicas' characters, so that the step has nothing to exchange but gradients
+        loss = self.loss(label, logits, lengths=length, denominator=batch.counts if self.counted else None)
+        if self.naive and self.engine.strategy is not None:
             loss /= self.engine.replicas  # strategies sum the replicas' gradients; Horovod takes their mean by itself
         return loss
-
-
-def batches(engine: Engine, source: rows.Source, config: model.Config, batch_size: int, steps: range) -> Iterator[Rows]:
-    """What each step feeds to ``Learner.step``; the next step's rows are made while this one runs."""
-
-    def make(step: int) -> dict[int, Rows]:
-        return engines.rows_here(
-            engine,
-            lambda replica: rows.pad(
-                rows.of_step(source, step, batch_size, replica, engine.replicas),
-                config.alphabet,
-                end=config.head == "position",
-            ),
-        )
-
-    with concurrent.futures.ThreadPoolExecutor(1) as ahead:
-        following = ahead.submit(make, steps.start) if steps else None
-        for step in steps:
-            ready = following.result()
-            following = ahead.submit(make, step + 1) if step + 1 < steps.stop else None
-            yield engine.feed(ready)
-
-
-def _blank_rows(config: model.Config, size: int) -> Rows:
-    return {
-        "image": tf.zeros([size, 4 * size, config.height, 1]).numpy(),
-        "width": tf.ones([size], tf.int32).numpy(),
-        "label": tf.zeros([size, size], tf.int32).numpy(),
-        "length": tf.ones([size], tf.int32).numpy(),
-    }

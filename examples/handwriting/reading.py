@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from handwriting import decode, model, rows
-from handwriting.strings import Example
+import distpad
+from handwriting import decode, model
 
 BATCH = 64
 
@@ -36,11 +36,11 @@ class TextReader:
         return [text for start in range(0, len(images), BATCH) for text in self._read(images[start : start + BATCH])]
 
     def _read(self, images: Sequence[np.ndarray]) -> list[str]:
-        batch = rows.pad([Example(image, "") for image in images], self.config.alphabet)
-        logits = self._logits(batch["image"], batch["width"]).numpy()
+        image, width, _ = distpad.pad(images, ragged_axes=[0], mask=False)
+        logits = self._logits(image[..., np.newaxis], width).numpy()
         if self.config.head == "position":
             return decode.position_texts(logits, self.config.alphabet)
-        return decode.ctc_texts(logits, model.columns(batch["width"]), self.config.alphabet)
+        return decode.ctc_texts(logits, model.columns(width), self.config.alphabet)
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from handwriting.engines import Engine
+from handwriting.rows import Rows
 from handwriting.strings import Example
 
 mpl.use("Agg")
@@ -27,10 +29,13 @@ SHOWN = 12  # read pictures in the report
 SAMPLES = 6
 
 
-def announce(engine: Engine, batch_size: int, strings: int) -> None:
+def announce(engine: Engine, data: Rows, options: argparse.Namespace, strings: int) -> None:
     """Say what is about to happen."""
     replicas = f"{engine.replicas} replica{'s' * (engine.replicas > 1)}"
-    Console().print(f"[bold]{replicas}[/] ({engine.name}), global batch {batch_size}, {strings} held-out strings")
+    batch = f"{options.max_columns} columns" if options.max_columns else str(options.batch)
+    Console().print(
+        f"[bold]{replicas}[/] ({engine.name}), global batch {batch}, {len(data)} strings, {strings} held out"
+    )
 
 
 def write_samples(test: Sequence[Example], folder: Path) -> None:
@@ -47,8 +52,15 @@ def write_samples(test: Sequence[Example], folder: Path) -> None:
             table.writerow([f"{number}.png", example.text])
 
 
-def finish(summary: dict, drifts: Sequence[dict], test: Sequence[Example], texts: Sequence[str], out: Path) -> None:
-    """Draw report.png and print the table."""
+def finish(
+    summary: dict,
+    ledger: str,
+    drifts: Sequence[dict],
+    test: Sequence[Example],
+    texts: Sequence[str],
+    out: Path,
+) -> None:
+    """Draw report.png and print the tables."""
     draw(summary, drifts, test, texts, out / "report.png")
     console = Console()
     if drifts:
@@ -62,6 +74,7 @@ def finish(summary: dict, drifts: Sequence[dict], test: Sequence[Example], texts
             ours, naive = f"{drift['distpad'][-1]:.1e}", f"{drift['naive'][-1]:.1e}"
             table.add_row(drift["backend"], str(drift["replicas"]), f"[green]{ours}[/]", f"[red]{naive}[/]")
         console.print(table)
+    console.print(f"\n[italic]What worker 0's replicas were given[/]\n{ledger}\n", highlight=False)
     console.print(
         f"character error rate [bold]{summary['character_error_rate']:.2%}[/] "
         f"on {summary['held_out_strings']} held-out strings, after {summary['seconds']:.0f} s"

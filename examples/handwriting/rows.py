@@ -1,51 +1,114 @@
-"""One replica's rows of a global batch, padded to the longest among themselves; nobody knows what the others hold."""
+"""What the reader is trained on: pictures and texts as arrays, and their batches on all replicas of an engine."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
 
+import distpad
+from handwriting.engines import Engine
 from handwriting.strings import Example
+
+PADDING = {"image": distpad.Pad(axis=0), "label": distpad.Pad()}
 
 
 class Source(Protocol):
-    """An endless set of examples, in which any worker finds any of them by its index."""
+    """A set of examples, in which any worker finds any of them by its index."""
 
     alphabet: str
     height: int
     max_length: int
+    widths: np.ndarray  # of the pictures, [examples] int64
+    lengths: np.ndarray  # of the texts, [examples] int64
+
+    def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
 
 
-def of_step(source: Source, step: int, batch_size: int, replica: int, replicas: int) -> list[Example]:
-    """The examples that one replica gets of the global batch of a step. They do not depend on who else trains."""
-    mine = np.array_split(np.arange(batch_size), replicas)[replica]
-    return [source[int(step * batch_size + place)] for place in mine]
-
-
-def pad(examples: Sequence[Example], alphabet: str, *, end: bool = False) -> dict[str, np.ndarray]:
-    """Pad examples to the longest among them.
+class Rows:
+    """The examples of a source as arrays: "image" ``[width, height, 1]`` float32 and "label" ``[length]`` int32.
 
     Args:
-        examples: at least one.
-        alphabet: a character's class is its place here.
+        source: the pictures and texts.
         end: whether an end symbol, of class ``len(alphabet)``, follows each text.
-
-    Returns:
-        "image" ``[rows, width, height, 1]`` float32, "width" ``[rows]`` int32, "label" ``[rows, length]`` int32,
-        "length" ``[rows]`` int32.
     """
-    classes = [
-        [alphabet.index(character) for character in example.text] + [len(alphabet)] * end for example in examples
-    ]
-    widths = np.array([len(example.image) for example in examples], np.int32)
-    lengths = np.array([len(label) for label in classes], np.int32)
-    image = np.zeros((len(examples), widths.max(), examples[0].image.shape[1], 1), np.float32)
-    label = np.zeros((len(examples), lengths.max()), np.int32)
-    for row, example in enumerate(examples):
-        image[row, : widths[row], :, 0] = example.image
-        label[row, : lengths[row]] = classes[row]
-    return {"image": image, "width": widths, "label": label, "length": lengths}
+
+    def __init__(self, source: Source, *, end: bool = False):
+        self.source = source
+        self.end = end
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        example, alphabet = self.source[index], self.source.alphabet
+        label = [alphabet.index(character) for character in example.text] + [len(alphabet)] * self.end
+        return {"image": example.image[:, :, np.newaxis], "label": np.array(label, np.int32)}
+
+
+class Chosen:
+    """Some of the rows, in an order of one's own."""
+
+    def __init__(self, rows: Rows, places: np.ndarray):
+        self.rows = rows
+        self.places = places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return (self.rows[int(place)] for place in self.places)
+
+
+def batches(engine: Engine, rows: Rows, *, rungs: int | None = None, **sampling: object) -> distpad.PaddedBatches:
+    """Batches of pictures of similar widths, the same on any number of replicas, of which each worker gets its part.
+
+    Args:
+        engine: who trains together.
+        rows: all of them; each worker reads those of its part.
+        rungs: how many different sizes there may be, so that the step is traced as often; None: any.
+        sampling: what ``distpad.LengthSampler`` takes.
+    """
+    ladders = None if rungs is None else joint_ladders(rows.source.widths, rows.source.lengths + rows.end, rungs)
+    sampler = distpad.LengthSampler(rows.source.widths, ladder=ladders and ladders["image"], **sampling)
+    return distpad.PaddedBatches(
+        (rows, sampler), padding=PADDING, tokens="label", ladder=ladders, backend=engine.backend
+    )
+
+
+def shuffled_batches(engine: Engine, data: Rows, batch_size: int, steps: int) -> distpad.PaddedBatches:
+    """For comparisons: strings of any width, dealt out as they come, the same global batches on any engine.
+
+    All are padded to one size, which is one trace of the step.
+    """
+    workers = engine.backend.num_workers
+    order = np.resize(np.random.default_rng(0).permutation(len(data)), [steps, workers, batch_size // workers])
+    return distpad.PaddedBatches(
+        Chosen(data, order[:, engine.worker].ravel()),
+        batch_size // engine.replicas,
+        padding=PADDING,
+        tokens="label",
+        ladder=joint_ladders(data.source.widths, data.source.lengths + data.end, rungs=1),
+        backend=engine.backend,
+    )
+
+
+def endless(batches: distpad.PaddedBatches) -> Iterator[distpad.Batch]:
+    """One epoch after another."""
+    while True:
+        yield from batches
+
+
+def joint_ladders(widths: np.ndarray, lengths: np.ndarray, rungs: int) -> dict[str, distpad.Ladder]:
+    """The best rungs for pictures of these ``widths``, and as many for their texts: a step takes the same rung of both.
+
+    A text's rung is the longest of those whose pictures fit into the rung beside it, so that no text asks for more.
+    """
+    image = distpad.Ladder.from_lengths(widths, rungs)
+    longest = [int(lengths[widths <= width].max()) for width in image.boundaries]
+    for place in range(1, len(longest)):
+        longest[place] = max(longest[place], longest[place - 1] + 1)  # rungs rise
+    return {"image": image, "label": distpad.Ladder(longest)}

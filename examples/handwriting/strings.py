@@ -6,7 +6,9 @@ have to agree on anything but the seed.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
@@ -25,12 +27,31 @@ class Example:
     text: str
 
 
+class Layout(NamedTuple):
+    """Where the digits of a line stand and how each is bent, before anything is drawn."""
+
+    chosen: np.ndarray  # which pictures
+    slant: np.ndarray
+    scale: np.ndarray
+    widen: np.ndarray
+    raise_by: np.ndarray
+    starts: np.ndarray  # columns
+    width: int  # of the line, columns
+
+
 class DigitStrings:
-    """An endless, indexable set of strings.
+    """A set of strings, drawn when they are asked for; how wide each will be is known before.
+
+    Args:
+        split: "train" or "test", of the digits.
+        seed: another set of strings.
+        count: how many.
 
     Example:
-        >>> strings = DigitStrings("train", seed=1)
-        >>> strings[7].text == DigitStrings("train", seed=1)[7].text
+        >>> strings = DigitStrings("train", seed=1, count=10)
+        >>> strings[7].text == DigitStrings("train", seed=1, count=10)[7].text
+        True
+        >>> len(strings[7].image) == strings.widths[7]
         True
     """
 
@@ -38,25 +59,49 @@ class DigitStrings:
     height = digits.SIZE
     max_length = MAX_DIGITS
 
-    def __init__(self, split: str, seed: int):
+    def __init__(self, split: str, seed: int, count: int):
         self.digits = digits.load(split)
         self.seed = seed
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
 
     def __getitem__(self, index: int) -> Example:
-        rng = np.random.default_rng((self.seed, index))
-        chosen = rng.integers(len(self.digits.labels), size=rng.integers(1, MAX_DIGITS + 1))
-        line = _set_side_by_side(self.digits, chosen, rng)
-        line = _change_thickness(line, rng.uniform(-0.45, 0.6))
-        text = "".join(self.alphabet[label] for label in self.digits.labels[chosen])
+        rng = self._rng(index)
+        layout = _lay_out(self.digits, rng)
+        line = _change_thickness(_draw(self.digits, layout), rng.uniform(-0.45, 0.6))
+        text = "".join(self.alphabet[label] for label in self.digits.labels[layout.chosen])
         return Example(np.ascontiguousarray(line.T), text)
 
+    @property
+    def widths(self) -> np.ndarray:
+        """Of all pictures, ``[count]``."""
+        return self._sizes[:, 0]
 
-def _set_side_by_side(source: digits.Digits, chosen: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draw the chosen digits into one line, [height, width].
+    @property
+    def lengths(self) -> np.ndarray:
+        """Of all texts, ``[count]``."""
+        return self._sizes[:, 1]
+
+    @functools.cached_property
+    def _sizes(self) -> np.ndarray:
+        layouts = (_lay_out(self.digits, self._rng(index)) for index in range(self.count))
+        return np.array([[layout.width, len(layout.chosen)] for layout in layouts], np.int64)
+
+    def _rng(self, index: int) -> np.random.Generator:
+        if not 0 <= index < self.count:
+            raise IndexError(f"DigitStrings: index is {index}, expected 0 to {self.count - 1}.")
+        return np.random.default_rng((self.seed, index))
+
+
+def _lay_out(source: digits.Digits, rng: np.random.Generator) -> Layout:
+    """Choose the digits of one line and their places.
 
     Slant, size and spacing belong to the hand that writes the line, and each digit departs from them a little.
     """
-    count, size = len(chosen), digits.SIZE
+    chosen = rng.integers(len(source.labels), size=rng.integers(1, MAX_DIGITS + 1))
+    count = len(chosen)
     slant = rng.normal(0, 0.18) + rng.normal(0, 0.05, count)
     scale = rng.uniform(0.74, 0.93) * rng.uniform(0.95, 1.05, count)
     widen = scale * rng.uniform(0.9, 1.1)
@@ -66,8 +111,15 @@ def _set_side_by_side(source: digits.Digits, chosen: np.ndarray, rng: np.random.
     widths = (source.right - source.left)[chosen] * widen
     advances = np.maximum(widths + gaps, MIN_ADVANCE)
     starts = 4 + rng.uniform(0, 3) + np.concatenate([[0], np.cumsum(advances)[:-1]])
-    line = np.zeros((size, int(np.ceil(starts[-1] + widths[-1] + 5 + rng.uniform(0, 4)))), np.float32)
+    width = int(np.ceil(starts[-1] + widths[-1] + 5 + rng.uniform(0, 4)))
+    return Layout(chosen, slant, scale, widen, raise_by, starts, width)
 
+
+def _draw(source: digits.Digits, layout: Layout) -> np.ndarray:
+    """Draw the chosen digits into one line, [height, width]."""
+    chosen, slant, scale, widen, raise_by, starts, width = layout
+    size = digits.SIZE
+    line = np.zeros((size, width), np.float32)
     # For each digit a window of the line, and for each of its pixels the place in the digit's picture it comes from.
     window = size + 8
     first = np.floor(starts).astype(int) - 4

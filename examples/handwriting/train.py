@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Train a reader of handwriting on several devices at once.
 
-Without options: strings of 1 to 12 handwritten digits, four replicas on this machine's processor, a few minutes. Before
+Without options: strings of 1 to 12 handwritten digits, four replicas on this machine's processor, a few minutes.
+Batches hold strings of similar widths (--randomness 1: of any), padded to a few sizes, the same on all replicas. Before
 the training, its first steps are run three times, on one device, on all replicas with distpad, and on all replicas with
 the usual mean of means, to see how far the weights come apart; the report shows it.
 """
@@ -9,6 +10,7 @@ the usual mean of means, to see how far the weights come apart; the report shows
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -24,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tensorflow as tf  # the level of its log is read now
 from tqdm import tqdm
 
+import distpad
 from handwriting import checkpoints, decode, drift, engines, folder, learner, model, reading, report, rows
 from handwriting.strings import DigitStrings, Example
 
@@ -33,6 +36,7 @@ examples:
   train.py --loss position                              # cross-entropy for each position instead of CTC
   train.py --data my-pictures --height 32               # a folder with pictures and labels.csv (file,text)
   train.py --resume                                     # go on from the last checkpoint
+  train.py --max-columns 4096 --average 200             # batches by width; the loss over a constant
   horovodrun -np 2 python train.py --backend horovod    # two processes; their drift joins the same report
 """
 LOG_EVERY = 10
@@ -53,6 +57,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/demo"), metavar="FOLDER", help="default runs/demo")
     add("--steps", type=int, default=1000, metavar="N", help="default 1000")
     add("--batch", type=int, default=32, metavar="N", help="examples in a global batch (default 32)")
+    add("--strings", type=int, default=8000, metavar="N", help="digit strings to train on (default 8000)")
+    add("--rungs", type=int, default=6, metavar="N", help="sizes that batches are padded to (default 6)")
+    add("--randomness", type=float, metavar="X", help="0: batches of like widths, 1: shuffled; see LengthSampler")
+    add("--max-columns", type=int, metavar="N", help="instead of --batch: columns of pixels in a global batch")
+    add(
+        "--average",
+        default="sequence_sum",
+        metavar="X",
+        help="of the loss: sequence_sum (default), token, ... or a number",
+    )
     add("--learning-rate", type=float, default=6e-3, metavar="X", help="its highest value (default 0.006)")
     add("--seed", type=int, default=0, metavar="N", help="of weights and data (default 0)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
@@ -61,25 +75,27 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--eval-strings", type=int, default=500, metavar="N", help="held-out strings to test with (default 500)")
     add("--no-drift", dest="drift", action="store_false", help="leave out the comparison with one device")
     options = parser.parse_args(arguments)
-    for name in ("steps", "batch", "checkpoint_every", "eval_strings", "stop_at"):
+    for name in ("steps", "batch", "strings", "rungs", "max_columns", "checkpoint_every", "eval_strings", "stop_at"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least 1")
+    with contextlib.suppress(ValueError):
+        options.average = float(options.average)
     if options.height < 8 or options.height % model.STRIDE:
         parser.error(f"--height is {options.height}, expected a multiple of {model.STRIDE}, at least 8")
     return options
 
 
-def load(options: argparse.Namespace) -> tuple[rows.Source, list[Example], model.Config]:
+def load(options: argparse.Namespace) -> tuple[rows.Rows, list[Example], model.Config]:
     """What to train on, what to test with, and the reader that fits them."""
     if options.data is None:
-        source: rows.Source = DigitStrings("train", options.seed)
-        unseen = DigitStrings("test", options.seed)
-        test = [unseen[index] for index in range(options.eval_strings)]
+        source: rows.Source = DigitStrings("train", options.seed, options.strings)
+        test = list(DigitStrings("test", options.seed, options.eval_strings))
     else:
-        source = folder.FolderStrings(options.data, "train", options.seed, options.height)
-        test = folder.FolderStrings(options.data, "test", options.seed, options.height).examples[: options.eval_strings]
+        source = folder.FolderStrings(options.data, "train", options.height)
+        test = folder.FolderStrings(options.data, "test", options.height).examples[: options.eval_strings]
         folder.check(source, options.loss)
-    return source, test, model.Config(source.alphabet, options.loss, source.max_length, source.height)
+    config = model.Config(source.alphabet, options.loss, source.max_length, source.height)
+    return rows.Rows(source, end=options.loss == "position"), test, config
 
 
 def make_optimizer(options: argparse.Namespace) -> tf.keras.optimizers.Optimizer:
@@ -91,16 +107,25 @@ def make_optimizer(options: argparse.Namespace) -> tf.keras.optimizers.Optimizer
     return tf.keras.optimizers.Adam(schedule)
 
 
+def make_batches(engine: engines.Engine, data: rows.Rows, options: argparse.Namespace) -> distpad.PaddedBatches:
+    """The batches that the options ask for."""
+    sampling: dict = {"seed": options.seed}
+    if options.max_columns:
+        sampling["max_tokens"] = options.max_columns
+    else:
+        sampling["global_batch_size"] = options.batch
+    if options.randomness is not None:
+        sampling["randomness"] = options.randomness
+    return rows.batches(engine, data, rungs=options.rungs, **sampling)
+
+
 def train(
-    engine: engines.Engine,
-    source: rows.Source,
-    test: list[Example],
-    config: model.Config,
-    options: argparse.Namespace,
-) -> reading.TextReader:
+    engine: engines.Engine, data: rows.Rows, test: list[Example], config: model.Config, options: argparse.Namespace
+) -> tuple[reading.TextReader, distpad.PaddedBatches]:
     """Train to the last step, or to ``--stop-at``. All workers call it; only worker 0 evaluates, prints and writes."""
-    learning = learner.Learner(engine, config, lambda: make_optimizer(options))
-    saved = checkpoints.Checkpoints(learning, options.out / "checkpoints")
+    learning = learner.Learner(engine, config, lambda: make_optimizer(options), average=options.average)
+    batches = make_batches(engine, data, options)
+    saved = checkpoints.Checkpoints(learning, batches, options.out / "checkpoints")
     if options.resume:
         saved.restore()
     learning.broadcast()
@@ -111,7 +136,7 @@ def train(
     often = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file needs few lines
     progress = {"initial": first, "total": last, "unit": "step", "ncols": 88, "mininterval": often}
     with tqdm(range(first, last), disable=engine.worker > 0, **progress) as bar:
-        for step, batch in zip(bar, learner.batches(engine, source, config, options.batch, range(first, last))):
+        for step, batch in zip(bar, rows.endless(batches)):
             loss = learning.step(batch)
             done = step + 1
             if done % LOG_EVERY == 0 or done == last:
@@ -123,7 +148,7 @@ def train(
             if done % options.checkpoint_every == 0 or done == last:
                 saved.save(done)
     reader.model.set_weights(learning.model.get_weights())
-    return reader
+    return reader, batches
 
 
 def error_rate(reader: reading.TextReader, examples: Sequence[Example]) -> float:
@@ -134,22 +159,22 @@ def error_rate(reader: reading.TextReader, examples: Sequence[Example]) -> float
 def run(options: argparse.Namespace) -> None:
     began = time.monotonic()
     engine = engines.start(options.backend, options.replicas)
-    if options.batch < engine.replicas:
+    if options.batch < engine.replicas and not options.max_columns:
         raise ValueError(
             f"--batch is {options.batch}, expected at least one example for each of {engine.replicas} replicas."
         )
-    source, test, config = load(options)
+    data, test, config = load(options)
     tf.keras.utils.set_random_seed(options.seed)
     chief = engine.worker == 0
     if chief:
         options.out.mkdir(parents=True, exist_ok=True)
-        report.announce(engine, options.batch, len(test))
+        report.announce(engine, data, options, len(test))
     if options.drift and engine.replicas > 1 and not options.resume:
-        measured = drift.measure(engine, source, config, options.batch)
+        measured = drift.measure(engine, data, config, options.batch // engine.replicas * engine.replicas)
         if chief:
             drift.save(measured, options.out)
     tf.keras.utils.set_random_seed(options.seed)
-    reader = train(engine, source, test, config, options)
+    reader, batches = train(engine, data, test, config, options)
     if chief:
         reader.save(options.out / "reader")
         texts = reader.read([example.image for example in test])
@@ -162,10 +187,11 @@ def run(options: argparse.Namespace) -> None:
             "held_out_strings": len(test),
             "character_error_rate": round(rate, 5),
             "seconds": round(time.monotonic() - began, 1),
+            "ledger": batches.ledger.as_dict(),
         }
         (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         report.write_samples(test, options.out / "samples")
-        report.finish(summary, drift.load_all(options.out), test, texts, options.out)
+        report.finish(summary, str(batches.ledger), drift.load_all(options.out), test, texts, options.out)
 
 
 def main() -> None:

@@ -13,16 +13,31 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import distpad
 import worlds
+from distpad import backends
 
 EXAMPLE = pathlib.Path(__file__).resolve().parents[2] / "examples" / "handwriting"
 sys.path.insert(0, str(EXAMPLE.parent))
 
-from handwriting import decode, digits, folder, model, reading, rows, strings  # noqa: E402 (the path comes first)
+from handwriting import decode, digits, engines, folder, learner, model, reading, rows, strings  # noqa: E402 (the path comes first)
 
 LIMIT_S = 240
 pytestmark = pytest.mark.timeout(LIMIT_S + 20)
-SHORT = ("--steps", "4", "--batch", "8", "--eval-strings", "4", "--checkpoint-every", "2")
+SHORT = (
+    "--steps",
+    "4",
+    "--batch",
+    "8",
+    "--strings",
+    "24",
+    "--rungs",
+    "2",
+    "--eval-strings",
+    "4",
+    "--checkpoint-every",
+    "2",
+)
 
 
 # -- the data ---------------------------------------------------------------------------------------------------------
@@ -39,18 +54,23 @@ def test_no_digit_to_train_on_is_one_to_test_with():
 
 
 def test_a_string_depends_on_seed_and_index_alone():
-    first, second = strings.DigitStrings("train", seed=3), strings.DigitStrings("train", seed=3)
+    first, second = strings.DigitStrings("train", seed=3, count=5), strings.DigitStrings("train", seed=3, count=9)
     expected = [first[index] for index in range(5)]
     found = [second[index] for index in reversed(range(5))][::-1]
     for a, b in zip(expected, found):
         assert a.text == b.text
         np.testing.assert_array_equal(a.image, b.image)
-    assert strings.DigitStrings("train", seed=4)[0].text != expected[0].text
+    assert strings.DigitStrings("train", seed=4, count=1)[0].text != expected[0].text
+
+
+def test_widths_and_lengths_are_known_before_anything_is_drawn():
+    source = strings.DigitStrings("test", seed=6, count=40)
+    assert source.widths.tolist() == [len(example.image) for example in source]
+    assert source.lengths.tolist() == [len(example.text) for example in source]
 
 
 def test_strings_vary_in_length_width_slant_and_thickness():
-    source = strings.DigitStrings("train", seed=0)
-    drawn = [source[index] for index in range(300)]
+    drawn = list(strings.DigitStrings("train", seed=0, count=300))
     assert {len(example.text) for example in drawn} == set(range(1, 13))
     assert all(
         example.image.shape[1] == 16 and 0 <= example.image.min() <= example.image.max() <= 1 for example in drawn
@@ -74,13 +94,57 @@ def slant(image: np.ndarray) -> float:
     return max(np.linspace(-0.5, 0.5, 11), key=unevenness)
 
 
-def test_a_global_batch_holds_the_same_examples_for_any_number_of_replicas():
-    source = strings.DigitStrings("train", seed=0)
-    whole = [e.text for e in rows.of_step(source, 7, 10, 0, 1)]
-    for replicas in (2, 3, 4):
-        parts = [rows.of_step(source, 7, 10, replica, replicas) for replica in range(replicas)]
-        assert [e.text for e in itertools.chain(*parts)] == whole
-    assert whole != [e.text for e in rows.of_step(source, 8, 10, 0, 1)]
+def test_rows_are_numbers_and_end_where_asked_to():
+    source = strings.DigitStrings("train", seed=0, count=3)
+    for end in (False, True):
+        data = rows.Rows(source, end=end)
+        assert len(data) == 3
+        for row, example in zip((data[0], data[2]), (source[0], source[2])):
+            assert row["image"].shape == (len(example.image), 16, 1)
+            assert row["label"].tolist() == [int(digit) for digit in example.text] + [10] * end
+
+
+def test_a_picture_that_fits_a_rung_has_a_text_that_fits_the_rung_beside_it():
+    source = strings.DigitStrings("train", seed=0, count=500)
+    ladders = rows.joint_ladders(source.widths, source.lengths, rungs=6)
+    assert len(ladders["image"].boundaries) == len(ladders["label"].boundaries) == 6
+    for width, length in zip(source.widths, source.lengths):
+        assert ladders["label"].index(int(length)) <= ladders["image"].index(int(width))
+    alike = rows.joint_ladders(np.array([20, 30, 40]), np.array([5, 5, 5]), rungs=3)  # rungs rise all the same
+    assert alike["label"].boundaries == (5, 6, 7)
+
+
+@pytest.mark.parametrize("sampling", [{"global_batch_size": 10}, {"max_tokens": 600}])
+def test_a_global_batch_holds_the_same_examples_for_any_number_of_replicas(sampling):
+    data = rows.Rows(strings.DigitStrings("train", seed=0, count=60))
+    plans = []
+    for replicas in (1, 3):
+        engine = engines.Engine("local", Pretended(replicas))
+        steps = [[batch.indices for batch in step] for step in rows.batches(engine, data, rungs=3, **sampling)]
+        plans.append([sorted(i for part in step for i in part if i >= 0) for step in steps])
+        assert all(len(step) == replicas for step in steps)
+    assert plans[0] == plans[1] and sorted(itertools.chain(*plans[0])) == list(range(60))
+
+
+def test_shuffled_batches_are_dealt_alike_to_any_number_of_replicas():
+    data = rows.Rows(strings.DigitStrings("train", seed=0, count=30))
+    whole, parts = (
+        list(rows.shuffled_batches(engines.Engine("local", Pretended(replicas)), data, 8, steps=5))
+        for replicas in (1, 4)
+    )
+    assert len(whole) == len(parts) == 5
+    for (one,), several in zip(whole, parts):
+        assert [text for part in several for text in part.data["label"].tolist()] == one.data["label"].tolist()
+
+
+class Pretended(backends.LocalBackend):
+    """One worker's view of several replicas, without an engine."""
+
+    def __init__(self, replicas):
+        self.num_replicas = replicas
+
+    def hand_over(self, values):
+        return values
 
 
 # -- decoding ---------------------------------------------------------------------------------------------------------
@@ -125,12 +189,17 @@ def test_character_errors_equal_the_definition():
 # -- the reader -------------------------------------------------------------------------------------------------------
 
 
+def test_empty_labels_of_filling_rows_have_a_loss_that_is_finite():
+    label = {"label": tf.constant([[1, 2], [0, 0]]), "length": tf.constant([2, 0]), "columns": tf.constant([5, 5])}
+    assert np.isfinite(learner.ctc(label, tf.zeros([2, 5, 4]))).all()
+
+
 @pytest.mark.parametrize("head", ["ctc", "position"])
 def test_a_rows_result_depends_neither_on_padding_nor_on_other_rows(head):
     tf.keras.utils.set_random_seed(0)
     reader = model.build(model.Config("0123456789", head))
-    source = strings.DigitStrings("train", seed=5)
-    batch = rows.pad([source[index] for index in range(4)], source.alphabet)
+    image, widths, _ = distpad.pad([e.image for e in strings.DigitStrings("train", seed=5, count=4)], mask=False)
+    batch = {"image": image[..., np.newaxis], "width": widths}
     far = np.pad(batch["image"], [(0, 0), (0, 23), (0, 0), (0, 0)])
     several = reader({"image": far, "width": batch["width"], "positions": tf.constant(6)}).numpy()
     for row, width in enumerate(batch["width"]):
@@ -165,8 +234,7 @@ def test_the_lean_recurrent_layer_equals_keras_bidirectional_gru():
 def test_a_saved_reader_reads_the_same(tmp_path):
     tf.keras.utils.set_random_seed(1)
     reader = reading.TextReader(model.Config("0123456789"))
-    source = strings.DigitStrings("test", seed=0)
-    images = [source[index].image for index in range(5)]
+    images = [example.image for example in strings.DigitStrings("test", seed=0, count=5)]
     reader.save(tmp_path)
     assert reading.TextReader.load(tmp_path).read(images) == reader.read(images)
 
@@ -179,12 +247,11 @@ def own_pictures(path: pathlib.Path, count: int = 12, ink_is_dark: bool = True) 
     from PIL import Image
 
     path.mkdir()
-    source = strings.DigitStrings("train", seed=9)
+    source = strings.DigitStrings("train", seed=9, count=count)
     with (path / "labels.csv").open("w", newline="") as lines:
         table = csv.writer(lines)
         table.writerow(["file", "text"])
-        for index in range(count):
-            example = source[index]
+        for index, example in enumerate(source):
             ink = np.clip(example.image.T, 0, 1)
             picture = Image.fromarray(np.uint8(255 * (1 - ink if ink_is_dark else ink)))
             factor = 2 + index % 3
@@ -196,12 +263,11 @@ def own_pictures(path: pathlib.Path, count: int = 12, ink_is_dark: bool = True) 
 def test_own_pictures_are_split_by_name_and_read_light_on_dark_or_dark_on_light(tmp_path):
     dark = own_pictures(tmp_path / "dark")
     light = own_pictures(tmp_path / "light", ink_is_dark=False)
-    train, test = (folder.FolderStrings(dark, split, seed=0, height=16) for split in ("train", "test"))
+    train, test = (folder.FolderStrings(dark, split, height=16) for split in ("train", "test"))
     assert len(train) + len(test) == 12 and len(test) >= 1 and not set(train.names) & set(test.names)
     assert "é" in train.alphabet and "1" not in train.alphabet
-    one_epoch = sorted(train[index].text for index in range(len(train)))
-    assert one_epoch == sorted(train[len(train) + index].text for index in range(len(train)))
-    other = folder.FolderStrings(light, "train", seed=0, height=16)
+    assert [len(example.image) for example in train.examples] == train.widths.tolist()
+    other = folder.FolderStrings(light, "train", height=16)
     for a, b in zip(train.examples, other.examples):
         np.testing.assert_allclose(a.image, b.image, atol=0.02)
         assert a.image.shape[1] == 16
@@ -242,7 +308,7 @@ def broken(change: str, path: pathlib.Path) -> pathlib.Path:
 )
 def test_what_is_wrong_with_own_pictures_is_named(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
-        folder.check(folder.FolderStrings(broken(change, tmp_path / "pictures"), "train", 0, 32), "ctc")
+        folder.check(folder.FolderStrings(broken(change, tmp_path / "pictures"), "train", 32), "ctc")
 
 
 # -- the programs -----------------------------------------------------------------------------------------------------
@@ -304,9 +370,11 @@ def test_own_pictures_are_trained_on(tmp_path):
         (("--backend", "mirored"), "--backend is 'mirored', expected one of local, mirrored"),
         (("--replicas", "0"), "--replicas is 0"),
         (("--backend", "multiworker"), "launch/multiworker.sh"),
-        (("--backend", "local", "--replicas", "3"), "--replicas is 3, but there is 1"),
+        (("--backend", "local", "--replicas", "3"), "replicas is 3, expected 1"),
         (("--batch", "1", "--replicas", "2"), "--batch is 1"),
         (("--resume", "--replicas", "2"), "--resume"),
+        (("--rungs", "0"), "--rungs is 0"),
+        (("--max-columns", "10"), "max_tokens is 10, expected at least"),
         (("--data", "no-such-folder"), "holds no labels.csv"),
         (("--height", "30"), "--height is 30"),
     ],

@@ -1,0 +1,154 @@
+#!/usr/bin/env python
+"""What agreeing on lengths and counts costs a step: PaddedBatches against an oracle that knows all plans beforehand.
+
+The oracle is PaddedBatches, too, reading, padding and handing over the same batches, but what the workers would say to
+one another it has written down before. Against it: the exchange of every window of 4, 16, 32 and 128 steps, and, by
+hand, one blocking exchange in each step, behind which the batch is padded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import engine
+import numpy as np
+import rounds
+import tensorflow as tf
+
+import distpad
+from distpad import backends
+
+EXAMPLES = """\
+examples:
+  horovodrun -np 2 python benchmarks/overhead.py
+  launch/multiworker.sh -np 2 -- python benchmarks/overhead.py --rounds 3
+"""
+WINDOWS = (4, 16, 32, 128)
+FEATURES, CLASSES = 16, 32
+LADDER = distpad.Ladder([16, 32, 64])
+PADDING = {"x": distpad.Pad(), "y": distpad.Pad()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=rounds.ROUNDS, metavar="N", help="default 9")
+    parser.add_argument("--steps", type=int, default=256, metavar="N", help="of a run (default 256)")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="per replica (default 16)")
+    parser.add_argument("--units", type=int, default=256, metavar="N", help="of the model: the length of a step")
+    options = parser.parse_args()
+
+    backend = engine.start()
+    trainer = engine.Trainer(backend, functools.partial(model, options.units), functools.partial(loss, backend))
+    held = examples(backend, options.steps * options.batch_size * backend.replicas_here)
+    make = functools.partial(
+        distpad.PaddedBatches, held, options.batch_size, padding=PADDING, tokens="y", ladder=LADDER
+    )
+    oracle = knowing(backend)
+    contenders: dict[str, Callable[[], Iterator[Any]]] = {"the oracle": make(backend=oracle).__iter__}
+    contenders |= {f"a window of {n}": make(window=n, backend=backend).__iter__ for n in WINDOWS}
+    contenders["an exchange in each step"] = functools.partial(blocking, backend, held, options.batch_size)
+    for batches in contenders.values():  # traces, and tells the oracle
+        run(trainer, batches)
+    oracle.knows = True
+    chief = backend.worker_index == 0
+    timed = {name: functools.partial(run, trainer, batches) for name, batches in contenders.items()}
+    figures = rounds.take_turns(timed, options.rounds, quiet=not chief)
+    if chief:
+        title = f"{backend.num_workers} workers ({backend.name}), {options.rounds} rounds of {options.steps} steps"
+        rounds.show(title, "ms a step", figures, "the oracle", scale=1000)
+
+
+def model(units: int) -> tf.keras.Model:
+    layers = [tf.keras.layers.Dense(units, activation="relu") for _ in range(2)]
+    made = tf.keras.Sequential([*layers, tf.keras.layers.Dense(CLASSES)])
+    made.build([None, None, FEATURES])
+    return made
+
+
+def loss(backend: backends.Backend, trained: tf.keras.Model, batch: distpad.Batch) -> tf.Tensor:
+    return loss_of(backend)(
+        batch.data["y"], trained(batch.data["x"]), lengths=batch.lengths["y"], denominator=batch.counts
+    )
+
+
+@functools.lru_cache
+def loss_of(backend: backends.Backend) -> distpad.DistributedLoss:
+    entropy = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
+    return distpad.DistributedLoss(entropy, backend=backend)
+
+
+def examples(backend: backends.Backend, count: int) -> list[dict[str, np.ndarray]]:
+    """This worker's own: sequences of 4 to 64 positions."""
+    random = np.random.default_rng([0, backend.worker_index])
+    lengths = random.integers(4, 65, size=count)
+    return [
+        {"x": random.normal(size=[n, FEATURES]).astype(np.float32), "y": random.integers(CLASSES, size=n)}
+        for n in lengths
+    ]
+
+
+def run(trainer: engine.Trainer, batches: Callable[[], Iterator[Any]]) -> float:
+    """Seconds a step of one epoch, from the end of the first step on."""
+    steps = batches()
+    float_of(trainer, trainer.step(next(steps)))
+    began, count = time.perf_counter(), 0
+    for batch in steps:
+        value = trainer.step(batch)
+        count += 1
+    float_of(trainer, value)
+    return (time.perf_counter() - began) / count
+
+
+def float_of(trainer: engine.Trainer, value: Any) -> float:
+    """Wait for a step: its loss, on this worker's first replica."""
+    strategy = getattr(trainer.backend, "strategy", None)
+    return float(strategy.experimental_local_results(value)[0] if strategy else value)
+
+
+def knowing(backend: backends.Backend) -> Any:
+    """The same engine; but once it ``knows``, what the workers said in the first epoch is read off, not exchanged."""
+
+    def host_merge(self: Any, maxima: np.ndarray, sums: np.ndarray, limit_s: float) -> Any:
+        if not self.knows:
+            self.said.append(type(backend).host_merge(self, maxima, sums, limit_s))
+            return self.said[-1]
+        self.at += 1
+        return self.said[(self.at - 1) % len(self.said)]
+
+    made = object.__new__(type("Oracle", (type(backend),), {"host_merge": host_merge}))
+    made.__dict__.update(backend.__dict__, knows=False, said=[], at=0)
+    return made
+
+
+def blocking(backend: backends.Backend, held: list[dict[str, np.ndarray]], size: int) -> Iterator[distpad.Batch]:
+    """The usual way: each step's length and count are exchanged when the step comes, then its batch is padded."""
+
+    def read(step: int) -> list[dict[str, np.ndarray]]:
+        return held[step * size : (step + 1) * size]
+
+    steps = len(held) // size
+    with concurrent.futures.ThreadPoolExecutor(1) as ahead:
+        following = ahead.submit(read, 0)
+        for step in range(steps):
+            rows = following.result()
+            following = ahead.submit(read, step + 1)
+            lengths = np.array([len(row["y"]) for row in rows], np.int32)
+            maxima, sums = np.array([float(lengths.max())]), np.array([float(lengths.sum()), float(len(rows))])
+            maxima, sums = backend.host_merge(maxima, sums, 600.0)
+            length = LADDER(int(maxima[0]))
+            data = {name: distpad.pad([row[name] for row in rows], length=length).values for name in ("x", "y")}
+            indices = np.arange(step * size, (step + 1) * size)
+            counts = distpad.Counts(np.float64(sums[0]), np.float64(sums[1]))
+            batch = distpad.Batch(data, {"x": lengths, "y": lengths}, np.int32(size), counts, indices)
+            yield backend.hand_over([batch])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+#!/usr/bin/env python
+"""The first epoch with a ladder and without: every new shape of a batch is a trace of the step, a compilation by XLA.
+
+The batches have two ragged features, pictures and labels. Each run makes a model anew and trains it for one epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import functools
+import os
+import pathlib
+import tempfile
+import time
+
+import engine
+import numpy as np
+import rounds
+import tensorflow as tf
+from rich.console import Console
+
+import distpad
+from distpad import backends
+
+EXAMPLES = """\
+examples:
+  python benchmarks/shapes.py
+  horovodrun -np 2 python benchmarks/shapes.py --steps 100
+"""
+SIZE, HEIGHT, CLASSES, UNITS = 8, 16, 32, 64
+PADDING = {"image": distpad.Pad(), "label": distpad.Pad()}
+RUNGS = 6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default 3")
+    parser.add_argument("--steps", type=int, default=60, metavar="N", help="of the epoch (default 60)")
+    parser.add_argument("--count", action="store_true", help="count XLA's compilations, by what it dumps (slower)")
+    options = parser.parse_args()
+    dumped = count_compilations() if options.count else None
+
+    backend = engine.start()
+    count = options.steps * SIZE * backend.replicas_here
+    held = [drawn(worker, count) for worker in range(backend.num_workers)]  # everyone's, so that all make one ladder
+    lengths = {name: [len(example[name]) for part in held for example in part] for name in PADDING}
+    ladders = {name: distpad.Ladder.from_lengths(found, RUNGS) for name, found in lengths.items()}
+    said: dict[str, str] = {}
+
+    def first_epoch(name: str, ladder: dict[str, distpad.Ladder] | None, jit_compile: bool) -> float:
+        trainer = engine.Trainer(backend, model, functools.partial(loss, backend), jit_compile=jit_compile)
+        mine = held[backend.worker_index]
+        batches = distpad.PaddedBatches(mine, SIZE, padding=PADDING, tokens="label", ladder=ladder, backend=backend)
+        began, at = time.perf_counter(), []
+        for step, batch in enumerate(batches):
+            before = trainer.step.experimental_get_tracing_count()
+            trainer.step(batch)
+            if trainer.step.experimental_get_tracing_count() > before:
+                at.append(step)
+        seconds = time.perf_counter() - began
+        said[name] = f"{len(at)} traces of the step, at steps {at}"
+        if dumped is not None and jit_compile:
+            compiled = sorted(dumped.glob("*differentiate*.before_optimizations.txt"))
+            said[name] += f"; {len(compiled)} compilations by XLA"
+            for path in compiled:
+                path.unlink()
+        return seconds
+
+    contenders = {
+        f"{name}{how}": functools.partial(first_epoch, f"{name}{how}", ladder, jit)
+        for how, jit in (("", False), (", XLA", True))
+        for name, ladder in ((f"a ladder of {RUNGS}", ladders), ("no ladder", None))
+    }
+    figures = rounds.take_turns(contenders, options.rounds, quiet=backend.worker_index > 0)
+    if backend.worker_index == 0:
+        title = f"first epoch of {options.steps} steps, {backend.num_workers} workers ({backend.name})"
+        rounds.show(title, "seconds", figures, f"a ladder of {RUNGS}")
+    for name, text in said.items():
+        Console(width=200).print(f"worker {backend.worker_index}, {name}: {text}", highlight=False)
+
+
+def count_compilations() -> pathlib.Path:
+    """Have XLA write each program that it compiles; returns the folder, which ends with this process."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    os.environ["XLA_FLAGS"] = f"--xla_dump_to={folder.name} --xla_dump_hlo_as_text {os.environ.get('XLA_FLAGS', '')}"
+    return pathlib.Path(folder.name)
+
+
+def drawn(worker: int, count: int) -> list[dict[str, np.ndarray]]:
+    """Pictures 16 to 256 columns wide, with a label of one class for about 16 columns."""
+    random = np.random.default_rng([1, worker])
+    widths = np.clip(random.lognormal(4, 0.8, count).astype(int), 16, 256)
+    labels = np.maximum(1, widths // 16 + random.integers(-1, 3, count))
+    return [
+        {"image": random.normal(size=[w, HEIGHT]).astype(np.float32), "label": random.integers(CLASSES, size=n)}
+        for w, n in zip(widths, labels)
+    ]
+
+
+def model() -> tf.keras.Model:
+    """Columns to states; the labels' places then look at them."""
+    layers = tf.keras.layers
+    made = tf.keras.Sequential([layers.Dense(UNITS, activation="elu"), layers.Dense(CLASSES)])
+    made.build([None, None, HEIGHT])
+    return made
+
+
+def loss(backend: backends.Backend, trained: tf.keras.Model, batch: distpad.Batch) -> tf.Tensor:
+    """Place k of a label looks at the columns about 16 k + 8."""
+    states = trained(batch.data["image"])
+    columns, places = tf.shape(states)[1], tf.shape(batch.data["label"])[1]
+    away = tf.range(columns)[tf.newaxis] - (16 * tf.range(places)[:, tf.newaxis] + 8)
+    looks = tf.nn.softmax(-tf.abs(tf.cast(away, tf.float32)) / 8)
+    logits = tf.einsum("pc,bck->bpk", looks, states)
+    counted = distpad.DistributedLoss(entropy, backend=backend)
+    return counted(batch.data["label"], logits, lengths=batch.lengths["label"], denominator=batch.counts)
+
+
+def entropy(true: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+    return tf.nn.sparse_softmax_cross_entropy_with_logits(true, logits)
+
+
+if __name__ == "__main__":
+    main()

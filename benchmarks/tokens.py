@@ -1,0 +1,158 @@
+#!/usr/bin/env python
+"""Real positions a second: batches of similar lengths on a short ladder against the usual ways to pad.
+
+All train the same model on the same examples each epoch, 16 a replica: shuffled and padded by tf.data to the longest of
+a replica's own batch, or to the longest of the data set; and by LengthSampler and PaddedBatches with a ladder of 6, by
+number of examples and by a token budget. Then the spread of the steps' times, which is what other workers wait for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import engine
+import numpy as np
+import rounds
+import sequences
+import tensorflow as tf
+from rich.console import Console
+from rich.table import Table
+
+import distpad
+from distpad import backends
+
+EXAMPLES = """\
+examples:
+  horovodrun -np 2 python benchmarks/tokens.py
+  launch/multiworker.sh -np 2 -- python benchmarks/tokens.py --set docstrings --rounds 3
+"""
+SIZE = 16  # examples per replica
+RUNGS = 6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--set", choices=sequences.SETS, default="lognormal", help="default lognormal")
+    parser.add_argument("--rounds", type=int, default=rounds.ROUNDS, metavar="N", help="default 9")
+    parser.add_argument("--examples", type=int, default=2048, metavar="N", help="of an epoch (default 2048)")
+    options = parser.parse_args()
+
+    backend = engine.start()
+    data = sequences.SETS[options.set](options.examples)
+    lengths = np.array([len(item) - 1 for item in data])  # a position predicts the character behind it
+    ladder = distpad.Ladder.from_lengths(lengths, RUNGS)
+    everyone = SIZE * backend.num_replicas
+    budget = everyone * 256
+    examples, tokens = f"LengthSampler, {everyone} examples", f"LengthSampler, {budget:,} tokens"
+    sources: dict[str, Iterable[Any]] = {
+        OWN: shuffled(backend, data, None),
+        LONGEST: shuffled(backend, data, int(lengths.max())),
+        examples: grouped(backend, data, ladder, lengths, global_batch_size=everyone),
+        tokens: grouped(backend, data, ladder, lengths, max_tokens=budget),
+    }
+    ours = engine.Trainer(backend, model, functools.partial(our_loss, backend))
+    any_length = dict.fromkeys("xy", tf.TensorSpec([SIZE, None], tf.int64))
+    usual = engine.Trainer(backend, model, functools.partial(usual_loss, backend), batch=any_length)
+    times: dict[str, list[float]] = {name: [] for name in sources}
+    contenders: dict[str, Callable[[], float]] = {}
+    for name, source in sources.items():
+        step = (usual if name in (OWN, LONGEST) else ours).step
+        contenders[name] = functools.partial(epoch, step, source, times[name])
+        contenders[name]()  # traces
+        times[name].clear()
+    chief = backend.worker_index == 0
+    figures = rounds.take_turns(contenders, options.rounds, quiet=not chief)
+    if not chief:
+        return
+    rates = {name: [lengths.sum() / seconds for seconds in found] for name, found in figures.items()}
+    who = f"{backend.num_workers} workers ({backend.name})"
+    title = f"{options.set}, {who}, {options.rounds} epochs of {len(data)} examples, a ladder of {RUNGS}"
+    rounds.show(title, "1000 positions a second", rates, OWN, scale=1e-3)
+    spread = Table(title="Times of the steps of an epoch", title_justify="left")
+    for heading in ("contender", "steps", "median, ms", "90th percentile over median"):
+        spread.add_column(heading, justify="left" if heading == "contender" else "right")
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        over = np.percentile(seconds, 90) / median
+        spread.add_row(name, str(len(seconds) // options.rounds), f"{1000 * median:.1f}", f"{over:.2f}")
+    Console(width=110).print(spread)
+
+
+OWN, LONGEST = "padded_batch, own longest", "padded_batch, longest of all"
+
+
+def model() -> tf.keras.Model:
+    layers = tf.keras.layers
+    made = tf.keras.Sequential(
+        [
+            layers.Embedding(sequences.VOCABULARY, 32),
+            layers.Conv1D(64, 5, padding="causal", activation="relu"),
+            layers.Dense(sequences.VOCABULARY),
+        ]
+    )
+    made.build([None, None])
+    return made
+
+
+def entropy(true: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+    return tf.nn.sparse_softmax_cross_entropy_with_logits(true, logits)
+
+
+def our_loss(backend: backends.Backend, trained: tf.keras.Model, batch: distpad.Batch) -> tf.Tensor:
+    loss = distpad.DistributedLoss(entropy, backend=backend)
+    return loss(batch.data["y"], trained(batch.data["x"]), lengths=batch.lengths["y"], denominator=batch.counts)
+
+
+def usual_loss(backend: backends.Backend, trained: tf.keras.Model, batch: Any) -> tf.Tensor:
+    """A replica's mean over its own positions; filling is -1."""
+    mask = batch["y"] >= 0
+    each = entropy(tf.where(mask, batch["y"], 0), trained(tf.maximum(batch["x"], 0)))
+    mean = tf.reduce_sum(tf.where(mask, each, 0.0)) / tf.cast(tf.math.count_nonzero(mask), tf.float32)
+    return mean if backend.gradient_reduction == "mean" else mean / backend.num_replicas
+
+
+def shuffled(backend: backends.Backend, data: list[np.ndarray], length: int | None) -> Iterable[Any]:
+    """tf.data in compiled code throughout: the same shuffle on all workers, of which each takes its share."""
+    flat, ends = tf.constant(np.concatenate(data)), tf.constant(np.cumsum([len(item) for item in data]))
+    begins = tf.constant(np.cumsum([0] + [len(item) for item in data[:-1]]))
+
+    def pair(i: tf.Tensor) -> dict[str, tf.Tensor]:
+        item = flat[begins[i] : ends[i]]
+        return {"x": item[:-1], "y": item[1:]}
+
+    order = tf.data.Dataset.range(len(data)).shuffle(len(data), seed=0)
+    mine = order.shard(backend.num_workers, backend.worker_index).map(pair)
+    shapes, filling = {key: [length] for key in "xy"}, dict.fromkeys("xy", tf.constant(-1, flat.dtype))
+    return mine.padded_batch(SIZE, shapes, filling, drop_remainder=True).prefetch(4)
+
+
+def grouped(
+    backend: backends.Backend, data: list[np.ndarray], ladder: distpad.Ladder, lengths: np.ndarray, **size: int
+) -> distpad.PaddedBatches:
+    sampler = distpad.LengthSampler(lengths, ladder=ladder, **size)
+    source = [{"x": item[:-1], "y": item[1:]} for item in data]
+    padding = {"x": distpad.Pad(), "y": distpad.Pad()}
+    return distpad.PaddedBatches((source, sampler), padding=padding, tokens="y", ladder=ladder, backend=backend)
+
+
+def epoch(step: Callable[[Any], Any], source: Iterable[Any], times: list[float]) -> float:
+    """Seconds of an epoch; the seconds of each of its steps go to ``times``."""
+    began = last = time.perf_counter()
+    for batch in source:
+        value = step(batch)
+        tf.nest.map_structure(lambda leaf: np.asarray(leaf), tf.nest.flatten(value, expand_composites=True))
+        now = time.perf_counter()
+        times.append(now - last)
+        last = now
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""The benchmarks run, on little data: what is asserted is what they compare, never how fast anything was."""
+
+from __future__ import annotations
+
+import itertools
+import pathlib
+import re
+import sys
+
+import numpy as np
+import pytest
+
+import worlds
+
+BENCHMARKS = pathlib.Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import rounds  # noqa: E402 (the path comes first)
+import sequences  # noqa: E402
+
+LIMIT_S = 200
+pytestmark = pytest.mark.timeout(LIMIT_S + 20)
+
+
+def run(world: str, script: str, *arguments: object) -> str:
+    """What a benchmark printed, its styles and the launcher's marks left out."""
+    settings = {"TERM": "dumb", "COLUMNS": "200"}
+    code, output, _ = worlds.start(world, BENCHMARKS / script, *map(str, arguments), limit_s=LIMIT_S, **settings)
+    assert code == 0, output
+    return re.sub(r"\x1b\[[0-9;]*m", "", output)
+
+
+# -- the figures ------------------------------------------------------------------------------------------------------
+
+
+def test_contenders_take_turns():
+    ran: list[str] = []
+    contenders = {name: lambda name=name: ran.append(name) or float(len(ran)) for name in "abc"}
+    figures = rounds.take_turns(contenders, 4, quiet=True)
+    assert [sorted(ran[k : k + 3]) for k in range(0, 12, 3)] == [["a", "b", "c"]] * 4
+    assert ran[:3] != ran[3:6] or ran[3:6] != ran[6:9]
+    assert sorted(itertools.chain(*figures.values())) == list(range(1, 13))
+    assert rounds.ratios({"a": [2.0, 6.0], "b": [1.0, 2.0]}, "b") == {"a": [2.0, 3.0], "b": [1.0, 1.0]}
+
+
+@pytest.mark.parametrize(("count", "left_out"), [(5, 0), (6, 0), (9, 1), (12, 2), (20, 5)])
+def test_the_interval_is_that_of_the_sign_test(count, left_out):
+    """For 9 values the second and the eighth, as in every table of the binomial distribution."""
+    values = list(np.random.default_rng(0).permutation(count))
+    assert rounds.interval(values) == (left_out, count - 1 - left_out)
+
+
+def test_intervals_hold_the_median_as_often_as_they_say():
+    random = np.random.default_rng(1)
+    held = [low <= 0 <= high for low, high in (rounds.interval(random.normal(size=9)) for _ in range(4000))]
+    assert 0.95 < np.mean(held) < 0.975  # 0.961 by theory
+
+
+def test_the_data():
+    drawn, found = sequences.drawn(300), sequences.docstrings(300)
+    for items in (drawn, found):
+        lengths = [len(item) for item in items]
+        assert len(items) == 300 and min(lengths) >= 16 and max(lengths) <= 1024 and len(set(lengths)) > 50
+        assert all(item.min() >= 0 and item.max() < sequences.VOCABULARY for item in items)
+    assert abs(np.log([len(item) for item in sequences.drawn(5000)]).mean() - 5) < 0.1
+    with pytest.raises(ValueError, match="expected at most"):
+        sequences.docstrings(10**6)
+
+
+# -- the programs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", ["horovod:2", "multiworker:2"])
+def test_overhead(world):
+    output = run(world, "overhead.py", "--rounds", 1, "--steps", 8, "--units", 8)
+    assert "2 workers" in output
+    for contender in (
+        "the oracle",
+        "a window of 4",
+        "a window of 16",
+        "a window of 32",
+        "a window of 128",
+        "in each step",
+    ):
+        assert len(re.findall(f"{contender} +│ .*[0-9]", output)) == 1, output
+
+
+def test_tokens():
+    output = run("horovod:2", "tokens.py", "--rounds", 1, "--examples", 96)
+    assert "2 workers" in output
+    for contender in ("own longest", "longest of all", "32 examples", "8,192 tokens"):
+        assert len(re.findall(f"{contender} +│ .*[0-9]", output)) == 2, output  # in both tables
+
+
+@pytest.mark.parametrize(("world", "workers"), [("local", 1), ("horovod:2", 2)])
+def test_a_ladder_has_no_more_traces_and_compilations_than_rungs_at_the_same_steps(world, workers):
+    """By XLA's own account: it writes each program that it compiles. Forward and backward are compiled."""
+    output = run(world, "shapes.py", "--rounds", 1, "--steps", 10, "--count")
+    line = r"worker (\d), {}, XLA: (\d+) traces of the step, at steps \[([\d, ]+)\]; (\d+) compilations"
+    with_ladder, without = (re.findall(line.format(name), output) for name in ("a ladder of 6", "no ladder"))
+    assert sorted(found[0] for found in with_ladder) == [str(worker) for worker in range(workers)], output
+    assert len({found[1:] for found in with_ladder}) == 1  # the same on all
+    traces, compilations = int(with_ladder[0][1]), int(with_ladder[0][3])
+    assert 1 < traces == compilations <= 6
+    assert all(int(found[1]) == int(found[3]) > 6 for found in without) and len(without) == workers
+
+
+def test_convergence():
+    output = run("local", "convergence.py", "--seeds", 1, "--steps", 1, "--eval-strings", 4)
+    for batches in ("full shuffle", "similar widths", "a budget of columns"):
+        assert re.search(rf"{batches}.*\d\.\d\d", output), output
