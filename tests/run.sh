@@ -34,12 +34,13 @@ python3.11 -c "import venv, ensurepip" | python3.11-venv
 
 usage() {
   cat <<'EOF'
-Makes the environments, builds Horovod (3 to 10 minutes a stack, the first time) and runs the test suites.
-Goes on after a failed suite. Exit code 1 where any failed.
+Makes the environments, builds Horovod (3 to 10 minutes a stack, the first time) and runs the test suites, several at
+once; what one prints is shown when it ends. Goes on after a failed suite. Exit code 1 where any failed.
 
-Usage: tests/run.sh [--stack current|classic|all] [--suite NAME...] [--list]
+Usage: tests/run.sh [--stack current|classic|all] [--suite NAME...] [--jobs N] [--list]
   --stack     which of the two stacks (default: all)
   --suite     only these suites
+  --jobs      suites that run at once (default: 2, or 1 on a single core)
   --list      print the suites and stop
   -h, --help  this text
 
@@ -109,25 +110,36 @@ except (OSError, ET.ParseError):
 EOF
 }
 
-run_suite() { # run_suite STACK NAME MINUTES COMMAND
-  local report=$REPORTS/$1-$2.xml start=$SECONDS status=0 result=passed passed failed skipped prelude
-  say "$1 $2: $4"
+# In a process of its own, which leaves what the suite printed and its row of the table: run_suite STACK NAME MINUTES COMMAND
+run_suite() {
+  local report=$REPORTS/$1-$2.xml start=$SECONDS status=0 result=passed passed failed skipped prelude child
   prelude="$(declare -f pytests world); report=$(printf %q "$report")"
-  # In the background with `wait`, so that a signal to this script is passed on at once.
+  # In the background with `wait`, so that a signal is passed on at once.
   PATH=$(dirname "$PYTHON"):$PATH timeout --kill-after=30 "${3}m" bash -c "$prelude; $4" </dev/null &
-  CHILD=$!
-  wait "$CHILD" || status=$?
-  CHILD=""
+  child=$!
+  trap 'kill "$child" 2>/dev/null; wait "$child"; exit 143' TERM
+  wait "$child" || status=$?
   ((status == 0)) || result=FAILED
   ((status != 124 && status != 137)) || result="TIMED OUT"
   read -r passed failed skipped < <(count "$report" "$status")
-  record "$1" "$2" "$result" $((SECONDS - start)) "$passed" "$failed" "$skipped"
+  row "$1" "$2" "$result" $((SECONDS - start)) "$passed" "$failed" "$skipped" >"$REPORTS/$1-$2.row"
 }
 
-record() { # record STACK SUITE RESULT SECONDS PASSED FAILED SKIPPED
-  ROWS+=("$(printf '%-8s %-13s %-10s %3d:%02d %7d %7d %8d' "$1" "$2" "$3" $(($4 / 60)) $(($4 % 60)) "$5" "$6" "$7")")
-  PASSED=$((PASSED + $5))
-  FAILED=$((FAILED + $6))
+row() { # row STACK SUITE RESULT SECONDS PASSED FAILED SKIPPED
+  printf '%-8s|%-13s|%-10s|%3d:%02d|%7d|%7d|%8d\n' "$1" "$2" "$3" $(($4 / 60)) $(($4 % 60)) "$5" "$6" "$7"
+}
+
+# Waits for the first of the running suites that ends, and shows what it printed.
+finish_one() {
+  local process name
+  wait -n "${!RUNNING[@]}" || true
+  for process in "${!RUNNING[@]}"; do
+    ! kill -0 "$process" 2>/dev/null || continue
+    name=${RUNNING[$process]}
+    unset "RUNNING[$process]"
+    say "${name/|/: }"
+    cat "$REPORTS/${name%%|*}.out"
+  done
 }
 
 run_stack() {
@@ -142,24 +154,30 @@ run_stack() {
   [[ $CHOSEN == lint ]] || flags+=(--horovod)
   say "$stack: setting up"
   if ! PYTHON=$("$ROOT/launch/environment.sh" "$stack" "${flags[@]}"); then
-    record "$stack" setup FAILED $((SECONDS - start)) 0 1 0
+    row "$stack" setup FAILED $((SECONDS - start)) 0 1 0 >"$REPORTS/$stack-.row"
     return 0
   fi
-  record "$stack" setup passed $((SECONDS - start)) 0 0 0
+  row "$stack" setup passed $((SECONDS - start)) 0 0 0 >"$REPORTS/$stack-.row"
   for wanted in "${wanted[@]}"; do
     IFS='|' read -r name minutes command <<<"$wanted"
-    run_suite "$stack" "$name" "$minutes" "$command"
+    ((${#RUNNING[@]} < JOBS)) || finish_one
+    say "$stack $name: started"
+    run_suite "$stack" "$name" "$minutes" "$command" >"$REPORTS/$stack-$name.out" 2>&1 &
+    RUNNING[$!]="$stack-$name|$command"
   done
+  while ((${#RUNNING[@]})); do finish_one; done
 }
 
 cleanup() {
-  [[ -z $CHILD ]] || kill "$CHILD" 2>/dev/null || true
+  ((${#RUNNING[@]} == 0)) || { kill "${!RUNNING[@]}" 2>/dev/null; wait "${!RUNNING[@]}"; } || true
   rm -rf "$REPORTS"
 }
 
 main() {
   local stacks="current classic" chosen=()
-  CHILD="" ROWS=() PASSED=0 FAILED=0
+  declare -gA RUNNING=() # process: STACK-SUITE|COMMAND
+  JOBS=$(nproc)
+  ((JOBS <= 2)) || JOBS=2 # worlds of several processes fill more than one core each
   while (($#)); do
     case $1 in
       --stack)
@@ -172,6 +190,10 @@ main() {
           chosen+=("$2")
           shift
         done ;;
+      --jobs)
+        [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || die "--jobs is ${2:-missing}, expected a number from 1"
+        JOBS=$2
+        shift ;;
       --list) printf '%s\n' "${SUITES#$'\n'}"; exit 0 ;;
       -h | --help) usage; exit 0 ;;
       *) die "unknown argument $1. See tests/run.sh --help" ;;
@@ -188,14 +210,18 @@ main() {
 
   set_up_variables
   install_packages
-  local stack
+  local stack name
   for stack in $stacks; do run_stack "$stack"; done
 
   say "results"
   printf '%-8s %-13s %-10s %6s %7s %7s %8s\n' stack suite result min:s passed failed skipped
-  printf '%s\n' "${ROWS[@]}"
-  printf '\n%d passed, %d failed\n' "$PASSED" "$FAILED"
-  ((FAILED == 0))
+  for stack in $stacks; do
+    while read -r name; do cat "$REPORTS/$stack-$name.row" 2>/dev/null || true; done < <(echo; names)
+  done | tee "$REPORTS/rows" | tr '|' ' '
+  printf '\n%d passed, %d failed\n' "$(total 5)" "$(total 6)"
+  (($(total 6) == 0))
 }
+
+total() { awk -F '|' -v column="$1" '{ sum += $column } END { print sum + 0 }' "$REPORTS/rows"; } # of a column of the table
 
 main "$@"

@@ -84,7 +84,8 @@ def run(spec: str, arguments: list[str], limit_s: float = LIMIT_S, **settings: s
         except subprocess.TimeoutExpired:
             print(f"{spec}: not done after {limit_s:.0f} s, ended")
             code = 124
-        end(process)
+        finally:
+            end(process)
         outputs = sorted(pathlib.Path(folder).iterdir())
         for output in outputs if code else outputs[:1]:
             print(f"--- {spec} {output.name}\n{output.read_text(errors='replace')}", flush=True)
@@ -144,4 +145,5 @@ def start(spec: str, *arguments: str | os.PathLike[str], limit_s: float, **setti
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         sys.exit(__doc__)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the world ends with this process
     sys.exit(run(sys.argv[1], sys.argv[2:]))
