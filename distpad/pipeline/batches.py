@@ -44,7 +44,7 @@ class PaddedBatches:
       accumulate: micro-batches that make up one optimiser step; ``counts`` are over all of them. The last group of an
         epoch is filled up with batches that do not count.
       drop_remainder: end an epoch before the first optimiser step that is not full on all replicas.
-      replicated: allow all workers to read the same examples.
+      replicated: allow all workers to read the same examples; with a sampler they never do.
       backend: see ``distpad.backends.resolve``.
       slow_after_s: seconds after which all workers are warned of one whose source is slow.
       limit_s: seconds after which waiting for it, or for a worker that does not come, is an error.
@@ -93,7 +93,7 @@ class PaddedBatches:
             window=window,
             accumulate=accumulate,
             drop_remainder=drop_remainder,
-            replicated=replicated,
+            replicated=replicated or self._sampler is not None,  # a sampler never deals an example twice
             slow_after_s=slow_after_s,
             limit_s=limit_s,
         )

@@ -96,7 +96,10 @@ class Ledger:
         return "\n".join(lines)
 
     def callback(self, log_dir: str) -> Any:
-        """A Keras callback that writes all figures as TensorBoard scalars, at the end of each epoch."""
+        """A Keras callback that writes all figures as TensorBoard scalars, at the end of each epoch.
+
+        Needs the package tensorboard, which TensorFlow no longer brings: ``pip install distpad[tensorboard]``.
+        """
         import tensorflow as tf
 
         ledger, writer = self, tf.summary.create_file_writer(log_dir)

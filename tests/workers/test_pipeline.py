@@ -89,6 +89,12 @@ def test_a_forgotten_shard_is_refused_unless_meant(world):
     assert sum(1 for _ in made(world, examples(0), replicated=True)) == 3
 
 
+def test_alike_examples_of_a_sampler_are_no_forgotten_shard(world):
+    source = [{"y": np.ones([3], np.int64)}] * 12
+    sampler = distpad.LengthSampler([3] * 12, global_batch_size=12)
+    assert sum(1 for _ in made(world, (source, sampler), None)) == 1
+
+
 def test_a_slow_worker_is_named(world, caplog):
     worker, last = world.backend.worker_index, world.backend.num_workers - 1
 
