@@ -105,6 +105,11 @@ def test_a_ladder_has_no_more_traces_and_compilations_than_rungs_at_the_same_ste
     assert all(int(found[1]) == int(found[3]) > 6 for found in without) and len(without) == workers
 
 
+def test_planning():
+    output = run("local", "planning.py", "--rounds", 1, "--examples", 1000)
+    assert len(re.findall(r"│ +\d\.\d\d │", output)) == 4, output
+
+
 def test_convergence():
     output = run("local", "convergence.py", "--seeds", 1, "--steps", 1, "--eval-strings", 4)
     for batches in ("full shuffle", "similar widths", "a budget of columns"):

@@ -1,0 +1,65 @@
+#!/usr/bin/env python
+"""How long the plans take that every worker computes by itself: the best ladder, and an epoch of a LengthSampler."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import distpad
+
+EXAMPLES = """\
+examples:
+  python benchmarks/planning.py
+  python benchmarks/planning.py --examples 10000000
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default 5")
+    parser.add_argument("--examples", type=int, default=1_000_000, metavar="N", help="of an epoch (default 1000000)")
+    options = parser.parse_args()
+    random = np.random.default_rng(0)
+    lengths = np.clip(random.lognormal(5, 1, options.examples).astype(int), 16, 1024)
+    different = random.permutation(10 * 100_000)[:100_000] + 1  # no two alike: the hardest case
+    ladder = distpad.Ladder.from_lengths(lengths, 6)
+    epochs = iter(range(10**6))  # another each time: plans are kept
+
+    def planned(**size: int) -> Callable[[], object]:
+        sampler = distpad.LengthSampler(lengths, ladder=ladder, **size)
+        return lambda: sampler.plan(next(epochs))
+
+    table = Table(title=f"Seconds, medians of {options.rounds}", title_justify="left")
+    table.add_column("what")
+    table.add_column("seconds", justify="right")
+    for name, work in {
+        "Ladder.from_lengths, 100,000 different lengths, 8 rungs": lambda: distpad.Ladder.from_lengths(different, 8),
+        f"LengthSampler, {options.examples:,} lengths, made anew": lambda: planned(global_batch_size=256),
+        f"an epoch of {options.examples:,}, 256 examples a step": planned(global_batch_size=256),
+        f"an epoch of {options.examples:,}, 65,536 tokens a step": planned(max_tokens=65_536),
+    }.items():
+        table.add_row(name, f"{statistics.median(seconds(work) for _ in range(options.rounds)):.2f}")
+    Console(width=100).print(table)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Sets everything up and runs the benchmarks, each under the engines that it compares on.
+set -euo pipefail
+
+# name | engines | script and arguments
+BENCHMARKS='
+overhead    | horovod multiworker | overhead.py
+tokens      | horovod multiworker | tokens.py --set lognormal
+docstrings  | horovod             | tokens.py --set docstrings
+shapes      | local horovod       | shapes.py --count
+planning    | local               | planning.py
+convergence | local               | convergence.py
+'
+
+usage() {
+  cat <<'TEXT'
+Runs the benchmarks: ratios between contenders that take turns in one process, on two workers of one core each.
+All of them take about an hour on two cores that have nothing else to do. What they print also goes to runs/benchmarks.
+
+Usage: benchmarks/run.sh [--stack current|classic] [NAME...]
+  NAME        overhead, tokens, docstrings, shapes, planning, convergence (default: all)
+  --stack     default: current
+  -h, --help  this text
+
+Examples:
+  benchmarks/run.sh
+  benchmarks/run.sh --stack classic overhead tokens
+TEXT
+}
+
+say() { printf '\n== %s\n' "$*"; }
+die() { printf 'benchmarks/run.sh: error: %s\n' "$*" >&2; exit 2; }
+
+main() {
+  local stack=current chosen=() root python out name engines script launcher engine
+  while (($#)); do
+    case $1 in
+      --stack) stack=${2:-}; shift ;;
+      -h | --help) usage; exit 0 ;;
+      -*) die "unknown argument $1. See benchmarks/run.sh --help" ;;
+      *) chosen+=("$1") ;;
+    esac
+    shift || die "--stack needs a value"
+  done
+  [[ $stack =~ ^(current|classic)$ ]] || die "--stack is $stack, expected current or classic"
+  for name in ${chosen[@]+"${chosen[@]}"}; do
+    grep -q "^$name " <<<"$BENCHMARKS" || die "there is no benchmark $name. See benchmarks/run.sh --help"
+  done
+  root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+  cd "$root"
+  out=runs/benchmarks/$stack
+  mkdir -p "$out"
+  python=$(launch/environment.sh "$stack" --horovod)
+  # alike for all contenders: one core a worker
+  export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 TF_CPP_MIN_LOG_LEVEL=3
+  export PYTHONUNBUFFERED=1 TERM=dumb
+  while IFS='|' read -r name engines script; do
+    name=${name// /}
+    [[ -n $name ]] || continue
+    [[ ${#chosen[@]} == 0 || " ${chosen[*]} " == *" $name "* ]] || continue
+    for engine in $engines; do
+      case $engine in
+        horovod) launcher=("$(dirname "$python")/horovodrun" --gloo -np 2) ;;
+        multiworker) launcher=(launch/multiworker.sh -np 2 --) ;;
+        local) launcher=() ;;
+      esac
+      say "$name, $engine, $stack"
+      # shellcheck disable=SC2086 # the script and its arguments are words
+      ${launcher[@]+"${launcher[@]}"} "$python" benchmarks/${script# } 2>&1 |
+        sed -u -E 's/^\[[0-9,]*\]<(stdout|stderr)>: ?//; s/^\[worker [0-9]+\] //' | tee "$out/$name-$engine.txt"
+    done
+  done <<<"$BENCHMARKS"
+}
+
+main "$@"
