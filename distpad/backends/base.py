@@ -79,8 +79,13 @@ class Backend(abc.ABC):
     def host_max(self, array: np.ndarray) -> np.ndarray:
         """The maximum over all workers. Collective among workers."""
 
-    def host_merge(self, maxima: np.ndarray, sums: np.ndarray, limit_s: float) -> tuple[np.ndarray, np.ndarray]:
+    def host_merge(
+        self, maxima: np.ndarray, sums: np.ndarray, limit_s: float, channel: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The maximum of one vector and the sum of another over all workers, in one exchange; both float64.
+
+        Exchanges of one channel meet in their order. Where fit can be fed, those of a channel above 0 may come from any
+        thread, whatever the others do meanwhile.
 
         Raises TimeoutError where the others did not come within ``limit_s`` seconds, or came with something else; an
         engine that cannot tell waits as long as it always does. Collective among workers.
@@ -96,6 +101,13 @@ class Backend(abc.ABC):
         """One nest of NumPy arrays for each replica of this worker, as tensors on its device, in the form that the
         engine's step takes. No collective: any thread may call it."""
         return tf.nest.map_structure(tf.convert_to_tensor, values[0])
+
+    # -- for Keras's fit ----------------------------------------------------------------------------------------------
+
+    fit_looks_at = 0  # so many batches at most are taken by an iteration that fit begins and drops before it trains
+    no_fit = ""  # why it cannot be fed from exchanges between workers
+
+    # -- all together -------------------------------------------------------------------------------------------------
 
     def run(self, function: Callable[[Any], Any], given: Callable[[int], Any]) -> list[Any]:
         """Call ``function(given(r))`` in a graph for each replica r of this worker, all of them one step together.

@@ -67,14 +67,17 @@ class HorovodBackend(base.Backend):
     def host_max(self, array: np.ndarray) -> np.ndarray:
         return self._on_host(array, self._hvd.Max, "distpad_host_max")
 
-    def host_merge(self, maxima: np.ndarray, sums: np.ndarray, limit_s: float) -> tuple[np.ndarray, np.ndarray]:
+    def host_merge(
+        self, maxima: np.ndarray, sums: np.ndarray, limit_s: float, channel: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
         # Horovod waits for ever where a rank does not come: so it waits in a thread of its own, and we beside it.
         # Its collectives are paired by name, whichever thread they come from.
         done: list[Any] = []
 
         def exchange() -> None:
             try:
-                done.append([tensor.numpy() for tensor in self._merged(tf.constant(maxima), tf.constant(sums))])
+                merged = self._merged(tf.constant(maxima), tf.constant(sums), f"plan_{channel}")
+                done.append([tensor.numpy() for tensor in merged])
             except Exception as error:
                 done.append(error)
 
@@ -92,11 +95,11 @@ class HorovodBackend(base.Backend):
         """Both reductions in one graph, so that they are submitted together and travel in one cycle."""
 
         @tf.function(autograph=False, reduce_retracing=True)
-        def merged(maxima: tf.Tensor, sums: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        def merged(maxima: tf.Tensor, sums: tf.Tensor, name: str) -> tuple[tf.Tensor, tf.Tensor]:
             with tf.device("CPU:0"):
                 return (
-                    self._all_reduce(maxima, self._hvd.Max, "distpad_plan_max"),
-                    self._all_reduce(sums, self._hvd.Sum, "distpad_plan_sum"),
+                    self._all_reduce(maxima, self._hvd.Max, f"distpad_{name}_max"),
+                    self._all_reduce(sums, self._hvd.Sum, f"distpad_{name}_sum"),
                 )
 
         return merged

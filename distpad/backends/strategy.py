@@ -23,6 +23,9 @@ _CARRIED = {
 }
 
 
+_KERAS = int(getattr(tf.keras, "__version__", "2").split(".")[0])
+
+
 class StrategyBackend(base.Backend):
     """The replicas of a ``tf.distribute.Strategy``; its optimisers sum their gradients.
 
@@ -98,7 +101,9 @@ class StrategyBackend(base.Backend):
     def host_max(self, array: np.ndarray) -> np.ndarray:
         return self._host_stack(array).max(axis=0)
 
-    def host_merge(self, maxima: np.ndarray, sums: np.ndarray, limit_s: float) -> tuple[np.ndarray, np.ndarray]:
+    def host_merge(
+        self, maxima: np.ndarray, sums: np.ndarray, limit_s: float, channel: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
         # strategies know no maximum: one sum of slots serves both
         options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=limit_s)
         try:
@@ -106,6 +111,17 @@ class StrategyBackend(base.Backend):
         except tf.errors.OpError as error:
             raise TimeoutError(str(error)) from error
         return table[:, : len(maxima)].max(axis=0), table[:, len(maxima) :].sum(axis=0)
+
+    @property
+    def fit_looks_at(self) -> int:  # type: ignore[override]
+        # Keras 3 takes one batch to build the model by, and then begins anew; the strategy reads up to three ahead
+        return 4 if _KERAS >= 3 and self.num_workers == 1 else 0
+
+    @property
+    def no_fit(self) -> str:  # type: ignore[override]
+        # The strategy reads two batches ahead of the steps, whatever its InputOptions say. Of workers that leave at the
+        # same step, one may have asked for an exchange that another never comes to.
+        return "tf.data reads ahead there, so that workers could not leave together" if self.num_workers > 1 else ""
 
     def hand_over(self, values: Sequence[Any]) -> Any:
         devices, local = self.strategy.extended.worker_devices, iter(range(len(values)))

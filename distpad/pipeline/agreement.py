@@ -18,14 +18,15 @@ Vectors = tuple[np.ndarray, np.ndarray]
 
 
 class Agreement:
-    """The exchanges of one pipeline. All methods are collective among workers, called from the training's thread.
+    """The exchanges of one pipeline. All methods are collective among workers; those of channel 0 are called from the
+    training's thread.
 
     A worker whose source is slow does not keep the others in a collective: after ``slow_after_s`` it comes and says
     that it has nothing yet. Then all know its name, warn, and meet again, until ``limit_s`` is over.
     """
 
-    def __init__(self, backend: backends.Backend, slow_after_s: float, limit_s: float) -> None:
-        self.backend, self.slow_after_s, self.limit_s = backend, slow_after_s, limit_s
+    def __init__(self, backend: backends.Backend, slow_after_s: float, limit_s: float, channel: int = 0) -> None:
+        self.backend, self.slow_after_s, self.limit_s, self.channel = backend, slow_after_s, limit_s, channel
         self.seconds = 0.0  # spent in exchanges
 
     def merge(self, sizes: tuple[int, int], ready: Callable[[float], Vectors | None], what: str) -> Vectors:
@@ -70,7 +71,7 @@ class Agreement:
     def _reduced(self, maxima: np.ndarray, sums: np.ndarray, what: str) -> Vectors:
         began = time.monotonic()
         try:
-            return self.backend.host_merge(maxima, sums, self.limit_s + self.slow_after_s)
+            return self.backend.host_merge(maxima, sums, self.limit_s + self.slow_after_s, self.channel)
         except TimeoutError as error:
             raise PeerError(
                 f"PaddedBatches: worker {self.backend.worker_index} waited {time.monotonic() - began:.0f} s at {what} "

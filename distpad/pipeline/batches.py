@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import tensorflow as tf
 
 from distpad import backends, errors
-from distpad.pipeline import epoch, reading, recipe
+from distpad.pipeline import epoch, feeding, reading, recipe
 from distpad.pipeline.features import Features, Name, Pad
 from distpad.pipeline.ledger import Ledger
 from distpad.pipeline.padder import Batch
@@ -102,8 +102,14 @@ class PaddedBatches:
         self._epoch = self._step = self._opened = 0
         self._begun = False
         self._running: epoch.Epoch | None = None
+        self._looked_from: tuple[int, int] | None = None  # where fit looked at batches that it may have dropped
 
     def __iter__(self) -> Iterator[Batch]:
+        return self._consume(self._open())
+
+    def _open(self, elements: feeding.Elements | None = None) -> epoch.Epoch:
+        """Begin the next epoch, of batches or of what fit is fed."""
+        self._looked_from = None
         if self._running is not None:  # all workers have left that loop
             self._running.close()
         if self._begun:
@@ -115,12 +121,17 @@ class PaddedBatches:
             lambda number=self._epoch, step=self._step: self._steps(number, step),  # type: ignore[misc]
             features=self._features,
             ledger=self.ledger,
-            position={"source": self._belongs_to(), "epoch": self._epoch, "step": self._step},
+            position={"source": self._belongs_to(), **self._position(), "for_keras": str(elements)},
+            hand_over=elements.of if elements else None,
+            channel=elements.channel if elements else 0,
         )
         self._running = running
-        return self._consume(running)
+        return running
 
-    def _consume(self, running: epoch.Epoch) -> Iterator[Batch]:
+    def _position(self) -> dict[str, int]:
+        return {"epoch": self._epoch, "step": self._step}
+
+    def _consume(self, running: epoch.Epoch) -> Iterator[Any]:
         try:
             for batch in running.batches():
                 self._features = running.features
@@ -131,14 +142,124 @@ class PaddedBatches:
         finally:
             running.close()
 
+    def for_keras(self, *, x: Any, y: Any) -> tf.data.Dataset:
+        """A ``tf.data.Dataset`` of this worker's batches for ``fit``: ``(x, y, weights)``. Each iteration is an epoch.
+
+        The weights are the mask of the ``tokens`` feature, times its ``weights``: so ``DistributedLoss`` averages over
+        what counts, and plain losses and weighted metrics leave padding out.
+
+            model.compile(loss=distpad.DistributedLoss(...), ...)
+            model.fit(batches.for_keras(x="image", y="text"), epochs=3)
+
+        Args:
+          x, y: a feature's name, or a list, tuple or dict of names: what the model takes and is held against.
+
+        Returns:
+          A dataset of ``(x, y, weights)``: features ``[rows, *shape]``, the rows of this worker's replicas behind one
+          another, as MirroredStrategy deals them out; weights ``[rows, length]`` float32, 0 on padding and in filling
+          rows, in a dict with the losses' names where ``tokens`` is a mapping. Its shapes are None on ragged axes and,
+          with ``max_tokens``, for the rows: all lengths share one trace.
+
+        Keras holds all epochs of one ``fit`` to the number of steps of the first. Where it varies (``max_tokens``),
+        write ``fit(dataset.repeat(), steps_per_epoch=len(batches))``: then nothing is left out. Leaving an epoch early
+        goes on with the next, as in a loop. But under a strategy Keras 3 looks at a first batch in an iteration of its
+        own: there one that was left within the four batches that are read for it, and the first one if it has no more
+        than three, is begun again. ``state_dict`` counts the batches that tf.data asked for: under MirroredStrategy up
+        to three more than were trained on, else those alone that ``fit`` has taken.
+
+        With several workers, do not add ``prefetch``: who leaves an epoch must have asked for the same batches.
+
+        What goes wrong in a source is raised by ``fit`` as a ``tf.errors.OpError`` with the original's message.
+
+        Raises:
+          ValueError: ``x`` or ``y`` is no feature, no worker has an example, or MultiWorkerMirroredStrategy has several
+            workers: write a loop there. TypeError: ``x`` or ``y`` is no name.
+          And what the first iteration would raise while its first window is read.
+
+        Collective among workers: all call it, in the same order; then as iterating.
+
+        >>> source = [{"x": [1.0, 2.0], "y": [1, 2]}, {"x": [3.0], "y": [3]}]
+        >>> batches = PaddedBatches(source, 2, padding={"x": Pad(), "y": Pad()}, tokens="y", backend="local")
+        >>> for x, y, weights in batches.for_keras(x="x", y="y"):
+        ...     print(x.numpy().tolist(), y.numpy().tolist(), weights.numpy().tolist())
+        [[1.0, 2.0], [3.0, 0.0]] [[1, 2], [3, 0]] [[1.0, 1.0], [1.0, 0.0]]
+        """
+        if self._backend.no_fit:
+            remedy = "Write a loop: for batch in batches: strategy.run(step, args=(batch,))."
+            found = f"{self._backend.name} with {self._backend.num_workers} workers"
+            raise ValueError(
+                errors.sentence("for_keras", "backend", found, f"one worker: {self._backend.no_fit}", remedy)
+            )
+        elements = feeding.Elements(self._recipe, x, y)
+        if (
+            self._step and self._step == self._length()
+        ):  # saved behind the last step: an epoch of none is no epoch of fit
+            self._epoch, self._step = self._epoch + 1, 0
+        first = self._open(elements)
+        self._begun = False  # what is read ahead here is the first iteration's, or is dropped
+        try:
+            self._features = first.begin()
+            if self._features is None:
+                raise ValueError(errors.sentence("for_keras", "source", "empty on all workers", "at least one example"))
+            signature = elements.signature(self._features, self._rows())
+        except BaseException:
+            first.close()
+            raise
+        return feeding.dataset(self._feeder(elements, first), signature, self._steps_of_all())
+
+    def _feeder(self, elements: feeding.Elements, first: epoch.Epoch) -> Callable[[], Iterator[Any]]:
+        """What each iteration calls, in a thread of tf.data's; ``first`` is what the first one finds begun."""
+        planned, steps = self._position(), self._steps_of_all()
+        looked_at = itertools.count()
+
+        def feed() -> Iterator[Any]:
+            is_first = next(looked_at) == 0
+            if self._looked_from:
+                (self._epoch, self._step), self._begun = self._looked_from, False
+            fresh = is_first and first is self._running and planned == self._position()
+            if steps and self._step and not self._begun:
+                found = f"at step {self._step}, when a dataset of {steps} steps an epoch was made already"
+                raise ValueError(errors.sentence("load_state_dict", "state", found, "to be loaded before for_keras"))
+            running = first if fresh else self._open(elements)
+            self._begun = True
+            self._looked_from, handed = (self._epoch, self._step), 0
+            for element in self._consume(running):
+                handed += 1
+                if handed > self._backend.fit_looks_at:
+                    self._looked_from = None
+                yield element
+            if not (is_first and handed < self._backend.fit_looks_at):  # so short that looking reads all of it
+                self._looked_from = None
+
+        return feed
+
+    def _rows(self) -> int | None:
+        """Of a batch for fit, where all have as many."""
+        size = self._recipe.batch_size
+        if self._sampler is not None and self._sampler.global_batch_size:
+            size = -(-self._sampler.global_batch_size // self._backend.num_replicas)
+        return size and size * self._backend.replicas_here
+
+    def _steps_of_all(self) -> int | None:
+        """Of each epoch to come, where it is known that they have as many."""
+        if self._step or (self._sampler is not None and self._sampler.max_tokens):
+            return None
+        return self._length()
+
     def __len__(self) -> int:
         """The steps of the epoch that runs or is to begin, all of them. TypeError where that is not known."""
-        steps = self._known_steps()
+        steps = self._length()
         if steps is None:
             raise TypeError(
                 f"{_NAME}: the number of steps is not known before all are read; a LengthSampler tells it, and "
                 "where there is one worker a source with a length."
             )
+        return steps
+
+    def _length(self) -> int | None:
+        steps = self._known_steps()
+        if steps is None:
+            return None
         group = self._recipe.accumulate
         return (steps // group if self._recipe.drop_remainder else -(-steps // group)) * group
 
@@ -172,7 +293,7 @@ class PaddedBatches:
             raise ValueError(errors.sentence(_NAME, "state", f"of {state['source']}", f"one of {mine}"))
         self._epoch = errors.whole_number(_NAME, "state's epoch", state["epoch"], least=0)
         self._step = errors.whole_number(_NAME, "state's step", state["step"], least=0)
-        self._begun = False
+        self._begun, self._looked_from = False, None
 
     def _belongs_to(self) -> dict[str, Any]:
         """What a position is a position of: the plan of a sampler, or so many examples of each worker a step."""

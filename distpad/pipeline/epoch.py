@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -24,6 +25,11 @@ class Epoch:
 
     Its collectives come from the thread that takes the batches, and at the same steps on all workers: one header
     and one window before the first step, then each next window in the middle of the one before.
+
+    Args:
+      position: where it begins, and what of: to be the same on all workers.
+      hand_over: makes what is handed out of the replicas' batches in NumPy; left out, the backend does.
+      channel: see ``Backend.host_merge``.
     """
 
     def __init__(
@@ -35,29 +41,45 @@ class Epoch:
         features: Features | None,
         ledger: Ledger,
         position: dict,
+        hand_over: Callable[[Features, Sequence[padder.Batch]], Any] | None = None,
+        channel: int = 0,
     ) -> None:
         self.features = features
         self._backend, self._recipe, self._ledger, self._first = backend, recipe, ledger, position["step"]
         versions = {"tensorflow": tf.__version__, "numpy": np.__version__}
         self._configuration = json.dumps({**recipe.as_json(), **position, "versions": versions}, sort_keys=True)
-        self._agreement = agreement.Agreement(backend, recipe.slow_after_s, recipe.limit_s)
+        self._agreement = agreement.Agreement(backend, recipe.slow_after_s, recipe.limit_s, channel)
         self._reader = reading.Reader(steps, recipe, features)
-        self._padder = padder.Padder(backend, recipe, ledger)
+        self._padder = padder.Padder(backend, recipe, ledger, hand_over or _as_steps_take(backend))
         self._read: reading.Window | None = None  # taken from the reader, not planned yet
         self._planned = 0  # steps
         self._rows = recipe.batch_size or 1  # of a replica, in the last batch that was read
         self._error: Exception | None = None  # of the last window that was planned
         self._failed_at: int | None = None
+        self._begun: plan.Merged | None = None  # the first window
 
     def close(self) -> None:
         """End both threads. No collective."""
         self._reader.close()
         self._padder.close()
 
-    def batches(self) -> Iterator[padder.Batch]:
-        """Collective among workers, as the class says."""
+    def begin(self) -> Features | None:
+        """The first exchanges, which ``batches`` makes where nobody did: what examples are like, None without any.
+
+        Raises what the workers' examples, or reading the first of them, raised. Collective among workers.
+        """
         self._compare()
-        window = self._plan()
+        self._begun = self._plan()
+        if self.features is None and self._begun.failure:
+            self._fail(self._begun.failure)
+        return self.features
+
+    def batches(self) -> Iterator[Any]:
+        """Collective among workers, as the class says."""
+        if self._begun is None:
+            self.begin()
+        window = self._begun
+        assert window is not None, "begin has planned it"
         while True:
             following = None
             for i, step in enumerate(window.steps):
@@ -164,3 +186,7 @@ class Epoch:
             raise error
         step = self._first + self._planned - self._recipe.window + failure.step
         raise errors.PeerError(f"{_NAME}: worker {failure.worker} failed at step {step} of the epoch: {said}")
+
+
+def _as_steps_take(backend: backends.Backend) -> Callable[[Features, Sequence[padder.Batch]], Any]:
+    return lambda _, batches: backend.hand_over(batches)

@@ -124,6 +124,10 @@ class Features:
         """Leaves in the structure of an example."""
         return _packed(self.skeleton, dict(zip(self.names, leaves)))
 
+    def by_name(self, packed: Any) -> dict[Name, Any]:
+        """What ``pack`` made, taken apart."""
+        return dict(zip(self.names, _leaves(packed, self.skeleton)))
+
     def to_text(self) -> str:
         """For comparison and for peers: the padding is not in it, since all workers have that."""
         features = [[f.name, "object" if f.dtype == object else f.dtype.str, f.shape] for f in self.features]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from distpad import backends
+from distpad import backends, errors
 from distpad.counts import Counts, WeightedCounts
 from distpad.pipeline import plan, reading
 from distpad.pipeline.features import Features, Name, Row, collate
@@ -51,10 +51,20 @@ class Order(NamedTuple):
 
 
 class Padder:
-    """Makes the batches that are ordered, a few ahead of those that are taken, in a thread that ends with ``close``."""
+    """Makes the batches that are ordered, a few ahead of those that are taken, in a thread that ends with ``close``.
 
-    def __init__(self, backend: backends.Backend, recipe: Recipe, ledger: Ledger) -> None:
-        self._backend, self._recipe, self._ledger = backend, recipe, ledger
+    Args:
+      hand_over: makes what is taken of the replicas' batches in NumPy.
+    """
+
+    def __init__(
+        self,
+        backend: backends.Backend,
+        recipe: Recipe,
+        ledger: Ledger,
+        hand_over: Callable[[Features, Sequence[Batch]], Any],
+    ) -> None:
+        self._backend, self._recipe, self._ledger, self._hand_over = backend, recipe, ledger, hand_over
         self._last: list[Row | None] = [None] * backend.replicas_here
         self._orders: queue.Queue[Order | None] = queue.Queue()
         self._made: queue.Queue[Any] = queue.Queue()
@@ -66,7 +76,7 @@ class Padder:
     def order(self, order: Order) -> None:
         self._orders.put(order)
 
-    def take(self) -> Batch:
+    def take(self) -> Any:
         """The next batch in order. Raises what making it raised."""
         made = self._made.get()
         self._room.release()
@@ -80,6 +90,8 @@ class Padder:
         self._orders.put(None)
         self._room.release()
         self._thread.join()
+        # for a thread of tf.data's that waits for a batch of a loop that another has replaced
+        self._made.put(errors.DistpadError("PaddedBatches: this loop was left, and another has begun"))
 
     def _run(self) -> None:
         while True:
@@ -109,7 +121,7 @@ class Padder:
             indices[: len(rows)] = micro.places[replica] if micro else []
             batches.append(Batch(order.features.pack(values), lengths, np.int32(len(rows)), counts, indices))
             self._book(order, rows, size)
-        return self._backend.hand_over(batches)
+        return self._hand_over(order.features, batches)
 
     def _counts(self, step: plan.StepPlan) -> Any:
         counts = {}

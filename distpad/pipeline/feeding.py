@@ -1,0 +1,103 @@
+"""What Keras's fit is fed: a batch as (x, y, weights), and the tf.data.Dataset of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from distpad import errors
+from distpad.pipeline.features import Feature, Features, Name
+from distpad.pipeline.padder import Batch
+from distpad.pipeline.recipe import Recipe
+
+_NAME = "for_keras"
+_CHANNELS = itertools.count(1)  # of exchanges: each dataset has one, since tf.data's threads iterate several at once
+
+
+class Elements:
+    """Batches as fit takes them: the features that ``x`` and ``y`` name, and the mask as sample weights.
+
+    Args:
+      x, y: names of features, or nests of them.
+
+    Raises TypeError for what is no name, ValueError for an empty nest.
+    """
+
+    def __init__(self, recipe: Recipe, x: Any, y: Any) -> None:
+        self._recipe = recipe
+        self.channel = next(_CHANNELS)
+        self._names = tuple(_as_nest(argument, given) for argument, given in (("x", x), ("y", y)))
+
+    def __str__(self) -> str:
+        return "x={!r}, y={!r}".format(*self._names)
+
+    def of(self, features: Features, batches: Sequence[Batch]) -> Any:
+        """One element in NumPy: the rows of this worker's replicas behind one another."""
+        parts = []
+        for batch in batches:
+            arrays = features.by_name(batch.data)
+            weights = {loss: self._weights(loss, arrays, batch.lengths) for loss in self._recipe.tokens}
+            parts.append((*_mapped(arrays.__getitem__, self._names), weights.get(None, weights)))
+        return tf.nest.map_structure(lambda *rows: np.concatenate(rows), *parts)
+
+    def signature(self, features: Features, rows: int | None) -> Any:
+        """The specs of an element; ragged axes are None in all, so that all lengths share one trace.
+
+        Raises ValueError for names that are none of ``features``.
+        """
+        known = {feature.name: feature for feature in features.features}
+        for argument, names in zip("xy", self._names):
+            for name in tf.nest.flatten(names):
+                if name not in known:
+                    rule = f"a feature of an example: {features.names}"
+                    raise ValueError(errors.sentence(_NAME, argument, repr(name), rule))
+
+        def spec(name: Name) -> tf.TensorSpec:
+            feature: Feature = known[name]
+            return tf.TensorSpec([rows, *feature.shape], tf.as_dtype(feature.dtype))
+
+        weights = {loss: tf.TensorSpec([rows, None], tf.float32) for loss in self._recipe.tokens}
+        return (*_mapped(spec, self._names), weights.get(None, weights))
+
+    def _weights(self, loss: Any, arrays: Mapping[Name, np.ndarray], lengths: Mapping[Name, np.ndarray]) -> np.ndarray:
+        """Of each position, ``[batch, length]``: 0 on padding and in filling rows."""
+        tokens = self._recipe.tokens[loss]
+        length = arrays[tokens].shape[1 + self._recipe.padding[tokens].axes[0]]
+        mask = np.arange(length) < lengths[tokens][:, np.newaxis]
+        weights = np.ones(mask.shape, np.float32)
+        if loss in self._recipe.weights:
+            given = arrays[self._recipe.weights[loss]]
+            given = given[:, np.newaxis] if given.ndim == 1 else given[:, :length]  # a rung may be longer than another
+            weights[:, : given.shape[1] if given.shape[1] > 1 else None] = given
+        return np.where(mask, weights, np.float32(0))  # chosen, not multiplied: a weight's padding may be NaN
+
+
+def dataset(epochs: Callable[[], Iterator[Any]], signature: Any, steps: int | None) -> tf.data.Dataset:
+    """Each iteration goes through ``epochs()``; ``steps`` are those of every epoch, where they are known."""
+    made = tf.data.Dataset.from_generator(epochs, output_signature=signature)
+    if steps:
+        made = made.apply(tf.data.experimental.assert_cardinality(steps))
+    options = tf.data.Options()
+    options.experimental_optimization.inject_prefetch = False  # what was handed out is what was asked for
+    return made.with_options(options)
+
+
+def _as_nest(argument: str, given: Any) -> Any:
+    """Lists become tuples, since tf.data takes lists for arrays."""
+    if isinstance(given, Mapping) and given:
+        return {key: _as_nest(argument, item) for key, item in given.items()}
+    if isinstance(given, (list, tuple)) and given:
+        return tuple(_as_nest(argument, item) for item in given)
+    if isinstance(given, (Mapping, list, tuple)):
+        raise ValueError(errors.sentence(_NAME, argument, repr(given), "at least one feature"))
+    if isinstance(given, bool) or not isinstance(given, (str, int)):
+        raise TypeError(errors.sentence(_NAME, argument, repr(given), "the name of a feature, or a nest of names"))
+    return given
+
+
+def _mapped(function: Callable[[Any], Any], names: Any) -> Any:
+    return tf.nest.map_structure(function, names)

@@ -1,0 +1,243 @@
+"""PaddedBatches.for_keras: what fit is fed, and the history and weights of one device in every engine."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import distpad
+import oracle
+
+PADDING = {"x": distpad.Pad(), "y": distpad.Pad(value=-99)}
+RATE, KERAS = 0.5, int(getattr(tf.keras, "__version__", "2").split(".")[0])
+
+
+def examples(count: int = 46, seed: int = 3) -> list[dict]:
+    random = np.random.default_rng(seed)
+    return [
+        {
+            "x": random.normal(size=[n, oracle.FEATURES]).astype(np.float32),
+            "y": random.integers(0, oracle.CLASSES, n),
+            "w": np.float32(i % 3),
+            "id": np.int64(i),
+        }
+        for i, n in enumerate(random.integers(0, 7, count))
+    ]
+
+
+def sampled(world, **options):
+    """The same global steps in every world, the last of them uneven."""
+    data = examples()
+    sampler = distpad.LengthSampler([len(e["y"]) for e in data], **(options or {"global_batch_size": 8}), seed=1)
+    return data, sampler, made(world, (data, sampler))
+
+
+def made(world, source, *args, **options):
+    return distpad.PaddedBatches(source, *args, backend=world.backend, **{"padding": PADDING, "tokens": "y", **options})
+
+
+def epoch_of(dataset) -> list:
+    return [tf.nest.map_structure(lambda leaf: leaf.numpy(), batch) for batch in dataset]
+
+
+@pytest.fixture(autouse=True)
+def _can_be_fed(world, request):
+    if world.kind == "multiworker" and "refused" not in request.node.name:
+        pytest.skip("for_keras is refused there, as a test of its own shows")
+
+
+def model_in(world, loss=None, optimizer=None):
+    """A linear model, compiled under the world's strategy."""
+    with world.scope():
+        inputs = tf.keras.Input([None, oracle.FEATURES])
+        dense = tf.keras.layers.Dense(oracle.CLASSES)
+        model = tf.keras.Model(inputs, dense(inputs))
+        dense.set_weights(oracle.weights())
+        entropy = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
+        loss = distpad.DistributedLoss(entropy, **(loss or {}))
+        model.compile(loss=loss, optimizer=(optimizer or (lambda made: made))(tf.keras.optimizers.SGD(RATE)))
+    return model
+
+
+def fits(world) -> None:
+    if world.several_workers and KERAS >= 3:
+        pytest.skip("Horovod's optimiser in the fit of Keras 3 is a matter of its own")
+
+
+def optimizer_of(world):
+    if world.kind not in ("horovod", "mpirun"):
+        return None
+    import horovod.tensorflow.keras as hvd
+
+    return hvd.DistributedOptimizer
+
+
+def expected(epochs, weighted: bool = False):
+    """NumPy's weights after these epochs of global steps, and each epoch's mean loss."""
+    kernel, bias = oracle.weights()
+    means = []
+    for steps in epochs:
+        values = []
+        for rows in steps:
+            value, d_kernel, d_bias = oracle.cross_entropy(rows, kernel, bias, "token", weighted)
+            kernel, bias = kernel - RATE * d_kernel, bias - RATE * d_bias
+            values.append(value)
+        means.append(np.mean(values))
+    return means, (kernel, bias)
+
+
+def check(model, history, means, weights) -> None:
+    assert oracle.relative_error(history.history["loss"], means) <= 1e-5
+    for found, wanted, start in zip(model.get_weights(), weights, oracle.weights()):
+        assert oracle.relative_error(found - start, wanted - start) <= 1e-5
+
+
+# -- what it is fed ---------------------------------------------------------------------------------------------------
+
+
+def test_each_epoch_holds_the_rows_of_this_workers_replicas(world):
+    data, sampler, batches = sampled(world)
+    here, replicas, worker = world.backend.replicas_here, world.num_replicas, world.backend.worker_index
+    dataset = batches.for_keras(x="x", y=["y", "id"])
+    for number in range(2):
+        found = epoch_of(dataset)
+        assert len(found) == len(sampler.plan(number))
+        shards = [sampler.shard(worker * here + r, replicas) for r in range(here)]
+        for shard in shards:
+            shard.set_epoch(number)
+        for step, (x, (y, ids), weights), *parts in zip(sampler.plan(number), found, *shards):
+            longest = max(1, *(len(data[i]["y"]) for i in step))
+            assert (
+                x.shape == (-(-8 // replicas) * here, longest, oracle.FEATURES)
+                and y.shape == weights.shape == x.shape[:2]
+            )
+            assert weights.dtype == np.float32
+            for row, place in enumerate(np.concatenate(parts)):
+                n = len(data[place]["y"]) if place >= 0 else 0
+                assert weights[row].tolist() == [1] * n + [0] * (longest - n)
+                if place >= 0:
+                    assert ids[row] == place
+                    np.testing.assert_array_equal(x[row, :n], data[place]["x"])
+                    np.testing.assert_array_equal(y[row, :n], data[place]["y"])
+
+
+def test_uneven_ends_and_weights(world):
+    """Worker w holds 3 + 4 w examples; weights are those of the examples, in a dict where there are several losses."""
+    workers, here, worker = world.backend.num_workers, world.backend.replicas_here, world.backend.worker_index
+    held = [examples(3 + 4 * w, seed=w) for w in range(workers)]
+    steps = max(-(-len(part) // (2 * here)) for part in held)
+    batches = made(world, held[worker], 2, tokens={"text": "y"}, weights="w")
+    found = epoch_of(batches.for_keras(x={"in": "x"}, y={"text": "y"}))
+    assert len(found) == steps
+    assert all(x["in"].shape[:2] == y["text"].shape == w["text"].shape for x, y, w in found)
+    total = sum(w["text"].sum() for _, _, w in found)
+    assert total == sum(e["w"] * len(e["y"]) for e in held[worker])
+
+
+def test_wrong_names_and_no_examples(world):
+    source = examples(4, seed=world.backend.worker_index)
+    with pytest.raises(ValueError, match=r"for_keras: y is 'label', expected a feature of an example: \['id', "):
+        made(world, source, 2).for_keras(x="x", y="label")
+    with pytest.raises(TypeError, match=r"for_keras: x is 1\.5, expected the name of a feature"):
+        made(world, source, 2).for_keras(x=1.5, y="y")
+    with pytest.raises(ValueError, match=r"for_keras: x is \(\), expected at least one"):
+        made(world, source, 2).for_keras(x=(), y="y")
+    with pytest.raises(ValueError, match="for_keras: source is empty on all workers"):
+        made(world, [], 2).for_keras(x="x", y="y")
+
+
+def test_several_workers_of_a_strategy_are_refused(world):
+    if world.kind != "multiworker":
+        pytest.skip("one worker, or Horovod's")
+    with pytest.raises(ValueError, match=r"for_keras: backend is strategy with 2 workers, .* Write a loop"):
+        made(world, examples(4), 2).for_keras(x="x", y="y")
+
+
+# -- fit --------------------------------------------------------------------------------------------------------------
+
+
+def test_fit_gives_the_history_and_weights_of_one_device(world):
+    """Two epochs, shuffled differently, whose last step is uneven; one trace for all lengths."""
+    fits(world)
+    data, sampler, batches = sampled(world)
+    model = model_in(world, optimizer=optimizer_of(world))
+    history = model.fit(batches.for_keras(x="x", y="y"), epochs=2, verbose=0)
+    check(model, history, *expected([[[data[i] for i in step] for step in sampler.plan(e)] for e in range(2)]))
+    count = getattr(model.train_function, "experimental_get_tracing_count", None)
+    assert count is None or count() <= 2  # Keras 2 traces once more, while variables are made
+
+
+def test_an_epoch_of_few_steps_is_trained_on_from_the_first(world):
+    """Fewer steps than are read ahead, while Keras 3 looks at the first batch."""
+    fits(world)
+    data = examples(20)
+    sampler = distpad.LengthSampler([len(e["y"]) for e in data], global_batch_size=8, seed=1)
+    batches = made(world, (data, sampler))
+    model = model_in(world, optimizer=optimizer_of(world))
+    history = model.fit(batches.for_keras(x="x", y="y"), epochs=2, verbose=0)
+    check(model, history, *expected([[[data[i] for i in step] for step in sampler.plan(e)] for e in range(2)]))
+
+
+def test_fit_with_uneven_workers_and_weights(world):
+    fits(world)
+    workers, a_step = world.backend.num_workers, 2 * world.backend.replicas_here
+    held = [examples(13 + 5 * w, seed=w) for w in range(workers)]
+    steps = max(-(-len(part) // a_step) for part in held)
+    batches = made(world, held[world.backend.worker_index], 2, weights="w", window=2)
+    model = model_in(world, optimizer=optimizer_of(world))
+    history = model.fit(batches.for_keras(x="x", y="y"), epochs=2, verbose=0)
+    rows = [[row for part in held for row in part[k * a_step : (k + 1) * a_step]] for k in range(steps)]
+    weighed = [[{**row, "w": np.full(len(row["y"]), row["w"])} for row in step] for step in rows]
+    check(model, history, *expected([weighed] * 2, weighted=True))
+
+
+def test_epochs_of_different_numbers_of_steps(world):
+    """A token budget; nothing is left out where the dataset is repeated."""
+    fits(world)
+    data, sampler, batches = sampled(world, max_tokens=40)
+    counts = [len(sampler.plan(e)) for e in range(6)]
+    assert len(set(counts)) > 1, "of different numbers"
+    dataset = batches.for_keras(x="x", y="y")
+    model = model_in(world, optimizer=optimizer_of(world))
+    model.fit(dataset.repeat(), steps_per_epoch=sum(counts[:3]), verbose=0)
+    _, weights = expected([[[data[i] for i in step] for step in sampler.plan(e)] for e in range(3)])
+    for found, wanted, start in zip(model.get_weights(), weights, oracle.weights()):
+        assert oracle.relative_error(found - start, wanted - start) <= 1e-5
+
+
+def test_an_error_of_the_source_ends_fit(world):
+    fits(world)
+    mine = examples(40, seed=world.backend.worker_index)
+
+    class Source:
+        def __iter__(self):
+            yield from mine[:24]
+            raise OSError("the disk is gone")
+
+    dataset = made(world, Source(), 2, window=2).for_keras(x="x", y="y")
+    model = model_in(world, optimizer=optimizer_of(world))
+    with pytest.raises(tf.errors.OpError, match="the disk is gone"):
+        model.fit(dataset, verbose=0)
+
+
+class Stop(tf.keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 2:
+            raise KeyError("enough")
+
+
+def test_leaving_early_leaves_no_thread_and_fit_goes_on(world):
+    fits(world)
+    _, _, batches = sampled(world)
+    dataset = batches.for_keras(x="x", y="y")
+    model = model_in(world, optimizer=optimizer_of(world))
+    with pytest.raises(KeyError, match="enough"):
+        model.fit(dataset, callbacks=[Stop()], verbose=0)
+    if not world.strategy:
+        assert batches.state_dict()["step"] == 3, "nothing is read ahead, so that workers leave together"
+    model.fit(dataset, steps_per_epoch=2, verbose=0)
+    assert len(model.fit(dataset, verbose=0).history["loss"]) == 1
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("distpad-")]
