@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -105,9 +106,8 @@ class StrategyBackend(base.Backend):
         self, maxima: np.ndarray, sums: np.ndarray, limit_s: float, channel: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
         # strategies know no maximum: one sum of slots serves both
-        options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=limit_s)
         try:
-            table = self._host_stack(np.concatenate([maxima, sums]), options)
+            table = self._host_stack(np.concatenate([maxima, sums]), limit_s)
         except tf.errors.OpError as error:
             raise TimeoutError(str(error)) from error
         return table[:, : len(maxima)].max(axis=0), table[:, len(maxima) :].sum(axis=0)
@@ -133,9 +133,7 @@ class StrategyBackend(base.Backend):
 
         return self.strategy.experimental_distribute_values_from_function(of_next)
 
-    def _host_stack(
-        self, array: np.ndarray, options: tf.distribute.experimental.CommunicationOptions | None = None
-    ) -> np.ndarray:
+    def _host_stack(self, array: np.ndarray, limit_s: float | None = None) -> np.ndarray:
         """``[workers, *shape]``: a worker's first replica adds its worker's slot, the others add zeros."""
         array = np.asarray(array)
         if self.num_workers == 1:
@@ -146,12 +144,17 @@ class StrategyBackend(base.Backend):
         given = self.strategy.experimental_distribute_values_from_function(
             lambda _: tf.constant(next(local, np.zeros_like(slots)))
         )
+        return self.strategy.experimental_local_results(self._sum_within(limit_s)(given))[0].numpy()
+
+    @functools.cache  # noqa: B019 (a process has few backends, and they live as long as it does)
+    def _sum_within(self, limit_s: float | None) -> Callable[[Any], Any]:
+        """The sum over all replicas, as a graph: eagerly it takes over twice as long, and TensorFlow warns of it."""
+        options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=limit_s)
 
         def add(mine: tf.Tensor) -> tf.Tensor:
             return self._context().all_reduce(tf.distribute.ReduceOp.SUM, tf.identity(mine), options=options)
 
-        summed = self.strategy.run(add, args=(given,))
-        return self.strategy.experimental_local_results(summed)[0].numpy()
+        return tf.function(lambda given: self.strategy.run(add, args=(given,)), autograph=False)
 
 
 def _workers(strategy: tf.distribute.Strategy) -> tuple[int, int]:
