@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=rounds.ROUNDS, metavar="N", help="default 9")
     parser.add_argument("--steps", type=int, default=256, metavar="N", help="of a run (default 256)")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="per replica (default 16)")
-    parser.add_argument("--units", type=int, default=256, metavar="N", help="of the model: the length of a step")
+    parser.add_argument("--units", type=int, default=448, metavar="N", help="of the model: the length of a step")
     options = parser.parse_args()
 
     backend = engine.start()
@@ -115,9 +115,9 @@ def float_of(trainer: engine.Trainer, value: Any) -> float:
 def knowing(backend: backends.Backend) -> Any:
     """The same engine; but once it ``knows``, what the workers said in the first epoch is read off, not exchanged."""
 
-    def host_merge(self: Any, maxima: np.ndarray, sums: np.ndarray, limit_s: float) -> Any:
+    def host_merge(self: Any, *vectors_and_limits: Any) -> Any:
         if not self.knows:
-            self.said.append(type(backend).host_merge(self, maxima, sums, limit_s))
+            self.said.append(type(backend).host_merge(self, *vectors_and_limits))
             return self.said[-1]
         self.at += 1
         return self.said[(self.at - 1) % len(self.said)]
