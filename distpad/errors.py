@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import operator
 
 
@@ -43,3 +44,14 @@ def whole_number(function: str, argument: str, value: object, least: int) -> int
     if number < least:
         raise ValueError(sentence(function, argument, number, f"at least {least}"))
     return number
+
+
+def real_number(function: str, argument: str, value: object) -> float:
+    """``value`` as a float; TypeError where it is no real number.
+
+    >>> real_number("PaddedBatches", "limit_s", 5)
+    5.0
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(sentence(function, argument, repr(value), "a number"))
+    return float(value)

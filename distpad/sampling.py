@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Iterator
 from typing import Any
@@ -59,34 +58,37 @@ class LengthSampler:
         if (global_batch_size is None) == (max_tokens is None):
             found = "both" if max_tokens is not None else "none of them"
             raise ValueError(_sentence("global_batch_size, max_tokens", found, "one of them"))
-        for name, number in (("global_batch_size", global_batch_size), ("max_tokens", max_tokens), ("seed", seed)):
-            if number is not None:
-                _whole(name, number, least=0 if name == "seed" else 1)
+        self.global_batch_size = _whole_or_none("global_batch_size", global_batch_size)
+        self.max_tokens = _whole_or_none("max_tokens", max_tokens)
+        self.seed = _whole("seed", seed)
         if not isinstance(ladder, (Ladder, type(None))):
             raise TypeError(_sentence("ladder", repr(ladder), "a distpad.Ladder"))
-        if not 0 <= randomness <= 1:
+        self.randomness = errors.real_number("LengthSampler", "randomness", randomness)
+        if not 0 <= self.randomness <= 1:
             raise ValueError(_sentence("randomness", randomness, "from 0 to 1"))
-        self.global_batch_size = global_batch_size
-        self.max_tokens = max_tokens
         self.ladder = ladder
         self.shuffle = bool(shuffle)
-        self.seed = seed
-        self.randomness = float(randomness)
         sizes, where = np.unique(self.lengths, return_inverse=True)
         rungs = [ladder(int(size)) if ladder else int(size) for size in sizes]
         self._rungs = np.array(rungs, np.int64)[where.reshape(-1)]  # of each example
-        if max_tokens is not None and len(self.lengths) and self._rungs.max() > max_tokens:
+        if self.max_tokens is not None and len(self.lengths) and self._rungs.max() > self.max_tokens:
             longest = int(self._rungs.argmax())
             found = f"Example {longest} has {self.lengths[longest]} positions, {self._rungs[longest]} with its padding."
-            raise ValueError(_sentence("max_tokens", max_tokens, f"at least {self._rungs.max()}", found))
-        self._planned = functools.lru_cache(maxsize=_PLANS)(self._make_plan)
+            raise ValueError(_sentence("max_tokens", self.max_tokens, f"at least {self._rungs.max()}", found))
+        self._plans: dict[int, tuple[np.ndarray, ...]] = {}  # the last that were asked for
 
     def plan(self, epoch: int) -> list[np.ndarray]:
         """The global steps of an epoch: for each the indices of its examples, ``[rows]`` int64, without filling.
 
         Raises ValueError for a negative epoch.
         """
-        return list(self._planned(_whole("epoch", epoch)))
+        epoch = _whole("epoch", epoch)
+        plan = self._plans.get(epoch)
+        if plan is None:
+            plan = self._make_plan(epoch)
+            kept = [*self._plans.items()][1 - _PLANS :]  # replaced, not changed: a reader asks, too, in its thread
+            self._plans = dict([*kept, (epoch, plan)])
+        return list(plan)
 
     def shard(self, worker_index: int, num_workers: int) -> Shard:
         """One worker's part of all epochs; as many shards of one sampler as one likes."""
@@ -117,6 +119,8 @@ class LengthSampler:
         steps = np.split(order, begins[1:]) if begins else []
         if self.shuffle:
             steps = [steps[place] for place in random.permutation(len(steps))]
+        for step in steps:
+            step.setflags(write=False)  # all shards are dealt the same
         return tuple(steps)
 
     def _order(self, random: np.random.Generator) -> np.ndarray:
@@ -191,6 +195,8 @@ class Shard:
         Raises:
           ValueError: the state of a sampler with other lengths or options, or no state.
         """
+        if not isinstance(state, dict):
+            raise TypeError(_sentence("state", repr(state), "what state_dict returned"))
         missing = {"epoch", "step", "sampler"} - set(state)
         if missing:
             raise ValueError(_sentence("state", f"without {sorted(missing)}", "what state_dict returned"))
@@ -199,9 +205,9 @@ class Shard:
                 _sentence("state", "of another sampler", "one with the same lengths, options and seed as this")
             )
         self.set_epoch(state["epoch"])
-        if not 0 <= state["step"] <= len(self):
+        self._step = _whole("state's step", state["step"])
+        if self._step > len(self):
             raise ValueError(_sentence("state", f"at step {state['step']}", f"from 0 to {len(self)}"))
-        self._step = state["step"]
         if self._step == len(self):
             self.set_epoch(self._epoch + 1)
 
@@ -222,13 +228,18 @@ def _checked_lengths(lengths: Any) -> np.ndarray:
         raise ValueError(_sentence("lengths", f"of shape {given.shape}", "[examples]"))
     if given.size and given.dtype.kind not in "iu":
         raise TypeError(_sentence("lengths", f"of {given.dtype}", "whole numbers"))
-    if given.size and given.min() < 0:
-        raise ValueError(_sentence("lengths", int(given.min()), "at least 0"))
+    for length in [given.min(), given.max()] if given.size else []:
+        if not 0 <= int(length) < 2**62:
+            raise ValueError(_sentence("lengths", int(length), "at least 0, and below 2**62"))
     return given.astype(np.int64)
 
 
 def _whole(name: str, number: Any, least: int = 0) -> int:
     return errors.whole_number("LengthSampler", name, number, least)
+
+
+def _whole_or_none(name: str, number: Any) -> int | None:
+    return None if number is None else _whole(name, number, least=1)
 
 
 def _sentence(argument: str, value: Any, rule: str, *more: str) -> str:

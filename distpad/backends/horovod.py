@@ -83,7 +83,7 @@ class HorovodBackend(base.Backend):
 
         waiting = threading.Thread(target=exchange, daemon=True, name="distpad-exchange")
         waiting.start()
-        waiting.join(limit_s)
+        waiting.join(min(limit_s, threading.TIMEOUT_MAX))
         if not done:
             raise TimeoutError(f"the other ranks did not come within {limit_s:g} s")
         if isinstance(done[0], Exception):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,6 +51,7 @@ class StrategyBackend(base.Backend):
         self.strategy = strategy
         self.num_replicas = strategy.num_replicas_in_sync
         self.num_workers, self.worker_index = _workers(strategy)
+        self._sums: dict[float | None, Callable[[Any], Any]] = {}  # by their time limits
 
     def in_replica(self) -> bool:
         """Whether the caller is inside this strategy's ``run``: the default strategy's context means nothing here."""
@@ -146,15 +146,17 @@ class StrategyBackend(base.Backend):
         )
         return self.strategy.experimental_local_results(self._sum_within(limit_s)(given))[0].numpy()
 
-    @functools.cache  # noqa: B019 (a process has few backends, and they live as long as it does)
     def _sum_within(self, limit_s: float | None) -> Callable[[Any], Any]:
         """The sum over all replicas, as a graph: eagerly it takes over twice as long, and TensorFlow warns of it."""
+        if limit_s in self._sums:
+            return self._sums[limit_s]
         options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=limit_s)
 
         def add(mine: tf.Tensor) -> tf.Tensor:
             return self._context().all_reduce(tf.distribute.ReduceOp.SUM, tf.identity(mine), options=options)
 
-        return tf.function(lambda given: self.strategy.run(add, args=(given,)), autograph=False)
+        self._sums[limit_s] = tf.function(lambda given: self.strategy.run(add, args=(given,)), autograph=False)
+        return self._sums[limit_s]
 
 
 def _workers(strategy: tf.distribute.Strategy) -> tuple[int, int]:

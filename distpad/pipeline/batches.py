@@ -105,7 +105,10 @@ class PaddedBatches:
         self._looked_from: tuple[int, int] | None = None  # where fit looked at batches that it may have dropped
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._consume(self._open())
+        yield from self._consume(self._open())  # opened by the first batch: an iterator that nobody uses has no threads
+
+    def __bool__(self) -> bool:
+        return True  # whether or not its length is known
 
     def _open(self, elements: feeding.Elements | None = None) -> epoch.Epoch:
         """Begin the next epoch, of batches or of what fit is fed."""
@@ -134,6 +137,9 @@ class PaddedBatches:
     def _consume(self, running: epoch.Epoch) -> Iterator[Any]:
         try:
             for batch in running.batches():
+                if running is not self._running:
+                    remedy = "Give each loop a PaddedBatches of its own."
+                    raise errors.DistpadError(f"{_NAME}: this loop was left, and another has begun. {remedy}")
                 self._features = running.features
                 self._step += 1  # before it is handed out: who saves while training on it has consumed it
                 yield batch
@@ -283,16 +289,29 @@ class PaddedBatches:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on there when iterated next: nothing is lost and nothing seen twice.
 
-        Raises ValueError for the state of another source, or no state.
+        Raises ValueError for the state of another source, a place that there is not, or no state.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(errors.sentence(_NAME, "state", repr(state), "what state_dict returned"))
         missing = {"epoch", "step", "source"} - set(state)
         if missing:
             raise ValueError(errors.sentence(_NAME, "state", f"without {sorted(missing)}", "what state_dict returned"))
         mine = self._belongs_to()
         if state["source"] != mine:
             raise ValueError(errors.sentence(_NAME, "state", f"of {state['source']}", f"one of {mine}"))
-        self._epoch = errors.whole_number(_NAME, "state's epoch", state["epoch"], least=0)
-        self._step = errors.whole_number(_NAME, "state's step", state["step"], least=0)
+        number = errors.whole_number(_NAME, "state's epoch", state["epoch"], least=0)
+        step = errors.whole_number(_NAME, "state's step", state["step"], least=0)
+        group = self._recipe.accumulate
+        if step % group:
+            raise ValueError(
+                errors.sentence(_NAME, "state's step", step, f"a multiple of accumulate, which is {group}")
+            )
+        if self._sampler is not None and step > -(-len(self._sampler.plan(number)) // group) * group:
+            rule = f"at most the {len(self._sampler.plan(number))} of epoch {number}"
+            raise ValueError(errors.sentence(_NAME, "state's step", step, rule))
+        if self._running is not None:
+            self._running.close()
+        self._running, self._epoch, self._step = None, number, step
         self._begun, self._looked_from = False, None
 
     def _belongs_to(self) -> dict[str, Any]:
@@ -327,7 +346,7 @@ def _checked_source(source: Any, batch_size: Any, drop_remainder: bool) -> tuple
         if not hasattr(indexable, "__getitem__"):
             raise TypeError(errors.sentence(_NAME, "source", type(indexable).__name__, "examples to be had by index"))
         count = len(indexable) if hasattr(indexable, "__len__") else None
-        if count is not None and count < len(sampler.lengths):
+        if count is not None and count != len(sampler.lengths):
             found = f"of {count} examples"
             raise ValueError(errors.sentence(_NAME, "source", found, f"{len(sampler.lengths)}, as the sampler has"))
         return indexable, sampler

@@ -54,7 +54,7 @@ class Epoch:
         self._read: reading.Window | None = None  # taken from the reader, not planned yet
         self._planned = 0  # steps
         self._rows = recipe.batch_size or 1  # of a replica, in the last batch that was read
-        self._error: Exception | None = None  # of the last window that was planned
+        self._error: BaseException | None = None  # of the last window that was planned
         self._failed_at: int | None = None
         self._begun: plan.Merged | None = None  # the first window
 
@@ -173,8 +173,15 @@ class Epoch:
         """The window that is to be planned next, as soon as it is read."""
         if self._read is None:
             began = time.perf_counter()
-            self._read = self._reader.take(limit_s)
+            read = self._reader.take(limit_s)
             self._ledger.source_seconds += time.perf_counter() - began
+            if read and read.features and self.features and read.features.to_text() != self.features.to_text():
+                # its first example came in a later window than the others'
+                texts = [self.features.to_text(), read.features.to_text()]
+                found = "; ".join(plan.differences(texts)).replace("worker 0", "the others").replace("worker 1", "here")
+                who = f"{_NAME}: the examples of worker {self._backend.worker_index}"
+                read = read.refused(ValueError(f"{who} differ from those of the others: {found}."))
+            self._read = read
         return self._read
 
     def _fail(self, failure: plan.Failure) -> None:

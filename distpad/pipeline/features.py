@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import collections.abc
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Union
 
 import numpy as np
+import tensorflow as tf
 
 from distpad import errors
 
@@ -22,7 +24,7 @@ class Pad:
 
     Args:
       axis: one axis of an example (without the batch), or several; the first is that of positions.
-      value: the filling, one number (or string).
+      value: the filling, one number that the feature's dtype has; or a string, where 0 is the empty one.
 
     Raises:
       ValueError: no axes, a negative one, one twice. TypeError: no whole numbers, a ``value`` that is no scalar.
@@ -35,16 +37,20 @@ class Pad:
     value: Any = 0
 
     def __post_init__(self) -> None:
+        for axis in self._given:
+            errors.whole_number("Pad", "axis", axis, least=0)
         if not self.axes or len(set(self.axes)) < len(self.axes):
             raise ValueError(errors.sentence("Pad", "axis", self.axis, "one axis or several different ones"))
-        for axis in self.axes:
-            errors.whole_number("Pad", "axis", axis, least=0)
         if not np.isscalar(self.value):
             raise TypeError(errors.sentence("Pad", "value", repr(self.value), "one number or string"))
 
     @property
     def axes(self) -> tuple[int, ...]:
         """The ragged axes, that of positions first."""
+        return tuple(map(operator.index, self._given))
+
+    @property
+    def _given(self) -> tuple[Any, ...]:
         return tuple(self.axis) if isinstance(self.axis, collections.abc.Sequence) else (self.axis,)
 
 
@@ -61,6 +67,12 @@ class Feature:
         """Those of the ragged axes."""
         return [array.shape[axis] for axis in self.pad.axes] if self.pad else []
 
+    @property
+    def filling(self) -> Any:
+        """What stands at padded places."""
+        value = self.pad.value if self.pad else 0
+        return b"" if self.dtype == object and value == 0 else value
+
 
 class Features:
     """What all examples have in common. ``to_text`` and ``from_text`` carry it to workers that have none."""
@@ -70,23 +82,26 @@ class Features:
         self.features = list(features)
 
     @classmethod
-    def learn(cls, examples: Sequence[Any], padding: Mapping[Name, Pad]) -> Features:
-        """From a few examples; an empty list says nothing of its dtype, so that another example's counts."""
+    def learn(cls, examples: Sequence[Any], padding: Mapping[Name, Pad], *, guess: bool) -> Features | None:
+        """From a few examples. An empty list says nothing of its dtype, so that another example's counts; where all are
+        empty, None, or with ``guess`` what NumPy makes of them."""
         skeleton = _skeleton(examples[0])
         rows = [_leaves(example, skeleton) for example in examples if _skeleton(example) == skeleton]
         names = _names(skeleton)
         _check_named(padding, names)
         features = []
         for name, column in zip(names, zip(*rows)):
-            typed = next((item for item in column if not _says_nothing(item)), column[0])
-            array = _as_array(typed)
+            typed = next((item for item in column if not _says_nothing(item)), None)
+            if typed is None and not guess:
+                return None
+            array = _as_array(column[0] if typed is None else typed, repr(name))
             pad = padding.get(name)
             if pad and max(pad.axes) >= array.ndim:
-                raise ValueError(
-                    _sentence(f"padding[{name!r}]", f"Pad(axis={pad.axis})", f"axes below {array.ndim}, its rank")
-                )
+                rank = f"axes of an array of rank {array.ndim}" if array.ndim else "no padding: it is a scalar"
+                raise ValueError(_sentence(f"padding[{name!r}]", f"Pad(axis={pad.axis})", rank))
             shape = tuple(None if pad and axis in pad.axes else size for axis, size in enumerate(array.shape))
             features.append(Feature(name, array.dtype, shape, pad))
+            _check_dtype(features[-1])
         return cls(skeleton, features)
 
     def row(self, example: Any, place: int) -> Row:
@@ -96,10 +111,11 @@ class Features:
             raise ValueError(_sentence(f"example {place}", found, f"the same features as the others, {self.names}"))
         row = []
         for feature, item in zip(self.features, _leaves(example, self.skeleton)):
-            array = np.empty([0], feature.dtype) if _says_nothing(item) else _as_array(item)
-            if _says_nothing(item):
-                array = array.reshape([0] + [size or 0 for size in feature.shape[1:]])
             where = f"{feature.name!r} of example {place}"
+            array = _as_array(item, where)
+            if _says_nothing(item):
+                rest = tuple(size or 0 for size in feature.shape[array.ndim :])
+                array = np.zeros(array.shape + rest, feature.dtype)
             if array.dtype != feature.dtype:
                 raise ValueError(_sentence(where, f"of dtype {array.dtype}", f"{feature.dtype}, as the first"))
             sizes_fit = array.ndim == len(feature.shape) and all(
@@ -117,8 +133,11 @@ class Features:
         return [feature.name for feature in self.features]
 
     def blank_row(self) -> Row:
-        """Zeros of length 1, where there never was an example."""
-        return [np.zeros([size or 1 for size in f.shape], f.dtype) for f in self.features]
+        """Zeros (or empty strings) of length 1, where there never was an example."""
+        return [
+            np.full([1 if size is None else size for size in f.shape], b"" if f.dtype == object else 0, f.dtype)
+            for f in self.features
+        ]
 
     def pack(self, leaves: Sequence[Any]) -> Any:
         """Leaves in the structure of an example."""
@@ -130,13 +149,16 @@ class Features:
 
     def to_text(self) -> str:
         """For comparison and for peers: the padding is not in it, since all workers have that."""
-        features = [[f.name, "object" if f.dtype == object else f.dtype.str, f.shape] for f in self.features]
+        features = [[f.name, tf.as_dtype(f.dtype).name, f.shape] for f in self.features]
         return json.dumps({"structure": self.skeleton, "features": features}, sort_keys=True)
 
     @classmethod
     def from_text(cls, text: str, padding: Mapping[Name, Pad]) -> Features:
         read = json.loads(text)
-        features = [Feature(n, np.dtype(dtype), tuple(shape), padding.get(n)) for n, dtype, shape in read["features"]]
+        features = [
+            Feature(name, np.dtype(tf.as_dtype(dtype).as_numpy_dtype), tuple(shape), padding.get(name))
+            for name, dtype, shape in read["features"]
+        ]
         return cls(read["structure"], features)
 
 
@@ -172,12 +194,14 @@ def collate(
         axis = feature.pad.axes[0]
         if feature.name in emptied:
             filling = filling[tuple(slice(0) if at == axis else slice(None) for at in range(filling.ndim))]
-        batch = np.full([batch_size, *shape], feature.pad.value, feature.dtype)
+        batch = np.full([batch_size, *shape], feature.filling, feature.dtype)
         every = [*filled, *[filling] * repeated]
         for place, array in zip(batch, every):
             place[tuple(map(slice, array.shape))] = array
         values.append(batch)
         lengths[feature.name] = np.array([array.shape[axis] for array in every], np.int32)
+    if len({type(name) for name in lengths}) > 1:  # TensorFlow sorts the keys of a dict
+        lengths = {str(name): found for name, found in lengths.items()}
     return values, lengths
 
 
@@ -191,8 +215,13 @@ def _stacked(arrays: Sequence[np.ndarray], shape: Sequence[int], dtype: np.dtype
 def _skeleton(example: Any, path: tuple[Name, ...] = ()) -> Any:
     """The structure, with names for leaves: JSON, so that it can travel. Lists are leaves: people write labels so."""
     if isinstance(example, Mapping):
+        kinds = {type(key) for key in example}
+        if not (kinds <= {str} or kinds <= {int}):
+            raise TypeError(_sentence("an example", f"a mapping with keys {[*example]}", "strings, or whole numbers"))
         return {"dict": [[key, _skeleton(example[key], (*path, key))] for key in sorted(example)]}
     if isinstance(example, tuple):
+        if hasattr(example, "_fields"):
+            raise TypeError(_sentence("an example", f"a {type(example).__name__}", "a dict or a plain tuple"))
         return {"tuple": [_skeleton(item, (*path, i)) for i, item in enumerate(example)]}
     return (path[0] if path else 0) if len(path) < 2 else "/".join(map(str, path))
 
@@ -221,19 +250,49 @@ def _packed(skeleton: Any, leaves: Mapping[Name, Any]) -> Any:
 
 
 def _says_nothing(item: Any) -> bool:
-    return isinstance(item, list) and not item
+    """Whether it is an empty list, or a list of such: of no dtype."""
+    return isinstance(item, list) and all(map(_says_nothing, item))
 
 
-def _as_array(item: Any) -> np.ndarray:
-    array = np.asarray(item)
-    if array.dtype.kind in "US":  # texts of different lengths are of one kind
-        return array.astype(object)
+def _as_array(item: Any, where: str) -> np.ndarray:
+    """An array of the pipeline's own: a source may use its buffers again while a window is read ahead."""
+    try:
+        array = np.array(item) if isinstance(item, np.ndarray) and item.flags.writeable else np.asarray(item)
+        if array.dtype.kind in "US":  # texts of different lengths are of one kind; NumPy's own drop zeros at the end
+            array = array.astype(object) if isinstance(item, np.ndarray) else np.array(item, object)
+    except ValueError as error:
+        remedy = "Pad it beforehand, or make it an array of equal rows."
+        raise ValueError(_sentence(where, f"a list that is no array ({error})", "one", remedy)) from None
     if array.dtype.kind == "O" and not all(isinstance(leaf, (str, bytes)) for leaf in array.flat):
-        raise TypeError(_sentence("an example's feature", type(item).__name__, "an array, a number or a list of them"))
+        remedy = "Ragged tensors? Map each axis to a feature of its own, or to a tensor." * (array.ndim > 0)
+        raise TypeError(_sentence(where, f"of {type(item).__name__}", "numbers or strings, in arrays or lists", remedy))
     return array
 
 
+def _check_dtype(feature: Feature) -> None:
+    """The dtype must be one of TensorFlow's, and have the padding value."""
+    dtype, value = feature.dtype, feature.filling
+    try:
+        tf.as_dtype(dtype)
+    except TypeError:
+        raise TypeError(_sentence(repr(feature.name), f"of dtype {dtype}", "one that TensorFlow has")) from None
+    if dtype.kind == "O" or isinstance(value, (str, bytes)):
+        fits = dtype.kind == "O" and isinstance(value, (str, bytes))
+    elif dtype.kind in "iub":
+        least, largest = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+        fits = bool(np.isreal(value)) and least <= value <= largest and value == int(value)
+    else:
+        with np.errstate(over="ignore"):
+            fits = bool(np.isfinite(np.array(value).astype(dtype))) == bool(np.isfinite(value))
+    if feature.pad and not fits:
+        found = f"Pad(value={feature.pad.value!r})"
+        raise ValueError(_sentence(f"padding[{feature.name!r}]", found, f"a value that {dtype} has"))
+
+
 def _check_named(padding: Mapping[Name, Pad], names: Sequence[Name]) -> None:
+    if len(set(names)) < len(names):
+        twice = sorted({str(name) for name in names if names.count(name) > 1})
+        raise ValueError(_sentence("an example", f"with {twice} twice, nested and not", "names that differ"))
     for name in padding:
         if name not in names:
             raise ValueError(_sentence("padding", f"for {name!r}", f"features of an example: {names}"))

@@ -107,20 +107,25 @@ def merge(
     failure = _failure(maxima[0], window, workers)
     usable = window if failure is None else failure.step
     if full_rows is None:
-        steps = _leading(rows[:usable] > 0)
-        steps = -(-steps // accumulate) * accumulate  # a short last group is filled up
+        steps = -(-_leading(rows[:usable] > 0) // accumulate) * accumulate  # a short last group is filled up
         steps = min(steps, usable // accumulate * accumulate) if failure else steps
+        ended = steps < usable // accumulate * accumulate
     else:
-        steps = _leading(rows[:usable] >= full_rows) // accumulate * accumulate
+        full = _leading(rows[:usable] >= full_rows)
+        steps = full // accumulate * accumulate
+        ended = full < usable
+    if ended:
+        failure = None  # the epoch ends before the step that failed
     is_last = failure is None and steps < window
-    if failure and steps < usable // accumulate * accumulate:
-        failure, is_last = None, True  # the epoch ends before the step that failed: only dropped rows could do that
     plans = []
     for step in range(steps):
         group = slice(step // accumulate * accumulate, step // accumulate * accumulate + accumulate)
-        agreed = tuple(max(1, int(size)) for size in longest[step])
         counts = tokens[group].sum(axis=0), sequences[group].sum(axis=0)
-        plans.append(StepPlan(agreed, _rungs(agreed, ladders), int(rows[step]), *counts))
+        if rows[step]:
+            agreed = tuple(max(1, int(size)) for size in longest[step])
+            plans.append(StepPlan(agreed, _rungs(agreed, ladders), int(rows[step]), *counts))
+        else:  # fills up a group: of the shape before it, since one of its own might be on no rung
+            plans.append(plans[-1]._replace(rows=0))
     return Merged(plans, is_last, failure)
 
 

@@ -42,7 +42,14 @@ class Window(NamedTuple):
     report: plan.Report
     features: Features | None
     digest: float  # of its examples; 0 where it has none
-    error: Exception | None
+    error: BaseException | None
+
+    def refused(self, error: Exception) -> Window:
+        """A window that failed before its first step."""
+        width = self.report.longest.shape[1], self.report.tokens.shape[1]
+        report = plan.Report.blank(len(self.report.rows), *width)
+        report.failed_at = 0
+        return self._replace(batches=[], report=report, error=error)
 
 
 # -- sources ----------------------------------------------------------------------------------------------------------
@@ -51,11 +58,12 @@ class Window(NamedTuple):
 def steps_of_examples(examples: Iterator[Any], batch_size: int, replicas: int, first: int) -> Iterator[Step]:
     """Deal a worker's examples to its replicas, evenly where they end; ``first`` is the place of the first."""
     while True:
-        taken, failed = [], None
+        taken: list[Any] = []
+        failed: BaseException | None = None
         try:
             for example in itertools.islice(examples, batch_size * replicas):
                 taken.append(example)
-        except Exception as error:  # what was read before it still counts
+        except BaseException as error:  # what was read before it still counts; the training raises it
             failed = error
         if failed is None and not taken:
             return
@@ -94,7 +102,7 @@ class Reader:
 
     def __init__(self, steps: Callable[[], Iterator[Step]], recipe: Recipe, features: Features | None) -> None:
         self._steps, self._recipe, self._features = steps, recipe, features
-        self._windows: queue.Queue[Window] = queue.Queue()
+        self._windows: queue.Queue[Window | None] = queue.Queue()  # None behind the last that will come
         self._wanted = threading.Semaphore(1)  # windows that may be read: the bound of the memory
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="distpad-reader")
@@ -103,9 +111,12 @@ class Reader:
     def take(self, limit_s: float) -> Window | None:
         """The next window; None where it is not read within ``limit_s`` seconds."""
         try:
-            window = self._windows.get(timeout=limit_s)
+            window = self._windows.get(timeout=min(limit_s, threading.TIMEOUT_MAX))
         except queue.Empty:
             return None
+        if window is None:
+            self._windows.put(None)
+            raise errors.DistpadError("PaddedBatches: this loop was left, and another has begun.")
         self._wanted.release()
         return window
 
@@ -114,6 +125,7 @@ class Reader:
         self._stopped.set()
         self._wanted.release()
         self._thread.join(limit_s)
+        self._windows.put(None)
 
     def _run(self) -> None:
         steps: Iterator[Step] | None = None
@@ -130,7 +142,8 @@ class Reader:
                         reading.add(step)
                         if self._stopped.is_set():
                             return
-                except Exception as error:
+                    reading.finish()
+                except BaseException as error:  # also SystemExit: nobody else would hear of it
                     reading.failed(error)
                 self._features = reading.features
                 self._windows.put(reading.window(with_digest=first))
@@ -148,14 +161,33 @@ class _Reading:
         self.recipe, self.features = recipe, features
         self.report = plan.Report.blank(recipe.window, len(recipe.axes), len(recipe.tokens))
         self.batches: list[MicroBatch] = []
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
+        self._waiting: list[Step] = []  # whose examples do not tell yet what all are like
 
     def add(self, step: Step) -> None:
-        examples = [example for part in step.examples for example in part]
+        self._waiting.append(step)
+        if self.features is not None or self._learn(guess=False):
+            self._take_all()
+
+    def finish(self) -> None:
+        """Take the steps that wait, although nothing more is to come."""
+        self._learn(guess=True)
+        self._take_all()
+
+    def _learn(self, guess: bool) -> bool:
+        examples = [example for step in self._waiting for part in step.examples for example in part]
         if self.features is None and examples:
-            features = Features.learn(examples, self.recipe.padding)
-            _check_counted(features, self.recipe)
+            features = Features.learn(examples, self.recipe.padding, guess=guess)
+            if features is not None:
+                _check_counted(features, self.recipe)
             self.features = features
+        return self.features is not None
+
+    def _take_all(self) -> None:
+        while self._waiting:
+            self._take(self._waiting.pop(0))
+
+    def _take(self, step: Step) -> None:
         rows = [
             [self.features.row(example, int(place)) for example, place in zip(part, places)]  # type: ignore[union-attr]
             for part, places in zip(step.examples, step.places)
@@ -163,10 +195,14 @@ class _Reading:
         at = len(self.batches)
         for row, place in zip((row for part in rows for row in part), np.concatenate(step.places)):
             self._count(at, row, int(place))
-        self.report.rows[at] = len(examples)
+        self.report.rows[at] = sum(map(len, rows))
         self.batches.append(MicroBatch(step.batch_size, rows, step.places))
 
-    def failed(self, error: Exception) -> None:
+    def failed(self, error: BaseException) -> None:
+        try:
+            self.finish()
+        except Exception as earlier:  # of a step before the one that failed
+            error = earlier
         at = len(self.batches)
         for table in (self.report.longest, self.report.tokens, self.report.sequences, self.report.rows):
             table[at:] = 0  # of a step that was read in part

@@ -89,7 +89,7 @@ def checked(
     accumulate = errors.whole_number(_NAME, "accumulate", accumulate, least=1)
     window = errors.whole_number(_NAME, "window", window, least=1)
     for name, seconds in (("slow_after_s", slow_after_s), ("limit_s", limit_s)):
-        if not seconds > 0:
+        if not errors.real_number(_NAME, name, seconds) > 0:
             raise ValueError(errors.sentence(_NAME, name, seconds, "above 0 seconds"))
     padding = _checked_padding(padding)
     tokens = _checked_tokens(tokens, padding)
@@ -121,7 +121,10 @@ def _checked_tokens(tokens: Any, padding: Mapping[Name, Pad]) -> dict[Any, Name]
     losses = dict(tokens) if isinstance(tokens, Mapping) else {None: tokens}
     if not losses:
         raise ValueError(errors.sentence(_NAME, "tokens", "empty", "at least one loss"))
+    if isinstance(tokens, Mapping) and None in losses:
+        raise ValueError(errors.sentence(_NAME, "tokens", repr(tokens), "names of losses; for a single one, a feature"))
     for name in losses.values():
+        _check_name("tokens", name)
         if name not in padding:
             raise ValueError(errors.sentence(_NAME, "tokens", repr(name), f"a padded feature: {list(padding)}"))
         if len(padding[name].axes) > 1:
@@ -133,12 +136,20 @@ def _checked_tokens(tokens: Any, padding: Mapping[Name, Pad]) -> dict[Any, Name]
 def _checked_weights(weights: Any, tokens: Mapping[Any, Name]) -> dict[Any, Name]:
     if weights is None:
         return {}
+    for name in weights.values() if isinstance(weights, Mapping) else [weights]:
+        _check_name("weights", name)
     if not isinstance(weights, Mapping):
         return dict.fromkeys(tokens, weights)
     unknown = [loss for loss in weights if loss not in tokens]
     if unknown:
         raise ValueError(errors.sentence(_NAME, "weights", f"for {unknown}", f"losses of tokens: {list(tokens)}"))
     return dict(weights)
+
+
+def _check_name(argument: str, name: Any) -> None:
+    if isinstance(name, bool) or not isinstance(name, (str, int)):
+        rule = "a feature's name, or a mapping from losses to features"
+        raise TypeError(errors.sentence(_NAME, argument, repr(name), rule))
 
 
 def _checked_ladders(ladder: Any, padding: Mapping[Name, Pad]) -> dict[Name, Ladder] | None:

@@ -7,6 +7,7 @@ import itertools
 import threading
 import time
 import tracemalloc
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -32,6 +33,43 @@ def test_an_empty_list_has_the_dtype_of_the_others():
     first, second = made()
     assert first.data["y"].numpy().tolist() == [[1, 2, 3], [0, 0, 0]] and first.data["y"].dtype == tf.int64
     assert second.lengths["y"].numpy().tolist() == [1, 0] and second.indices.numpy().tolist() == [2, -1]
+
+
+@pytest.mark.parametrize(("empty", "full", "axes"), [([], [1, 2], (0,)), ([[], []], [[1], [2]], (0, 1))])
+def test_empty_lists_wait_for_an_example_that_tells_the_dtype(empty, full, axes):
+    source = [{"y": [1], "z": empty}] * 3 + [{"y": [1], "z": full}]
+    batches = list(made(source, 1, padding={"y": distpad.Pad(), "z": distpad.Pad(axes)}, window=8))
+    assert all(batch.data["z"].dtype == tf.int64 for batch in batches) and len(batches) == 4
+    assert [int(batch.lengths["z"][0]) for batch in batches] == [len(empty)] * 3 + [2]
+    assert [batch.indices.numpy().tolist() for batch in batches] == [[0], [1], [2], [3]]
+
+
+def test_bytes_keep_zeros_at_their_end():
+    (batch,) = made([{"y": [1], "s": b"ab\0\0", "t": [b"\0", b"c"]}, {"y": [2], "s": "x\0", "t": ["", "d\0"]}])
+    assert batch.data["s"].numpy().tolist() == [b"ab\0\0", b"x\0"]
+    assert batch.data["t"].numpy().tolist() == [[b"\0", b"c"], [b"", b"d\0"]]
+
+
+def test_ragged_texts_are_filled_with_empty_ones():
+    padding = {"y": distpad.Pad(), "t": distpad.Pad()}
+    (batch,) = made([{"y": [1], "t": ["a", "b"]}, {"y": [2], "t": ["c"]}], 3, padding=padding)
+    assert batch.data["t"].numpy().tolist() == [[b"a", b"b"], [b"c", b""], [b"c", b""]]
+
+
+def test_a_source_may_use_its_buffers_again():
+    def source():
+        buffer = np.zeros(2, np.int64)
+        for k in range(6):
+            buffer[:] = k
+            yield {"y": buffer}
+
+    assert [batch.data["y"].numpy().tolist() for batch in made(source(), 1)] == [[[k, k]] for k in range(6)]
+
+
+def test_nested_and_top_names_go_together():
+    (batch,) = made([([1, 2], {"x": [1.0]})], 1, padding={0: distpad.Pad(), "1/x": distpad.Pad()}, tokens=0)
+    assert {name: int(length[0]) for name, length in batch.lengths.items()} == {"0": 2, "1/x": 1}
+    assert len(tf.nest.flatten(batch)) > 5  # which sorts the names
 
 
 def test_tuples_and_single_arrays_keep_their_structure():
@@ -87,6 +125,15 @@ def test_lengths_are_known_where_they_can_be():
         ({"ladder": {"x": distpad.Ladder([8])}}, ValueError, "ladder is for 'x'"),
         ({"weights": {"tone": "w"}}, ValueError, "weights is for"),
         ({"limit_s": 0}, ValueError, "limit_s is 0"),
+        ({"limit_s": "5"}, TypeError, "limit_s is '5', expected a number"),
+        ({"tokens": ["y"]}, TypeError, r"tokens is \['y'\], expected a feature's name"),
+        ({"tokens": {None: "y"}}, ValueError, "tokens is {None"),
+        ({"weights": ["w"]}, TypeError, r"weights is \['w'\]"),
+        (
+            {"source": (range(5), distpad.LengthSampler([1, 1], global_batch_size=1)), "size": None},
+            ValueError,
+            "of 5 ex",
+        ),
         ({"size": None}, ValueError, "batch_size is None"),
         ({"source": lambda: EXAMPLES}, TypeError, r"function.*class with __iter__"),
     ],
@@ -94,6 +141,33 @@ def test_lengths_are_known_where_they_can_be():
 def test_wrong_arguments_are_named(options, kind, match):
     with pytest.raises(kind, match=match):
         made(**options)
+
+
+class Named(NamedTuple):
+    y: list
+    x: int
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "fits"),
+    [
+        (0.5, "int64", False), (np.nan, "int64", False), (np.inf, "int32", False), (2, "bool", False),
+        (1, "bool", True), (-1, "uint8", False), (255, "uint8", True), (-1e9, "float16", False), (0.1, "float16", True),
+        (np.nan, "float32", True), (-np.inf, "float32", True), ("a", "int64", False), (0, "object", True),
+        ("<pad>", "object", True), (1, "object", False), (1e30, "bfloat16", True), (3.0, "int8", True),
+    ],
+)  # fmt: skip
+def test_a_padding_value_must_be_one_of_the_dtype(value, dtype, fits):
+    dtype = tf.as_dtype("string" if dtype == "object" else dtype).as_numpy_dtype
+    source = [{"y": np.array(n * ["1"], object) if dtype is object else np.ones([n], dtype)} for n in (1, 2)]
+    batches = made(source, padding={"y": distpad.Pad(value=value)})
+    if not fits:
+        with pytest.raises(ValueError, match=r"padding\['y'\] is Pad\(value="):
+            list(batches)
+        return
+    ((_, found),) = [batch.data["y"][0].numpy() for batch in batches]
+    expected = np.full([], b"" if value == 0 and dtype is object else value, dtype)
+    assert found == expected or found == str(value).encode() or (found != found and expected != expected)
 
 
 @pytest.mark.parametrize(
@@ -105,10 +179,17 @@ def test_wrong_arguments_are_named(options, kind, match):
         ([{"y": [1]}], {"weights": "w"}, "weights is 'w', expected a feature of an example"),
         ([{"y": [1] * 9}], {"ladder": distpad.Ladder([8])}, r"axis 0 of 'y'.*length is 9.*\(example 0\)"),
         ([{"y": [1, 2], "w": [1.0]}], {"padding": {**PADDING, "w": distpad.Pad()}, "weights": "w"}, "of length 1 in"),
+        ([{"y": 3}], {}, "padding.'y'. is Pad.axis=0., expected no padding: it is a scalar"),
+        ([{"y": [1]}, {"y": [[1], [2, 3]]}], {}, "'y' of example 1 is a list that is no array"),
+        ([{"y": [1]}, {"y": None}], {}, "'y' of example 1 is of NoneType"),
+        ([{"y": np.array([1], "datetime64[s]")}], {}, "'y' is of dtype datetime64"),
+        ([{"y": [1], "a/b": 1, "a": {"b": 2}}], {}, "'a/b'. twice"),
+        ([{"y": [1], 3: 2}], {}, "a mapping with keys"),
+        ([Named([1], 2)], {}, "a Named, expected a dict or a plain tuple"),
     ],
 )
 def test_bad_examples_are_named(source, options, match):
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((ValueError, TypeError), match=match):
         list(made(source, **options))
 
 
@@ -122,6 +203,55 @@ def test_an_iterator_is_good_for_one_epoch():
 def test_a_state_of_another_source_is_refused():
     with pytest.raises(ValueError, match="'batch_size': 3"):
         made().load_state_dict(made(size=3).state_dict())
+
+
+def test_a_place_that_there_is_not_is_refused():
+    sampler = distpad.LengthSampler([1] * 4, global_batch_size=2)
+    source = [{"y": [1]}] * 4
+    batches = made((source, sampler), None)
+    state = batches.state_dict()
+    for step, match in ((3, "at most the 2 of epoch 0"), (0.5, "a whole number"), (-1, "at least 0")):
+        with pytest.raises((ValueError, TypeError), match=match):
+            batches.load_state_dict({**state, "step": step})
+    with pytest.raises(ValueError, match="step is 3, expected a multiple of accumulate, which is 2"):
+        made(source, 1, accumulate=2).load_state_dict({**made(source, 1).state_dict(), "step": 3})
+    with pytest.raises(TypeError, match="state is None"):
+        batches.load_state_dict(None)
+
+
+@pytest.mark.parametrize("ending", [SystemExit, KeyboardInterrupt])
+def test_a_source_that_ends_the_program_ends_it(ending):
+    def source():
+        yield {"y": [1]}
+        raise ending("bye")
+
+    with pytest.raises(ending, match="bye"):
+        list(made(source(), 1))
+
+
+# -- two loops at once ------------------------------------------------------------------------------------------------
+
+
+def test_a_loop_that_another_replaced_says_so_and_moves_nothing():
+    batches = made([{"y": [k]} for k in range(9)], 1)
+    older, newer = iter(batches), iter(batches)
+    next(older), next(newer)
+    with pytest.raises(distpad.DistpadError, match="this loop was left, and another has begun"):
+        next(older)
+    next(newer)
+    assert (batches.state_dict()["epoch"], batches.state_dict()["step"]) == (1, 2)
+    batches.load_state_dict({**batches.state_dict(), "step": 5})
+    with pytest.raises(distpad.DistpadError, match="this loop was left"):
+        next(newer)
+    assert [int(batch.data["y"][0, 0]) for batch in batches] == [5, 6, 7, 8]
+
+
+def test_an_iterator_that_nobody_uses_has_no_threads_and_takes_no_epoch():
+    before = threading.active_count()
+    batches = made()
+    kept = [iter(batches) for _ in range(4)]
+    assert threading.active_count() == before and len(kept) == 4 and batches
+    assert len(list(batches)) == 2 and batches.state_dict()["epoch"] == 1
 
 
 # -- coverage ---------------------------------------------------------------------------------------------------------

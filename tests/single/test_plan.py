@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,7 +68,8 @@ def test_plans_are_what_a_loop_over_the_workers_finds(data):
     for k, step in enumerate(found.steps):
         group = slice(k // accumulate * accumulate, k // accumulate * accumulate + accumulate)
         assert step.agreed == step.sizes
-        assert step.agreed == tuple(max(1, max(int(each.longest[k, a]) for each in reports)) for a in range(AXES))
+        real = max(i for i in range(group.start, k + 1) if any(each.rows[i] for each in reports))  # else it fills up
+        assert step.agreed == tuple(max(1, max(int(each.longest[real, a]) for each in reports)) for a in range(AXES))
         assert step.rows == sum(each.rows[k] for each in reports)
         assert step.tokens == sum(each.tokens[group].sum() for each in reports)
         assert step.sequences == sum(each.sequences[group].sum() for each in reports)
@@ -87,6 +89,23 @@ def test_dropping_ends_before_the_first_step_that_is_not_full():
     found = merged(reports, window=4, full_rows=4)
     assert (len(found.steps), found.is_last) == (2, True)
     assert len(merged(reports, window=4, full_rows=4, accumulate=2).steps) == 2
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_what_fails_behind_the_step_that_is_not_full_is_behind_the_end(accumulate):
+    reports = [report(6, [2, 2, 2], 3, 0), report(6, [2, 2, 1, 2], None, 1)]
+    found = merged(reports, window=6, full_rows=4, accumulate=accumulate)
+    assert (len(found.steps), found.is_last, found.failure) == (2 // accumulate * accumulate, True, None)
+    found = merged([report(6, [2, 2, 2], 3, 0)], window=6, full_rows=2, accumulate=accumulate)
+    assert (len(found.steps), found.failure) == (3 // accumulate * accumulate, plan.Failure(3, 0))
+
+
+def test_steps_that_fill_up_a_group_make_no_shape_of_their_own():
+    one = plan.Report.blank(4, AXES, LOSSES)
+    one.longest[:3], one.rows[:3] = [[9, 9], [9, 9], [2, 2]], 1
+    ladders = [distpad.Ladder([1, 4, 9])] * AXES
+    assert [step.sizes for step in merged([one], window=4, ladders=ladders, accumulate=4).steps][2:] == [(4, 4)] * 2
+    assert merged([one], window=4, ladders=ladders, accumulate=4).steps[3].rows == 0
 
 
 def test_a_message_does_not_grow_with_the_workers():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -171,3 +172,36 @@ def test_wrong_lengths_workers_epochs_and_states():
         shard.load_state_dict(other.state_dict())
     with pytest.raises(ValueError, match="at step 9, expected from 0 to 2"):
         shard.load_state_dict({**shard.state_dict(), "step": 9})
+
+
+def test_the_numbers_kind_does_not_matter_to_a_saved_position():
+    plain = distpad.LengthSampler([1, 2], global_batch_size=8, seed=3)
+    numpys = distpad.LengthSampler(np.array([1, 2], np.int32), global_batch_size=np.int64(8), seed=np.int32(3))
+    assert plain.fingerprint() == numpys.fingerprint()
+
+
+def test_plans_cannot_be_changed_and_samplers_travel():
+    sampler = distpad.LengthSampler(range(9), global_batch_size=4)
+    with pytest.raises(ValueError, match="read-only"):
+        sampler.plan(0)[0][:] = 0
+    again = pickle.loads(pickle.dumps(sampler))
+    assert [step.tolist() for step in again.plan(3)] == [step.tolist() for step in sampler.plan(3)]
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "match"),
+    [
+        ({"randomness": "a"}, TypeError, "randomness is 'a', expected a number"),
+        ({"lengths": np.array([2**63], np.uint64)}, ValueError, "below 2"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(options, kind, match):
+    with pytest.raises(kind, match=match):
+        distpad.LengthSampler(**{"lengths": [1], "global_batch_size": 1, **options})
+
+
+def test_a_shard_refuses_a_state_that_is_none():
+    shard = distpad.LengthSampler([1] * 4, global_batch_size=2).shard(0, 1)
+    for state in (None, {**shard.state_dict(), "step": "1"}, {**shard.state_dict(), "step": 0.5}):
+        with pytest.raises(TypeError, match="state"):
+            shard.load_state_dict(state)

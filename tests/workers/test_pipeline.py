@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import distpad
 
@@ -81,7 +82,41 @@ def test_configurations_that_differ_are_named_on_all(world, option, values):
 def test_examples_of_other_dtypes_are_named_on_all(world):
     worker = world.backend.worker_index
     source = examples(worker, dtype=[np.int64, np.int32][min(worker, 1)])
-    refused(world, made(world, source), ValueError, r"examples differ.*<i8.*worker 0.*<i4.*worker 1")
+    refused(world, made(world, source), ValueError, r"examples differ.*int64.*worker 0.*int32.*worker 1")
+
+
+def test_a_worker_without_examples_gets_filling_of_any_dtype(world):
+    worker = world.backend.worker_index
+    texts = [{"y": np.arange(3), "t": "a", "b": np.ones([2], tf.bfloat16.as_numpy_dtype), "e": np.ones([0, 2])}] * 2
+    batches = list(made(world, texts if worker == 0 else []))
+    assert len(batches) == 1
+    data = {name: local(world, value) for name, value in batches[0].data.items()}
+    assert data["t"].tolist() == ([b"a"] * 2 if worker == 0 else [b""] * 2)
+    assert data["b"].dtype == tf.bfloat16.as_numpy_dtype and data["e"].shape == (2, 0, 2)
+
+
+def local(world, value):
+    return (world.strategy.experimental_local_results(value)[0] if world.strategy else value).numpy()
+
+
+def test_a_worker_whose_first_example_comes_late_is_held_to_what_the_others_have(world):
+    """Step by step of windows of 2: worker 1 gets its first example in the second."""
+    worker = world.backend.worker_index
+    source = [{"y": np.ones([n], np.int64), "v": np.ones([1 if worker == 1 else 2])} for n in (2, 2, 1, 1, 1, 1)]
+    ladder = distpad.Ladder([1, 2])
+    sampler = distpad.LengthSampler([2, 2, 1, 1, 1, 1], max_tokens=2, ladder=ladder, shuffle=False)
+    kind = ValueError if worker == 1 else distpad.PeerError
+    refused(
+        world, made(world, (source, sampler), None, window=2), kind, r"the examples of worker 1 differ.*\[1\].* here"
+    )
+
+
+def test_a_padding_value_that_a_dtype_lacks_is_refused_on_all(world):
+    """Also where only one worker has anything to fill."""
+    worker = world.backend.worker_index
+    source = [{"y": np.arange(1 + i * (worker == 1), dtype=np.uint8)} for i in range(4)]
+    batches = made(world, source, padding={"y": distpad.Pad(value=-1)})
+    refused(world, batches, (ValueError, distpad.PeerError), r"Pad\(value=-1\), expected a value that uint8 has")
 
 
 def test_a_forgotten_shard_is_refused_unless_meant(world):
