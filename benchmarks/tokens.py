@@ -93,7 +93,8 @@ def model() -> tf.keras.Model:
     made = tf.keras.Sequential(
         [
             layers.Embedding(sequences.VOCABULARY, 32),
-            layers.Conv1D(64, 5, padding="causal", activation="relu"),
+            layers.Conv1D(128, 5, padding="causal", activation="relu"),
+            layers.Conv1D(128, 5, padding="causal", activation="relu"),
             layers.Dense(sequences.VOCABULARY),
         ]
     )
