@@ -262,8 +262,8 @@ MUTANTS = (
     Mutant(
         name="pipeline-counts-averaged-horovod",
         file="backends/horovod.py",
-        old='self._all_reduce(sums, self._hvd.Sum, "distpad_plan_sum")',
-        new='self._all_reduce(sums, self._hvd.Average, "distpad_plan_sum")',
+        old='self._all_reduce(sums, self._hvd.Sum, f"distpad_{name}_sum")',
+        new='self._all_reduce(sums, self._hvd.Average, f"distpad_{name}_sum")',
         world="horovod:2",
         selection="test_with_a_sampler",
     ),

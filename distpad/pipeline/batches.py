@@ -9,11 +9,10 @@ from typing import Any
 import tensorflow as tf
 
 from distpad import backends, errors
-from distpad.pipeline import epoch, feeding, reading, recipe
+from distpad.pipeline import epoch, feeding, recipe, sources
 from distpad.pipeline.features import Features, Name, Pad
 from distpad.pipeline.ledger import Ledger
 from distpad.pipeline.padder import Batch
-from distpad.sampling import LengthSampler
 
 _NAME = "PaddedBatches"
 
@@ -83,7 +82,7 @@ class PaddedBatches:
         limit_s: float = 600.0,
     ) -> None:
         self._backend = backends.resolve(backend, function=_NAME)
-        self._source, self._sampler = _checked_source(source, batch_size, drop_remainder)
+        self._source, self._sampler = sources.checked(source, batch_size, drop_remainder)
         self._recipe = recipe.checked(
             batch_size=batch_size,
             padding=padding,
@@ -272,7 +271,7 @@ class PaddedBatches:
     def _known_steps(self) -> int | None:
         if self._sampler is not None:
             return len(self._sampler.plan(self._epoch))
-        count = _count_of(self._source)
+        count = sources.count_of(self._source)
         if self._backend.num_workers > 1 or count is None:
             return None
         size = (self._recipe.batch_size or 1) * self._backend.num_replicas
@@ -321,59 +320,13 @@ class PaddedBatches:
         workers, replicas = self._backend.num_workers, self._backend.num_replicas
         return {"batch_size": self._recipe.batch_size, "workers": workers, "replicas": replicas}
 
-    def _steps(self, number: int, step: int) -> Iterator[reading.Step]:
+    def _steps(self, number: int, step: int) -> Iterator[sources.Step]:
         """This worker's steps of an epoch, from one on. The reader's thread calls it."""
         here, worker = self._backend.replicas_here, self._backend.worker_index
         if self._sampler is not None:
             mine = range(worker * here, worker * here + here)
-            return reading.steps_of_sampler(self._source, self._sampler, mine, self._backend.num_replicas, number, step)
+            return sources.steps_of_sampler(self._source, self._sampler, mine, self._backend.num_replicas, number, step)
         self._opened += 1
         size = self._recipe.batch_size or 1
         first = step * size * here
-        return reading.steps_of_examples(_examples(self._source, first, self._opened), size, here, first)
-
-
-def _checked_source(source: Any, batch_size: Any, drop_remainder: bool) -> tuple[Any, LengthSampler | None]:
-    """The examples, and the sampler that picks from them."""
-    if isinstance(source, tuple) and len(source) == 2 and isinstance(source[1], LengthSampler):
-        indexable, sampler = source
-        if batch_size is not None:
-            raise ValueError(errors.sentence(_NAME, "batch_size", batch_size, "None: the sampler decides"))
-        if drop_remainder:
-            raise ValueError(
-                errors.sentence(_NAME, "drop_remainder", True, "False with a sampler, which drops nothing")
-            )
-        if not hasattr(indexable, "__getitem__"):
-            raise TypeError(errors.sentence(_NAME, "source", type(indexable).__name__, "examples to be had by index"))
-        count = len(indexable) if hasattr(indexable, "__len__") else None
-        if count is not None and count != len(sampler.lengths):
-            found = f"of {count} examples"
-            raise ValueError(errors.sentence(_NAME, "source", found, f"{len(sampler.lengths)}, as the sampler has"))
-        return indexable, sampler
-    if not hasattr(source, "__iter__"):
-        remedy = "A function that makes a generator? Wrap it in a class with __iter__." if callable(source) else ""
-        kinds = "a tf.data.Dataset, an iterable, or (indexable, LengthSampler)"
-        raise TypeError(errors.sentence(_NAME, "source", type(source).__name__, kinds, remedy))
-    if batch_size is None:
-        raise ValueError(errors.sentence(_NAME, "batch_size", None, "examples per replica; only a sampler decides it"))
-    return source, None
-
-
-def _examples(source: Any, first: int, opened: int) -> Iterator[Any]:
-    """A source's examples from one on; ``opened`` counts how often it was iterated."""
-    if isinstance(source, tf.data.Dataset):
-        return iter(source.skip(first).as_numpy_iterator())
-    examples = iter(source)
-    if examples is source and opened > 1:
-        remedy = "Give a list, a tf.data.Dataset, or an object whose __iter__ begins anew."
-        found = f"an iterator ({type(source).__name__}), used up by the first epoch"
-        raise ValueError(errors.sentence(_NAME, "source", found, "something to be iterated again", remedy))
-    return itertools.islice(examples, first, None) if first else examples
-
-
-def _count_of(source: Any) -> int | None:
-    """How many examples there are, where that is known."""
-    if isinstance(source, tf.data.Dataset):
-        count = int(source.cardinality())
-        return count if count >= 0 else None
-    return len(source) if hasattr(source, "__len__") else None
+        return sources.steps_of_examples(sources.examples_of(self._source, first, self._opened), size, here, first)

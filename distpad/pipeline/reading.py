@@ -16,15 +16,7 @@ from distpad import errors
 from distpad.pipeline import plan
 from distpad.pipeline.features import Features, Name, Row
 from distpad.pipeline.recipe import Recipe
-from distpad.sampling import LengthSampler
-
-
-class Step(NamedTuple):
-    """One micro-batch as a source gives it: for each replica of this worker its examples and their places."""
-
-    batch_size: int
-    examples: list[list[Any]]
-    places: list[np.ndarray]
+from distpad.pipeline.sources import Step
 
 
 class MicroBatch(NamedTuple):
@@ -50,46 +42,6 @@ class Window(NamedTuple):
         report = plan.Report.blank(len(self.report.rows), *width)
         report.failed_at = 0
         return self._replace(batches=[], report=report, error=error)
-
-
-# -- sources ----------------------------------------------------------------------------------------------------------
-
-
-def steps_of_examples(examples: Iterator[Any], batch_size: int, replicas: int, first: int) -> Iterator[Step]:
-    """Deal a worker's examples to its replicas, evenly where they end; ``first`` is the place of the first."""
-    while True:
-        taken: list[Any] = []
-        failed: BaseException | None = None
-        try:
-            for example in itertools.islice(examples, batch_size * replicas):
-                taken.append(example)
-        except BaseException as error:  # what was read before it still counts; the training raises it
-            failed = error
-        if failed is None and not taken:
-            return
-        if failed is None or len(taken) == batch_size * replicas:
-            parts = np.array_split(np.arange(len(taken)), replicas)
-            yield Step(batch_size, [[taken[i] for i in part] for part in parts], [first + part for part in parts])
-        if failed is not None:
-            raise failed
-        first += len(taken)
-
-
-def steps_of_sampler(
-    indexable: Any, sampler: LengthSampler, replicas: Sequence[int], num_replicas: int, epoch: int, step: int
-) -> Iterator[Step]:
-    """The examples that a sampler deals to this worker's replicas, which are ``replicas`` of ``num_replicas``."""
-    if step >= len(sampler.plan(epoch)):  # saved behind the last step: this epoch has no more
-        return
-    shards = [sampler.shard(replica, num_replicas) for replica in replicas]
-    for shard in shards:
-        shard.load_state_dict({"epoch": epoch, "step": step, "sampler": sampler.fingerprint()})
-    for dealt in zip(*shards):
-        places = [part[part >= 0] for part in dealt]
-        yield Step(len(dealt[0]), [[indexable[int(i)] for i in part] for part in places], places)
-
-
-# -- the reader -------------------------------------------------------------------------------------------------------
 
 
 class Reader:
