@@ -3,7 +3,8 @@
 
 All train the same model on the same examples each epoch, 16 a replica: shuffled and padded by tf.data to the longest of
 a replica's own batch, or to the longest of the data set; and by LengthSampler and PaddedBatches with a ladder of 6, by
-number of examples and by a token budget. Then the spread of the steps' times, which is what other workers wait for.
+number of examples and by a token budget. Then the spread of the steps' times, which is what other workers wait for: as
+timed, and with each step at the median of all steps of its shape, which leaves out what else the machine did.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ def main() -> None:
     ours = engine.Trainer(backend, model, functools.partial(our_loss, backend))
     any_length = dict.fromkeys("xy", tf.TensorSpec([SIZE, None], tf.int64))
     usual = engine.Trainer(backend, model, functools.partial(usual_loss, backend), batch=any_length)
-    times: dict[str, list[float]] = {name: [] for name in sources}
+    times: dict[str, list[tuple[tuple[int, ...], float]]] = {
+        name: [] for name in sources
+    }  # shape and seconds of each step
     contenders: dict[str, Callable[[], float]] = {}
     for name, source in sources.items():
         step = (usual if name in (OWN, LONGEST) else ours).step
@@ -76,12 +79,17 @@ def main() -> None:
     title = f"{options.set}, {who}, {options.rounds} epochs of {len(data)} examples, a ladder of {RUNGS}"
     rounds.show(title, "1000 positions a second", rates, OWN, scale=1e-3)
     spread = Table(title="Times of the steps of an epoch", title_justify="left")
-    for heading in ("contender", "steps", "median, ms", "90th percentile over median"):
+    for heading in ("contender", "steps", "shapes", "median, ms", "90th percentile over median", "by shape"):
         spread.add_column(heading, justify="left" if heading == "contender" else "right")
-    for name, seconds in times.items():
-        median = statistics.median(seconds)
-        over = np.percentile(seconds, 90) / median
-        spread.add_row(name, str(len(seconds) // options.rounds), f"{1000 * median:.1f}", f"{over:.2f}")
+    for name, found in times.items():
+        by_shape: dict[tuple[int, ...], list[float]] = {}
+        for shape, seconds in found:
+            by_shape.setdefault(shape, []).append(seconds)
+        timed = [seconds for _, seconds in found]
+        expected = [statistics.median(by_shape[shape]) for shape, _ in found]  # without the machine's own unrest
+        over = (f"{np.percentile(each, 90) / statistics.median(each):.2f}" for each in (timed, expected))
+        steps, median = len(found) // options.rounds, f"{1000 * statistics.median(timed):.1f}"
+        spread.add_row(name, str(steps), str(len(by_shape)), median, *over)
     Console(width=110).print(spread)
 
 
@@ -143,14 +151,15 @@ def grouped(
     return distpad.PaddedBatches((source, sampler), padding=padding, tokens="y", ladder=ladder, backend=backend)
 
 
-def epoch(step: Callable[[Any], Any], source: Iterable[Any], times: list[float]) -> float:
-    """Seconds of an epoch; the seconds of each of its steps go to ``times``."""
+def epoch(step: Callable[[Any], Any], source: Iterable[Any], times: list[Any]) -> float:
+    """Seconds of an epoch; the shape and the seconds of each of its steps go to ``times``."""
     began = last = time.perf_counter()
     for batch in source:
         value = step(batch)
         tf.nest.map_structure(lambda leaf: np.asarray(leaf), tf.nest.flatten(value, expand_composites=True))
         now = time.perf_counter()
-        times.append(now - last)
+        data = batch.data if isinstance(batch, distpad.Batch) else batch
+        times.append((tuple(data["y"].shape), now - last))
         last = now
     return time.perf_counter() - began
 
