@@ -59,10 +59,10 @@ def main() -> None:
     oracle.knows = True
     chief = backend.worker_index == 0
     timed = {name: functools.partial(run, trainer, batches) for name, batches in contenders.items()}
-    figures = rounds.take_turns(timed, options.rounds, quiet=not chief)
+    figures = rounds.take_turns(timed, "the oracle", options.rounds, quiet=not chief)
     if chief:
         title = f"{backend.num_workers} workers ({backend.name}), {options.rounds} rounds of {options.steps} steps"
-        rounds.show(title, "ms a step", figures, "the oracle", scale=1000)
+        rounds.show(title, "ms a step", figures, scale=1000)
 
 
 def model(units: int) -> tf.keras.Model:

@@ -6,6 +6,7 @@ import random
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -16,28 +17,37 @@ ROUNDS = 9
 COVERAGE = 0.95
 
 
+class Figures(NamedTuple):
+    """What was measured: of each contender its own figures, and their ratios to the base."""
+
+    own: dict[str, list[float]]
+    ratios: dict[str, list[float]]
+    base: str
+
+
 def take_turns(
-    contenders: Mapping[str, Callable[[], float]], rounds: int = ROUNDS, *, quiet: bool = False
-) -> dict[str, list[float]]:
-    """Run each contender once a round, in another order each round (the same on all workers).
+    contenders: Mapping[str, Callable[[], float]], base: str, rounds: int = ROUNDS, *, quiet: bool = False
+) -> Figures:
+    """Run each contender once a round, in another order each round (the same on all workers), and the base before each.
+
+    So the two that make a ratio follow one another: a machine that is slow for a minute is slow for both.
 
     Args:
       contenders: what is measured; each returns its own figure, such as seconds a step.
+      base: the contender that the others are held against.
       rounds: figures of each.
       quiet: no progress bar, as on all workers but the first.
     """
-    figures: dict[str, list[float]] = {name: [] for name in contenders}
+    own: dict[str, list[float]] = {name: [] for name in contenders}
+    found: dict[str, list[float]] = {name: [] for name in contenders if name != base}
     order = []
     for turn in range(rounds):
-        order += random.Random(turn).sample([*contenders], len(contenders))
+        order += random.Random(turn).sample([*found], len(found))
     for name in tqdm(order, unit="run", disable=quiet, file=sys.stderr, mininterval=1):
-        figures[name].append(contenders[name]())
-    return figures
-
-
-def ratios(figures: Mapping[str, Sequence[float]], base: str) -> dict[str, list[float]]:
-    """Each contender's figure over that of ``base`` in the same round."""
-    return {name: [a / b for a, b in zip(found, figures[base])] for name, found in figures.items()}
+        own[base].append(contenders[base]())
+        own[name].append(contenders[name]())
+        found[name].append(own[name][-1] / own[base][-1])
+    return Figures(own, found, base)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -52,15 +62,17 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return ordered[outside], ordered[-1 - outside]
 
 
-def show(title: str, unit: str, figures: Mapping[str, Sequence[float]], base: str, *, scale: float = 1.0) -> None:
-    """Print a table: the median figure of each contender, and the median of its ratios to ``base`` with an interval."""
+def show(title: str, unit: str, figures: Figures, *, scale: float = 1.0) -> None:
+    """Print a table: the median figure of each contender, and the median of its ratios with an interval."""
     table = Table(title=title, title_justify="left")
     table.add_column("contender")
-    for heading in (f"{unit}, median", f"ratio to {base}", "95 % interval"):
+    for heading in (f"{unit}, median", f"ratio to {figures.base}", "95 % interval"):
         table.add_column(heading, justify="right")
-    for name, found in ratios(figures, base).items():
-        low, high = interval(found)
-        median = f"{statistics.median(figures[name]) * scale:,.2f}"
-        bounds = "" if name == base else f"{low:.3f} to {high:.3f}"
-        table.add_row(name, median, f"{statistics.median(found):.3f}", bounds)
+    for name, own in figures.own.items():
+        median = f"{statistics.median(own) * scale:,.2f}"
+        if name == figures.base:
+            table.add_row(name, median, "1", "")
+            continue
+        low, high = interval(figures.ratios[name])
+        table.add_row(name, median, f"{statistics.median(figures.ratios[name]):.3f}", f"{low:.3f} to {high:.3f}")
     Console(width=110).print(table)

@@ -31,6 +31,7 @@ examples:
 SIZE, HEIGHT, CLASSES, UNITS = 8, 16, 32, 64
 PADDING = {"image": distpad.Pad(), "label": distpad.Pad()}
 RUNGS = 6
+LADDER = f"a ladder of {RUNGS}"
 
 
 def main() -> None:
@@ -72,12 +73,12 @@ def main() -> None:
     contenders = {
         f"{name}{how}": functools.partial(first_epoch, f"{name}{how}", ladder, jit)
         for how, jit in (("", False), (", XLA", True))
-        for name, ladder in ((f"a ladder of {RUNGS}", ladders), ("no ladder", None))
+        for name, ladder in ((LADDER, ladders), ("no ladder", None))
     }
-    figures = rounds.take_turns(contenders, options.rounds, quiet=backend.worker_index > 0)
+    figures = rounds.take_turns(contenders, LADDER, options.rounds, quiet=backend.worker_index > 0)
     if backend.worker_index == 0:
         title = f"first epoch of {options.steps} steps, {backend.num_workers} workers ({backend.name})"
-        rounds.show(title, "seconds", figures, f"a ladder of {RUNGS}")
+        rounds.show(title, "seconds", figures)
     for name, text in said.items():
         Console(width=200).print(f"worker {backend.worker_index}, {name}: {text}", highlight=False)
 

@@ -34,6 +34,7 @@ examples:
 """
 SIZE = 16  # examples per replica
 RUNGS = 6
+OWN, LONGEST = "padded_batch, own longest", "padded_batch, longest of all"
 
 
 def main() -> None:
@@ -61,23 +62,21 @@ def main() -> None:
     ours = engine.Trainer(backend, model, functools.partial(our_loss, backend))
     any_length = dict.fromkeys("xy", tf.TensorSpec([SIZE, None], tf.int64))
     usual = engine.Trainer(backend, model, functools.partial(usual_loss, backend), batch=any_length)
-    times: dict[str, list[tuple[tuple[int, ...], float]]] = {
-        name: [] for name in sources
-    }  # shape and seconds of each step
+    # of each step its shape and its seconds
+    times: dict[str, list[tuple[tuple[int, ...], float]]] = {name: [] for name in sources}
     contenders: dict[str, Callable[[], float]] = {}
     for name, source in sources.items():
         step = (usual if name in (OWN, LONGEST) else ours).step
-        contenders[name] = functools.partial(epoch, step, source, times[name])
+        contenders[name] = functools.partial(rate, step, source, times[name], int(lengths.sum()))
         contenders[name]()  # traces
         times[name].clear()
     chief = backend.worker_index == 0
-    figures = rounds.take_turns(contenders, options.rounds, quiet=not chief)
+    figures = rounds.take_turns(contenders, OWN, options.rounds, quiet=not chief)
     if not chief:
         return
-    rates = {name: [lengths.sum() / seconds for seconds in found] for name, found in figures.items()}
     who = f"{backend.num_workers} workers ({backend.name})"
     title = f"{options.set}, {who}, {options.rounds} epochs of {len(data)} examples, a ladder of {RUNGS}"
-    rounds.show(title, "1000 positions a second", rates, OWN, scale=1e-3)
+    rounds.show(title, "1000 positions a second", figures, scale=1e-3)
     spread = Table(title="Times of the steps of an epoch", title_justify="left")
     for heading in ("contender", "steps", "shapes", "median, ms", "90th percentile over median", "by shape"):
         spread.add_column(heading, justify="left" if heading == "contender" else "right")
@@ -88,12 +87,9 @@ def main() -> None:
         timed = [seconds for _, seconds in found]
         expected = [statistics.median(by_shape[shape]) for shape, _ in found]  # without the machine's own unrest
         over = (f"{np.percentile(each, 90) / statistics.median(each):.2f}" for each in (timed, expected))
-        steps, median = len(found) // options.rounds, f"{1000 * statistics.median(timed):.1f}"
+        steps, median = len(found) // len(figures.own[name]), f"{1000 * statistics.median(timed):.1f}"
         spread.add_row(name, str(steps), str(len(by_shape)), median, *over)
     Console(width=110).print(spread)
-
-
-OWN, LONGEST = "padded_batch, own longest", "padded_batch, longest of all"
 
 
 def model() -> tf.keras.Model:
@@ -151,8 +147,8 @@ def grouped(
     return distpad.PaddedBatches((source, sampler), padding=padding, tokens="y", ladder=ladder, backend=backend)
 
 
-def epoch(step: Callable[[Any], Any], source: Iterable[Any], times: list[Any]) -> float:
-    """Seconds of an epoch; the shape and the seconds of each of its steps go to ``times``."""
+def rate(step: Callable[[Any], Any], source: Iterable[Any], times: list[Any], positions: int) -> float:
+    """Real positions a second of an epoch; the shape and the seconds of each of its steps go to ``times``."""
     began = last = time.perf_counter()
     for batch in source:
         value = step(batch)
@@ -161,7 +157,7 @@ def epoch(step: Callable[[Any], Any], source: Iterable[Any], times: list[Any]) -
         data = batch.data if isinstance(batch, distpad.Batch) else batch
         times.append((tuple(data["y"].shape), now - last))
         last = now
-    return time.perf_counter() - began
+    return positions / (time.perf_counter() - began)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import pathlib
 import re
 import sys
@@ -33,14 +32,16 @@ def run(world: str, script: str, *arguments: object) -> str:
 # -- the figures ------------------------------------------------------------------------------------------------------
 
 
-def test_contenders_take_turns():
+def test_contenders_take_turns_each_behind_the_base():
     ran: list[str] = []
-    contenders = {name: lambda name=name: ran.append(name) or float(len(ran)) for name in "abc"}
-    figures = rounds.take_turns(contenders, 4, quiet=True)
-    assert [sorted(ran[k : k + 3]) for k in range(0, 12, 3)] == [["a", "b", "c"]] * 4
-    assert ran[:3] != ran[3:6] or ran[3:6] != ran[6:9]
-    assert sorted(itertools.chain(*figures.values())) == list(range(1, 13))
-    assert rounds.ratios({"a": [2.0, 6.0], "b": [1.0, 2.0]}, "b") == {"a": [2.0, 3.0], "b": [1.0, 1.0]}
+    contenders = {name: lambda name=name: ran.append(name) or float(len(ran)) for name in "abcd"}
+    figures = rounds.take_turns(contenders, "a", 4, quiet=True)
+    assert ran[::2] == ["a"] * 12
+    turns = [ran[k + 1 : k + 6 : 2] for k in range(0, 24, 6)]
+    assert [sorted(turn) for turn in turns] == [["b", "c", "d"]] * 4 and len({*map(tuple, turns)}) > 1
+    assert figures.own["a"] == [1.0 + 2 * k for k in range(12)] and figures.base == "a"
+    for name in "bcd":
+        assert len(figures.own[name]) == 4 and figures.ratios[name] == [own / (own - 1) for own in figures.own[name]]
 
 
 @pytest.mark.parametrize(("count", "left_out"), [(5, 0), (6, 0), (9, 1), (12, 2), (20, 5)])
