@@ -29,8 +29,8 @@ class LengthSampler:
         steps of one rung have the same shape.
       shuffle: False: examples and steps in the order of the data set, as an evaluation wants them.
       seed: with the epoch, all that the plan depends on.
-      randomness: from 0, sorted by length (equal lengths at random), to 1, fully shuffled. In between, an example's
-        place is ``(1 - randomness) * rank + randomness * chance``.
+      randomness: from 0, sorted by rung (equal ones at random: they pad alike) or without a ladder by length, to 1, fully
+        shuffled. In between, an example's place is ``(1 - randomness) * rank + randomness * chance``.
 
     Raises:
       ValueError: neither or both of ``global_batch_size`` and ``max_tokens``; a number out of range; a length above the
@@ -52,7 +52,7 @@ class LengthSampler:
         ladder: Ladder | None = None,
         shuffle: bool = True,
         seed: int = 0,
-        randomness: float = 0.1,
+        randomness: float = 0.05,
     ) -> None:
         self.lengths = _checked_lengths(lengths)
         if (global_batch_size is None) == (max_tokens is None):
@@ -128,11 +128,11 @@ class LengthSampler:
         count = len(self.lengths)
         if not self.shuffle:
             return np.arange(count)
-        shuffled = random.permutation(count)  # first, so that equal lengths come at random
-        by_length = shuffled[np.argsort(self.lengths[shuffled], kind="stable")]
+        shuffled = random.permutation(count)  # first, so that equal rungs come at random
+        by_rung = shuffled[np.argsort(self._rungs[shuffled], kind="stable")]
         chance = random.random(count)
         place = (1 - self.randomness) * np.arange(count) / max(count, 1) + self.randomness * chance
-        return by_length[np.argsort(place, kind="stable")]
+        return by_rung[np.argsort(place, kind="stable")]
 
     def _rows_at(self, order: np.ndarray, begin: int) -> int:
         """How many examples from a place on fit into one step, the longest of them deciding."""
