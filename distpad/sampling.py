@@ -29,8 +29,8 @@ class LengthSampler:
         steps of one rung have the same shape.
       shuffle: False: examples and steps in the order of the data set, as an evaluation wants them.
       seed: with the epoch, all that the plan depends on.
-      randomness: from 0, sorted by rung (equal ones at random: they pad alike) or without a ladder by length, to 1, fully
-        shuffled. In between, an example's place is ``(1 - randomness) * rank + randomness * chance``.
+      randomness: from 0, sorted by rung (equal ones at random: they pad alike) or without a ladder by length, to 1,
+        fully shuffled. In between, an example's place is ``(1 - randomness) * rank + randomness * chance``.
 
     Raises:
       ValueError: neither or both of ``global_batch_size`` and ``max_tokens``; a number out of range; a length above the
