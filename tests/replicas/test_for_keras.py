@@ -197,7 +197,7 @@ def test_fit_with_uneven_workers_and_weights(world):
 def test_epochs_of_different_numbers_of_steps(world):
     """A token budget; nothing is left out where the dataset is repeated."""
     fits(world)
-    data, sampler, batches = sampled(world, max_tokens=40)
+    data, sampler, batches = sampled(world, max_tokens=40, randomness=0.3)
     counts = [len(sampler.plan(e)) for e in range(6)]
     assert len(set(counts)) > 1, "of different numbers"
     dataset = batches.for_keras(x="x", y="y")
