@@ -117,7 +117,10 @@ class Backend(abc.ABC):
         return [tf.function(function)(given(self.worker_index))]
 
     def close(self) -> None:  # noqa: B027 (nothing is right)
-        """End what the engine keeps running in this process, before it exits."""
+        """End what the engine keeps running here, before the process exits: all workers come to it, and leave together.
+
+        A worker that never comes holds up the others for a limited time, and breaks nothing.
+        """
 
     # -- gradients and variables --------------------------------------------------------------------------------------
 

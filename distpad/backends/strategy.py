@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ _CARRIED = {
     tf.bfloat16: tf.float32,
 }
 
+LEAVE_WITHIN_S = 60.0  # how long a worker that is done waits for the others
 
 _KERAS = int(getattr(tf.keras, "__version__", "2").split(".")[0])
 
@@ -122,6 +124,13 @@ class StrategyBackend(base.Backend):
         # The strategy reads two batches ahead of the steps, whatever its InputOptions say. Of workers that leave at the
         # same step, one may have asked for an exchange that another never comes to.
         return "tf.data reads ahead there, so that workers could not leave together" if self.num_workers > 1 else ""
+
+    def close(self) -> None:
+        # A worker that exits as soon as it has its last result resets connections over which others still receive
+        # theirs. Nobody gets through this exchange before all have come to it, that is, have all results but this one:
+        # so an error in it says only that somebody has left already.
+        with contextlib.suppress(tf.errors.OpError):
+            self._host_stack(np.zeros(1), LEAVE_WITHIN_S)
 
     def hand_over(self, values: Sequence[Any]) -> Any:
         devices, local = self.strategy.extended.worker_devices, iter(range(len(values)))

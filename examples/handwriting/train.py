@@ -192,6 +192,7 @@ def run(options: argparse.Namespace) -> None:
         (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         report.write_samples(test, options.out / "samples")
         report.finish(summary, str(batches.ledger), drift.load_all(options.out), test, texts, options.out)
+    engine.backend.close()
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 
 import pytest
 
@@ -34,3 +35,16 @@ def test_a_worker_that_dies_leaves_nobody_waiting(world):
     assert code != 0
     assert "must not be reached" not in output
     assert seconds < LIMIT_S / 2
+
+
+def test_workers_leave_together():
+    """One that exits while another still receives breaks the connection that this comes over."""
+    code, output, _ = worlds.start("multiworker:2", HERE / "late_worker.py", limit_s=LIMIT_S)
+    assert code == 0, output
+    times = {
+        (what, int(worker)): float(at)
+        for worker, what, at in re.findall(r"worker (\d) (came|left) at ([\d.]+)", output)
+    }
+    assert len(times) == 4, output
+    assert times["came", 0] - times["came", 1] > 1  # or this proves nothing
+    assert times["left", 1] >= times["came", 0]
