@@ -37,7 +37,7 @@ ROOMS = (
     "backends",
     "sampling",
     "fitting ladder padding",
-    "counts",
+    "counts launcher",
     "errors",
 )
 # The private names of others that are read: what Python documents in spite of the underscore (NamedTuple's methods,

@@ -1,0 +1,289 @@
+"""TF_CONFIG for tf.distribute.MultiWorkerMirroredStrategy: from hosts, from Slurm, from Kubernetes. Pure functions.
+
+Each builder returns the text of the environment variable. Every worker of a job has to be given the same addresses in
+the same order, and its own index: so the builders take what is equal everywhere, and one number that is not.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Union
+
+from distpad import errors
+from distpad.launcher import nodelist
+
+Whole = Union[int, str]  # environment variables hold numbers as text
+
+_PART = "[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"  # underscores are in use, whatever the standard says
+_HOST = re.compile(rf"{_PART}(?:\.{_PART})*\.?")
+_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+_HIGHEST_PORT = 65535
+
+
+def cluster(addresses: Sequence[str], index: Whole) -> str:
+    """TF_CONFIG of worker ``index`` among workers at ``addresses``.
+
+    Args:
+        addresses: ``host:port`` of each worker, in the order of their indices; an IPv6 host stands in brackets,
+            ``[fd00::1]:2222``. TensorFlow's server listens at the worker's own port, and the first worker's also
+            holds the coordination service.
+        index: which of them the worker is, from 0: an int, or its digits.
+
+    Returns:
+        JSON, equal on all workers but for the index.
+
+    Raises:
+        TypeError: ``addresses`` is one string, or holds anything but strings; or ``index`` is no whole number.
+        ValueError: there is no address, one is malformed or stands there twice, or the index is out of range.
+
+    >>> cluster(["node1:2222", "node2:2222"], 1)
+    '{"cluster": {"worker": ["node1:2222", "node2:2222"]}, "task": {"type": "worker", "index": 1}}'
+    """
+    return _config("cluster", addresses, "index", index)
+
+
+def from_hosts(hosts: Iterable[tuple[str, int]], index: Whole, *, port: Whole) -> str:
+    """TF_CONFIG of worker ``index`` among hosts with slots: ``slots`` workers on each, at ports counted from ``port``.
+
+    Args:
+        hosts: ``(name, slots)``; workers are counted along the hosts, and along each host's slots. An IPv6 address
+            may stand there with or without brackets.
+        index: which worker, from 0.
+        port: of each host's first worker; the next has ``port + 1``.
+
+    Returns:
+        JSON, equal on all workers but for the index.
+
+    Raises:
+        TypeError: a number is no whole number, or a host no string.
+        ValueError: a host is malformed or stands there twice, it has no slot, a port is above 65535, or the index is
+            out of range.
+
+    >>> json.loads(from_hosts([("a", 2), ("b", 1)], 2, port=2222))["cluster"]["worker"]
+    ['a:2222', 'a:2223', 'b:2222']
+    """
+    addresses = _addresses("from_hosts", "hosts", hosts, port)
+    return _config("from_hosts", addresses, "index", index)
+
+
+def from_slurm(
+    hostnames: Sequence[str],
+    tasks_per_node: str,
+    procid: Whole,
+    *,
+    port: Whole,
+    nodeid: Whole | None = None,
+    localid: Whole | None = None,
+) -> str:
+    """TF_CONFIG of one task of a Slurm step: one worker a task.
+
+    Args:
+        hostnames: the step's nodes: what ``scontrol show hostnames`` prints, or
+            :func:`~distpad.launcher.nodelist.slurm_hostnames`.
+        tasks_per_node: ``SLURM_STEP_TASKS_PER_NODE``, or ``SLURM_TASKS_PER_NODE``, such as ``"2(x3),1"``.
+        procid: ``SLURM_PROCID``.
+        port: of each node's first task; the next has ``port + 1``.
+        nodeid: ``SLURM_NODEID``. With it, tasks that are not counted node by node (``srun --distribution=cyclic``) are
+            refused, who would look for their ports on other nodes.
+        localid: ``SLURM_LOCALID``, for the same.
+
+    Returns:
+        JSON, equal on all workers but for the index.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: there are more or fewer nodes than ``tasks_per_node`` tells of, something is malformed or out of
+            range, or the task is not where its number tells.
+
+    >>> json.loads(from_slurm(["n1", "n2"], "2,1", "2", port=20000, nodeid="1", localid="0"))["cluster"]["worker"]
+    ['n1:20000', 'n1:20001', 'n2:20000']
+    """
+    if isinstance(hostnames, str):
+        raise TypeError(errors.sentence("from_slurm", "hostnames", repr(hostnames), "a list of host names"))
+    tasks = nodelist.slurm_tasks_per_node(tasks_per_node)
+    if len(tasks) != len(hostnames):
+        rule = f"the tasks of {len(hostnames)} nodes"
+        evidence = f"It has {len(tasks)}. Is one of the job, the other of the step?"
+        raise ValueError(errors.sentence("from_slurm", "tasks_per_node", repr(tasks_per_node), rule, evidence))
+    addresses = _addresses("from_slurm", "hostnames", zip(hostnames, tasks), port)
+    config = _config("from_slurm", addresses, "procid", procid)
+    places = [(node, local) for node, count in enumerate(tasks) for local in range(count)]
+    for argument, value, place in zip(("nodeid", "localid"), (nodeid, localid), places[int(procid)]):
+        if value is not None and _whole("from_slurm", argument, value, 0) != place:
+            evidence = f"Task {procid} of {tasks_per_node} tasks a node is there where tasks are counted node by node."
+            remedy = "Use srun --distribution=block."
+            raise ValueError(errors.sentence("from_slurm", argument, value, str(place), evidence, remedy))
+    return config
+
+
+def from_indexed_job(
+    job: str, completions: Whole, index: Whole, *, service: str, port: Whole, namespace: str | None = None
+) -> str:
+    """TF_CONFIG of one pod of a Kubernetes Indexed Job, whose ``completions`` are all there at once.
+
+    Args:
+        job: the Job's name; its pods have the host names ``<job>-<index>``.
+        completions: how many pods: as many run at once (``parallelism``).
+        index: ``JOB_COMPLETION_INDEX``.
+        service: the headless Service, which the pods name as their ``subdomain``.
+        port: of every worker: each pod has an address of its own.
+        namespace: makes the names valid from other namespaces too.
+
+    Returns:
+        JSON, equal on all workers but for the index.
+
+    Raises:
+        TypeError: a number is no whole number, or a name no string.
+        ValueError: a name is no DNS label, or a number is out of range.
+
+    >>> json.loads(from_indexed_job("train", 2, "0", service="workers", port=2222))["cluster"]["worker"]
+    ['train-0.workers:2222', 'train-1.workers:2222']
+    """
+    pods = range(_whole("from_indexed_job", "completions", completions, 1))
+    _label("from_indexed_job", "job", job, f"{job}-{pods[-1]}")
+    _label("from_indexed_job", "service", service, service)
+    behind = service
+    if namespace is not None:
+        _label("from_indexed_job", "namespace", namespace, namespace)
+        behind = f"{service}.{namespace}.svc"
+    addresses = _addresses("from_indexed_job", "job", ((f"{job}-{pod}.{behind}", 1) for pod in pods), port)
+    return _config("from_indexed_job", addresses, "index", index)
+
+
+def from_jobset(
+    jobset: str,
+    replicated_jobs: Iterable[tuple[str, int, int]],
+    replicated_job: str,
+    job_index: Whole,
+    pod_index: Whole,
+    *,
+    port: Whole,
+    subdomain: str | None = None,
+) -> str:
+    """TF_CONFIG of one pod of a JobSet: workers are counted along the replicated jobs, their jobs, and their pods.
+
+    Args:
+        jobset: the JobSet's name.
+        replicated_jobs: ``(name, replicas, pods)`` of each replicated job whose pods are workers; ``pods`` is the
+            ``completions`` of its Job template.
+        replicated_job: the pod's own: its label ``jobset.sigs.k8s.io/replicatedjob-name``.
+        job_index: its label ``jobset.sigs.k8s.io/job-index``.
+        pod_index: ``JOB_COMPLETION_INDEX``.
+        port: of every worker: each pod has an address of its own.
+        subdomain: the JobSet's ``network.subdomain``; by default its name.
+
+    Returns:
+        JSON, equal on all workers but for the index.
+
+    Raises:
+        TypeError: a number is no whole number, or a name no string.
+        ValueError: a name is no DNS label, stands there twice, or is not in the list; or a number is out of range.
+
+    >>> config = from_jobset("train", [("node", 2, 2)], "node", "1", "0", port=2222)
+    >>> json.loads(config)["cluster"]["worker"][2], json.loads(config)["task"]["index"]
+    ('train-node-1-0.train:2222', 2)
+    """
+    behind = jobset if subdomain is None else subdomain
+    _label("from_jobset", "subdomain", behind, behind)
+    pods: list[tuple[str, int, int]] = []
+    sizes: dict[str, tuple[int, int]] = {}
+    for name, replicas, completions in replicated_jobs:
+        if name in sizes:
+            raise ValueError(errors.sentence("from_jobset", "replicated_jobs", repr(name), "each name once"))
+        jobs = _whole("from_jobset", "replicas", replicas, 1)
+        each = _whole("from_jobset", "pods", completions, 1)
+        sizes[name] = jobs, each
+        _label("from_jobset", "replicated_jobs", name, f"{jobset}-{name}-{jobs - 1}-{each - 1}")
+        pods += [(name, job, pod) for job in range(jobs) for pod in range(each)]
+    errors.choice("from_jobset", "replicated_job", replicated_job, tuple(sizes))
+    jobs, each = sizes[replicated_job]
+    mine = (
+        replicated_job,
+        _below("from_jobset", "job_index", job_index, jobs),
+        _below("from_jobset", "pod_index", pod_index, each),
+    )
+    hosts = ((f"{jobset}-{name}-{job}-{pod}.{behind}", 1) for name, job, pod in pods)
+    addresses = _addresses("from_jobset", "jobset", hosts, port)
+    return _config("from_jobset", addresses, "index", pods.index(mine))
+
+
+def _config(function: str, addresses: Sequence[str], argument: str, index: Whole) -> str:
+    """Check and write: the one place where TF_CONFIG gets its form."""
+    if isinstance(addresses, str) or not all(isinstance(address, str) for address in addresses):
+        raise TypeError(errors.sentence(function, "addresses", repr(addresses), "a list of strings 'host:port'"))
+    if not addresses:
+        raise ValueError(errors.sentence(function, "addresses", repr(addresses), "at least one"))
+    seen: dict[str, int] = {}
+    for place, address in enumerate(addresses):
+        known = seen.setdefault(_canonical(function, address), place)
+        if known != place:
+            evidence = f"Workers {known} and {place} would share it."
+            raise ValueError(errors.sentence(function, "addresses", repr(address), "each address once", evidence))
+    task = {"type": "worker", "index": _below(function, argument, index, len(addresses))}
+    return json.dumps({"cluster": {"worker": list(addresses)}, "task": task})
+
+
+def _canonical(function: str, address: str) -> str:
+    """An address in a form that is equal for equal addresses."""
+    host, _, port = address.rpartition(":")
+    plain = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    bracketed = plain != host
+    version = _ip_version(plain)
+    well_formed = (version == 6) == bracketed and (version is not None or (len(host) <= 253 and _HOST.fullmatch(host)))
+    if not well_formed or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) <= _HIGHEST_PORT:
+        rule = f"host:port with a port from 1 to {_HIGHEST_PORT}, an IPv6 host in brackets"
+        raise ValueError(errors.sentence(function, "addresses", repr(address), rule))
+    name = str(ipaddress.ip_address(plain)) if version else host.lower().rstrip(".")
+    return f"{name} {int(port)}"
+
+
+def _addresses(function: str, argument: str, hosts: Iterable[tuple[str, Whole]], port: Whole) -> list[str]:
+    first = _whole(function, "port", port, 1)
+    addresses = []
+    for host, slots in hosts:
+        if not isinstance(host, str):
+            raise TypeError(errors.sentence(function, argument, repr(host), "host names as strings"))
+        count = _whole(function, "slots", slots, 1)
+        last = first + count - 1
+        if last > _HIGHEST_PORT:
+            evidence = f"{host} would listen up to port {last}."
+            rule = f"at most {_HIGHEST_PORT - count + 1} for {count} workers on a host"
+            raise ValueError(errors.sentence(function, "port", first, rule, evidence))
+        name = f"[{host}]" if _ip_version(host) == 6 else host
+        addresses += [f"{name}:{each}" for each in range(first, last + 1)]
+    return addresses
+
+
+def _ip_version(host: str) -> int | None:
+    """4 or 6, or None for names. Zones (``fe80::1%eth0``) are no addresses here: they mean nothing on other hosts."""
+    try:
+        return None if "%" in host else ipaddress.ip_address(host).version
+    except ValueError:
+        return None
+
+
+def _label(function: str, argument: str, value: str, label: str) -> None:
+    if not isinstance(value, str):
+        raise TypeError(errors.sentence(function, argument, repr(value), "a string"))
+    if not _LABEL.fullmatch(label):
+        rule = "a DNS label: at most 63 lower-case letters, digits and hyphens, none at its ends"
+        evidence = f"It makes {label!r}, of {len(label)} characters." if label != value else ""
+        raise ValueError(errors.sentence(function, argument, repr(value), rule, evidence))
+
+
+def _whole(function: str, argument: str, value: Whole, least: int) -> int:
+    if isinstance(value, str):
+        if not re.fullmatch("[0-9]+", value):
+            raise ValueError(errors.sentence(function, argument, repr(value), f"a whole number from {least}"))
+        value = int(value)
+    return errors.whole_number(function, argument, value, least)
+
+
+def _below(function: str, argument: str, value: Whole, count: int) -> int:
+    number = _whole(function, argument, value, 0)
+    if number >= count:
+        raise ValueError(errors.sentence(function, argument, number, f"from 0 to {count - 1}, of {count}"))
+    return number

@@ -1,0 +1,323 @@
+"""TF_CONFIG from hosts, Slurm and Kubernetes: what TensorFlow reads in it, who it is made for, and its errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import tensorflow as tf
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distpad.launcher import nodelist, tfconfig
+from worlds import end
+
+LABELS = st.from_regex(r"[a-z]([a-z0-9-]{0,8}[a-z0-9])?", fullmatch=True)
+COUNTS = st.integers(1, 4)
+
+
+def read(config: str) -> tuple[list[str], int]:
+    """What TensorFlow's own resolver makes of it: the workers, and which of them it is."""
+    before = os.environ.get("TF_CONFIG")
+    os.environ["TF_CONFIG"] = config
+    try:
+        found = tf.distribute.cluster_resolver.TFConfigClusterResolver()
+        assert found.task_type == "worker" and found.cluster_spec().jobs == ["worker"]
+        return found.cluster_spec().job_tasks("worker"), found.task_id
+    finally:
+        del os.environ["TF_CONFIG"]
+        if before is not None:
+            os.environ["TF_CONFIG"] = before
+
+
+# -- the same on all workers, but for the index -----------------------------------------------------------------------
+
+
+@given(st.lists(LABELS, min_size=1, max_size=6, unique=True), st.data())
+def test_tensorflow_reads_a_cluster(names, data):
+    addresses = [f"{name}:{data.draw(st.integers(1, 65535))}" for name in names]
+    for index in range(len(addresses)):
+        assert read(tfconfig.cluster(addresses, index)) == (addresses, index)
+        assert tfconfig.cluster(addresses, str(index)) == tfconfig.cluster(tuple(addresses), index)
+
+
+@given(st.dictionaries(LABELS, COUNTS, min_size=1, max_size=5), st.integers(1, 65532))
+def test_workers_on_hosts_with_slots(hosts, port):
+    expected = []
+    for name, slots in hosts.items():
+        for slot in range(slots):
+            expected.append(f"{name}:{port + slot}")
+    for index in range(len(expected)):
+        assert read(tfconfig.from_hosts(hosts.items(), index, port=port)) == (expected, index)
+
+
+@given(st.dictionaries(LABELS, COUNTS, min_size=1, max_size=5), st.integers(1, 65532))
+def test_every_task_of_slurm_finds_itself(hosts, port):
+    compressed = ",".join(map(str, hosts.values()))
+    procid = 0
+    for nodeid, (name, tasks) in enumerate(hosts.items()):
+        for localid in range(tasks):
+            numbers = [str(number) for number in (procid, port, nodeid, localid)]
+            config = tfconfig.from_slurm(
+                list(hosts), compressed, numbers[0], port=numbers[1], nodeid=numbers[2], localid=numbers[3]
+            )
+            addresses, index = read(config)
+            assert addresses[index] == f"{name}:{port + localid}"
+            assert len(set(addresses)) == len(addresses) == sum(hosts.values())
+            procid += 1
+
+
+@given(LABELS, LABELS, st.integers(1, 12))
+def test_every_pod_of_an_indexed_job_finds_itself(job, service, completions):
+    for index in range(completions):
+        addresses, own = read(tfconfig.from_indexed_job(job, completions, str(index), service=service, port=2222))
+        assert addresses[own] == f"{job}-{index}.{service}:2222" and len(set(addresses)) == completions
+    config = tfconfig.from_indexed_job(job, 1, 0, service=service, namespace="team-a", port="2222")
+    assert read(config) == ([f"{job}-0.{service}.team-a.svc:2222"], 0)
+
+
+@given(LABELS, st.dictionaries(LABELS, st.tuples(COUNTS, COUNTS), min_size=1, max_size=3), st.booleans())
+def test_every_pod_of_a_jobset_finds_itself(jobset, sizes, renamed):
+    subdomain = {"subdomain": "workers"} if renamed else {}
+    listed = [(name, *size) for name, size in sizes.items()]
+    rank = 0
+    for name, jobs, pods in listed:
+        for job in range(jobs):
+            for pod in range(pods):
+                config = tfconfig.from_jobset(jobset, listed, name, str(job), str(pod), port=2222, **subdomain)
+                addresses, own = read(config)
+                host = f"{jobset}-{name}-{job}-{pod}.{'workers' if renamed else jobset}"
+                assert (own, addresses[own]) == (rank, f"{host}:2222")
+                rank += 1
+    assert len(addresses) == rank
+
+
+def test_ipv6_addresses_get_their_brackets():
+    expected = ["[fd00::1]:2222", "[fd00::1]:2223", "10.0.0.7:2222"]
+    for first in ("fd00::1", "[fd00::1]"):
+        hosts = [(first, 2), ("10.0.0.7", 1)]
+        assert read(tfconfig.from_hosts(hosts, 2, port=2222)) == (expected, 2)
+
+
+SERVES = """
+import tensorflow as tf
+strategy = tf.distribute.MultiWorkerMirroredStrategy()
+print("replicas", strategy.num_replicas_in_sync, flush=True)
+"""
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_tensorflow_serves_at_such_an_address(host):
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as held:
+            held.bind((host, 0))
+            free_port = held.getsockname()[1]
+    except OSError as error:
+        pytest.skip(f"{host} cannot be bound here: {error}")
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVES],
+        env={**os.environ, "TF_CONFIG": tfconfig.from_hosts([(host, 1)], 0, port=free_port)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=100)
+    finally:
+        end(process)
+    assert process.returncode == 0 and "replicas 1" in output, output
+
+
+# -- what Slurm writes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("node1", "node1"),
+        ("a,b,c", "a b c"),
+        ("a[1-3]", "a1 a2 a3"),
+        ("a[01-03,7],b,c[1-2]-x[5,8-9]", "a01 a02 a03 a7 b c1-x5 c1-x8 c1-x9 c2-x5 c2-x8 c2-x9"),
+        ("c[1-2]-x[5,8].dom", "c1-x5.dom c1-x8.dom c2-x5.dom c2-x8.dom"),
+        ("a[9-11],a[09-11],a[099-101]", "a9 a10 a11 a09 a10 a11 a099 a100 a101"),
+        ("a[3,1],a1", "a3 a1 a1"),
+        ("[1-2].rack-[7]-x", "1.rack-7-x 2.rack-7-x"),
+        ("a[0-1]b[0-1]c[0-1]", "a0b0c0 a0b0c1 a1b0c0 a1b0c1 a0b1c0 a0b1c1 a1b1c0 a1b1c1"),
+        (" a, b\n", "a b"),
+        (",a,,b,", "a b"),
+    ],
+)
+def test_node_lists(text, expected):
+    assert nodelist.slurm_hostnames(text) == expected.split()
+
+
+@given(st.data())
+def test_node_lists_of_random_numbers(data):
+    """Numbers of one width, cut into ranges at random, are found again in their order."""
+    width = data.draw(st.integers(1, 5))
+    numbers = data.draw(st.lists(st.integers(0, 10**width - 1), min_size=1, max_size=20))
+    parts = []
+    for number in numbers:
+        more = min(data.draw(st.integers(0, 5)), 10**width - 1 - number)
+        parts.append((number, number + more))
+    written = ",".join(f"{a:0{width}}-{b:0{width}}" if a < b else f"{a:0{width}}" for a, b in parts)
+    expected = [f"n{number:0{width}}" for a, b in parts for number in range(a, b + 1)]
+    assert nodelist.slurm_hostnames(f"n[{written}]") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected at least one host name. Is this inside a Slurm allocation"),
+        (" ,", "expected at least one host name"),
+        ("a[1", r"'\[' has no partner"),
+        ("a1]", r"'\]' has no partner"),
+        ("a[1[2]]", r"expected brackets in pairs, none inside another"),
+        ("a[]", "'' is neither"),
+        ("a[1,]", "'' is neither"),
+        ("a[x]", "'x' is neither"),
+        ("a[-1]", "'-1' is neither"),
+        ("a[1-2-3]", "'1-2-3' is neither"),
+        ("a[1, 2]", "' 2' is neither"),
+        ("a[٣]", "'٣' is neither"),
+        ("a[3-1]", "expected ranges that run upwards. '3-1' runs downwards"),
+        ("a[1-65537]", "expected at most 65536 hosts"),
+        ("a[1-99999999999999999999]", "expected at most 65536 hosts"),
+        ("a[1-300]b[1-300]", "alone has 90000"),
+    ],
+)
+def test_node_lists_that_are_refused(text, message):
+    with pytest.raises(ValueError, match=f"^slurm_hostnames: nodelist is .*{message}"):
+        nodelist.slurm_hostnames(text)
+
+
+@given(st.lists(st.tuples(st.integers(1, 99), st.integers(1, 9)), min_size=1, max_size=9))
+def test_tasks_per_node(runs):
+    text = ",".join(f"{tasks}(x{times})" if times > 1 else str(tasks) for tasks, times in runs)
+    assert nodelist.slurm_tasks_per_node(text) == [tasks for tasks, times in runs for _ in range(times)]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "2,", "0", "2(x0)", "2(3)", "2(x3", "-1", "two", "1(x65537)", "1(x40000),1(x40000)"]
+)
+def test_tasks_per_node_that_are_refused(text):
+    with pytest.raises(ValueError, match=r"^slurm_tasks_per_node: text is .*, expected numbers from 1 such as"):
+        nodelist.slurm_tasks_per_node(text)
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+ERRORS = [
+    (lambda: tfconfig.cluster([], 0), "cluster: addresses is [], expected at least one"),
+    (lambda: tfconfig.cluster(["a:1"], 1), "cluster: index is 1, expected from 0 to 0, of 1"),
+    (lambda: tfconfig.cluster(["a:1"], -1), "cluster: index is -1, expected at least 0"),
+    (lambda: tfconfig.cluster(["a:1"], "-1"), "cluster: index is '-1', expected a whole number from 0"),
+    (lambda: tfconfig.cluster(["a:1"], ""), "cluster: index is '', expected a whole number from 0"),
+    (lambda: tfconfig.from_hosts([("a", 0)], 0, port=1), "from_hosts: slots is 0, expected at least 1"),
+    (lambda: tfconfig.from_hosts([("a", 1)], 0, port=0), "from_hosts: port is 0, expected at least 1"),
+    (
+        lambda: tfconfig.from_hosts([("a", 3)], 0, port=65534),
+        "from_hosts: port is 65534, expected at most 65533 for 3 workers on a host. a would listen up to port 65536",
+    ),
+    (
+        lambda: tfconfig.from_hosts([("a", 1), ("b", 1), ("A.", 2)], 0, port=9),
+        "from_hosts: addresses is 'A.:9', expected each address once. Workers 0 and 2 would share it",
+    ),
+    (
+        lambda: tfconfig.from_slurm(["a", "b"], "2(x3)", 0, port=9),
+        "from_slurm: tasks_per_node is '2(x3)', expected the tasks of 2 nodes. It has 3",
+    ),
+    (lambda: tfconfig.from_slurm(["a"], "2", 2, port=9), "from_slurm: procid is 2, expected from 0 to 1, of 2"),
+    (
+        lambda: tfconfig.from_slurm(["a", "b"], "2(x2)", 1, port=9, nodeid=1, localid=0),
+        "from_slurm: nodeid is 1, expected 0. Task 1 of 2(x2) tasks a node is there where tasks are counted node by "
+        "node. Use srun --distribution=block",
+    ),
+    (
+        lambda: tfconfig.from_indexed_job("Train", 2, 0, service="s", port=9),
+        "from_indexed_job: job is 'Train', expected a DNS label: at most 63 lower-case letters",
+    ),
+    (
+        lambda: tfconfig.from_indexed_job("t" * 61, 11, 0, service="s", port=9),
+        "-10', of 64 characters",
+    ),
+    (
+        lambda: tfconfig.from_indexed_job("t", 2, 0, service="s", namespace="", port=9),
+        "from_indexed_job: namespace is '', expected a DNS label",
+    ),
+    (lambda: tfconfig.from_indexed_job("t", 2, 2, service="s", port=9), "index is 2, expected from 0 to 1, of 2"),
+    (
+        lambda: tfconfig.from_jobset("t", [("a", 1, 1), ("b", 1, 1)], "c", 0, 0, port=9),
+        "from_jobset: replicated_job is 'c', expected one of 'a', 'b'",
+    ),
+    (
+        lambda: tfconfig.from_jobset("t", [("a", 1, 1), ("a", 1, 1)], "a", 0, 0, port=9),
+        "from_jobset: replicated_jobs is 'a', expected each name once",
+    ),
+    (
+        lambda: tfconfig.from_jobset("t", [("a", 2, 3)], "a", 1, 3, port=9),
+        "from_jobset: pod_index is 3, expected from 0 to 2, of 3",
+    ),
+    (
+        lambda: tfconfig.from_jobset("t", [("a", 2, 3)], "a", 2, 0, port=9),
+        "from_jobset: job_index is 2, expected from 0 to 1, of 2",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), ERRORS)
+def test_errors_say_what_is_wrong(call, message):
+    with pytest.raises(ValueError, match=r"^\w+: \w+ is .*, expected ") as caught:
+        call()
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["", "a", "a:", ":1", "a:0", "a:65536", "a:-1", "a:+1", "a: 1", "a b:1", "a/b:1", "http://a:1", "a:1:2", "fd00::1",
+     "fd00::1:22", "[fd00::1]", "[a]:1", "[10.0.0.1]:1", "[fe80::1%eth0]:1", "-a:1", "a..b:1", "a\n:1", "a:1\n", "a:１",
+     "${HOST}:1", f"{'a' * 254}:1"],
+)  # fmt: skip
+def test_malformed_addresses_are_refused(address):
+    with pytest.raises(ValueError, match=r"^cluster: addresses is .*, expected host:port with a port from 1 to 65535"):
+        tfconfig.cluster(["good:1", address], 0)
+
+
+@pytest.mark.parametrize("same", [["n:1", "N:1"], ["n:1", "n.:1"], ["n:1", "n:01"], ["[::1]:1", "[0:0::1]:1"]])
+def test_an_address_counts_once_however_it_is_written(same):
+    with pytest.raises(ValueError, match=r"expected each address once\. Workers 0 and 1 would share it"):
+        tfconfig.cluster(same, 0)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: tfconfig.cluster("a:1", 0),
+        lambda: tfconfig.cluster([1], 0),
+        lambda: tfconfig.cluster(["a:1"], 0.0),
+        lambda: tfconfig.cluster(["a:1"], True),
+        lambda: tfconfig.from_hosts([(None, 1)], 0, port=1),
+        lambda: tfconfig.from_hosts([("a", None)], 0, port=1),
+        lambda: tfconfig.from_slurm("a", "1", 0, port=1),
+        lambda: tfconfig.from_slurm(["a"], 1, 0, port=1),
+        lambda: tfconfig.from_slurm(["a"], "1", 0, port=None),
+        lambda: tfconfig.from_indexed_job(None, 1, 0, service="s", port=1),
+        lambda: tfconfig.from_jobset(None, [("a", 1, 1)], "a", 0, 0, port=1),
+        lambda: nodelist.slurm_hostnames(None),
+        lambda: nodelist.slurm_tasks_per_node(2),
+    ],
+)
+def test_wrong_types_are_type_errors(call):
+    with pytest.raises(TypeError, match=r"^\w+: \w+ is .*, expected "):
+        call()
+
+
+def test_it_is_json_on_one_line():
+    """So that it can be passed on by `env`, by ssh and in YAML."""
+    text = tfconfig.cluster(["a:1", "b:1"], 0)
+    assert "\n" not in text and json.loads(text)["task"] == {"type": "worker", "index": 0}
