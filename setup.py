@@ -27,7 +27,13 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["distpad", "distpad.*"]),
     python_requires=">=3.9",
-    install_requires=["numpy>=1.23", "rich>=13", "typer>=0.9"],  # the last two only when the command line runs
+    install_requires=[
+        "numpy>=1.23",
+        "psutil>=5.9",
+        "pyyaml>=6",
+        "rich>=13",
+        "typer>=0.12",
+    ],  # all but numpy for the command line
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["distpad=distpad.cli:main"]},
     classifiers=[

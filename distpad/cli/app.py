@@ -5,10 +5,12 @@ from __future__ import annotations
 import typer
 
 import distpad
-from distpad.cli import certify
+from distpad.cli import certify, launch
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 app.command("certify")(certify.certify)
+# what follows the command's first word is the command's
+app.command("launch", context_settings={"allow_interspersed_args": False})(launch.launch)
 
 
 @app.callback(invoke_without_command=True)

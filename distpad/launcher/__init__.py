@@ -1,1 +1,6 @@
-"""``distpad launch``: starts a job's workers with the engine's own launcher, and says what became of them."""
+"""What ``distpad launch`` does: a job (spec) becomes command lines and environments (render), and is run (run).
+
+On each host an agent serves the workers there, and ends what is left of them; each worker's program runs under a small
+parent of ours (worker). So every engine's job is watched in the same way, whoever started its processes. Nothing here
+imports TensorFlow.
+"""

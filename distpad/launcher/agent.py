@@ -1,0 +1,254 @@
+"""A host's agent: gives the workers there their orders, passes on what they say, and ends what is left of the job.
+
+    python -m distpad.launcher.agent
+
+The launcher starts one on each host, itself or by ssh or srun, and speaks with it in lines of JSON over standard input
+and output: commands and secrets are on no command line. When the launcher is gone, or was not heard for LOST_S seconds,
+the agent ends the job's processes on its host and itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shutil
+import signal
+import socket
+import sys
+from typing import Any
+
+LOST_S = 20.0
+BEAT_S = 2.0
+PACKAGES = ("tensorflow", "tensorflow-cpu", "tensorflow-gpu", "keras", "numpy", "horovod", "distpad")
+DAEMONS = ("orted", "prted")  # Open MPI's, which a launcher that is killed may leave
+LIMIT = 1 << 22  # bytes of one message
+
+
+def main() -> None:
+    """Serve until the launcher says that it is over, or is gone."""
+    # Whoever ends the session (a terminal, srun, ssh) means the launcher, which tells the agent.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    asyncio.run(Agent().serve())
+
+
+class Agent:
+    """What one host's agent knows."""
+
+    def __init__(self) -> None:
+        self.orders: dict[str, Any] = {}
+        self.workers: dict[asyncio.StreamWriter, dict[str, Any]] = {}  # those that are connected, with their hello
+        self.groups: set[int] = set()  # process groups of commands that were started here
+        self.daemons: set[int] = set()
+        self.processes: list[asyncio.subprocess.Process] = []  # workers that no engine started
+        self.launcher: asyncio.StreamWriter
+
+    async def serve(self) -> None:
+        reader = await self._standard_streams()
+        server, folder = None, None
+        try:
+            self.orders = json.loads(await reader.readline())
+            folder = pathlib.Path(self.orders["folder"])
+            folder.mkdir(mode=0o700, exist_ok=True)
+            if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o077:
+                raise OSError(f"{folder} belongs to somebody else, or is open to others")
+            path = folder / f"{socket.gethostname()}.sock"
+            server = await asyncio.start_unix_server(self._worker, path, limit=LIMIT)
+            self.send(is_="ready", **facts(self.orders["hosts"]))
+            beat = asyncio.ensure_future(self._beat())
+            await self._listen(reader)
+            beat.cancel()
+            await self.end()
+        except (OSError, ValueError) as error:
+            self.send(is_="broken", text=str(error) or type(error).__name__)
+        finally:
+            if server:
+                server.close()
+            if folder:
+                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # two hosts of a test may share it
+                    folder.rmdir()
+            await self._flush()
+
+    async def _standard_streams(self) -> asyncio.StreamReader:
+        """Both as streams that never block: a launcher that is cut off must not keep the agent from ending its job."""
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(limit=LIMIT)
+        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin.buffer)
+        answers = asyncio.StreamReaderProtocol(asyncio.StreamReader())
+        transport, protocol = await loop.connect_write_pipe(lambda: answers, sys.stdout.buffer)
+        self.launcher = asyncio.StreamWriter(transport, protocol, None, loop)
+        return reader
+
+    async def _flush(self) -> None:
+        with contextlib.suppress(OSError, asyncio.TimeoutError):
+            self.launcher.transport.set_write_buffer_limits(0)
+            await asyncio.wait_for(self.launcher.drain(), 1)
+
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        """Do what the launcher says, until it says "end", or is gone."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            while line := await asyncio.wait_for(reader.readline(), LOST_S):
+                message = json.loads(line)
+                what = message["do"]
+                if what == "end":
+                    self.orders["grace_s"] = message["grace_s"]
+                    return
+                if what == "ports":
+                    self.send(is_="ports", **find_ports(message["count"], message["first"]))
+                elif what == "start":
+                    await self._start(message["env"])
+                elif what == "signal":
+                    self._tell(do="signal", number=message["number"])
+                elif what == "leave":
+                    self._tell(do="leave")
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_S)
+            self.send(is_="alive")
+
+    async def _start(self, env: dict[str, str]) -> None:
+        self.processes.append(
+            await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "distpad.launcher.worker", self.orders["folder"]),
+                env={**os.environ, **env},
+                stdin=asyncio.subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        )
+
+    async def _worker(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One worker's connection: its orders, then what it says."""
+        hello: dict[str, Any] = {}
+        ended = False
+        try:
+            while line := await reader.readline():
+                message = json.loads(line)
+                if message["is"] == "hello":
+                    hello = self.workers[writer] = message
+                    self._remember_daemon(message["parent"])
+                    writer.write(json.dumps(self.orders).encode() + b"\n")
+                elif message["is"] == "started":
+                    self.groups.add(message["pid"])
+                ended = ended or message["is"] == "exit"
+                self.send(**{"rank": hello.get("rank"), **message})
+                await self.launcher.drain()  # a command that writes faster than the launcher reads waits
+        except (OSError, ValueError):
+            pass  # it was killed, perhaps in the middle of a line: as if it had left
+        if not ended:
+            self.send(is_="gone", rank=hello.get("rank"))
+        self.workers.pop(writer, None)
+        writer.close()
+
+    def _remember_daemon(self, pid: int) -> None:
+        with contextlib.suppress(OSError):
+            if pathlib.Path(f"/proc/{pid}/comm").read_text().strip() in DAEMONS:
+                self.daemons.add(pid)
+
+    def _tell(self, **message: Any) -> None:
+        for writer in self.workers:
+            writer.write(json.dumps(message).encode() + b"\n")
+
+    async def end(self) -> None:
+        """End the job's processes here: first they are asked, then they are killed, and so is what they left."""
+        self._tell(do="leave")
+        self._tell(do="signal", number=signal.SIGTERM)
+        clock = asyncio.get_running_loop()
+        deadline = clock.time() + self.orders["grace_s"]
+        while self.workers and clock.time() < deadline:
+            await asyncio.sleep(0.05)
+        for group in self.groups:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(group, signal.SIGKILL)
+        deadline = clock.time() + 1
+        while self.workers and clock.time() < deadline:  # they still tell how their commands ended
+            await asyncio.sleep(0.02)
+        left = sweep(self.orders["job"], self.daemons)
+        self.send(is_="swept", left=left)
+
+    def send(self, is_: str = "", **fields: Any) -> None:
+        self.launcher.write(json.dumps({"is": is_, **fields} if is_ else fields).encode() + b"\n")
+
+
+def facts(hosts: list[str]) -> dict[str, Any]:
+    """What the launcher compares between hosts before it starts anything."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "resolves": {name: resolve(name) for name in dict.fromkeys([*hosts, socket.gethostname()])},
+    }
+
+
+def resolve(name: str) -> list[str]:
+    """The addresses of a host's name as this host sees them; none where it does not know it."""
+    with contextlib.suppress(OSError):
+        return sorted({str(found[4][0]) for found in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)})
+    return []
+
+
+def find_ports(count: int, first: int | None) -> dict[str, Any]:
+    """Free ports: any, all held until the last is found, or ``count`` of them from ``first``."""
+    wanted = [0] * count if first is None else list(range(first, first + count))
+    held, found = [], []
+    try:
+        for port in wanted:
+            held.append(socket.socket())
+            # as gRPC does it: a port that only waits for its last packets is free
+            held[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            held[-1].bind(("", port))
+            found.append(held[-1].getsockname()[1])
+        return {"ports": found}
+    except OSError as error:
+        return {"ports": [], "taken": port, "why": error.strerror}
+    finally:
+        for each in held:
+            each.close()
+
+
+def sweep(job: str, daemons: set[int]) -> list[str]:
+    """Kill what is left of the job on this host, wherever it fled: its processes carry the job's number.
+
+    Returns:
+      the command lines of what was found.
+    """
+    import psutil  # takes longer than all else here
+
+    kept = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
+    network = _network("self")
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid in kept or _network(process.pid) != network:
+                continue
+            if process.pid in daemons or process.environ().get("DISTPAD_JOB") == job:
+                found.append(process)
+    shown = []
+    for process in found:
+        with contextlib.suppress(psutil.Error):
+            shown.append(shutil.which(process.name()) or process.name())
+            process.kill()
+    psutil.wait_procs(found, timeout=2)
+    return shown
+
+
+def _network(pid: int | str) -> str:
+    """The network that a process is in: hosts of a test are networks of one machine."""
+    try:
+        return os.readlink(f"/proc/{pid}/ns/net")
+    except OSError:
+        return ""
+
+
+if __name__ == "__main__":
+    main()

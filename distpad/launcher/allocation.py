@@ -1,0 +1,43 @@
+"""The hosts of the Slurm allocation that this process runs in."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping
+
+from distpad.launcher import nodelist, spec
+
+
+def hosts(environ: Mapping[str, str], slots_per_host: int | None = None) -> tuple[spec.Host, ...]:
+    """The nodes, each with as many slots as the job has tasks there.
+
+    Args:
+      environ: Slurm's variables.
+      slots_per_host: instead of Slurm's numbers of tasks.
+
+    Raises:
+      ValueError: Slurm's variables are missing or malformed.
+    """
+    nodes = environ.get("SLURM_JOB_NODELIST", "")
+    if not nodes:
+        raise ValueError(
+            "launch: SLURM_JOB_ID is set, but SLURM_JOB_NODELIST is not, expected both. Give the hosts by -H."
+        )
+    names = _ask_scontrol(nodes) or nodelist.slurm_hostnames(nodes)
+    tasks = environ.get("SLURM_TASKS_PER_NODE", "1")
+    slots = [slots_per_host] * len(names) if slots_per_host else nodelist.slurm_tasks_per_node(tasks)
+    if len(slots) != len(names):
+        raise ValueError(
+            f"launch: SLURM_TASKS_PER_NODE is {tasks!r}, expected numbers for {len(names)} nodes ({nodes})."
+        )
+    return tuple(spec.Host(name, count) for name, count in zip(names, slots))
+
+
+def _ask_scontrol(nodes: str) -> list[str]:
+    """What Slurm itself makes of a list of nodes; nothing where it cannot be asked, as in a container."""
+    try:
+        asked = ["scontrol", "show", "hostnames", nodes]
+        found = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return found.stdout.split()

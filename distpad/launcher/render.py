@@ -1,0 +1,212 @@
+"""A job as command lines and environments: pure functions, whose results the tests hold against a record.
+
+No command line made here holds anything of the user's but names of hosts and paths of programs: command, variables and
+secrets travel to the agents over their standard input.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from distpad.launcher import spec, tfconfig
+
+FOLDER = "/tmp"  # of sockets; the same on all hosts, and short, since a socket's path may have 107 bytes
+SSH = (
+    *("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "LogLevel=ERROR"),
+    *("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"),
+)
+
+# What a worker on another host gets of the launcher's environment, beside what --env names.
+PASSED_ON = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "MPLBACKEND")
+PASSED_ON_AS = ("TF_", "XLA_", "KERAS_", "NCCL_", "UCX_", "HOROVOD_", "CUDA_", "PYTHON", "DISTPAD_")
+# What the engine's launcher, and ssh, need of it; all else, which they might put onto command lines, they do not get.
+NEEDED = (
+    *("PATH", "HOME", "USER", "LOGNAME", "LANG", "TMPDIR", "TERM", "SSH_AUTH_SOCK"),
+    *("PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH"),
+)
+NEEDED_AS = ("SLURM_", "OMPI_MCA_", "PRTE_MCA_", "PMIX_MCA_")
+# What tells a process which one of a job it is: nobody inherits that from around the launcher.
+MEMBERSHIP = re.compile(
+    r"TF_CONFIG|HOROVOD_(RANK|SIZE|LOCAL_\w+|CROSS_\w+|HOSTNAME|CONTROLLER|CPU_OPERATIONS|GLOO_RENDEZVOUS_\w+|GLOO_IFACE|"
+    r"ELASTIC)|OMPI_\w+|PMIX?_\w+|PRTE_\w+|SLURM_\w+|DISTPAD_(BACKEND|WORKERS|HOSTS|REPLICAS|ATTEMPT|JOB|RANK)"
+)
+SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|(^|_)KEY(_|$)", re.IGNORECASE)
+STALL = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "60", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "300"}
+
+
+def folder(job: spec.Job) -> str:
+    """Where the agents' sockets are, on each host."""
+    return f"{FOLDER}/distpad-{job.id}"
+
+
+def agent_argv(job: spec.Job, host: spec.Host, environ: Mapping[str, str]) -> list[str]:
+    """What starts the agent of a host, from the launcher's."""
+    agent = [job.python, "-m", "distpad.launcher.agent"]
+    if host.is_here:
+        return agent
+    if job.launcher == "srun" or "SLURM_JOB_ID" in environ:
+        one = [
+            "--nodes=1",
+            "--ntasks=1",
+            f"--nodelist={host.name}",
+            "--overlap",
+            "--unbuffered",
+            "--mpi=none",
+            "--quiet",
+        ]
+        return ["srun", *one, *agent]
+    path = environ.get("PYTHONPATH")
+    remote = [*(["env", f"PYTHONPATH={path}"] if path else []), *agent]
+    return [*SSH, *job.ssh_args, host.name, shlex.join(remote)]
+
+
+def worker_argv(job: spec.Job) -> list[str]:
+    """What starts one worker: the small parent that takes its orders from its host's agent."""
+    return [job.python, "-m", "distpad.launcher.worker", folder(job)]
+
+
+def engine_argv(job: spec.Job, mpi: str = "", *, is_root: bool = False) -> list[str]:
+    """The command line of the engine's own launcher; empty where the agents start the workers.
+
+    Args:
+      job: the job.
+      mpi: the first line of ``mpirun --version``, for jobs by mpirun.
+      is_root: whether it runs as root, which Open MPI has to be allowed.
+    """
+    if job.launcher == "horovodrun":
+        return _horovodrun(job)
+    if job.launcher == "mpirun":
+        return _mpirun(job, mpi, is_root)
+    if job.launcher == "srun":
+        return _srun(job)
+    return []
+
+
+def _horovodrun(job: spec.Job) -> list[str]:
+    interface = job.network_interface or ("" if job.crosses_hosts else "lo")
+    argv = ["horovodrun", "--gloo", "-np", str(job.workers), "--disable-cache"]
+    argv += ["--start-timeout", str(int(job.start_timeout_s))]
+    if job.elastic:
+        argv += ["--min-np", str(job.min_np), "--max-np", str(job.max_np)]
+        argv += ["--host-discovery-script", job.host_discovery_script] if job.host_discovery_script else _hosts(job)
+    else:
+        argv += _hosts(job)
+    argv += ["--network-interface", interface] if interface else []
+    return [*argv, *job.launcher_args, *worker_argv(job)]
+
+
+def _mpirun(job: spec.Job, mpi: str, is_root: bool) -> list[str]:
+    prrte = _major(mpi) >= 5
+    interface = job.network_interface
+    argv = ["mpirun", *(["--allow-run-as-root"] if is_root else []), "-np", str(job.workers), *_hosts(job)]
+    # A worker is a whole TensorFlow with threads of its own: one core each, Open MPI's default, would starve it.
+    argv += ["--bind-to", "none", "--map-by", "slot"]
+    argv += ["--mca", "pml", "ob1", "--mca", "btl", "^openib"]  # as Horovod's documentation says
+    ssh = [*SSH[1:], *job.ssh_args]
+    argv += ["--prtemca", "plm_ssh_args", shlex.join(ssh)] if prrte else ["--mca", "plm_rsh_args", shlex.join(ssh)]
+    if not prrte:
+        argv += ["--mca", "btl_vader_single_copy_mechanism", "none"]  # containers forbid what it would use
+    if interface:
+        argv += ["--mca", "btl_tcp_if_include", interface]
+        argv += ["--prtemca", "prte_if_include", interface] if prrte else ["--mca", "oob_tcp_if_include", interface]
+    for name in ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH"):
+        argv += ["-x", name]
+    return [*argv, *job.launcher_args, *worker_argv(job)]
+
+
+def _srun(job: spec.Job) -> list[str]:
+    each = max(host.slots for host in job.used_hosts)
+    argv = ["srun", f"--nodes={len(job.used_hosts)}", f"--ntasks={job.workers}", f"--ntasks-per-node={each}"]
+    argv += [f"--nodelist={','.join(host.name for host in job.used_hosts)}"]
+    argv += ["--overlap", "--unbuffered", "--kill-on-bad-exit=1"]
+    argv += ["--mpi=pmix" if job.backend == "horovod" else "--mpi=none"]
+    return [*argv, *job.launcher_args, *worker_argv(job)]
+
+
+def _hosts(job: spec.Job) -> list[str]:
+    return ["-H", ",".join(f"{host.name}:{host.slots}" for host in job.hosts)]
+
+
+def _major(mpi: str) -> int:
+    found = re.search(r"Open MPI\D*(\d+)", mpi)
+    return int(found[1]) if found else 0
+
+
+def engine_env(job: spec.Job, environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment of the engine's launcher, and of ssh: what they need, and nothing that is nobody's business."""
+    # horovodrun, and perhaps mpirun, stand beside their Python, which need not be on PATH
+    path = f"{os.path.dirname(job.python)}{os.pathsep}{environ.get('PATH', os.defpath)}"
+    return {**agent_env(environ), "PATH": path, "DISTPAD_JOB": job.id, "PYTHONUNBUFFERED": "1"}
+
+
+def agent_env(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment of agents and of what carries them: like the engine's, but nobody takes them for the job's."""
+    return {k: v for k, v in environ.items() if k in NEEDED or k.startswith(NEEDED_AS)}
+
+
+def worker_env(
+    job: spec.Job, host: spec.Host, environ: Mapping[str, str], secrets: Mapping[str, str], attempt: int = 0
+) -> dict[str, str]:
+    """What a host's workers get beside what their engine tells them.
+
+    On this machine that is the launcher's whole environment, on others what is in PASSED_ON and ``--env``; with it what
+    was promised (the library holds the engine to it), settings of Horovod and NCCL, and secrets.
+    """
+    here = {k: v for k, v in environ.items() if not MEMBERSHIP.fullmatch(k)}
+    missing = [name for name in job.env if name not in environ]
+    if missing:
+        raise ValueError(f"launch: --env names {', '.join(missing)}, expected variables that are set here.")
+    wanted = {k: v for k, v in here.items() if k in PASSED_ON or k.startswith(PASSED_ON_AS)}
+    env = {**(here if host.is_here else wanted), **{name: environ[name] for name in job.env}}
+    env.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+    if job.backend == "horovod":
+        env = {**STALL, **env}
+    if job.network_interface:
+        env["NCCL_SOCKET_IFNAME"] = job.network_interface
+    promises = {"BACKEND": job.backend, "ATTEMPT": attempt, "JOB": job.id}
+    if not job.elastic:
+        promises |= {"WORKERS": job.workers, "HOSTS": len(job.used_hosts)}
+    if job.backend == "mirrored" and job.np:
+        promises["REPLICAS"] = job.np
+    env |= {f"DISTPAD_{name}": str(value) for name, value in promises.items()}
+    return {**env, "PYTHONUNBUFFERED": "1", **secrets}
+
+
+def orders(
+    job: spec.Job, host: spec.Host, environ: Mapping[str, str], secrets: Mapping[str, str], attempt: int
+) -> dict:
+    """What the agent of a host is told: as JSON, over its standard input."""
+    return {
+        "job": job.id,
+        "folder": folder(job),
+        "command": list(job.command),
+        "cwd": job.cwd,
+        "env": worker_env(job, host, environ, secrets, attempt),
+        "slots": host.slots,
+        "grace_s": job.grace_s,
+        "holds_failures": not job.elastic,
+        "hosts": [] if job.elastic else [each.name for each in job.used_hosts],
+    }
+
+
+def addresses(job: spec.Job, ports: Mapping[str, Sequence[int]]) -> list[str]:
+    """The workers' addresses for TF_CONFIG, from the ports that each host's agent found free."""
+    names = {host.name: host.name if job.crosses_hosts else "127.0.0.1" for host in job.used_hosts}
+    return [f"{names[place.host.name]}:{ports[place.host.name][place.local_rank]}" for place in job.places]
+
+
+def rank_env(job: spec.Job, place: spec.Place, ports: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """What one worker gets where its agent starts it."""
+    env = {"DISTPAD_RANK": str(place.rank)}
+    if job.backend == "multiworker":
+        env["TF_CONFIG"] = tfconfig.cluster(addresses(job, ports), place.rank)
+    return env
+
+
+def redacted(name: str, value: str, secrets: Mapping[str, Any]) -> str:
+    """A variable's value as it may be shown."""
+    return "***" if name in secrets or SECRET_NAME.search(name) else value

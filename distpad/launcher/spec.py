@@ -1,0 +1,286 @@
+"""A job: what to run, by how many workers, where. It knows nothing of how it is started."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+import secrets
+import socket
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Optional
+
+BACKENDS = ("mirrored", "multiworker", "horovod")
+LAUNCHERS = ("horovodrun", "mpirun", "srun", "ssh")
+LOCAL = ("localhost", "127.0.0.1", "::1")
+NO_RETRY = (2, 126, 127, 130)  # wrong usage, a command that cannot be started, Ctrl-C
+
+# A leading hyphen would be read as an option by ssh; colons separate slots, so that IPv6 addresses need a name.
+_HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """Where workers run, and how many at most."""
+
+    name: str
+    slots: int = 1
+
+    def __post_init__(self) -> None:
+        if not _HOST.fullmatch(self.name):
+            rule = "letters, digits, dots, hyphens and underscores; give an IPv6 address a name in /etc/hosts"
+            raise ValueError(f"hosts: host name is {self.name!r}, expected {rule}.")
+        if self.slots < 1:
+            raise ValueError(f"hosts: {self.name} has {self.slots} slots, expected at least 1.")
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is this machine."""
+        return self.name in LOCAL or self.name in (socket.gethostname(), socket.gethostname().partition(".")[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """One worker's place: ``local_rank`` counts the workers of its host."""
+
+    rank: int
+    host: Host
+    local_rank: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One run of a command on several workers. ``distpad launch --help`` tells of each field.
+
+    Raises:
+      ValueError: a field that is out of its range, or fields that do not go together.
+    """
+
+    command: tuple[str, ...]
+    backend: str = "multiworker"
+    np: Optional[int] = None  # noqa: UP045 (dataclass fields are read by the command line on Python 3.9)
+    hosts: tuple[Host, ...] = (Host("localhost"),)
+    controller: str = ""  # of Horovod: gloo or mpi
+    launcher: str = ""
+    launcher_args: tuple[str, ...] = ()
+    ssh_args: tuple[str, ...] = ()
+    network_interface: str = ""
+    env: tuple[str, ...] = ()
+    secrets: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)  # name: file
+    log_dir: str = ""
+    tee: bool = False
+    ranks: tuple[int, ...] = ()
+    max_restarts: int = 0
+    backoff_s: float = 2.0
+    no_retry: tuple[int, ...] = NO_RETRY
+    grace_s: float = 10.0
+    start_timeout_s: float = 60.0
+    timeout_s: Optional[float] = None  # noqa: UP045
+    port: Optional[int] = None  # noqa: UP045
+    min_np: Optional[int] = None  # noqa: UP045
+    max_np: Optional[int] = None  # noqa: UP045
+    host_discovery_script: str = ""
+    python: str = sys.executable
+    cwd: str = "."
+    id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8))
+
+    def __post_init__(self) -> None:
+        _one_of("--backend", self.backend, BACKENDS)
+        if not self.command:
+            raise ValueError(
+                "launch: no command, expected one after --, as in: distpad launch -np 2 -- python train.py"
+            )
+        if any("\0" in word for word in self.command):
+            raise ValueError("launch: an argument of the command holds a NUL byte, which no program can be given.")
+        self._settle_launcher()
+        self._settle_workers()
+        for flag, value, low in (
+            ("--max-restarts", self.max_restarts, 0),
+            ("--backoff-s", self.backoff_s, 0),
+            ("--grace-s", self.grace_s, 0),
+            ("--start-timeout-s", self.start_timeout_s, 1),
+            ("--timeout-s", self.timeout_s, 0.001),
+        ):
+            if value is not None and not value >= low:
+                raise ValueError(f"launch: {flag} is {value}, expected at least {low}.")
+        for name in (*self.env, *self.secrets):
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"launch: variable name is {name!r}, expected letters, digits and underscores.")
+        if self.port is not None and not 1024 <= self.port <= 65535 - self.workers:
+            raise ValueError(
+                f"launch: --port is {self.port}, expected 1024 to {65535 - self.workers}: one port a worker."
+            )
+        for rank in self.ranks:
+            if not 0 <= rank < (self.max_np or self.workers):
+                raise ValueError(f"launch: --ranks names {rank}, expected 0 to {(self.max_np or self.workers) - 1}.")
+        if self.network_interface and not re.fullmatch(r"[A-Za-z0-9_.:@-]{1,15}", self.network_interface):
+            raise ValueError(
+                f"launch: --network-interface is {self.network_interface!r}, expected a name such as eth0."
+            )
+
+    def _settle_launcher(self) -> None:
+        """The engine's launcher where none was named, and whether it goes with the rest."""
+        if self.controller and self.backend != "horovod":
+            raise ValueError(f"launch: --{self.controller} is for --backend horovod, which is {self.backend} here.")
+        default = "ssh" if self.backend != "horovod" else "mpirun" if self.controller == "mpi" else "horovodrun"
+        launcher = self.launcher or default
+        _one_of("--launcher", launcher, LAUNCHERS)
+        controller = self.controller
+        if self.backend == "horovod":
+            controller = {"horovodrun": "gloo"}.get(launcher, "mpi")
+            if launcher == "ssh":
+                raise ValueError(
+                    "launch: --launcher is ssh, expected horovodrun, mpirun or srun for --backend horovod."
+                )
+            if self.controller and self.controller != controller:
+                fitting = "horovodrun" if self.controller == "gloo" else "mpirun or srun"
+                raise ValueError(f"launch: --launcher is {launcher}, expected {fitting} for --{self.controller}.")
+        elif launcher not in ("ssh", "srun"):
+            raise ValueError(f"launch: --launcher is {launcher}, expected ssh or srun for --backend {self.backend}.")
+        if self.launcher_args and launcher == "ssh":
+            raise ValueError(
+                "launch: --launcher-arg needs an engine's launcher; for options of ssh there is --ssh-arg."
+            )
+        if self.elastic and controller != "gloo":
+            raise ValueError("launch: elastic jobs are Horovod's over Gloo, expected --backend horovod --gloo.")
+        object.__setattr__(self, "launcher", launcher)
+        object.__setattr__(self, "controller", controller)
+
+    def _settle_workers(self) -> None:
+        """The number of workers where it follows from the slots, and whether there are as many."""
+        names = [host.name for host in self.hosts]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"launch: the hosts name {name} twice, expected each once. Add up its slots: {name}:N."
+                )
+        slots = sum(host.slots for host in self.hosts)
+        if self.np is not None and self.np < 1:
+            raise ValueError(f"launch: -np is {self.np}, expected at least 1.")
+        if self.elastic:
+            low, high = self.min_np or 1, self.max_np or max(self.np or 1, self.min_np or 1)
+            if not 1 <= low <= (self.np or low) <= high:
+                raise ValueError(
+                    f"launch: --min-np {low}, -np {self.np}, --max-np {high}, expected them in this order."
+                )
+            object.__setattr__(self, "min_np", low)
+            object.__setattr__(self, "max_np", high)
+            object.__setattr__(self, "np", self.np or low)
+            return
+        if self.backend == "mirrored":
+            if len(self.hosts) > 1:
+                raise ValueError(
+                    f"launch: --backend mirrored runs in one process, expected one host and not {', '.join(names)}. "
+                    "Take --backend multiworker."
+                )
+            return
+        if names == ["localhost"] and self.np is not None and slots == 1:
+            object.__setattr__(self, "hosts", (Host("localhost", self.np),))  # nobody counted slots here
+            slots = self.np
+        np = self.np or slots
+        if np > slots:
+            have = ", ".join(f"{host.name}:{host.slots}" for host in self.hosts)
+            raise ValueError(
+                f"launch: -np is {np}, but the hosts have {slots} slots ({have}). Give hosts more slots as host:N, or "
+                "--slots-per-host N, or name more hosts."
+            )
+        object.__setattr__(self, "np", np)
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of workers may change while it runs."""
+        return bool(self.host_discovery_script) or self.min_np is not None or self.max_np is not None
+
+    @property
+    def workers(self) -> int:
+        """The number of worker processes."""
+        return 1 if self.backend == "mirrored" else self.np or 1
+
+    @property
+    def places(self) -> list[Place]:
+        """Who runs where: hosts are filled in their order, as horovodrun and mpirun do."""
+        seats = [(host, i) for host in self.hosts for i in range(host.slots)]
+        return [Place(rank, host, i) for rank, (host, i) in enumerate(seats[: self.workers])]
+
+    @property
+    def used_hosts(self) -> tuple[Host, ...]:
+        """The hosts that get workers."""
+        return tuple(dict.fromkeys(place.host for place in self.places))
+
+    @property
+    def crosses_hosts(self) -> bool:
+        """Whether workers have to reach one another over a network."""
+        return len(self.used_hosts) > 1 or any(not host.is_here for host in self.used_hosts)
+
+
+def parse_hosts(text: str, slots_per_host: int | None = None) -> tuple[Host, ...]:
+    """The hosts of ``-H``.
+
+    >>> parse_hosts("a:2,b")
+    (Host(name='a', slots=2), Host(name='b', slots=1))
+    """
+    return tuple(_host(part.strip(), slots_per_host, f"-H {text}") for part in text.split(",") if part.strip())
+
+
+def read_hostfile(path: str | pathlib.Path, slots_per_host: int | None = None) -> tuple[Host, ...]:
+    """The hosts of a file with a line a host: ``name``, ``name slots=2`` or ``name:2``; ``#`` begins a comment."""
+    try:
+        text = pathlib.Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"launch: --hostfile {path} cannot be read: {error.strerror}.") from error
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.partition("#")[0].split()
+        slots = [word.partition("=")[2] for word in words[1:] if word.partition("=")[0] == "slots"]
+        unknown = [word for word in words[1:] if word.partition("=")[0] not in ("slots", "max_slots", "max-slots")]
+        if unknown or len(slots) > 1:
+            raise ValueError(f"launch: line {number} of {path} is {line!r}, expected: name slots=N.")
+        if words:
+            where = f"line {number} of {path}"
+            found.append(_host(f"{words[0]}:{slots[0]}" if slots else words[0], slots_per_host, where))
+    if not found:
+        raise ValueError(f"launch: --hostfile {path} names no host, expected lines such as: name slots=2.")
+    return tuple(found)
+
+
+def _host(text: str, slots_per_host: int | None, where: str) -> Host:
+    name, colon, slots = text.partition(":")
+    if colon and not slots.isdecimal():
+        raise ValueError(f"launch: {where} holds {text!r}, expected HOST or HOST:SLOTS with a number of slots.")
+    return Host(name, int(slots) if colon else slots_per_host or 1)
+
+
+def parse_ranks(text: str) -> tuple[int, ...]:
+    """The ranks of ``--ranks``.
+
+    >>> parse_ranks("0,4-6")
+    (0, 4, 5, 6)
+    """
+    found: list[int] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if not match:
+            raise ValueError(f"launch: --ranks holds {part!r}, expected numbers and ranges such as 0,4-6.")
+        found.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return tuple(sorted(set(found)))
+
+
+def parse_secrets(pairs: Iterable[str]) -> dict[str, str]:
+    """The variables and files of ``--secret NAME=FILE``."""
+    found = {}
+    for pair in pairs:
+        name, equals, path = pair.partition("=")
+        if not equals or not path:
+            raise ValueError(
+                f"launch: --secret is {name!r} without a file, expected NAME=FILE. A secret's value does not belong "
+                "on a command line, where everybody can read it."
+            )
+        found[name] = path
+    return found
+
+
+def _one_of(flag: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"launch: {flag} is {value!r}, expected one of {', '.join(choices)}.")

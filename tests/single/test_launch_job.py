@@ -1,0 +1,329 @@
+"""Jobs as command lines: against a record, and with input that means harm."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from distpad.cli import app
+from distpad.launcher import allocation, describe, hostcheck, render, spec, worker
+
+RECORDS = pathlib.Path(__file__).parent / "command_lines"
+ENVIRON = {
+    **{"PATH": "/env/bin:/usr/bin", "HOME": "/home/me", "USER": "me", "LANG": "C.UTF-8", "EDITOR": "vi"},
+    **{"HF_TOKEN": "t0ken", "DATA": "/data/my set", "TF_CONFIG": "{}", "HOROVOD_RANK": "7", "NCCL_DEBUG": "WARN"},
+}
+OPEN_MPI_4, OPEN_MPI_5 = "mpirun (Open MPI) 4.1.4", "mpirun (Open MPI) 5.0.11"
+HOSTS = spec.parse_hosts("node1:4,node2:4")
+ALWAYS = {"command": ("python", "train.py"), "python": "/env/bin/python", "cwd": "/work/it", "id": "0123456789abcdef"}
+JOBS = {
+    "mirrored": {"backend": "mirrored", "np": 4},
+    "multiworker-here": {"np": 2},
+    "multiworker-ssh": {"hosts": HOSTS, "port": 5000, "ssh_args": ("-p2222",), "env": ("DATA",)},
+    "horovodrun-here": {"backend": "horovod", "np": 2},
+    "horovodrun": {"backend": "horovod", "hosts": HOSTS, "np": 6, "network_interface": "eth0"},
+    "horovodrun-elastic": {"backend": "horovod", "min_np": 2, "max_np": 8, "host_discovery_script": "/work/discover"},
+    "mpirun-4": {"backend": "horovod", "controller": "mpi", "hosts": HOSTS, "network_interface": "eth0"},
+    "mpirun-5": {"backend": "horovod", "controller": "mpi", "hosts": HOSTS, "network_interface": "eth0"},
+    "mpirun-argument": {"backend": "horovod", "controller": "mpi", "np": 2, "launcher_args": ("--mca", "x", "a b")},
+    "srun-horovod": {"backend": "horovod", "launcher": "srun", "hosts": HOSTS},
+    "srun-multiworker": {"hosts": HOSTS},
+    "hostile": {
+        "hosts": HOSTS,
+        "command": ("python", 'it\'s a "file".py', "$(touch /tmp/x)", "a\nb", "", "; rm -rf /", "-np", "--"),
+        "cwd": "/work/my $(folder)\nof mine",
+    },
+}
+
+
+def make(**fields) -> spec.Job:
+    return spec.Job(**{**ALWAYS, **fields})
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_command_lines_are_as_recorded(name):
+    environ = {**ENVIRON, **({"SLURM_JOB_ID": "1"} if name.startswith("srun") else {})}
+    mpi = OPEN_MPI_5 if name == "mpirun-5" else OPEN_MPI_4
+    found = "\n".join(describe.describe(make(**JOBS[name]), environ, {"WANDB_API_KEY": "very secret"}, mpi)) + "\n"
+    record = RECORDS / f"{name}.txt"
+    if os.environ.get("RENEW_COMMAND_LINES"):
+        record.write_text(found)
+    known = record.read_text() if record.exists() else ""
+    lines = difflib.unified_diff(known.splitlines(), found.splitlines(), "recorded", "now", lineterm="", n=1)
+    assert found == known, "\n".join([*lines, "", "Is it meant? RENEW_COMMAND_LINES=1 pytest " + __file__])
+    assert "secret" not in found and "t0ken" not in found
+
+
+def test_every_launcher_has_a_record():
+    recorded = {make(**fields).launcher for fields in JOBS.values()}
+    assert recorded == set(spec.LAUNCHERS)
+    assert {path.stem for path in RECORDS.iterdir()} == set(JOBS)
+
+
+# -- what others have to bear ------------------------------------------------------------------------------------------
+
+TEXT = st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",)), max_size=30)
+
+
+@given(command=st.lists(TEXT, min_size=1, max_size=4), value=TEXT)
+@settings(max_examples=50, deadline=None)
+def test_no_argument_and_no_value_gets_onto_a_command_line(command, value):
+    marked = [f"MARK{word}" for word in command]
+    job = make(command=tuple(marked), hosts=HOSTS, env=("GIVEN",), cwd="/MARK here")
+    environ = {**ENVIRON, "GIVEN": f"MARK{value}"}
+    for host in job.used_hosts:
+        assert "MARK" not in " ".join(render.agent_argv(job, host, environ))
+    for fields in ({"controller": "gloo"}, {"controller": "mpi"}, {"launcher": "srun"}):
+        argv = render.engine_argv(make(command=tuple(marked), backend="horovod", hosts=HOSTS, **fields), OPEN_MPI_4)
+        assert argv and "MARK" not in " ".join(argv)
+    assert "MARK" not in str(render.engine_env(job, environ))
+    orders = json.loads(json.dumps(render.orders(job, HOSTS[0], environ, {}, 0)))
+    assert orders["command"] == marked and orders["env"]["GIVEN"] == f"MARK{value}"
+
+
+@given(words=st.lists(TEXT, min_size=1, max_size=5))
+@settings(max_examples=25, deadline=None)
+def test_what_ssh_is_given_is_read_back_by_a_shell(words):
+    job = make(python="/a 'b'/$(c)/python", hosts=HOSTS)
+    *_, host, remote = render.agent_argv(job, HOSTS[0], {"PYTHONPATH": words[0]})
+    assert host == "node1"
+    assert shlex.split(remote)[-3:] == ["/a 'b'/$(c)/python", "-m", "distpad.launcher.agent"]
+
+
+@pytest.mark.parametrize(
+    "text", ["-oProxyCommand=x", "a b", "a;b", "$(a)", "", "a\nb", "fd00::1", "a:x", "a:0", "a:-1", "a/b", "u@h"]
+)
+def test_hosts_that_mean_harm_are_refused(text):
+    with pytest.raises(ValueError, match=r"expected|names no host"):
+        make(hosts=spec.parse_hosts(f"{text or ','},"), np=1) if text else spec.Host("")
+
+
+def test_the_environment_of_a_worker():
+    job = make(hosts=HOSTS, env=("DATA",))
+    env = render.worker_env(job, HOSTS[0], ENVIRON, {"KEY": "k"})
+    assert env["DATA"] == "/data/my set" and env["NCCL_DEBUG"] == "WARN" and env["KEY"] == "k"
+    assert "EDITOR" not in env and "HF_TOKEN" not in env  # nobody asked for them
+    assert "TF_CONFIG" not in env and "HOROVOD_RANK" not in env  # of a job around this one
+    assert (env["DISTPAD_WORKERS"], env["DISTPAD_HOSTS"]) == ("8", "2")
+    here = render.worker_env(make(np=2), spec.Host("localhost", 2), ENVIRON, {})
+    assert here["EDITOR"] == "vi" and "HOROVOD_RANK" not in here
+    with pytest.raises(ValueError, match=r"--env names NOT_SET, expected variables that are set"):
+        render.worker_env(make(env=("NOT_SET",)), HOSTS[0], ENVIRON, {})
+
+
+# -- jobs --------------------------------------------------------------------------------------------------------------
+
+WRONG = {
+    "no command": ({"command": ()}, r"no command, expected one after --"),
+    "backend": ({"backend": "pytorch"}, r"--backend is 'pytorch', expected one of mirrored, multiworker, horovod"),
+    "np": ({"np": 0}, r"-np is 0, expected at least 1"),
+    "too few slots": ({"np": 9, "hosts": HOSTS}, r"-np is 9, but the hosts have 8 slots \(node1:4, node2:4\)"),
+    "twice": ({"hosts": spec.parse_hosts("a,a")}, r"name a twice, expected each once"),
+    "mirrored": ({"backend": "mirrored", "hosts": HOSTS}, r"mirrored runs in one process, expected one host"),
+    "controller": ({"controller": "mpi"}, r"--mpi is for --backend horovod, which is multiworker here"),
+    "launcher": ({"launcher": "mpirun"}, r"--launcher is mpirun, expected ssh or srun"),
+    "launcher 2": (
+        {"backend": "horovod", "controller": "gloo", "launcher": "mpirun"},
+        r"expected horovodrun for --gloo",
+    ),
+    "launcher 3": ({"backend": "horovod", "launcher": "ssh"}, r"expected horovodrun, mpirun or srun"),
+    "arguments": ({"launcher_args": ("-v",)}, r"--launcher-arg needs an engine's launcher"),
+    "elastic": ({"backend": "horovod", "controller": "mpi", "min_np": 1}, r"elastic jobs are Horovod's over Gloo"),
+    "elastic 2": ({"backend": "horovod", "min_np": 4, "max_np": 2}, r"--min-np 4, -np None, --max-np 2, expected"),
+    "restarts": ({"max_restarts": -1}, r"--max-restarts is -1, expected at least 0"),
+    "timeout": ({"timeout_s": float("nan")}, r"--timeout-s is nan, expected"),
+    "variable": ({"env": ("A B",)}, r"variable name is 'A B', expected letters"),
+    "port": ({"port": 80}, r"--port is 80, expected 1024 to"),
+    "ranks": ({"np": 2, "ranks": (2,)}, r"--ranks names 2, expected 0 to 1"),
+    "interface": ({"network_interface": "eth0; x"}, r"--network-interface is 'eth0; x', expected a name"),
+    "NUL": ({"command": ("a\0b",)}, r"NUL byte"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_jobs_are_refused(name):
+    fields, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        make(**fields)
+
+
+def test_workers_fill_hosts_in_order():
+    job = make(hosts=spec.parse_hosts("a:2,b:3,c:1"), np=4)
+    assert [(p.rank, p.host.name, p.local_rank) for p in job.places] == [
+        (0, "a", 0),
+        (1, "a", 1),
+        (2, "b", 0),
+        (3, "b", 1),
+    ]
+    assert [host.name for host in job.used_hosts] == ["a", "b"]
+    assert make(hosts=spec.parse_hosts("a:2,b:3,c:1")).workers == 6
+
+
+def test_hostfiles(tmp_path):
+    file = tmp_path / "hosts"
+    file.write_text("# mine\nnode1 slots=2\nnode2:3  # the big one\n\nnode3\n")
+    assert spec.read_hostfile(file, 4) == spec.parse_hosts("node1:2,node2:3,node3:4")
+    for text in ("node1 slots=x\n", "node1 gpus=2\n", "", "node1 slots=1 slots=2\n", "-oX slots=1\n"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="expected"):
+            spec.read_hostfile(file)
+    with pytest.raises(ValueError, match="cannot be read"):
+        spec.read_hostfile(tmp_path / "none")
+
+
+def test_a_value_where_a_secrets_file_belongs_is_refused_and_not_repeated():
+    with pytest.raises(ValueError, match="expected NAME=FILE") as caught:
+        spec.parse_secrets(["KEY"])
+    assert spec.parse_secrets(["KEY=/run/secrets/a=b"]) == {"KEY": "/run/secrets/a=b"}
+    assert "value does not belong" in str(caught.value)
+
+
+def test_the_hosts_of_an_allocation(monkeypatch):
+    monkeypatch.setattr(allocation, "_ask_scontrol", lambda nodes: [])
+    environ = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n[1-3]", "SLURM_TASKS_PER_NODE": "2(x2),1"}
+    assert allocation.hosts(environ) == spec.parse_hosts("n1:2,n2:2,n3:1")
+    assert allocation.hosts(environ, 4) == spec.parse_hosts("n1:4,n2:4,n3:4")
+    with pytest.raises(ValueError, match=r"SLURM_TASKS_PER_NODE is '2', expected numbers for 3 nodes"):
+        allocation.hosts({**environ, "SLURM_TASKS_PER_NODE": "2"})
+
+
+def test_what_an_engine_tells_a_process():
+    assert worker.membership({"HOROVOD_RANK": "1", "HOROVOD_SIZE": "4"})["size"] == 4
+    assert worker.membership({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"})["rank"] == 3
+    assert worker.membership({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "8"}) == {
+        "rank": 2,
+        "size": 8,
+        "local_rank": None,
+    }
+    assert worker.membership({}) == {"rank": None, "size": None, "local_rank": None}
+
+
+# -- hosts -------------------------------------------------------------------------------------------------------------
+
+
+def found_on(name: str, **changes) -> dict:
+    facts = {"host": name, "versions": {"tensorflow-cpu": "2.21.0"}, "resolves": {"a": ["10.0.0.1"], "b": ["10.0.0.2"]}}
+    return {**facts, **changes}
+
+
+def test_hosts_that_fit():
+    assert hostcheck.problems(make(hosts=spec.parse_hosts("a,b")), {"a": found_on("a"), "b": found_on("b")}) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"versions": {"tensorflow-cpu": "2.15.1"}}, "tensorflow-cpu differs: a has 2.21.0, b has 2.15.1"),
+        ({"versions": {}}, "a has 2.21.0, b has none"),
+        ({"resolves": {"a": [], "b": ["10.0.0.2"]}}, "b does not know the name a"),
+        ({"resolves": {"a": ["127.0.1.1"], "b": ["10.0.0.2"]}}, "on b, the name a leads to 127.0.1.1, the loopback"),
+        ({"resolves": {"a": ["10.0.0.1"], "b": ["::1"]}}, "on b, its own name b leads to ::1, the loopback"),
+    ],
+)
+def test_hosts_that_do_not_fit(changes, message):
+    job = make(hosts=spec.parse_hosts("a,b"), backend="horovod")
+    problems = hostcheck.problems(job, {"a": found_on("a"), "b": found_on("b", **changes)})
+    assert len(problems) == 1 and message in problems[0]
+
+
+def test_what_ssh_wrote_is_explained():
+    for mark, meaning in hostcheck.MEANINGS:
+        text = hostcheck.why_no_agent("b", "/python", [f"ssh: {mark}!"], 255)
+        assert text == f"b cannot be used: {meaning.format(host='b', python='/python')}"
+    assert hostcheck.why_no_agent("b", "p", ["what?"], 9).endswith("ended with exit code 9: what?")
+    assert "did not answer" in hostcheck.why_no_agent("b", "p", [], None)
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+def launch(*arguments: str):
+    return CliRunner().invoke(app.app, ["launch", *arguments])
+
+
+def test_every_flag_can_stand_in_a_file(tmp_path):
+    values = {
+        **{"backend": "horovod", "np": 3, "hosts": ["node1:2", "node2:2"], "mpi": True, "launcher": "mpirun"},
+        **{"launcher-arg": ["--x"], "ssh_arg": "-p2222", "network_interface": "eth1", "python": "/p", "env": ["HOME"]},
+        **{"cwd": "/there", "log_dir": "/logs", "tee": True, "ranks": [0, 1], "max-restarts": 2, "backoff_s": 1.5},
+        **{"no_retry": [3], "grace-s": 4, "start_timeout_s": 9, "timeout_s": 99, "command": ["python", "a b.py"]},
+    }
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump(values))
+    done = launch("--config", str(file), "--dry-run")
+    assert done.exit_code == 0, done.output
+    for expected in (
+        "-np 3 -H node1:2,node2:2",
+        "--x",
+        "-p2222",
+        "btl_tcp_if_include eth1",
+        "python 'a b.py'",
+        "/there",
+    ):
+        assert expected in done.output
+    assert "-np 2 -H" in launch("--config", str(file), "-np", "2", "--dry-run").output  # the command line wins
+    known = {flag for parameter in _parameters() for flag in [parameter.name]} - {"config", "help"}
+    further = {
+        "hostfile",
+        "slots_per_host",
+        "min_np",
+        "max_np",
+        "host_discovery_script",
+        "gloo",
+        "port",
+        "secret",
+        "dry_run",
+    }
+    assert {name.replace("-", "_") for name in values} | further == known
+
+
+def _parameters():
+    import typer
+
+    return typer.main.get_command(app.app).commands["launch"].params
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nodes: 2", "names 'nodes', expected one of:"),
+        ("- a", "holds list, expected flags"),
+        ("a: [", "cannot be read"),
+        ("np: many", "unable to parse string as an integer"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path, text, message):
+    file = tmp_path / "job.yaml"
+    file.write_text(text)
+    done = launch("--config", str(file), "--dry-run", "--", "true")
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.replace("│", " ").split())
+
+
+def test_secrets_are_hidden(tmp_path):
+    file = tmp_path / "key"
+    file.write_text("s3cret\n")
+    done = launch("--secret", f"API={file}", "-np", "2", "--dry-run", "--", "true")
+    assert done.exit_code == 0 and "API='***'" in done.output and "s3cret" not in done.output
+
+
+def test_a_secret_that_cannot_be_read_is_refused():
+    done = launch("--secret", "API=/none", "-np", "2", "--", "true")
+    assert done.exit_code == 2 and "/none cannot be read" in done.output
+
+
+def test_it_imports_no_tensorflow():
+    code = "import sys; import distpad.cli.launch; print('tensorflow' in sys.modules, 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
