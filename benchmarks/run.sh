@@ -53,7 +53,7 @@ main() {
   python=$(launch/environment.sh "$stack" --horovod)
   # alike for all contenders: one core a worker
   export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 TF_CPP_MIN_LOG_LEVEL=3
-  export PYTHONUNBUFFERED=1 TERM=dumb TF_ENABLE_ONEDNN_OPTS=0 # whose note is printed at any level
+  export DISTPAD_PYTHON=$python PYTHONUNBUFFERED=1 TERM=dumb TF_ENABLE_ONEDNN_OPTS=0 # whose note is printed at any level
   while IFS='|' read -r name engines script; do
     name=${name// /}
     [[ -n $name ]] || continue

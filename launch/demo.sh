@@ -57,13 +57,13 @@ main() {
   [[ $BACKEND != horovod ]] || flags+=(--horovod)
   python=$(launch/environment.sh "$STACK" ${flags[@]+"${flags[@]}"})
   case $BACKEND in
-    horovod) launcher=("$(dirname "$python")/horovodrun" --gloo -np "$REPLICAS") ;;
+    horovod) launcher=(launch/horovodrun.sh -np "$REPLICAS" --) ;;
     multiworker) launcher=(launch/multiworker.sh -np "$REPLICAS" --) ;;
   esac
 
   # Without these, TensorFlow's start-up notes bury what the job says.
   export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2} TF_ENABLE_ONEDNN_OPTS=${TF_ENABLE_ONEDNN_OPTS:-0}
-  export PYTHONUNBUFFERED=1 MPLBACKEND=agg
+  export PYTHONUNBUFFERED=1 MPLBACKEND=agg DISTPAD_PYTHON=$python
   local command=(${launcher[@]+"${launcher[@]}"} "$python" examples/handwriting/train.py
     --backend "$BACKEND" --replicas "$REPLICAS" --out runs/demo ${FURTHER[@]+"${FURTHER[@]}"})
   say "training: ${command[*]}"

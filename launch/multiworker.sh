@@ -1,13 +1,20 @@
 #!/usr/bin/env bash
-# Starts N local worker processes of one command. The work is done in multiworker.py beside this file.
+# Several processes, here or on several hosts: MultiWorkerMirroredStrategy, each with its TF_CONFIG, started by ssh.
+#
+#   launch/multiworker.sh -np 2 -- python train.py                            two workers here
+#   launch/multiworker.sh -H node1,node2 -- python train.py                   a worker a host, with all its GPUs
+#   launch/multiworker.sh -H node1,node2 --port 5000 -- python train.py       at port 5000, for a firewall
+#   launch/multiworker.sh --hostfile hosts --max-restarts 5 -- python train.py --resume
+#
+# All flags are those of `distpad launch` (see: distpad launch --help). One worker a host is right: it trains on all GPUs
+# of its host. A worker that is lost means that all have to start again, from the last checkpoint: --max-restarts.
 set -euo pipefail
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-for python in "${PYTHON:-}" python3 python; do
-  # Candidates are run, not believed: a shim may stand on PATH for a version that is not installed.
-  if [[ -n $python ]] && "$python" -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null; then
-    exec "$python" "$here/multiworker.py" "$@"
-  fi
-done
-echo "multiworker: error: no Python 3.8 or newer found. Put one on PATH, or set PYTHON." >&2
-exit 10
+source "$(dirname "${BASH_SOURCE[0]}")/python.sh"
+find_python
+
+# What NCCL says: WARN for what is wrong; INFO also for the interface and the transport that it takes between hosts.
+# --network-interface eth0 sets NCCL_SOCKET_IFNAME. NCCL_IB_DISABLE=1 keeps it from an InfiniBand that does not work.
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+
+exec "$PYTHON" -m distpad launch --backend multiworker "$@"

@@ -58,7 +58,7 @@ def _mpirun(count: int) -> list[str]:
 
 
 def _multiworker(count: int) -> list[str]:
-    return [str(TESTS.parent / "launch" / "multiworker.sh"), "-np", str(count), "--"]
+    return [sys.executable, "-m", "distpad", "launch", "-np", str(count), "--"]
 
 
 STARTERS = {"horovod": _horovod, "mpirun": _mpirun, "multiworker": _multiworker}

@@ -347,7 +347,8 @@ class Attempt:
         self.ending = True
         self.tell_all(do="leave")
         self.tell_all(do="signal", number=signal.SIGTERM)
-        self.wait_for(lambda: not self.running(), self.job.grace_s)
+        grace_s = 0 if self.received else self.job.grace_s  # they had it, unless a second signal cut it short
+        self.wait_for(lambda: not self.running(), grace_s)
         self.tell_all(do="signal", number=signal.SIGKILL)
         self.wait_for(lambda: not self.running(), 2)
         if self.engine is not None:

@@ -164,7 +164,7 @@ def start(orders: Mapping[str, Any]) -> subprocess.Popen[bytes]:
     env = {**os.environ, **orders["env"]}
     threads = str(max(1, len(os.sched_getaffinity(0)) // orders["slots"]))
     for name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"):
-        env.setdefault(name, threads)  # else each of a host's workers takes all its cores
+        env[name] = env.get(name) or threads  # else each of a host's workers takes all its cores
     command, libc, parent = orders["command"], ctypes.CDLL(None), os.getpid()
 
     def die_with_parent() -> None:

@@ -1,0 +1,48 @@
+"""A worker without TensorFlow that does what a test tells it: scripted_worker.py RANK=WHAT ...  (RANK may be "all")
+
+What: exit:N, kill, sleep:S, ignore-terms (SIGTERM, SIGINT), leave-child, say (arguments, variables, folder as JSON),
+fail-once, write:N (lines). Several are done in order.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+RANKS = ("DISTPAD_RANK", "HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+RANK = next(os.environ[name] for name in RANKS if name in os.environ)
+
+
+def do(what: str) -> None:
+    name, _, value = what.partition(":")
+    if name == "exit":
+        print(f"rank {RANK} exits with {value}", file=sys.stderr, flush=True)
+        sys.exit(int(value))
+    elif name == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif name == "sleep":
+        time.sleep(float(value))
+    elif name == "ignore-terms":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        print("ignoring", flush=True)
+    elif name == "leave-child":  # out of reach of its group and session, holding the pipes
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    elif name == "say":
+        print(json.dumps({"argv": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd()}), flush=True)
+    elif name == "fail-once":
+        print(f"attempt {os.environ['DISTPAD_ATTEMPT']}", flush=True)
+        sys.exit(9 if os.environ["DISTPAD_ATTEMPT"] == "0" else 0)
+    elif name == "write":
+        for i in range(int(value)):
+            print(f"{RANK} line {i} " + "x" * 100)
+    else:
+        raise ValueError(what)
+
+
+for word in sys.argv[1:]:
+    who, equals, what = word.partition("=")
+    if equals and who in (RANK, "all"):
+        do(what)

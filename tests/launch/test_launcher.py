@@ -1,0 +1,373 @@
+"""`distpad launch` on this host: how jobs end, who is named, and that nobody is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+HERE = pathlib.Path(__file__).parent
+WORKER = HERE / "scripted_worker.py"
+LIMIT_S = 60
+ENGINES = {
+    "multiworker": ("--backend", "multiworker"),
+    "horovodrun": ("--backend", "horovod", "--gloo"),
+    "mpirun": ("--backend", "horovod", "--mpi"),
+}
+
+
+class Launched:
+    """A running ``distpad launch`` of a command that carries a mark, by which its processes are found."""
+
+    def __init__(self, *arguments, command=None, env=None, cwd=None):
+        self.mark = f"mark-{os.getpid()}-{time.monotonic_ns()}"
+        argv = [sys.executable, "-m", "distpad", "launch", "--grace-s", "3", *map(str, arguments)]
+        self.began = time.monotonic()
+        self.process = subprocess.Popen(
+            [*argv, "--", *map(str, command)],
+            env={**os.environ, "MARK": self.mark, "PYTHONPATH": str(HERE.parents[1]), **(env or {})},
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def left(self) -> list[str]:
+        """What still runs of it."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("MARK") == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(" ".join(process.cmdline()))
+            except psutil.Error:
+                continue
+        return found
+
+    def workers(self, count: int) -> list[int]:
+        """The pids of the command, as soon as there are so many."""
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            found = []
+            for process in psutil.Process(self.process.pid).children(recursive=True):
+                try:
+                    if str(WORKER) in process.cmdline():
+                        found.append(process.pid)
+                except psutil.Error:
+                    continue
+            if len(found) >= count:
+                return found
+            time.sleep(0.1)
+        raise TimeoutError(f"no {count} workers")
+
+    def finish(self, limit_s: float = LIMIT_S) -> Launched:
+        try:
+            self.stdout, self.stderr = self.process.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+        self.code, self.seconds = self.process.returncode, time.monotonic() - self.began
+        return self
+
+
+def launch(*arguments, **settings) -> Launched:
+    done = Launched(*arguments, **settings).finish()
+    assert done.left() == [], "somebody was left behind"
+    return done
+
+
+def scripted(*words) -> list:
+    return [sys.executable, WORKER, *words]
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request):
+    if shutil.which("mpirun") is None and request.param == "mpirun":
+        (pytest.fail if os.environ.get("DISTPAD_CI") else pytest.skip)("mpirun is missing: apt-get install openmpi-bin")
+    return ENGINES[request.param]
+
+
+# -- ends --------------------------------------------------------------------------------------------------------------
+
+
+def test_all_is_well(engine):
+    done = launch(*engine, "-np", 2, command=scripted("all=say"))
+    assert done.code == 0, done.stderr
+    said = [json.loads(line.partition("] ")[2]) for line in done.stdout.splitlines()]
+    assert len(said) == 2
+    assert {each["env"]["DISTPAD_WORKERS"] for each in said} == {"2"}
+    assert f"starting {sys.executable} on 2 workers (localhost:2)" in done.stderr
+
+
+def test_a_worker_that_exits_with_42(engine):
+    done = launch(*engine, "-np", 2, command=scripted("1=exit:42", "0=sleep:60"))
+    assert done.code == 42
+    assert "worker 1 on localhost failed first (exit code 42)" in done.stderr
+    assert "| rank 1 exits with 42" in done.stderr
+    assert done.seconds < 20
+
+
+def test_the_first_failure_counts_and_the_others_have_their_say():
+    done = launch("-np", 3, command=scripted("2=sleep:0.3", "2=exit:5", "0=sleep:1", "0=exit:1", "1=sleep:9"))
+    assert done.code == 5
+    assert "worker 2 on localhost failed first (exit code 5)" in done.stderr
+    assert "then failed: worker 0 (exit code 1)" in done.stderr
+    assert "rank 0 exits with 1" in done.stderr
+
+
+def test_a_worker_that_is_killed(engine):
+    done = launch(*engine, "-np", 2, command=scripted("0=sleep:0.5", "0=kill", "1=sleep:60"))
+    assert done.code == 137
+    assert "worker 0 on localhost failed first (signal SIGKILL, exit code 137)" in done.stderr
+
+
+def test_a_worker_whose_parent_is_killed_dies_with_it():
+    running = Launched("-np", 2, command=scripted("all=sleep:60"))
+    parent = psutil.Process(running.workers(2)[0]).parent()
+    assert "distpad.launcher.worker" in parent.cmdline()
+    parent.kill()
+    done = running.finish()
+    assert done.code == 137 and "signal SIGKILL" in done.stderr and done.left() == []
+
+
+def test_a_worker_that_ignores_sigterm(engine):
+    done = launch(*engine, "-np", 2, command=scripted("1=ignore-terms", "1=sleep:60", "0=sleep:1", "0=exit:7"))
+    assert done.code == 7
+    assert done.seconds < 40
+
+
+def test_children_never_outlive_it(engine):
+    done = launch(*engine, "-np", 2, command=scripted("all=leave-child"))
+    assert done.code == 0
+    assert "ended on localhost what the job had left" in done.stderr
+
+
+def test_a_launcher_that_is_killed_takes_all_with_it(engine):
+    running = Launched(*engine, "-np", 2, command=scripted("all=ignore-terms", "all=sleep:600"))
+    running.workers(2)
+    running.process.kill()
+    running.process.wait()
+    end = time.monotonic() + 25
+    while running.left() and time.monotonic() < end:
+        time.sleep(0.2)
+    assert running.left() == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_are_forwarded(number, code, engine):
+    running = Launched(*engine, "-np", 2, command=scripted("all=sleep:60"))
+    running.workers(2)
+    running.process.send_signal(number)
+    done = running.finish(30)
+    assert done.code == code, done.stderr
+    assert f"got {number.name}: passing it on" in done.stderr and done.left() == []
+    assert done.stderr.count("KeyboardInterrupt") == (2 if number == signal.SIGINT else 0)
+
+
+def test_a_second_ctrl_c_does_not_wait():
+    running = Launched("-np", 2, "--grace-s", 40, command=scripted("all=ignore-terms", "all=sleep:60"))
+    running.workers(2)
+    time.sleep(1)  # until they ignore it
+    running.process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert running.process.poll() is None  # the workers have their grace
+    running.process.send_signal(signal.SIGINT)
+    done = running.finish(20)
+    assert done.code == 130 and done.left() == []
+
+
+def test_a_time_limit(engine):
+    done = launch(*engine, "-np", 2, "--timeout-s", 15, command=scripted("0=sleep:60"))
+    assert done.code == 124
+    assert "not done after 15 s: ending worker 0," in done.stderr
+    assert done.seconds < 40
+
+
+# -- starts ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_command_that_is_not_there(engine):
+    done = launch(*engine, "-np", 2, command=["/no/such/command"])
+    assert done.code == 127
+    assert "cannot start /no/such/command: No such file or directory" in done.stderr
+
+
+def test_a_command_that_may_not_be_run(tmp_path):
+    (tmp_path / "data").write_text("")
+    done = launch("-np", 2, command=[tmp_path / "data"])
+    assert done.code == 126 and "Permission denied" in done.stderr
+
+
+def test_a_worker_that_never_starts():
+    running = Launched("--backend", "horovod", "-np", 2, "--start-timeout-s", 5, command=scripted("all=sleep:60"))
+    end = time.monotonic() + 20
+    while time.monotonic() < end:  # horovodrun is stopped before it has started anybody
+        for child in psutil.Process(running.process.pid).children(recursive=True):
+            if any(word.endswith("horovodrun") for word in child.cmdline()):
+                child.suspend()
+                end = 0
+        time.sleep(0.02)
+    done = running.finish(40)
+    assert done.code == 124
+    assert "not started within 5 s: worker 0 (localhost), 1 (localhost)" in done.stderr
+    assert done.left() == []
+
+
+def test_an_engine_that_starts_another_number():
+    done = launch(
+        *ENGINES["mpirun"], "-np", 2, "--launcher-arg=-np", "--launcher-arg=1", command=scripted("all=sleep:60")
+    )
+    assert done.code == 3, done.stderr
+    assert "2 workers were asked for, but mpirun started a worker on localhost as rank 0 of 1" in done.stderr
+
+
+def test_an_engine_that_fails():
+    done = launch(*ENGINES["mpirun"], "-np", 2, "--launcher-arg=--no-such-option", command=scripted("all=sleep:60"))
+    assert done.code not in (0, 3, 124)
+    assert "mpirun ended (exit code" in done.stderr and "before the workers were done" in done.stderr
+    assert "no-such-option" in done.stderr  # its own words
+
+
+def test_an_engine_that_is_not_installed(tmp_path):
+    (tmp_path / "python").symlink_to(sys.executable)
+    done = launch(
+        "--backend", "horovod", "-np", 2, "--python", tmp_path / "python", env={"PATH": "/bin"}, command=["true"]
+    )
+    assert done.code == 127 and "horovodrun cannot be started" in done.stderr
+
+
+def test_a_port_that_is_in_use():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = launch("-np", 1, "--port", port, command=scripted("all=say"))
+    assert done.code == 3
+    assert f"port {port} on localhost cannot be used (address already in use)" in done.stderr
+
+
+def test_too_few_slots():
+    done = launch("-np", 4, "-H", "localhost:2", command=["true"])
+    assert done.code == 2 and "-np is 4, but the hosts have 2 slots (localhost:2)" in done.stderr
+
+
+# -- what is passed on -------------------------------------------------------------------------------------------------
+
+HOSTILE = ["it's", 'a "file"', "$(touch hacked)", "`touch hacked`", "a\nb", "", "; touch hacked", "-np", "é\t☃", "%s"]
+
+
+def test_arguments_folder_and_variables_arrive_unchanged(engine, tmp_path):
+    folder = tmp_path / "my $(touch hacked)\nfolder 'of' mine"
+    folder.mkdir()
+    (folder / "worker 'its'.py").write_text(WORKER.read_text())
+    command = [sys.executable, "worker 'its'.py", "all=say", *HOSTILE]
+    done = launch(*engine, "-np", 2, command=command, cwd=folder, env={"GIVEN": "\n".join(HOSTILE)})
+    assert done.code == 0, done.stderr
+    said = [json.loads(line.partition("] ")[2]) for line in done.stdout.splitlines()]
+    assert len(said) == 2
+    for each in said:
+        assert each["argv"] == ["all=say", *HOSTILE]
+        assert each["env"]["GIVEN"] == "\n".join(HOSTILE)
+        assert each["cwd"] == str(folder)
+    assert not list(tmp_path.rglob("hacked"))
+
+
+def test_no_secret_is_on_a_command_line(engine, tmp_path):
+    (tmp_path / "key").write_text("s3cr3t-from-file\n")
+    secret = ("--secret", f"API_KEY={tmp_path / 'key'}")
+    running = Launched(*engine, "-np", 2, *secret, command=scripted("all=say", "all=sleep:3"), env={"MINE": "s3cr3t-2"})
+    running.workers(2)
+    lines = []
+    for process in psutil.process_iter():
+        try:
+            lines.append(" ".join(process.cmdline()))
+        except psutil.Error:
+            continue
+    done = running.finish()
+    assert done.stdout.count('"API_KEY": "s3cr3t-from-file"') == 2, done.stderr
+    assert any("distpad.launcher.worker" in line for line in lines) and any(str(WORKER) in line for line in lines)
+    assert [line for line in lines if "s3cr3t" in line] == []
+
+
+def test_threads_are_shared_out():
+    done = launch("-np", 2, command=scripted("0=say"), env={"OMP_NUM_THREADS": "", "TF_NUM_INTRAOP_THREADS": "7"})
+    env = json.loads(done.stdout.partition("] ")[2])["env"]
+    assert env["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert env["TF_NUM_INTRAOP_THREADS"] == "7"  # what is set stays
+
+
+# -- output ------------------------------------------------------------------------------------------------------------
+
+
+def test_logs_by_attempt_rank_and_stream(tmp_path):
+    command = scripted("all=fail-once")
+    done = launch("-np", 2, "--log-dir", "logs", "--max-restarts", 2, "--backoff-s", 0.2, command=command, cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    assert "starting again in 0.2 s (2 of 2 restarts left)" in done.stderr
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["attempt-0", "attempt-1"]
+    for attempt in (0, 1):
+        for rank in (0, 1):
+            assert (tmp_path / f"logs/attempt-{attempt}/rank-{rank}.stdout").read_text() == f"attempt {attempt}\n"
+    assert done.stdout == ""  # without --tee
+    assert re.search(r"what all of them wrote: .*/logs/attempt-0", done.stderr)
+
+
+def test_tee_and_ranks(tmp_path):
+    command = scripted("all=write:3")
+    done = launch("-np", 3, "--log-dir", tmp_path / "logs", "--tee", "--ranks", "0,2", command=command)
+    assert [line[:17] for line in sorted(done.stdout.splitlines())] == [
+        f"[worker {rank}] {rank} line" for rank in (0, 2) for _ in range(3)
+    ]
+    assert (tmp_path / "logs/attempt-0/rank-1.stdout").read_text().count("\n") == 3
+
+
+def test_no_line_is_lost_or_torn(engine):
+    done = launch(*engine, "-np", 2, command=scripted("all=write:5000"))
+    assert done.code == 0
+    lines = [line for line in done.stdout.splitlines() if " line " in line]
+    assert lines == done.stdout.splitlines() and len(lines) == 10000
+    for rank in (0, 1):
+        own = [line for line in lines if line.startswith(f"[worker {rank}]")]
+        assert own == [f"[worker {rank}] {rank} line {i} " + "x" * 100 for i in range(5000)]
+
+
+def test_a_reader_that_goes_away_does_not_end_the_job():
+    command = f"{sys.executable} -m distpad launch -np 2 -- {sys.executable} {WORKER} all=write:2000 | head -n 1"
+    env = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], env=env, capture_output=True, text=True, timeout=LIMIT_S
+    )
+    assert done.stdout.count("\n") == 1 and "done in" in done.stderr
+
+
+# -- restarts ----------------------------------------------------------------------------------------------------------
+
+
+def test_restarts_end():
+    done = launch("-np", 2, "--max-restarts", 2, "--backoff-s", 0.1, command=scripted("0=exit:9"))
+    assert done.code == 9
+    assert done.stderr.count("worker 0 on localhost failed first (exit code 9)") == 3
+    assert [float(s) for s in re.findall(r"starting again in ([\d.]+) s", done.stderr)] == [0.1, 0.2]
+
+
+@pytest.mark.parametrize(("code", "flags"), [(2, ()), (44, ("--no-retry", "44", "--no-retry", "45"))])
+def test_what_is_not_retried(code, flags):
+    done = launch("-np", 2, "--max-restarts", 5, "--backoff-s", 0.1, *flags, command=scripted(f"1=exit:{code}"))
+    assert done.code == code and "starting again" not in done.stderr
+
+
+def test_mirrored_is_one_process():
+    command = [sys.executable, "-c", "import os; print(os.environ['DISTPAD_REPLICAS'], os.environ['DISTPAD_WORKERS'])"]
+    done = launch("--backend", "mirrored", "-np", 4, command=command)
+    assert (done.code, done.stdout) == (0, "4 1\n")
