@@ -3,8 +3,8 @@
     python guard.py FOLDER NAME...
 
 Prints the process id of a keeper for each name: a process that only sleeps, with a network, a host name and a view of
-the file system of its own. Then waits for a line on its input or, where the test's process was killed, for its end: this
-is why the guard is a process apart. No namespace has a name, so none can be in the way of a later run.
+the file system of its own. Then waits for a line on its input or, where the test's process was killed, for the end of
+it: this is why the guard is a process apart. No namespace has a name, so none can be in the way of a later run.
 """
 
 from __future__ import annotations
