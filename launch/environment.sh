@@ -7,18 +7,22 @@ usage() {
 Makes a virtual environment with one of the two supported stacks and distpad itself in it, or reuses
 the one that is there. Prints the path of its Python on stdout, everything else on stderr.
 
-Usage: launch/environment.sh STACK [--horovod] [--tests]
+Usage: launch/environment.sh STACK [--openmpi5] [--horovod] [--tests]
   STACK       current (TensorFlow 2.21, Keras 3) or classic (TensorFlow 2.15, Keras 2, Addons)
-  --horovod   with Horovod, built for that TensorFlow (the first time 3 to 10 minutes)
+  --openmpi5  with Open MPI 5 from PyPI, in an environment of its own, STACK-openmpi5
+  --horovod   with Horovod, built for that TensorFlow and that MPI (the first time 3 to 10 minutes)
   --tests     with pytest, hypothesis, ruff and mypy
   -h, --help  this text
 
 Examples:
   PYTHON=$(launch/environment.sh current)
   PYTHON=$(launch/environment.sh classic --horovod --tests)
+  PYTHON=$(launch/environment.sh current --openmpi5 --horovod)
   DISTPAD_ENVS=/scratch/envs launch/environment.sh current
 
 It stands in .envs/STACK, or in $DISTPAD_ENVS/STACK. To have it made anew, remove that folder.
+Without --openmpi5, Horovod is built with the MPI that is on PATH, if any. What was built with Open MPI 4
+does not load with Open MPI 5: hence the environment apart.
 Needs Python 3.11. Exit codes: 2 usage, 10 Python, 17 an installation, and those of install_horovod.sh.
 EOF
 }
@@ -73,7 +77,7 @@ make_base() {
     say "$ENV is half-made, was moved, or its requirements changed: making it anew"
     rm -rf "$ENV"
   fi
-  say "making $ENV with $base, the $STACK stack: one to four minutes, most of it downloading"
+  say "making $ENV with $base, the $STACK stack${OPENMPI:+ with Open MPI 5}: one to four minutes, most of it downloading"
   mkdir -p "$ENV/.distpad"
   if "$base" -c 'import venv, ensurepip' 2>/dev/null; then
     "$base" -m venv "$ENV" >&2
@@ -82,7 +86,7 @@ make_base() {
   fi
   # First the build tools, in versions that can install the rest; then all pins at once.
   pip_install -r "$HERE/requirements/horovod-build.txt"
-  pip_install -r "$HERE/requirements/$STACK.txt"
+  pip_install "${PINS[@]/#/--requirement=}"
   stamp base "$1"
 }
 
@@ -99,14 +103,17 @@ add_project() {
 
 main() {
   local horovod="" tests="" arg
-  STACK=""
+  STACK="" OPENMPI=""
   for arg; do
     case $arg in
+      --openmpi5) OPENMPI=-openmpi5 ;;
       --horovod) horovod=1 ;;
       --tests) tests=1 ;;
       -h | --help) usage; exit 0 ;;
       current | classic) STACK=$arg ;;
-      *) die 2 "unknown argument $arg, expected current or classic, --horovod, --tests. See launch/environment.sh --help" ;;
+      *)
+        die 2 "unknown argument $arg, expected current or classic, --openmpi5, --horovod, --tests." \
+          "See launch/environment.sh --help" ;;
     esac
   done
   [[ -n $STACK ]] || die 2 "which stack, current or classic? See launch/environment.sh --help"
@@ -114,17 +121,19 @@ main() {
   HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
   ROOT=$(dirname "$HERE")
   mkdir -p "${DISTPAD_ENVS:-$ROOT/.envs}"
-  ENV=$(cd "${DISTPAD_ENVS:-$ROOT/.envs}" && pwd)/$STACK
+  ENV=$(cd "${DISTPAD_ENVS:-$ROOT/.envs}" && pwd)/$STACK$OPENMPI
   PYTHON=$ENV/bin/python
+  PINS=("$HERE/requirements/$STACK.txt")
+  [[ -z $OPENMPI ]] || PINS+=("$HERE/requirements/openmpi5.txt")
   export PIP_DISABLE_PIP_VERSION_CHECK=1
 
-  exec 9>"$(dirname "$ENV")/.$STACK.lock"
+  exec 9>"$(dirname "$ENV")/.$(basename "$ENV").lock"
   flock -n 9 || { say "another process is at work on $ENV: waiting for it"; flock 9; }
 
   # Paths are part of the stamps: environments do not survive being moved.
   local base tests_stamp project description=("$ROOT/launch/environment.sh")
   for arg in setup.py setup.cfg pyproject.toml; do [[ ! -f $ROOT/$arg ]] || description+=("$ROOT/$arg"); done
-  base=$(fingerprint "$ENV" -- "$HERE/requirements/horovod-build.txt" "$HERE/requirements/$STACK.txt")
+  base=$(fingerprint "$ENV" -- "$HERE/requirements/horovod-build.txt" "${PINS[@]}")
   tests_stamp=$(fingerprint "$base" -- "$HERE/requirements/tests.txt")
   project=$(fingerprint "$base" "$ROOT" -- "${description[@]}")
 

