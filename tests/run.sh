@@ -18,6 +18,7 @@ horovod:2     | current classic | 12 | world horovod:2
 horovod:3     | current classic | 12 | world horovod:3
 mpirun:2      | current classic | 12 | world mpirun:2
 launch        | current classic | 12 | pytests tests/launch
+cluster       | current         | 12 | pytests tests/cluster
 mutants       | current         | 20 | python tests/mutants.py
 examples      | current classic | 20 | pytests tests/examples
 '
@@ -29,6 +30,9 @@ command -v g++                 | g++
 command -v make                | make
 command -v mpirun              | openmpi-bin
 command -v mpicxx              | libopenmpi-dev
+command -v slurmctld           | slurm-wlm
+command -v munged              | munge
+command -v ip                  | iproute2
 python3.11 -c "import venv, ensurepip" | python3.11-venv
 '
 
