@@ -33,6 +33,8 @@ command -v mpicxx              | libopenmpi-dev
 command -v ip                  | iproute2
 command -v ssh                 | openssh-client
 PATH=$PATH:/usr/sbin; command -v sshd | openssh-server
+PATH=$PATH:/usr/sbin; command -v slurmctld | slurm-wlm
+PATH=$PATH:/usr/sbin; command -v munged | munge
 python3.11 -c "import venv, ensurepip" | python3.11-venv
 '
 

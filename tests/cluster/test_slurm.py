@@ -1,0 +1,246 @@
+"""The test room tests/cluster/slurm.py: it is a Slurm as clusters have it; and what of Slurm the launchers rely on."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import slurm
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from distpad.launcher import nodelist
+
+HOROVOD = """
+import socket
+import horovod.tensorflow as hvd
+import tensorflow as tf
+hvd.init()
+total = hvd.allreduce(tf.constant(1.0 + hvd.rank()), op=hvd.Sum, name="total")
+line = f"rank {hvd.rank()} of {hvd.size()} on {socket.gethostname()}: {float(total):g}\\n"
+print(line, end="", flush=True)
+"""
+# Containers forbid what Open MPI 4 would use between processes of a host; a task is not to be kept on one core.
+MPIRUN = ["mpirun", "--allow-run-as-root", "--bind-to", "none", "--map-by", "slot"]
+MPIRUN += ["--mca", "btl_vader_single_copy_mechanism", "none"]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with slurm.start() as running:
+        yield running
+
+
+@pytest.fixture
+def script(cluster):
+    """Makes a batch script of lines."""
+
+    def write(*lines: str) -> pathlib.Path:
+        path = cluster.folder / "script.sh"
+        path.write_text("\n".join(["#!/bin/bash", *lines, ""]))
+        return path
+
+    return write
+
+
+# -- the cluster ------------------------------------------------------------------------------------------------------
+
+
+def test_nodes_are_hosts(cluster):
+    assert cluster.states() == {"node1": "idle", "node2": "idle"}
+    done = cluster.run("srun", "-N2", "--label", "sh", "-c", "hostname; hostname -I; getent hosts login node1 node2")
+    assert done.returncode == 0, done.stderr
+    for rank, name in enumerate(cluster.nodes):
+        own = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith(f"{rank}: ")]
+        known = [["10.0.0.1", "login"], ["10.0.0.11", "node1"], ["10.0.0.12", "node2"]]
+        assert own == [[name], [f"10.0.0.1{rank + 1}"], *known]
+
+
+def test_nodes_have_folders_of_their_own(cluster):
+    """So that what a launcher leaves in /tmp of one host is not found on another."""
+    done = cluster.run("srun", "-N2", "sh", "-c", "touch /tmp/$(hostname) /dev/shm/$(hostname); ls /tmp/node* /dev/shm")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("/tmp/node") == done.stdout.count("node1\n") + done.stdout.count("node2\n") - 2 == 2
+    assert not pathlib.Path("/tmp/node1").exists()
+
+
+def test_a_job_that_fails_is_reported(cluster, script):
+    job = cluster.sbatch(script('printf "<%s>" "$@"', "echo error >&2", "exit 42"), "two words", "$(x)", "")
+    assert (job.state, job.code, job.signal) == ("FAILED", 42, 0)
+    assert job.output == "<two words><$(x)><>error\n"
+
+
+def test_a_job_that_works(cluster, script):
+    job = cluster.sbatch(script("srun hostname", "echo $ANSWER"), options=["--nodes=2"], env={"ANSWER": "42"})
+    assert (job.state, job.code) == ("COMPLETED", 0), job.output
+    assert sorted(job.output.split()) == ["42", "node1", "node2"]
+
+
+def test_a_job_that_does_not_end_is_cancelled(cluster, script):
+    with pytest.raises(TimeoutError, match=r"(?s)RUNNING .*after 2 s\nbegun"):
+        cluster.sbatch(script("echo begun", "sleep 100"), limit_s=2)
+    limit = time.monotonic() + 20
+    while set(cluster.states().values()) != {"idle"}:
+        assert time.monotonic() < limit, cluster.states()
+        time.sleep(slurm.POLL_S)
+
+
+def test_a_signal_reaches_the_batch_script(cluster, script):
+    """What --signal=B:TERM@60 sends before the time is up."""
+    job = cluster.submit(script("trap 'echo saved; exit 7' TERM", "echo begun", "while :; do sleep 0.1; done"))
+    limit = time.monotonic() + 20
+    while "begun" not in cluster.output(job):
+        assert time.monotonic() < limit
+        time.sleep(slurm.POLL_S)
+    assert cluster.run("scancel", "--batch", "--signal=TERM", job).returncode == 0
+    ended = cluster.wait(job, limit_s=20)
+    assert (ended.state, ended.code) == ("FAILED", 7) and ended.output.endswith("\nsaved\n"), ended.output
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_nothing_is_left(raises):
+    class ErrorInside(Exception):
+        pass
+
+    def left() -> list[str]:
+        found = []
+        for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if str(running.folder).encode() in path.read_bytes():
+                    found.append(path.with_name("cmdline").read_text().replace("\0", " "))
+            except OSError:
+                continue  # it has ended meanwhile
+        return found
+
+    with pytest.raises(ErrorInside) if raises else contextlib.nullcontext(), slurm.start(nodes=1) as running:
+        sleeper = subprocess.Popen(running.argv("srun", "sleep", "100"), env=running.env())
+        limit = time.monotonic() + 20
+        while not any(line.startswith("sleep ") or "/sleep " in line for line in left()):
+            assert time.monotonic() < limit
+            time.sleep(slurm.POLL_S)
+        if raises:
+            raise ErrorInside
+    sleeper.wait(10)
+    limit = time.monotonic() + 5  # the kernel ends a namespace's processes behind our back
+    while left():
+        assert time.monotonic() < limit, left()
+        time.sleep(slurm.POLL_S)
+    assert not running.folder.exists()
+
+
+# -- what the launchers rely on ---------------------------------------------------------------------------------------
+
+FORMS = (
+    "node1", "a,b,c", "a[1-3]", "a[01-03,7],b,c[1-2]-x[5,8-9]", "a[9-11],a[09-11],a[099-101],a[001-3],a[1-010]",
+    "a[3,1],a1", "[1-2],[7]", "a[0-1]b[0-1]c[0-1]", "a[1-2]b[3-4]c[5-6]d[7-8]", "x[1-2],y3-[4-5]", " a, b", ",a,,b,",
+    "rack-1-n[08-12].local-[1]", "a[00-00]",
+)  # fmt: skip
+
+
+def scontrol(cluster: slurm.Slurm, text: str) -> list[str]:
+    done = cluster.run("scontrol", "show", "hostnames", text)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_node_lists_are_read_as_scontrol_does(cluster, form):
+    assert nodelist.slurm_hostnames(form) == scontrol(cluster, form)
+
+
+RANGES = st.lists(st.tuples(st.integers(0, 120), st.integers(0, 3), st.integers(0, 4)), min_size=1, max_size=3)
+BRACKETS = RANGES.map(lambda all_: ",".join(f"{a:0{w}}-{a + n:0{w}}" if n else f"{a:0{w}}" for a, n, w in all_))
+ENTRIES = st.lists(st.tuples(st.from_regex(r"[a-z][a-z-]{0,3}", fullmatch=True), BRACKETS), min_size=1, max_size=3)
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+@given(st.lists(ENTRIES, min_size=1, max_size=3))
+def test_random_node_lists_are_read_as_scontrol_does(cluster, entries):
+    form = ",".join("".join(f"{text}[{bracket}]" for text, bracket in entry) for entry in entries)
+    assert nodelist.slurm_hostnames(form) == scontrol(cluster, form)
+
+
+def test_scontrol_does_not_tell_of_errors_by_its_exit_code(cluster):
+    """Who asks it has to look whether it printed a name."""
+    done = cluster.run("scontrol", "show", "hostnames", "a[1-2]b")
+    assert (done.returncode, done.stdout) == (0, "") and "Invalid hostlist" in done.stderr
+
+
+def test_srun_carries_lines_both_ways(cluster):
+    """As the launcher speaks with its agents: a line in, a line out, and the end of the input is passed on."""
+    inner = [
+        "srun",
+        "--overlap",
+        "--nodes=1",
+        "--ntasks=1",
+        "--nodelist=node2",
+        "--unbuffered",
+        "--mpi=none",
+        "--quiet",
+    ]
+    talk = subprocess.Popen(
+        cluster.argv("salloc", "--quiet", "-N2", "--ntasks-per-node=1", *inner, "sh", "-c", "hostname; cat; exit 9"),
+        env=cluster.env(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+    )
+    try:
+        assert talk.stdout.readline() == "node2\n"
+        for number in range(100):
+            began = time.monotonic()
+            talk.stdin.write(f"line {number}\n")
+            assert talk.stdout.readline() == f"line {number}\n"
+            assert time.monotonic() - began < 5  # not only at the end
+        assert talk.communicate(timeout=20)[0] == ""
+    finally:
+        talk.kill()
+    assert talk.returncode == 9
+
+
+GPUS = 'echo $(hostname) $SLURM_LOCALID sees "$CUDA_VISIBLE_DEVICES"'
+
+
+@pytest.mark.parametrize(("option", "agents_see"), [("--gpus-per-node=2", "0,1"), ("--gpus-per-task=1", "0")])
+def test_which_gpus_a_launchers_agent_sees(cluster, script, option, agents_see):
+    """With --gpus-per-task an agent, which is one task, sees one: so launch/slurm takes --gpus-per-node."""
+    agent = f"srun --overlap --nodes=1 --ntasks=1 --nodelist=node2 sh -c '{GPUS}'"
+    job = cluster.sbatch(script(agent), options=["--nodes=2", "--ntasks-per-node=2", option])
+    assert (job.state, job.output) == ("COMPLETED", f"node2 0 sees {agents_see}\n")
+
+
+def ranks(output: str) -> list[str]:
+    return sorted(line for line in output.splitlines() if line.startswith("rank "))
+
+
+def _need_horovod() -> None:
+    if importlib.util.find_spec("horovod") is None or shutil.which("mpirun") is None:
+        slurm.lack("Horovod over MPI; launch/install_horovod.sh --help tells how to get it")
+
+
+EXPECTED = ["rank 0 of 2 on node1: 3", "rank 1 of 2 on node2: 3"]
+
+
+def test_horovod_under_srun(cluster):
+    _need_horovod()
+    assert "pmix" in cluster.run("srun", "--mpi=list").stdout.split()
+    done = cluster.run("srun", "-N2", "--mpi=pmix", sys.executable, "-c", HOROVOD, limit_s=100)
+    assert done.returncode == 0, done.stderr
+    assert ranks(done.stdout) == EXPECTED
+
+
+def test_horovod_under_mpirun(cluster):
+    """mpirun finds the allocation's nodes by itself, and starts its daemons there by srun."""
+    _need_horovod()
+    allocate = ["salloc", "--quiet", "-N2", "--ntasks-per-node=1"]
+    done = cluster.run(*allocate, *MPIRUN, "-np", "2", sys.executable, "-c", HOROVOD, limit_s=100)
+    assert done.returncode == 0, done.stderr
+    assert ranks(done.stdout) == EXPECTED
