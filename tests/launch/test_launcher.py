@@ -16,79 +16,14 @@ import time
 import psutil
 import pytest
 
+from launched import LIMIT_S, WORKER, Launched, launch, scripted
+
 HERE = pathlib.Path(__file__).parent
-WORKER = HERE / "scripted_worker.py"
-LIMIT_S = 60
 ENGINES = {
     "multiworker": ("--backend", "multiworker"),
     "horovodrun": ("--backend", "horovod", "--gloo"),
     "mpirun": ("--backend", "horovod", "--mpi"),
 }
-
-
-class Launched:
-    """A running ``distpad launch`` of a command that carries a mark, by which its processes are found."""
-
-    def __init__(self, *arguments, command=None, env=None, cwd=None):
-        self.mark = f"mark-{os.getpid()}-{time.monotonic_ns()}"
-        argv = [sys.executable, "-m", "distpad", "launch", "--grace-s", "3", *map(str, arguments)]
-        self.began = time.monotonic()
-        self.process = subprocess.Popen(
-            [*argv, "--", *map(str, command)],
-            env={**os.environ, "MARK": self.mark, "PYTHONPATH": str(HERE.parents[1]), **(env or {})},
-            cwd=cwd,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    def left(self) -> list[str]:
-        """What still runs of it."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("MARK") == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(" ".join(process.cmdline()))
-            except psutil.Error:
-                continue
-        return found
-
-    def workers(self, count: int) -> list[int]:
-        """The pids of the command, as soon as there are so many."""
-        end = time.monotonic() + 30
-        while time.monotonic() < end:
-            found = []
-            for process in psutil.Process(self.process.pid).children(recursive=True):
-                try:
-                    if str(WORKER) in process.cmdline():
-                        found.append(process.pid)
-                except psutil.Error:
-                    continue
-            if len(found) >= count:
-                return found
-            time.sleep(0.1)
-        raise TimeoutError(f"no {count} workers")
-
-    def finish(self, limit_s: float = LIMIT_S) -> Launched:
-        try:
-            self.stdout, self.stderr = self.process.communicate(timeout=limit_s)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            raise
-        self.code, self.seconds = self.process.returncode, time.monotonic() - self.began
-        return self
-
-
-def launch(*arguments, **settings) -> Launched:
-    done = Launched(*arguments, **settings).finish()
-    assert done.left() == [], "somebody was left behind"
-    return done
-
-
-def scripted(*words) -> list:
-    return [sys.executable, WORKER, *words]
 
 
 @pytest.fixture(params=ENGINES)

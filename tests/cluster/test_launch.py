@@ -1,0 +1,275 @@
+"""`distpad launch` across hosts: by every launcher, with real training; and how it ends when something goes wrong."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import sys
+import time
+
+import pytest
+
+from cluster import hosts
+from launched import TESTS, Launched, launch, scripted
+
+TRAIN = TESTS.parent / "examples" / "handwriting" / "train.py"
+STACK = pathlib.Path(sys.executable).parents[1].name
+OPENMPI5 = pathlib.Path(sys.executable).parents[2] / f"{STACK}-openmpi5" / "bin" / "python"
+# these hosts share their cores, which Open MPI cannot know: it would wait for messages at full speed
+YIELD = ("--launcher-arg=--mca", "--launcher-arg=mpi_yield_when_idle", "--launcher-arg=1")
+ENGINES = {
+    "multiworker": ("--backend", "multiworker"),
+    "horovodrun": ("--backend", "horovod", "--gloo", "--network-interface", "eth0"),
+    "mpirun-4": ("--backend", "horovod", "--mpi", "--network-interface", "eth0", *YIELD),
+    "mpirun-5": ("--backend", "horovod", "--mpi", "--network-interface", "eth0", *YIELD),
+}
+SHORT = ("--steps", "4", "--strings", "64", "--eval-strings", "8", "--batch", "12")
+TRAINING_LIMIT_S = 150
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module")
+def up():
+    with hosts.cluster(3) as three:
+        yield three
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request):
+    return request.param
+
+
+def python_of(engine: str) -> str:
+    if engine == "mpirun-5" and not OPENMPI5.exists():
+        missing = f"no {OPENMPI5}. Make it: launch/environment.sh {STACK} --openmpi5 --horovod"
+        (pytest.fail if os.environ.get("DISTPAD_CI") else pytest.skip)(missing)
+    if engine == "mpirun-4" and shutil.which("mpirun") is None:
+        (pytest.fail if os.environ.get("DISTPAD_CI") else pytest.skip)("no mpirun. Debian: apt-get install openmpi-bin")
+    return str(OPENMPI5) if engine == "mpirun-5" else sys.executable
+
+
+def assert_nobody_is_left(up, within_s=5.0):
+    """Neither of the job nor of its launchers, on no host."""
+    end = time.monotonic() + within_s
+    while (left := {host.name: host.processes() for host in up if host.processes()}) and time.monotonic() < end:
+        time.sleep(0.1)
+    shown = {name: [hosts.command_lines().get(pid) for pid in pids] for name, pids in left.items()}
+    assert left == {}, shown
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def train(up, engine, count, tmp_path, *arguments):
+    where = ",".join(f"{host.name}:1" for host in up[:count])
+    python = python_of(engine)
+    backend = "multiworker" if engine == "multiworker" else "horovod"
+    flags = (*ENGINES[engine], "-H", where, "--grace-s", 10)
+    command = [python, TRAIN, "--backend", backend, "--replicas", count, "--out", tmp_path, *SHORT, *arguments]
+    return launch(*flags, command=command, host=up[0], python=python, limit_s=TRAINING_LIMIT_S)
+
+
+def assert_trained(done, tmp_path, replicas):
+    assert done.code == 0, done.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["replicas"] == replicas
+    (measured,) = [json.loads(path.read_text()) for path in tmp_path.glob("drift*.json")]
+    return measured
+
+
+def test_training_on_two_hosts(up, engine, tmp_path):
+    done = train(up, engine, 2, tmp_path)
+    measured = assert_trained(done, tmp_path, 2)
+    assert measured["distpad"][-1] < 1e-5 < 1e-4 < measured["naive"][-1]
+    assert_nobody_is_left(up)
+
+
+@pytest.mark.parametrize("engine", ["multiworker", "horovodrun", "mpirun-4"])
+def test_certified_on_three_hosts(up, engine):
+    where = ",".join(host.name for host in up)
+    command = [sys.executable, "-m", "distpad", "certify", "--replicas", "3", "--cases", "4"]
+    done = launch(*ENGINES[engine], "-H", where, command=command, host=up[0], limit_s=TRAINING_LIMIT_S)
+    assert done.code == 0, done.stderr
+    assert "3 replicas on 3 workers" in done.stdout and "NOT PASSED" not in done.stdout
+    assert_nobody_is_left(up)
+
+
+# -- what can go wrong -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair():
+    """Two hosts of a test's own, which it may break."""
+    with hosts.cluster(2) as two:
+        yield two
+
+
+def start(pair, engine, *words, flags=(), **settings) -> Launched:
+    python = python_of(engine)
+    flags = (*ENGINES[engine], "-H", "host1,host2", *flags)
+    command = scripted(*words, python=python)
+    return Launched(*flags, command=command, host=pair[0], python=python, **settings)
+
+
+def fails(pair, engine, *words, limit_s=40, **settings) -> Launched:
+    """A job that has ended by itself, and left nobody on any host."""
+    done = start(pair, engine, *words, **settings).finish(limit_s)
+    assert done.left() == []
+    assert_nobody_is_left(pair)
+    return done
+
+
+def test_a_worker_that_exits_with_42(pair, engine):
+    done = fails(pair, engine, "1=exit:42", "0=sleep:60")
+    assert done.code == 42, done.stderr
+    assert "worker 1 on host2 failed first (exit code 42)" in done.stderr
+    assert "| rank 1 exits with 42" in done.stderr
+
+
+def test_a_worker_that_is_killed(pair, engine):
+    done = fails(pair, engine, "1=sleep:0.5", "1=kill", "0=sleep:60")
+    assert done.code == 137, done.stderr
+    assert "worker 1 on host2 failed first (signal SIGKILL" in done.stderr
+
+
+def test_a_worker_that_ignores_sigterm(pair, engine):
+    done = fails(pair, engine, "1=ignore-terms", "1=sleep:60", "0=sleep:2", "0=exit:7")
+    assert done.code == 7, done.stderr
+    assert "worker 0 on host1 failed first (exit code 7)" in done.stderr
+
+
+def test_ctrl_c(pair, engine):
+    running = start(pair, engine, "all=sleep:60")
+    running.workers(2)
+    running.process.send_signal(signal.SIGINT)
+    done = running.finish(30)
+    assert done.code == 130, done.stderr
+    assert_nobody_is_left(pair)
+
+
+def test_a_launcher_that_is_killed(pair, engine):
+    running = start(pair, engine, "all=ignore-terms", "all=sleep:60")
+    running.workers(2)
+    running.process.kill()
+    running.process.communicate()
+    assert_nobody_is_left(pair, within_s=30)
+
+
+@pytest.mark.parametrize("engine", ["multiworker", "horovodrun", "mpirun-4"])
+def test_a_link_that_is_cut(pair, engine):
+    running = start(pair, engine, "all=sleep:600")
+    running.workers(2)
+    pair[1].cut()
+    done = running.finish(60)
+    assert done.code == 4, done.stderr
+    assert "host2 was lost" in done.stderr and "with worker 1" in done.stderr
+    assert_nobody_is_left(pair[:1])
+    end = time.monotonic() + 45  # host2 has to find out for itself
+    while running.left() and time.monotonic() < end:
+        time.sleep(0.5)
+    assert running.left() == []
+    pair[1].mend()
+
+
+def test_a_command_that_one_host_lacks(pair, engine):
+    pair[0].run(["mkdir", "/run/here"])  # each host has a /run of its own
+    done = fails(pair, engine, "all=sleep:60", cwd="/run/here")
+    assert done.code == 127, done.stderr
+    assert "worker 1 on host2 failed first (exit code 127)" in done.stderr
+    assert "cannot start /run/here: No such file or directory" in done.stderr
+
+
+def test_a_host_whose_sshd_is_down(pair, engine):
+    pair[1].stop_sshd()
+    done = fails(pair, engine, "all=sleep:60")
+    assert done.code == 3 and done.seconds < 20
+    assert "nothing was started. host2 cannot be used: no ssh server listens there" in done.stderr
+
+
+def test_a_wrong_host_key(pair, engine):
+    pair[1].change_host_key()
+    done = fails(pair, engine, "all=sleep:60")
+    assert done.code == 3 and done.seconds < 20
+    assert "host2 cannot be used: its host key is not the one that is known here" in done.stderr
+
+
+def test_a_host_that_does_not_answer(pair):
+    pair[1].cut()
+    done = start(pair, "multiworker", "all=sleep:60").finish(40)
+    assert done.code == 3, done.stderr
+    # by what comes first: ssh's own limit, or the host's answer that nobody has that address
+    assert re.search(r"host2 cannot be used: (it does not answer|no way leads there)", done.stderr)
+
+
+def test_a_host_that_nobody_knows(pair):
+    flags = ("-H", "host1,host3")
+    done = launch(*flags, command=["true"], host=pair[0])
+    assert done.code == 3 and "host3 cannot be used: nothing knows its name" in done.stderr
+
+
+def test_a_port_that_is_in_use(pair):
+    pair[1].occupy(5000)
+    done = start(pair, "multiworker", "all=sleep:60", flags=("--port", 5000)).finish(40)
+    assert done.code == 3, done.stderr
+    assert "port 5000 on host2 cannot be used (address already in use)" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("engine", "name"), [("horovodrun", "host2"), ("horovodrun", "host1"), ("multiworker", "host1")]
+)
+def test_a_name_that_leads_to_loopback(pair, engine, name):
+    pair[1].resolve_to_loopback(name)
+    done = fails(pair, engine, "all=sleep:60")
+    assert done.code == 3, done.stderr
+    whose = "its own name" if name == "host2" else "the name"
+    assert re.search(rf"on host2, {whose} {name} leads to 127\.[\d.]+, the loopback", done.stderr)
+
+
+def test_two_versions_of_tensorflow(pair, engine, tmp_path):
+    python = python_of(engine)
+    packages = pathlib.Path(python).parents[1] / "lib" / "python3.11" / "site-packages"
+    (known,) = packages.glob("tensorflow_cpu-*.dist-info")
+    other = tmp_path / known.name
+    shutil.copytree(known, other)
+    text = (other / "METADATA").read_text()
+    (other / "METADATA").write_text(re.sub(r"^Version: .*$", "Version: 2.14.9", text, count=1, flags=re.M))
+    assert pair[1].run(["mount", "--bind", other, known]).returncode == 0  # on this host alone
+    done = fails(pair, engine, "all=sleep:60")
+    assert done.code == 3, done.stderr
+    here = importlib.metadata.version("tensorflow-cpu")
+    assert f"tensorflow-cpu differs: host1 has {here}, host2 has 2.14.9" in done.stderr
+
+
+def test_too_few_slots(pair, engine):
+    done = fails(pair, engine, "all=sleep:60", flags=("-np", 3))
+    assert done.code == 2 and "-np is 3, but the hosts have 2 slots (host1:1, host2:1)" in done.stderr
+
+
+# -- what is passed on -------------------------------------------------------------------------------------------------
+
+
+def test_arguments_and_variables_arrive_and_no_secret_shows(pair, engine, tmp_path):
+    hostile = ["it's", 'a "file"', "$(touch hacked)", "a\nb", "", "; touch hacked"]
+    (tmp_path / "key").write_text("s3cr3t-from-file\n")
+    flags = ("--secret", f"API_KEY={tmp_path / 'key'}", "--env", "GIVEN")
+    env = {"GIVEN": "s3cr3t-2 $(touch hacked)\n'", "OTHER": "s3cr3t-3"}
+    running = start(pair, engine, "all=say", *hostile, "all=sleep:2", flags=flags, env=env, cwd=tmp_path)
+    running.workers(2)
+    lines = hosts.command_lines()
+    done = running.finish()
+    assert done.code == 0, done.stderr
+    said = {line[:10]: json.loads(line.partition("] ")[2]) for line in done.stdout.splitlines()}
+    assert set(said) == {"[worker 0]", "[worker 1]"}
+    for each in said.values():
+        assert each["argv"] == ["all=say", *hostile, "all=sleep:2"] and each["cwd"] == str(tmp_path)
+        assert (each["env"]["API_KEY"], each["env"]["GIVEN"]) == ("s3cr3t-from-file", env["GIVEN"])
+    assert "OTHER" in said["[worker 0]"]["env"] and "OTHER" not in said["[worker 1]"]["env"]  # nobody allowed it
+    shown = [line for line in lines.values() if "s3cr3t" in line]
+    assert shown == [] and any("distpad.launcher.worker" in line for line in lines.values())
+    assert not list(tmp_path.rglob("hacked"))
