@@ -107,6 +107,21 @@ def test_the_exit_code_is_the_trainings(run, name):
     assert "worker 1 on node2 failed first (exit code 42)" in job.output
 
 
+@pytest.mark.parametrize(("name", "launcher"), [("horovod", "srun"), ("horovod", "mpirun"), ("multiworker", "")])
+def test_each_node_sees_the_gpus_that_slurm_gave_it(cluster, run, name, launcher):
+    """Not those of the node where the launcher runs: another job has the first two of node2."""
+    script = cluster.folder / "other.sh"
+    script.write_text("#!/bin/bash\nsleep 100\n")
+    other = cluster.submit(script, options=["--nodelist=node2", "--gpus-per-node=2"])
+    try:
+        options = [*SMALL, "--gpus-per-node=2"]
+        job = run(name, "sh", "-c", "echo GPUS $(hostname) $CUDA_VISIBLE_DEVICES", options=options, LAUNCHER=launcher)
+    finally:
+        cluster.run("scancel", other)
+    assert (job.state, job.code) == ("COMPLETED", 0), job.output
+    assert found(job.output, "GPUS ") == ["GPUS node1 0,1", "GPUS node2 2,3"]
+
+
 TRAINS = "trap 'echo saved; exit 0' TERM; echo begun; while :; do sleep 0.1; done"
 
 
