@@ -22,6 +22,8 @@ import socket
 import sys
 from typing import Any
 
+from distpad.launcher import render
+
 LOST_S = 20.0
 BEAT_S = 2.0
 PACKAGES = ("tensorflow", "tensorflow-cpu", "tensorflow-gpu", "keras", "numpy", "horovod", "distpad")
@@ -31,8 +33,8 @@ LIMIT = 1 << 22  # bytes of one message
 
 def main() -> None:
     """Serve until the launcher says that it is over, or is gone."""
-    # Whoever ends the session (a terminal, srun, ssh) means the launcher, which tells the agent.
-    for number in (signal.SIGINT, signal.SIGHUP):
+    # Whoever ends the session (a terminal, ssh, scancel) means the workers, who get that too, and tell how they end.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     asyncio.run(Agent().serve())
 
@@ -43,6 +45,7 @@ class Agent:
     def __init__(self) -> None:
         self.orders: dict[str, Any] = {}
         self.workers: dict[asyncio.StreamWriter, dict[str, Any]] = {}  # those that are connected, with their hello
+        self.rank_envs: dict[str, dict[str, str]] = {}  # what one worker alone gets, where an engine starts it
         self.groups: set[int] = set()  # process groups of commands that were started here
         self.daemons: set[int] = set()
         self.processes: list[asyncio.subprocess.Process] = []  # workers that no engine started
@@ -101,6 +104,8 @@ class Agent:
                     return
                 if what == "ports":
                     self.send(is_="ports", **find_ports(message["count"], message["first"]))
+                elif what == "ranks":
+                    self.rank_envs = message["envs"]
                 elif what == "start":
                     await self._start(message["env"])
                 elif what == "signal":
@@ -117,7 +122,8 @@ class Agent:
         self.processes.append(
             await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "distpad.launcher.worker", self.orders["folder"]),
-                env={**os.environ, **env},
+                # An agent that srun started is itself a task of a step, of one: its workers are not.
+                env={**{k: v for k, v in os.environ.items() if not render.MEMBERSHIP.fullmatch(k)}, **env},
                 stdin=asyncio.subprocess.DEVNULL,
                 start_new_session=True,
             )
@@ -133,7 +139,9 @@ class Agent:
                 if message["is"] == "hello":
                     hello = self.workers[writer] = message
                     self._remember_daemon(message["parent"])
-                    writer.write(json.dumps(self.orders).encode() + b"\n")
+                    own = self.rank_envs.get(str(message["rank"]), {})
+                    orders = {**self.orders, "env": {**self.orders["env"], **own}}
+                    writer.write(json.dumps(orders).encode() + b"\n")
                 elif message["is"] == "started":
                     self.groups.add(message["pid"])
                 ended = ended or message["is"] == "exit"

@@ -26,13 +26,14 @@ PASSED_ON_AS = ("TF_", "XLA_", "KERAS_", "NCCL_", "UCX_", "HOROVOD_", "CUDA_", "
 # What the engine's launcher, and ssh, need of it; all else, which they might put onto command lines, they do not get.
 NEEDED = (
     *("PATH", "HOME", "USER", "LOGNAME", "LANG", "TMPDIR", "TERM", "SSH_AUTH_SOCK"),
-    *("PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH"),
+    *("PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES"),
 )
 NEEDED_AS = ("SLURM_", "OMPI_MCA_", "PRTE_MCA_", "PMIX_MCA_")
 # What tells a process which one of a job it is: nobody inherits that from around the launcher.
 MEMBERSHIP = re.compile(
     r"TF_CONFIG|HOROVOD_(RANK|SIZE|LOCAL_\w+|CROSS_\w+|HOSTNAME|CONTROLLER|CPU_OPERATIONS|GLOO_RENDEZVOUS_\w+|GLOO_IFACE|"
-    r"ELASTIC)|OMPI_\w+|PMIX?_\w+|PRTE_\w+|SLURM_\w+|DISTPAD_(BACKEND|WORKERS|HOSTS|REPLICAS|ATTEMPT|JOB|RANK)"
+    r"ELASTIC)|OMPI_\w+|PMIX?_\w+|PRTE_\w+|SLURM_(?!JOB_|ARRAY_|CLUSTER_|SUBMIT_)\w+|"
+    r"DISTPAD_(BACKEND|WORKERS|HOSTS|REPLICAS|ATTEMPT|JOB|RANK)"
 )
 SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|(^|_)KEY(_|$)", re.IGNORECASE)
 STALL = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "60", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "300"}
@@ -122,6 +123,7 @@ def _srun(job: spec.Job) -> list[str]:
     each = max(host.slots for host in job.used_hosts)
     argv = ["srun", f"--nodes={len(job.used_hosts)}", f"--ntasks={job.workers}", f"--ntasks-per-node={each}"]
     argv += [f"--nodelist={','.join(host.name for host in job.used_hosts)}"]
+    argv += ["--distribution=block"]  # srun's own default may be to count ranks across the nodes
     argv += ["--overlap", "--unbuffered", "--kill-on-bad-exit=1"]
     argv += ["--mpi=pmix" if job.backend == "horovod" else "--mpi=none"]
     return [*argv, *job.launcher_args, *worker_argv(job)]
@@ -160,6 +162,9 @@ def worker_env(
     missing = [name for name in job.env if name not in environ]
     if missing:
         raise ValueError(f"launch: --env names {', '.join(missing)}, expected variables that are set here.")
+    if not host.is_here or "SLURM_JOB_ID" in environ:
+        # Another host's GPUs have other numbers, and Slurm tells each step its own.
+        here.pop("CUDA_VISIBLE_DEVICES", None)
     wanted = {k: v for k, v in here.items() if k in PASSED_ON or k.startswith(PASSED_ON_AS)}
     env = {**(here if host.is_here else wanted), **{name: environ[name] for name in job.env}}
     env.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")

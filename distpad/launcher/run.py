@@ -19,6 +19,8 @@ from distpad.launcher import crew, hostcheck, output, render, spec
 
 LOST_S = 15.0  # an agent that is silent for so long is lost; it speaks every two seconds
 PING_S = 5.0
+SAY_S = 10.0  # at most, for what the others saw of a first failure
+TOLD_S = 2.0  # within which workers' ends are heard after their engine's
 POLL_S = 0.1
 LONGEST_BACKOFF_S = 60.0
 HOST, LOST, TIME = 3, 4, 124  # exit codes: a host cannot be used; it was lost; a time limit
@@ -101,6 +103,7 @@ class Attempt:
         self.agents: dict[str, crew.Agent] = {}
         self.engine: crew.Engine | None = None
         self.engine_code: int | None = None
+        self.engine_ended = 0.0
         self.facts: dict[str, dict[str, Any]] = {}
         self.ports: dict[str, list[int]] = {}
         self.started: dict[int, str] = {}  # rank: host
@@ -143,7 +146,11 @@ class Attempt:
             if wrong:
                 raise Ended(Outcome(HOST, "nothing was started. " + " ".join(wrong), may_retry=False))
         argv = render.engine_argv(job, self.mpi, is_root=os.geteuid() == 0)
+        self.find_ports()
         if argv:
+            for host in job.used_hosts:
+                mine = {p.rank: render.rank_env(job, p, self.ports) for p in job.places if p.host == host}
+                self.agents[host.name].tell(do="ranks", envs=mine)
             try:
                 self.engine = crew.Engine("", argv, render.engine_env(job, self.environ), self.events)
             except OSError as error:
@@ -160,8 +167,8 @@ class Attempt:
         agent.tell(**render.orders(self.job, host, self.environ, self.secrets, self.number))
         self.agents[host.name] = agent
 
-    def start_workers(self) -> None:
-        """Where the engine has no launcher, the agents start the workers."""
+    def find_ports(self) -> None:
+        """For TF_CONFIG, on each host."""
         job = self.job
         if job.backend == "multiworker":
             for host in job.used_hosts:
@@ -169,6 +176,10 @@ class Attempt:
                 count = sum(place.host == host for place in job.places)
                 self.agents[host.name].tell(do="ports", count=count, first=first)
             self.until(lambda: len(self.ports) == len(self.agents), job.start_timeout_s, self.silent_hosts)
+
+    def start_workers(self) -> None:
+        """Where the engine has no launcher, the agents start the workers."""
+        job = self.job
         for place in job.places:
             self.agents[place.host.name].tell(do="start", env=render.rank_env(job, place, self.ports))
 
@@ -199,7 +210,7 @@ class Attempt:
     # -- watching -----------------------------------------------------------------------------------------------------
 
     def watch(self) -> Outcome:
-        """Wait until all workers are done. After a first failure the others have the grace to say what they saw."""
+        """Wait until all workers are done. After a first failure the others have some time to say what they saw."""
         job = self.job
         if job.elastic:
             self.until(lambda: self.engine_code is not None, None, None)
@@ -211,7 +222,7 @@ class Attempt:
         self.until(lambda: self.failures or len(self.ends) == job.workers, None, None)
         if self.failures:
             with contextlib.suppress(Ended):  # the first failure is what counts; a lost host is what made it
-                self.until(lambda: len(self.ends) == job.workers, job.grace_s, lambda: Outcome(TIME))
+                self.until(lambda: len(self.ends) == job.workers, min(job.grace_s, SAY_S), lambda: Outcome(TIME))
             if self.lost:
                 raise Ended(self.host_lost(min(self.lost)))
             rank = self.failures[0]
@@ -235,6 +246,7 @@ class Attempt:
             if not self.ending:
                 self.pass_signals_on()
                 self.look_for_lost_hosts(now)
+                self.look_for_early_end(now)
                 if self.limit is not None and now > self.limit:
                     running = sorted(set(self.started) - set(self.ends))
                     who = f": ending worker {', '.join(map(str, running))}" if running else ""
@@ -268,11 +280,7 @@ class Attempt:
         elif what in ("closed", "broken") and host:
             self.take_close(host, message)
         elif what == "closed":
-            self.engine_code = message["code"]
-            if not self.ending and not self.failures and len(self.ends) < self.job.workers and not self.job.elastic:
-                code = message["code"] if message["code"] > 0 else 1
-                why = f"{self.job.launcher} ended (exit code {message['code']}) before the workers were done"
-                raise Ended(Outcome(code, why, shows_launcher=True))
+            self.engine_code, self.engine_ended = message["code"], time.monotonic()
 
     def welcome(self, host: str, message: Mapping[str, Any]) -> None:
         """A worker has started: is the world the one that was asked for?"""
@@ -314,6 +322,15 @@ class Attempt:
         for host, agent in list(self.agents.items()):
             if now > agent.heard + LOST_S and host not in self.lost:
                 self.lose(host)
+
+    def look_for_early_end(self, now: float) -> None:
+        """The engine's launcher may be heard to end before its workers are, which tell it by way of their agents."""
+        if self.engine_code is None or self.job.elastic or now < self.engine_ended + TOLD_S:
+            return
+        if not self.failures and len(self.ends) < self.job.workers:
+            code = self.engine_code if self.engine_code > 0 else 1
+            why = f"{self.job.launcher} ended (exit code {self.engine_code}) before the workers were done"
+            raise Ended(Outcome(code, why, shows_launcher=True))
 
     def lose(self, host: str) -> None:
         self.lost.add(host)

@@ -248,7 +248,7 @@ def _write(folder: pathlib.Path, names: Sequence[str], cpus: int, gpus: int) -> 
     (folder / "hosts").write_text("\n".join(hosts) + "\n")
     has = f"CPUs={cpus}" + (f" Gres=gpu:{gpus}" if gpus else "")
     nodes = [f"NodeName={name} NodeAddr={address} {has}" for name, address in places.items()]
-    nodes.append("PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP")
+    nodes.append("PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP")
     (folder / "slurm.conf").write_text(CONFIG.format(folder=folder) + "\n".join(nodes) + "\n")
     devices = [folder / f"gpu{number}" for number in range(gpus)]  # slurmd only asks whether they are there
     for device in devices:

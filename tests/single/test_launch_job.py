@@ -26,14 +26,24 @@ ENVIRON = {
 }
 OPEN_MPI_4, OPEN_MPI_5 = "mpirun (Open MPI) 4.1.4", "mpirun (Open MPI) 5.0.11"
 HOSTS = spec.parse_hosts("node1:4,node2:4")
-ALWAYS = {"command": ("python", "train.py"), "python": "/env/bin/python", "cwd": "/home/me/it", "id": "0123456789abcdef"}
+ALWAYS = {
+    "command": ("python", "train.py"),
+    "python": "/env/bin/python",
+    "cwd": "/home/me/it",
+    "id": "0123456789abcdef",
+}
 JOBS = {
     "mirrored": {"backend": "mirrored", "np": 4},
     "multiworker-here": {"np": 2},
     "multiworker-ssh": {"hosts": HOSTS, "port": 5000, "ssh_args": ("-p2222",), "env": ("DATA",)},
     "horovodrun-here": {"backend": "horovod", "np": 2},
     "horovodrun": {"backend": "horovod", "hosts": HOSTS, "np": 6, "network_interface": "eth0"},
-    "horovodrun-elastic": {"backend": "horovod", "min_np": 2, "max_np": 8, "host_discovery_script": "/home/me/discover"},
+    "horovodrun-elastic": {
+        "backend": "horovod",
+        "min_np": 2,
+        "max_np": 8,
+        "host_discovery_script": "/home/me/discover",
+    },
     "mpirun-4": {"backend": "horovod", "controller": "mpi", "hosts": HOSTS, "network_interface": "eth0"},
     "mpirun-5": {"backend": "horovod", "controller": "mpi", "hosts": HOSTS, "network_interface": "eth0"},
     "mpirun-argument": {"backend": "horovod", "controller": "mpi", "np": 2, "launcher_args": ("--mca", "x", "a b")},
