@@ -1,5 +1,5 @@
 # Sourced by the scripts beside it: find_python sets PYTHON to one that has distpad.
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034 # PYTHON is for who sources this
 
 find_python() {
   local root candidate

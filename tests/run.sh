@@ -6,7 +6,7 @@ set -euo pipefail
 # on PATH. `pytests` is pytest with the report that the counts at the end are taken from, `world` the same tests in an
 # engine with so many replicas (tests/worlds.py).
 SUITES='
-lint          | current         |  5 | ruff check . && ruff format --check . && mypy distpad
+lint          | current         |  5 | ruff check . && ruff format --check . && mypy distpad && lint_scripts
 single        | current classic | 15 | pytests tests/single
 local         | current classic | 10 | world local
 onedevice     | current classic | 10 | world onedevice
@@ -18,12 +18,13 @@ horovod:2     | current classic | 12 | world horovod:2
 horovod:3     | current classic | 12 | world horovod:3
 mpirun:2      | current classic | 12 | world mpirun:2
 launch        | current classic | 12 | pytests tests/launch
-cluster       | current         | 12 | pytests tests/cluster
+cluster       | current         | 25 | launch/environment.sh current --openmpi5 --horovod && pytests tests/cluster
 mutants       | current         | 20 | python tests/mutants.py
 examples      | current classic | 20 | pytests tests/examples
 '
 
 # what tells that it is here | the Debian package that brings it
+# shellcheck disable=SC2016 # PATH is expanded where the test of it runs
 NEEDS='
 command -v cmake               | cmake
 command -v g++                 | g++
@@ -94,6 +95,7 @@ set_up_variables() {
 }
 
 pytests() { python -m pytest --junitxml="$report" "$@"; }
+lint_scripts() { git ls-files | grep -E '\.(sh|sbatch)$|^\.ci/run$' | xargs shellcheck -x -P SCRIPTDIR; }
 world() { python tests/worlds.py "$1" --junitxml="$report"; }
 
 # Passed, failed and skipped tests of one suite: count REPORT STATUS. A suite without pytest is one test.
@@ -119,7 +121,7 @@ EOF
 # In a process of its own, which leaves what the suite printed and its row of the table: run_suite STACK NAME MINUTES COMMAND
 run_suite() {
   local report=$REPORTS/$1-$2.xml start=$SECONDS status=0 result=passed passed failed skipped prelude child
-  prelude="$(declare -f pytests world); report=$(printf %q "$report")"
+  prelude="$(declare -f pytests world lint_scripts); report=$(printf %q "$report")"
   # In the background with `wait`, so that a signal is passed on at once.
   PATH=$(dirname "$PYTHON"):$PATH timeout --kill-after=30 "${3}m" bash -c "$prelude; $4" </dev/null &
   child=$!
