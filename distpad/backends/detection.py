@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from typing import Any
 
 import tensorflow as tf
 
 from distpad import errors
-from distpad.backends import base, horovod, local, strategy
-
-_PROMISES = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # what Horovod's own start-up reads
+from distpad.backends import base, horovod, local, promises, strategy
 
 
 def resolve(backend: Any = None, *, function: str = "distpad") -> base.Backend:
@@ -25,8 +21,10 @@ def resolve(backend: Any = None, *, function: str = "distpad") -> base.Backend:
 
     Raises:
       ValueError: an unknown name; or, with None, a process that was started as one of several but has neither an
-        initialised Horovod nor a strategy in scope; or several Horovod ranks with a strategy of several replicas.
+        initialised Horovod nor a strategy of several workers in scope; or several Horovod ranks with a strategy of
+        several replicas.
       TypeError: anything else.
+      DistpadError: the engine came up with fewer or other workers than the launcher promised (promises.py).
 
     >>> resolve("local").num_replicas
     1
@@ -56,38 +54,23 @@ def _detect(function: str) -> base.Backend:
                 "backend='horovod' or backend=strategy."
             )
         if several or not ranks:
-            return strategy.StrategyBackend(in_scope)
+            return _in_scope(in_scope, function)
     if ranks:
         return horovod.HorovodBackend()
-    _refuse_a_lone_member(function)
+    promises.refuse_alone(function)
     return local.LocalBackend()
+
+
+def _in_scope(in_scope: tf.distribute.Strategy, function: str) -> base.Backend:
+    """The strategy in scope. One of a single worker among several is refused, as it is when there is no scope: each
+    would train alone. One of a single device never looks like an engine; who means another writes backend=strategy."""
+    found = strategy.StrategyBackend(in_scope)
+    if found.num_workers == 1 and not isinstance(in_scope, tf.distribute.OneDeviceStrategy):
+        promises.refuse_alone(function)
+    return found
 
 
 def _horovod_ranks() -> int:
     """The ranks of an initialised Horovod, or 0. Horovod is looked at only where the process has imported it."""
     hvd = sys.modules.get("horovod.tensorflow")
     return int(hvd.size()) if hvd is not None and hvd.is_initialized() else 0
-
-
-def _refuse_a_lone_member(function: str) -> None:
-    """A process that was started as one of several must not train as if it were alone."""
-    members = _tf_config_workers()
-    if members > 1:
-        raise ValueError(
-            f"{function}: TF_CONFIG names {members} workers, but no strategy is in scope. Call it inside strategy.run, "
-            "write backend=strategy, or backend='local' if this process is meant to work alone."
-        )
-    for name in _PROMISES:
-        if os.environ.get(name, "1") not in ("", "0", "1"):
-            raise ValueError(
-                f"{function}: {name} promises {os.environ[name]} ranks, but Horovod is not initialised. Call "
-                "horovod.tensorflow.init() first, or write backend='local' if this process is meant to work alone."
-            )
-
-
-def _tf_config_workers() -> int:
-    try:
-        cluster = json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster", {})
-        return len(cluster.get("worker", [])) + len(cluster.get("chief", []))
-    except (ValueError, AttributeError):
-        return 0  # TensorFlow itself says what is wrong with a broken TF_CONFIG

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from distpad import errors
-from distpad.backends import base
+from distpad.backends import base, promises
 
 
 class HorovodBackend(base.Backend):
@@ -26,6 +26,7 @@ class HorovodBackend(base.Backend):
     Raises:
       ValueError: an unknown ``op``, Adasum, Horovod not initialised, a process set without this rank.
       ImportError: Horovod is not installed.
+      DistpadError: Horovod came up with fewer or other ranks than the launcher promised.
     """
 
     name = "horovod"
@@ -33,16 +34,20 @@ class HorovodBackend(base.Backend):
     def __init__(self, op: str = "average", process_set: Any = None, compression: Any = None) -> None:
         _check_op(op)
         self._hvd = _initialised()
-        self.process_set = process_set or self._hvd.global_process_set
+        promises.hold(_report(self._hvd))
+        everyone = self._hvd.global_process_set
+        self.process_set = process_set or everyone
         self.compression = compression or self._hvd.Compression.none
-        if not self.process_set.included():
+        # The set of all ranks is not asked: right after init() it may still believe that it is empty (0.28.1 over MPI).
+        if self.process_set is not everyone and not self.process_set.included():
             remedy = "Run this code on the set's ranks alone."
             raise ValueError(
                 errors.sentence("HorovodBackend", "process_set", self.process_set, "a set with this rank", remedy)
             )
         self.gradient_reduction = {"average": "mean", "sum": "sum"}[op]
-        self.num_replicas = self.num_workers = int(self.process_set.size())
-        self.worker_index = int(self.process_set.rank())
+        ranks = self._hvd if self.process_set is everyone else self.process_set
+        self.num_replicas = self.num_workers = int(ranks.size())
+        self.worker_index = int(ranks.rank())
 
     def replica_index(self) -> tf.Tensor:
         return tf.constant(self.worker_index)
@@ -168,3 +173,16 @@ def _initialised() -> Any:
     if not hvd.is_initialized():
         raise ValueError("distpad: Horovod is not initialised. Call horovod.tensorflow.init() first.")
     return hvd
+
+
+def _report(hvd: Any) -> promises.Report:
+    """What Horovod says of the whole job, whichever process set is used."""
+    size, controller = int(hvd.size()), "mpi" if hvd.mpi_enabled() else "gloo"
+    return promises.Report("Horovod", workers=size, replicas=size, hosts=_hosts(hvd, size), controller=controller)
+
+
+def _hosts(hvd: Any, size: int) -> int | None:
+    """On how many hosts the ranks are. Horovod counts those that have this local rank: all have the first."""
+    if hvd.local_size() == size:
+        return 1
+    return int(hvd.cross_size()) if hvd.local_rank() == 0 or hvd.is_homogeneous() else None

@@ -8,9 +8,10 @@ import os
 import tensorflow as tf
 
 from distpad import errors
-from distpad.backends import base, horovod, local, strategy
+from distpad.backends import base, horovod, local, promises, strategy
 
 KINDS = ("auto", "local", "mirrored", "multiworker", "horovod")
+_LAUNCHED = ("mirrored", "multiworker", "horovod")  # by distpad launch --backend
 
 
 def start(kind: str = "auto", replicas: int | None = None) -> base.Backend:
@@ -18,19 +19,34 @@ def start(kind: str = "auto", replicas: int | None = None) -> base.Backend:
 
     Args:
       kind: "local"; "mirrored": the GPUs of this machine, or ``replicas`` CPU devices; "multiworker": the workers of
-        TF_CONFIG; "horovod": the ranks of horovodrun or mpirun; "auto": what the environment tells, else "mirrored"
-        where ``replicas`` are asked for, else "local".
-      replicas: how many replicas there must be; left out, as many as there are.
+        TF_CONFIG; "horovod": the ranks of horovodrun or mpirun; "auto": what the launcher or the environment tells,
+        else "mirrored" where ``replicas`` are asked for, else "local".
+      replicas: how many replicas there must be; left out, as many as the launcher promised, or as there are.
 
     Raises:
-      ValueError: an unknown kind, or another number of replicas than asked for.
+      ValueError: an unknown kind, another one than the launcher was told, another number of replicas than asked for, or
+        one of several processes that would work alone without having been told to be "local".
+      DistpadError: the engine came up with fewer or other workers, hosts or replicas than the launcher promised.
 
     >>> start("local").num_replicas
     1
     """
     errors.choice("start", "kind", kind, KINDS)
-    if kind == "auto":
-        kind = _told_by_environment() or ("mirrored" if (replicas or 1) > 1 else "local")
+    told = _told_by_launcher()
+    if told and kind not in ("auto", told):
+        remedy = f"Launch it with --backend {kind}, or write 'auto'." if kind in _LAUNCHED else "Start it by itself."
+        raise ValueError(
+            errors.sentence(
+                "start", "kind", repr(kind), f"{told!r}, as which distpad launch started this process", remedy
+            )
+        )
+    auto = kind == "auto"
+    if auto:
+        kind = told or _told_by_environment() or ("mirrored" if (replicas or 1) > 1 else "local")
+    if kind == "mirrored" or (auto and kind == "local"):
+        promises.refuse_alone("start")
+    if kind == "mirrored" and replicas is None:
+        replicas = promises.number(os.environ, "DISTPAD_REPLICAS") or None
     backend = _make(kind, replicas)
     if replicas is not None and backend.num_replicas != replicas:
         raise ValueError(
@@ -64,11 +80,21 @@ def _devices(replicas: int | None) -> list[str] | None:
     if replicas is None:
         return None
     gpus = tf.config.list_physical_devices("GPU")
+    if gpus and len(gpus) < replicas:
+        remedy = "Ask for fewer, or look at distpad doctor and CUDA_VISIBLE_DEVICES."
+        raise ValueError(errors.sentence("start", "replicas", replicas, f"at most {len(gpus)}, the GPUs here", remedy))
     if gpus:
         return [f"GPU:{i}" for i in range(replicas)]
     parts = [tf.config.LogicalDeviceConfiguration()] * replicas
     tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], parts)
     return [f"CPU:{i}" for i in range(replicas)]
+
+
+def _told_by_launcher() -> str | None:
+    told = os.environ.get("DISTPAD_BACKEND")
+    if told:
+        errors.choice("start", "DISTPAD_BACKEND", told, _LAUNCHED)
+    return told or None
 
 
 def _told_by_environment() -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from distpad import errors
-from distpad.backends import base
+from distpad.backends import base, promises
 
 # The collectives carry these; everything else travels as one of them and comes back as what it was.
 _CARRIED = {
@@ -36,6 +37,7 @@ class StrategyBackend(base.Backend):
 
     Raises:
       TypeError: no strategy. ValueError: a parameter server strategy, whose steps are not synchronous.
+      DistpadError: it came up with fewer or other workers or replicas than the launcher promised.
     """
 
     name = "strategy"
@@ -52,7 +54,8 @@ class StrategyBackend(base.Backend):
             )
         self.strategy = strategy
         self.num_replicas = strategy.num_replicas_in_sync
-        self.num_workers, self.worker_index = _workers(strategy)
+        self.num_workers, self.worker_index, hosts = _workers(strategy)
+        _hold_promises(strategy, self.num_workers, hosts)
         self._sums: dict[float | None, Callable[[Any], Any]] = {}  # by their time limits
 
     def in_replica(self) -> bool:
@@ -168,13 +171,26 @@ class StrategyBackend(base.Backend):
         return self._sums[limit_s]
 
 
-def _workers(strategy: tf.distribute.Strategy) -> tuple[int, int]:
-    """The number of processes that train together, and which of them this is (a chief comes first)."""
+def _workers(strategy: tf.distribute.Strategy) -> tuple[int, int, int]:
+    """The processes that train together, which of them this is (a chief comes first), and on how many hosts."""
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
-        return 1, 0
+        return 1, 0, 1
     resolver = strategy.cluster_resolver
     cluster = resolver.cluster_spec().as_dict() if resolver else {}
-    chiefs, workers = len(cluster.get("chief", [])), len(cluster.get("worker", []))
-    if chiefs + workers == 0:
-        return 1, 0
-    return chiefs + workers, resolver.task_id + (chiefs if resolver.task_type == "worker" else 0)
+    chiefs, workers = cluster.get("chief", []), cluster.get("worker", [])
+    if not chiefs + workers:
+        return 1, 0, 1
+    hosts = {address.rpartition(":")[0] for address in chiefs + workers}
+    index = resolver.task_id + (len(chiefs) if resolver.task_type == "worker" else 0)
+    return len(chiefs + workers), index, len(hosts)
+
+
+def _hold_promises(strategy: tf.distribute.Strategy, workers: int, hosts: int) -> None:
+    """Only of strategies that a launcher may have meant: a given one of a single worker is taken at its word, unless
+    several replicas of one were promised."""
+    several = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+    mirrored = isinstance(strategy, tf.distribute.MirroredStrategy) and os.environ.get("DISTPAD_BACKEND") == "mirrored"
+    if several or mirrored:
+        name = "MultiWorkerMirroredStrategy" if several else "MirroredStrategy"  # its class is called otherwise
+        replicas = strategy.num_replicas_in_sync
+        promises.hold(promises.Report(name, workers=workers, replicas=replicas, hosts=hosts))

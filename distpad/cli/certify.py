@@ -38,7 +38,7 @@ def certify(
     tf.get_logger().setLevel("ERROR")  # each case is a graph of its own, which TensorFlow would warn of
     try:
         engine = distpad.backends.start(backend, replicas)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, distpad.DistpadError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from error
     certificate = distpad.certify(loss=_mean_of_own if naive else None, cases=cases, seed=seed, backend=engine)

@@ -1,0 +1,199 @@
+"""What launchers promise against what engines report: each way to come up wrong, and the reason that is named."""
+
+from __future__ import annotations
+
+import json
+import timeit
+
+import pytest
+import tensorflow as tf
+
+import distpad
+from distpad import backends
+from distpad.backends import promises
+
+TWO = json.dumps({"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 0}})
+ALONE = promises.Report("Horovod", workers=1, replicas=1, hosts=1, controller="mpi")
+OVER_GLOO = promises.Report("Horovod", workers=1, replicas=1, hosts=1, controller="gloo")
+TWO_RANKS = promises.Report("Horovod", workers=2, replicas=2, hosts=1, controller="mpi")
+STRATEGY = promises.Report("MultiWorkerMirroredStrategy", workers=1, replicas=1, hosts=1)
+MIRRORED = promises.Report("MirroredStrategy", workers=1, replicas=1, hosts=1)
+OPEN_MPI_5 = {"PRTE_LAUNCHED": "1", "OMPI_COMM_WORLD_SIZE": "2"}  # as its ranks see it
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch):
+    for name in (*promises._WORKERS, "TF_CONFIG", "DISTPAD_HOSTS", "DISTPAD_REPLICAS", "DISTPAD_BACKEND"):
+        monkeypatch.delenv(name, raising=False)
+
+
+BROKEN = {
+    "Gloo under mpirun": (
+        OVER_GLOO,
+        {"OMPI_COMM_WORLD_SIZE": "2"},
+        r"Horovod reports 1 worker, expected 2, which OMPI_COMM_WORLD_SIZE promises.*2 jobs of one.*"
+        r"runs over Gloo.*horovodrun --gloo.*install_horovod.sh --mpi on",
+    ),
+    "another MPI": (ALONE, {"OMPI_COMM_WORLD_SIZE": "2"}, r"not the launcher's.*install_horovod.sh --force"),
+    "MPICH": (ALONE, {"PMI_SIZE": "8"}, r"expected 8, which PMI_SIZE promises"),
+    "a stray horovodrun": (OVER_GLOO, {"HOROVOD_SIZE": "4"}, r"expected 4, which HOROVOD_SIZE promises"),
+    "srun without --mpi": (ALONE, {"SLURM_STEP_NUM_TASKS": "2"}, r"2, which SLURM_STEP_NUM_TASKS.*srun --mpi=pmix"),
+    "the same by distpad launch": (
+        ALONE,
+        {"DISTPAD_WORKERS": "2", "DISTPAD_BACKEND": "horovod", "SLURM_STEP_NUM_TASKS": "2"},
+        r"expected 2, which DISTPAD_WORKERS promises.*srun --mpi=pmix",
+    ),
+    "too few": (TWO_RANKS, {"DISTPAD_WORKERS": "3"}, r"Horovod reports 2 workers, expected 3.*did not join.*unset it"),
+    "too many": (TWO_RANKS, {"DISTPAD_WORKERS": "1"}, r"Horovod reports 2 workers, expected 1"),
+    "Horovod where a strategy was meant": (
+        ALONE,
+        {"DISTPAD_WORKERS": "2", "DISTPAD_BACKEND": "multiworker"},
+        r"started for MultiWorkerMirroredStrategy: launch with --backend horovod",
+    ),
+    "a strategy where Horovod was meant": (
+        STRATEGY,
+        {"DISTPAD_WORKERS": "2", "DISTPAD_BACKEND": "horovod"},
+        r"Strategy reports 1 worker, expected 2.*started for Horovod: write backend='horovod'",
+    ),
+    "a strategy under mpirun": (STRATEGY, {"OMPI_COMM_WORLD_SIZE": "2"}, r"2 jobs of one.*started for Horovod"),
+    "a strategy without TF_CONFIG": (STRATEGY, {"SLURM_STEP_NUM_TASKS": "2"}, r"TF_CONFIG has to name the workers"),
+    "a strategy made too early": (STRATEGY, {"TF_CONFIG": TWO}, r"expected 2, which TF_CONFIG promises"),
+    "one host of two": (
+        TWO_RANKS,
+        {"DISTPAD_WORKERS": "2", "DISTPAD_HOSTS": "2"},
+        r"Horovod reports 1 host, expected 2, which DISTPAD_HOSTS promises. All 2 workers.*--hostfile.*--dry-run",
+    ),
+    "two hosts of one": (
+        promises.Report("Horovod", workers=2, replicas=2, hosts=2),
+        {"DISTPAD_HOSTS": "1"},
+        r"reports 2 hosts, expected 1.*Two names of one host",
+    ),
+    "one GPU of four": (
+        MIRRORED,
+        {"DISTPAD_REPLICAS": "4", "CUDA_VISIBLE_DEVICES": "0"},
+        r"MirroredStrategy reports 1 replica, expected 4, which DISTPAD_REPLICAS.*CUDA_VISIBLE_DEVICES is '0'",
+    ),
+    "Open MPI 5, with our promise": (
+        TWO_RANKS,
+        {**OPEN_MPI_5, "DISTPAD_HOSTS": "2", "OMPI_MCA_orte_default_hostfile": "/etc/mpi/hostfile"},
+        r"expected 2, which DISTPAD_HOSTS promises.*Open MPI 5, which ignores.*PRTE_MCA_prte_default_hostfile=/etc/mpi",
+    ),
+    "no number": (ALONE, {"DISTPAD_WORKERS": "two"}, r"DISTPAD_WORKERS is 'two', expected a whole number"),
+    "fewer than the least": (
+        ALONE,
+        {"DISTPAD_WORKERS": "2", "HOROVOD_ELASTIC": "1", "HOROVOD_SIZE": "2"},
+        r"reports 1 worker, expected 2",
+    ),
+}
+KEPT = {
+    "nothing promised": (ALONE, {}),
+    "mpirun": (TWO_RANKS, {"OMPI_COMM_WORLD_SIZE": "2"}),
+    "one by mpirun": (ALONE, {"OMPI_COMM_WORLD_SIZE": "1"}),
+    "distpad launch": (TWO_RANKS, {"DISTPAD_WORKERS": "2", "DISTPAD_HOSTS": "1", "DISTPAD_BACKEND": "horovod"}),
+    "hvd.init(comm=[0, 1])": (TWO_RANKS, {"OMPI_COMM_WORLD_SIZE": "4"}),
+    "mpirun inside a step": (TWO_RANKS, {"OMPI_COMM_WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "3"}),
+    "one rank inside a step": (ALONE, {"OMPI_COMM_WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "3"}),
+    "a batch script of two tasks": (ALONE, {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "7"}),
+    "hosts unknown to this rank": (promises.Report("Horovod", 3, 3, hosts=None), {"DISTPAD_HOSTS": "2"}),
+    "elastic, shrunk": (ALONE, {"HOROVOD_ELASTIC": "1", "HOROVOD_SIZE": "2", "DISTPAD_HOSTS": "2"}),
+    "elastic, grown": (TWO_RANKS, {"HOROVOD_ELASTIC": "1", "DISTPAD_WORKERS": "1", "DISTPAD_HOSTS": "3"}),
+    "foreign nonsense": (ALONE, {"OMPI_COMM_WORLD_SIZE": "many", "PMI_SIZE": "", "TF_CONFIG": "{"}),
+}
+
+
+@pytest.mark.parametrize(("report", "environ", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_promise_stops_the_job_and_says_why(report, environ, message):
+    with pytest.raises(distpad.DistpadError, match=message):
+        promises.hold(report, environ)
+
+
+@pytest.mark.parametrize(("report", "environ"), KEPT.values(), ids=KEPT)
+def test_what_is_kept_or_was_never_promised(report, environ):
+    promises.hold(report, environ)
+
+
+# -- Open MPI 5 under an operator: hosts are named, and nobody reads them ----------------------------------------------
+
+
+@pytest.fixture
+def operator(tmp_path):
+    file = tmp_path / "hostfile"
+    file.write_text("# made by the operator\nworker-0.job.ns.svc slots=1\nworker-1.job.ns.svc:1\n")
+    return {**OPEN_MPI_5, "OMPI_MCA_orte_default_hostfile": str(file)}
+
+
+def test_open_mpi_5_on_a_launcher(operator):
+    with pytest.raises(distpad.DistpadError, match=r"reports 1 host, expected those 2, which OMPI_MCA_orte_default"):
+        promises.hold(TWO_RANKS, operator)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"PRTE_MCA_prte_default_hostfile": "/etc/mpi/hostfile"},
+        {"OMPI_MCA_orte_default_hostfile": "/does/not/exist"},  # a worker, where the file is not
+        {"PRTE_LAUNCHED": None},  # Open MPI 4, which reads it
+    ],
+    ids=["told again", "no file", "Open MPI 4"],
+)
+def test_hosts_that_were_heeded(operator, change):
+    promises.hold(TWO_RANKS, {name: value for name, value in {**operator, **change}.items() if value})
+
+
+def test_a_rank_on_a_host_of_the_file(operator, monkeypatch):
+    monkeypatch.setattr(promises.socket, "gethostname", lambda: "worker-1")
+    promises.hold(TWO_RANKS, operator)
+
+
+def test_ranks_on_several_hosts(operator):
+    promises.hold(promises.Report("Horovod", 2, 2, hosts=2), operator)
+
+
+# -- where it is asked ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["DISTPAD_WORKERS", "SLURM_STEP_NUM_TASKS"])
+def test_alone_among_several(monkeypatch, name):
+    monkeypatch.setenv(name, "2")
+    for ask in (backends.resolve, backends.start, lambda: backends.start("mirrored", 2)):
+        with pytest.raises(ValueError, match=f"{name} promises 2 workers, but no engine of several workers runs"):
+            ask()
+    assert backends.resolve("local").num_replicas == backends.start("local").num_replicas == 1
+
+
+def test_a_mirrored_strategy_in_scope_is_no_engine_of_several_workers(monkeypatch):
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    monkeypatch.setenv("TF_CONFIG", TWO)
+    with strategy.scope(), pytest.raises(ValueError, match="TF_CONFIG names 2 workers"):
+        backends.resolve()
+    assert backends.resolve(strategy).num_replicas == 1  # taken at its word
+
+
+def test_replicas_that_were_promised(monkeypatch):
+    monkeypatch.setenv("DISTPAD_BACKEND", "mirrored")
+    monkeypatch.setenv("DISTPAD_REPLICAS", "2")
+    with pytest.raises(distpad.DistpadError, match="MirroredStrategy reports 1 replica, expected 2"):
+        backends.resolve(tf.distribute.MirroredStrategy(["CPU:0"]))
+    assert backends.resolve(tf.distribute.OneDeviceStrategy("CPU:0")).num_replicas == 1
+
+
+def test_start_is_what_was_launched(monkeypatch):
+    monkeypatch.setenv("DISTPAD_BACKEND", "mirrored")
+    assert backends.start().strategy.num_replicas_in_sync == 1
+    with pytest.raises(ValueError, match=r"kind is 'horovod', expected 'mirrored', as which distpad launch started.*"):
+        backends.start("horovod")
+    monkeypatch.setenv("DISTPAD_BACKEND", "tpu")
+    with pytest.raises(ValueError, match="DISTPAD_BACKEND is 'tpu', expected one of 'mirrored', 'multiworker'"):
+        backends.start()
+
+
+def test_more_replicas_than_gpus(monkeypatch):
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["GPU:0"] if kind == "GPU" else ["CPU:0"])
+    with pytest.raises(ValueError, match="replicas is 2, expected at most 1, the GPUs here"):
+        backends.start("mirrored", 2)
+
+
+def test_it_costs_nothing_in_a_step(monkeypatch):
+    monkeypatch.setenv("DISTPAD_WORKERS", "2")
+    seconds = min(timeit.repeat(lambda: promises.hold(TWO_RANKS), number=1000, repeat=5)) / 1000
+    assert seconds < 1e-3, seconds  # 10 microseconds on an idle machine
