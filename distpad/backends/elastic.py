@@ -16,7 +16,6 @@ from distpad import errors
 from distpad.backends import base, detection, horovod, local, variables
 
 _NAME = "ElasticState"
-_TRIES = 3  # to re-form: a worker that dies while it joins spoils one
 # What an UnknownError says that comes from a collective: Horovod's own words, its operations, its transport.
 _LOST = re.compile(r"Horovod has been shut down|Horovod[A-Z]|gloo")
 
@@ -56,6 +55,10 @@ class ElasticState:
     depends on who is rank 0, such as opening files, belongs into ``train``, which is called again after each change.
     Functions of TensorFlow may be made outside and are right for any number of workers, where distpad's own functions
     are all that asks for it; they are traced anew for other shapes of a batch alone.
+
+    A worker that joins must come within HOROVOD_GLOO_TIMEOUT_SECONDS (30, which is short for importing TensorFlow on a
+    busy host). Where it does not, Horovod aborts those that wait for it, and the job ends: what is left is to start it
+    anew from a checkpoint.
 
     Without Horovod, in a single process, ``run`` calls the function and nothing more: a program runs alone as it is.
 
@@ -311,11 +314,5 @@ def _tells_of_a_lost_peer(error: BaseException | None) -> bool:
 def _re_form() -> None:
     """Leave the job that was, and join the one that the launcher makes of the workers that there are now."""
     hvd = _horovod_elastic()
-    for tries_left in reversed(range(_TRIES)):
-        hvd.shutdown()
-        try:
-            hvd.init()
-            return
-        except ValueError:
-            if not tries_left:
-                raise
+    hvd.shutdown()
+    hvd.init()

@@ -8,6 +8,7 @@ import pathlib
 import elastic_worker
 import numpy as np
 import pytest
+
 from elastic_job import BOTH, Job
 
 WORKER = pathlib.Path(__file__).with_name("elastic_worker.py")
@@ -41,7 +42,7 @@ def check(job: Job) -> None:
     """The job ends well, with each example trained on once an epoch, and nobody is left."""
     (job.folder / "go").touch()
     assert job.finish(END_S) == 0, job.told()
-    assert not job.left()
+    assert not job.left(), job.told()
     (result,) = (json.loads(path.read_text()) for path in job.folder.glob("result-*"))  # one worker has written it
     assert result["step"] == len(result["losses"]) == STEPS
     for epoch in range(elastic_worker.EPOCHS):
@@ -54,7 +55,7 @@ def check(job: Job) -> None:
 def test_a_worker_that_is_killed_is_replaced(tmp_path, victim):
     with made(tmp_path) as job:
         killed = job.wait_for(lambda event: trained_by(2, 6)(event) and event["worker"] == victim, START_S)
-        at = job.kill(killed)
+        at = job.kill(killed["pid"])
         job.wait_for(trained_by(1), CHANGE_S, after=at)
         job.wait_for(trained_by(2), CHANGE_S, after=at)
         check(job)

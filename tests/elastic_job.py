@@ -21,14 +21,14 @@ import worlds
 # Two names of one machine are two hosts. The loopback interface is named, or elastic waits for two hosts to compare.
 BOTH = ("localhost:1", "127.0.0.1:1")
 COOLDOWN_S = ("1", "2")  # how long a host is left alone after the first failure there, and at most
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 class Job:
     """``horovodrun``, elastic over Gloo, with a file of hosts that the test changes, in a ``with`` block.
 
     Args:
-      folder: of this job, which its workers write ``events`` to: one JSON object a line, each with "pid".
+      folder: of this job, which its workers may write ``events`` to: one JSON object a line, each with "pid" and "at".
       hosts: at the start.
       arguments: what Python runs.
     """
@@ -44,6 +44,8 @@ class Job:
         argv += ["--max-np", "2", "--blacklist-cooldown-range", *COOLDOWN_S]
         argv += ["--host-discovery-script", str(ROOT / "launch" / "discover_hosts.sh"), sys.executable]
         environment = {**os.environ, "DISTPAD_HOSTS_FILE": str(folder / "hosts"), "TF_CPP_MIN_LOG_LEVEL": "3"}
+        # Within this time a worker that joins must have imported TensorFlow, or the others abort.
+        environment["HOROVOD_GLOO_TIMEOUT_SECONDS"] = "120"
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         with (folder / "output").open("w") as output:
             self._process = subprocess.Popen(
@@ -60,7 +62,7 @@ class Job:
 
     def __exit__(self, *_: object) -> None:
         worlds.end(self._process)
-        for pid in self.left():
+        for pid in self.left():  # of a launcher that was killed, or left them
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -93,9 +95,9 @@ class Job:
             time.sleep(0.05)
         raise AssertionError(f"the job ended, or nothing came within {limit_s:g} s.\n{self.told()}")
 
-    def kill(self, worker: dict[str, Any]) -> float:
-        """End the worker that an event is of, as the kernel or a power cut does. Returns when."""
-        os.kill(worker["pid"], signal.SIGKILL)
+    def kill(self, pid: int) -> float:
+        """End a worker, as the kernel or a power cut does. Returns when."""
+        os.kill(pid, signal.SIGKILL)
         return time.time()
 
     def finish(self, limit_s: float) -> int:
@@ -105,17 +107,31 @@ class Job:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"not done within {limit_s:g} s.\n{self.told()}") from None
 
+    def workers(self) -> dict[int, int]:
+        """The processes that run Python for a rank now, by number, with the rank that they began as."""
+        found = {}
+        for pid in self.left():
+            with contextlib.suppress(OSError):
+                variables = _variables(pid)
+                if os.readlink(f"/proc/{pid}/exe") == os.path.realpath(sys.executable) and "HOROVOD_RANK" in variables:
+                    found[pid] = int(variables["HOROVOD_RANK"])
+        return found
+
     def left(self) -> list[int]:
-        """Workers that have said something and still run."""
-        return [pid for pid in sorted({event["pid"] for event in self.events()}) if _runs(pid)]
+        """All processes of this job, but the launcher's own."""
+        mine = str(self.folder / "hosts")
+        others = (int(path.name) for path in pathlib.Path("/proc").glob("[0-9]*"))
+        return [pid for pid in others if pid != self._process.pid and _variables(pid).get("DISTPAD_HOSTS_FILE") == mine]
 
     def told(self) -> str:
         events = "\n".join(str(event) for event in self.events()[-60:])
         return f"--- events\n{events}\n--- output\n{self.output[-8000:]}"
 
 
-def _runs(pid: int) -> bool:
+def _variables(pid: int) -> dict[str, str]:
+    """A process's environment; nothing where it is over, or is not ours."""
     try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        words = pathlib.Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
     except OSError:
-        return False
+        return {}
+    return dict(word.split("=", 1) for word in words if "=" in word)
