@@ -82,16 +82,19 @@ class Job:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def wait_for(self, wanted: Callable[[dict[str, Any]], bool], limit_s: float, after: float = 0.0) -> dict[str, Any]:
-        """The first event of this kind, that came later than ``after``. AssertionError, with all that was said, where
-        it does not come, or the job ends."""
+        """The first event of this kind that came later than ``after``; as ``wait_until``."""
+        recent = lambda: (event for event in self.events() if event["at"] > after and wanted(event))
+        return self.wait_until(lambda: next(recent(), None), limit_s)
+
+    def wait_until(self, found: Callable[[], Any], limit_s: float) -> Any:
+        """What is found, once it is. AssertionError, with all that was said, where that does not come, or the job ends."""
         end = time.monotonic() + limit_s
-        while time.monotonic() < end:
+        over = False
+        while time.monotonic() < end and not over:
             over = self._process.poll() is not None
-            for event in self.events():
-                if event["at"] > after and wanted(event):
-                    return event
-            if over:
-                break
+            result = found()
+            if result:
+                return result
             time.sleep(0.05)
         raise AssertionError(f"the job ended, or nothing came within {limit_s:g} s.\n{self.told()}")
 

@@ -8,7 +8,6 @@ import json
 import pathlib
 import re
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -351,24 +350,17 @@ def test_elastic_training_goes_on_after_a_worker_was_killed(tmp_path):
     often = ("--commit-every", 5, "--checkpoint-every", 10)
     arguments = ("--backend", "horovod", "--elastic", "--steps", steps, "--out", out, *small, *often)
     with elastic_job.Job(tmp_path, elastic_job.BOTH, EXAMPLE / "train.py", *arguments) as job:
-        wait_until(lambda: list(out.glob("checkpoints/*-10.index")), job)
+        job.wait_until(lambda: list(out.glob("checkpoints/*-10.index")), LIMIT_S)
         first = job.workers()
         assert sorted(first.values()) == [0, 1]
         job.kill(next(pid for pid, rank in first.items() if rank == 0))  # who writes
-        wait_until(lambda: job.workers().keys() - first.keys(), job)
+        job.wait_until(lambda: job.workers().keys() - first.keys(), LIMIT_S)
         assert job.finish(LIMIT_S) == 0, job.told()
         assert not job.left()
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["steps"], summary["replicas"]) == (steps, 2)  # the last of them with another worker again
     assert list(out.glob(f"checkpoints/*-{steps}.index"))
     assert len(re.findall(r"character error rate", job.output)) == 1, job.output
-
-
-def wait_until(found, job):
-    end = time.monotonic() + LIMIT_S
-    while not found():
-        assert time.monotonic() < end, job.told()
-        time.sleep(0.05)
 
 
 def test_position_loss_resume_and_read(tmp_path):

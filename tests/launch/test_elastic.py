@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
+import subprocess
 
 import elastic_worker
 import numpy as np
 import pytest
 
-from elastic_job import BOTH, Job
+from elastic_job import BOTH, ROOT, Job
 
 WORKER = pathlib.Path(__file__).with_name("elastic_worker.py")
 START_S = CHANGE_S = END_S = 120  # limits, for a busy machine; what is usual is a tenth of it
@@ -76,3 +78,54 @@ def test_hosts_are_taken_away_and_given_back(tmp_path):
         check(job)
         steps = [event["step"] for event in job.events() if event["what"] == "step" and event["pid"] != first["pid"]]
     assert steps  # whoever stayed never went back: at a change that was announced nothing is lost
+
+
+# -- the scripts ------------------------------------------------------------------------------------------------------
+
+
+def run(name: str, *arguments: object, **settings: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "DISTPAD_HOSTS_FILE": "", **settings}
+    return subprocess.run(
+        [ROOT / "launch" / name, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_hosts_are_read_in_the_forms_that_people_write(tmp_path):
+    hosts = tmp_path / "my hosts"
+    hosts.write_text("# all\n\nnode1:4\n  node2 slots=2 max_slots=3\nnode3   # one\n10.0.0.4:1")
+    expected = "node1:4\nnode2:2\nnode3:1\n10.0.0.4:1"
+    for done in (run("discover_hosts.sh", hosts), run("discover_hosts.sh", DISTPAD_HOSTS_FILE=str(hosts))):
+        assert (done.returncode, done.stdout.rstrip("\n"), done.stderr) == (0, expected, "")
+    for done in (run("discover_hosts.sh"), run("discover_hosts.sh", tmp_path / "none")):
+        assert (done.returncode, done.stdout) == (1, "") and "discover_hosts: error: " in done.stderr
+
+
+def test_elastic_sh_is_a_thin_layer(tmp_path):
+    python = tmp_path / "my python"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] && exit\nprintf "%s\\n" "$DISTPAD_HOSTS_FILE" "$@"\n')
+    python.chmod(0o755)
+    (tmp_path / "hosts").touch()
+    given = ("--hosts-file", tmp_path / "hosts", "--min-np", 2, "--max-np", 4, "--tee", "--", "a b", "--min-np", "c")
+    done = run("elastic.sh", *given, PYTHON=str(python))
+    assert done.returncode == 0, done.stderr
+    hosts, *argv = done.stdout.splitlines()
+    assert hosts == str(tmp_path / "hosts")
+    assert argv[:12] == [
+        "-m",
+        "distpad",
+        "launch",
+        "--backend",
+        "horovod",
+        "--gloo",
+        "-np",
+        "2",
+        "--min-np",
+        "2",
+        "--max-np",
+        "4",
+    ]
+    assert argv[12:14] == ["--host-discovery-script", str(ROOT / "launch" / "discover_hosts.sh")]
+    assert argv[-5:] == ["--tee", "--", "a b", "--min-np", "c"]
+    for wrong, message in ((("--", "x"), "--hosts-file is missing"), (given[:2], "no COMMAND")):
+        done = run("elastic.sh", *wrong)
+        assert done.returncode == 2 and message in done.stderr
