@@ -87,7 +87,7 @@ class Job:
         return self.wait_until(lambda: next(recent(), None), limit_s)
 
     def wait_until(self, found: Callable[[], Any], limit_s: float) -> Any:
-        """What is found, once it is. AssertionError, with all that was said, where that does not come, or the job ends."""
+        """What is found, once it is. AssertionError, with all that was said, where it never is, or the job ends."""
         end = time.monotonic() + limit_s
         over = False
         while time.monotonic() < end and not over:

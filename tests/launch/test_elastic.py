@@ -110,20 +110,7 @@ def test_elastic_sh_is_a_thin_layer(tmp_path):
     assert done.returncode == 0, done.stderr
     hosts, *argv = done.stdout.splitlines()
     assert hosts == str(tmp_path / "hosts")
-    assert argv[:12] == [
-        "-m",
-        "distpad",
-        "launch",
-        "--backend",
-        "horovod",
-        "--gloo",
-        "-np",
-        "2",
-        "--min-np",
-        "2",
-        "--max-np",
-        "4",
-    ]
+    assert " ".join(argv[:12]) == "-m distpad launch --backend horovod --gloo -np 2 --min-np 2 --max-np 4"
     assert argv[12:14] == ["--host-discovery-script", str(ROOT / "launch" / "discover_hosts.sh")]
     assert argv[-5:] == ["--tee", "--", "a b", "--min-np", "c"]
     for wrong, message in ((("--", "x"), "--hosts-file is missing"), (given[:2], "no COMMAND")):
