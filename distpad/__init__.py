@@ -17,6 +17,7 @@ _ROOMS = {
     "Counts": "counts",
     "DistpadError": "errors",
     "DistributedLoss": "losses",
+    "ElasticState": "backends",
     "Ladder": "ladder",
     "LengthSampler": "sampling",
     "Pad": "pipeline",
@@ -52,6 +53,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds the two lists together
     from distpad import backends as backends
+    from distpad.backends import ElasticState as ElasticState
     from distpad.certificate import Certificate as Certificate
     from distpad.certificate import certify as certify
     from distpad.collectives import gather as gather

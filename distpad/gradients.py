@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -73,9 +72,9 @@ def broadcast_variables(variables: Iterable[Any], *, root: int = 0, backend: Any
     resolved = backends.resolve(backend, function="broadcast_variables")
     if not isinstance(root, (int, np.integer)) or not 0 <= root < resolved.num_workers:
         raise ValueError(f"broadcast_variables: root is {root!r}, expected a worker, 0 to {resolved.num_workers - 1}.")
-    held = [_tensorflow_variable(variable) for variable in variables]
+    held = [backends.tensorflow_variable(variable, "broadcast_variables") for variable in variables]
     if resolved.num_workers > 1:
-        _check_alike(held, resolved)
+        backends.check_alike(held, resolved, "broadcast_variables")
     resolved.broadcast(held, root)
 
 
@@ -105,7 +104,8 @@ def scale_regularization(losses: Iterable[Any], *, backend: Any = None) -> tf.Te
         raise ValueError(errors.sentence("scale_regularization", "losses", f"of shapes {shapes}", "scalars"))
     widest = max((penalty.dtype for penalty in penalties), key=lambda dtype: dtype.size)
     total = tf.add_n([tf.cast(penalty, widest) for penalty in penalties])
-    return total * tf.cast(resolved.share_scale / resolved.num_replicas, total.dtype)
+    share_scale, replicas = (tf.cast(n, total.dtype) for n in (resolved.share_scale, resolved.replica_count()))
+    return total * (share_scale / replicas)
 
 
 @tf.autograph.experimental.do_not_convert
@@ -128,27 +128,3 @@ def global_value(loss: Any, *, backend: Any = None) -> tf.Tensor:
     """
     resolved = backends.resolve(backend, function="global_value")
     return resolved.join_shares(loss)
-
-
-def _tensorflow_variable(variable: Any) -> tf.Variable:
-    """A Keras 3 variable holds TensorFlow's as its value."""
-    held = variable if isinstance(variable, tf.Variable) else getattr(variable, "value", None)
-    if not isinstance(held, tf.Variable):
-        raise TypeError(
-            errors.sentence("broadcast_variables", "variables", f"with a {type(variable).__name__}", "variables alone")
-        )
-    return held
-
-
-def _check_alike(variables: list[tf.Variable], backend: backends.Backend) -> None:
-    described = [(tuple(variable.shape), variable.dtype.name) for variable in variables]
-    mine = np.array([len(described), zlib.crc32(repr(described).encode())], np.int64)
-    extremes = backend.host_max(np.concatenate([mine, -mine]))
-    most, least = extremes[:2], -extremes[2:]
-    if np.array_equal(most, least):
-        return
-    raise ValueError(
-        f"broadcast_variables: variables are {len(described)} on worker {backend.worker_index}, expected the same "
-        f"number, shapes and dtypes on all workers (numbers: {least[0]} to {most[0]}). Build model and optimiser on "
-        "all of them first."
-    )

@@ -158,13 +158,13 @@ class DistributedLoss(tf.keras.losses.Loss):
         count = table[0, 1] if self._is_fixed() else tf.reduce_sum(table[:, 1])
         value = tf.math.divide_no_nan(total, count)
         if backend.gradient_reduction == "sum":
-            value /= backend.num_replicas
+            value /= tf.cast(backend.replica_count(), value.dtype)
         share = self._share(backend, sums, count)
         return averages.value_with_gradient(tf.cast(value, sums.dtype), share)
 
     def _share(self, backend: backends.Backend, sums: averages.Sums, count: Any) -> tf.Tensor:
         share = tf.math.divide_no_nan(tf.cast(sums.total, tf.float64), tf.cast(count, tf.float64))
-        return tf.cast(share * backend.share_scale, sums.dtype)
+        return tf.cast(share * tf.cast(backend.share_scale, share.dtype), sums.dtype)
 
     def _rehearse(self, y_true: Any, y_pred: Any, sources: dict) -> tf.Tensor:
         """Shapes and dtypes for Keras 3, which traces a model once outside any replica, and never runs that trace."""

@@ -2,9 +2,21 @@
 
 from distpad.backends.base import Backend
 from distpad.backends.detection import resolve
+from distpad.backends.elastic import ElasticState
 from distpad.backends.horovod import HorovodBackend
 from distpad.backends.local import LocalBackend
 from distpad.backends.start import start
 from distpad.backends.strategy import StrategyBackend
+from distpad.backends.variables import check_alike, tensorflow_variable
 
-__all__ = ["Backend", "HorovodBackend", "LocalBackend", "StrategyBackend", "resolve", "start"]
+__all__ = [
+    "Backend",
+    "ElasticState",
+    "HorovodBackend",
+    "LocalBackend",
+    "StrategyBackend",
+    "check_alike",
+    "resolve",
+    "start",
+    "tensorflow_variable",
+]

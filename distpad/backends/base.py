@@ -36,6 +36,10 @@ class Backend(abc.ABC):
         """Whether the caller stands where a replica's code runs."""
         return True
 
+    def replica_count(self) -> Any:
+        """``num_replicas`` for use in a step: a number, or a scalar tensor where it can change behind a trace."""
+        return self.num_replicas
+
     @abc.abstractmethod
     def replica_index(self) -> tf.Tensor:
         """This replica's number among all, an int32 scalar."""
@@ -58,16 +62,18 @@ class Backend(abc.ABC):
         Each replica adds its own slot to zeros, so that one small sum carries maxima, sums and the evidence for an
         error. Slots are chosen, not multiplied: NaN in one stays there.
         """
-        if self.num_replicas == 1:
+        count = self.replica_count()
+        if isinstance(count, int) and count == 1:
             return tensor[tf.newaxis]
-        mine = tf.one_hot(self.replica_index(), self.num_replicas, on_value=True, off_value=False, dtype=tf.bool)
+        mine = tf.one_hot(self.replica_index(), tf.cast(count, tf.int32), on_value=True, off_value=False, dtype=tf.bool)
         mine = tf.reshape(mine, [-1] + [1] * tensor.shape.rank)
         return self.all_reduce_sum(tf.where(mine, tensor[tf.newaxis], tf.zeros([], tensor.dtype)))
 
     @property
-    def share_scale(self) -> int:
-        """What a replica's share of the global mean is multiplied by, so that the engine's reduction restores it."""
-        return 1 if self.gradient_reduction == "sum" else self.num_replicas
+    def share_scale(self) -> Any:
+        """What a replica's share of the global mean is multiplied by, so that the engine's reduction restores it; a
+        number or a scalar tensor, as ``replica_count``."""
+        return 1 if self.gradient_reduction == "sum" else self.replica_count()
 
     # -- between steps: called once by each worker, with NumPy arrays -------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -13,9 +14,14 @@ import tensorflow as tf
 from distpad import errors
 from distpad.backends import base, promises
 
+# What Horovod does not broadcast travels as something as wide.
+_CARRIERS = {tf.bfloat16: tf.uint16, tf.uint32: tf.int32, tf.uint64: tf.int64, tf.complex64: tf.int64}
+
 
 class HorovodBackend(base.Backend):
     """The ranks of an initialised Horovod, or of one of its process sets.
+
+    Numbers of ranks are asked for each time, never kept: an elastic job re-forms with others (see ``ElasticState``).
 
     Args:
       op: how gradients are reduced: "average" (Horovod's default) or "sum". Who keeps Horovod's own tape or optimiser
@@ -33,7 +39,7 @@ class HorovodBackend(base.Backend):
 
     def __init__(self, op: str = "average", process_set: Any = None, compression: Any = None) -> None:
         _check_op(op)
-        self._hvd = _initialised()
+        self._hvd = initialised()
         promises.hold(_report(self._hvd))
         everyone = self._hvd.global_process_set
         self.process_set = process_set or everyone
@@ -45,12 +51,36 @@ class HorovodBackend(base.Backend):
                 errors.sentence("HorovodBackend", "process_set", self.process_set, "a set with this rank", remedy)
             )
         self.gradient_reduction = {"average": "mean", "sum": "sum"}[op]
-        ranks = self._hvd if self.process_set is everyone else self.process_set
-        self.num_replicas = self.num_workers = int(ranks.size())
-        self.worker_index = int(ranks.rank())
+
+    @property
+    def num_workers(self) -> int:  # type: ignore[override] # who reads it, reads what is so now
+        return int(self._ranks().size())
+
+    @property
+    def num_replicas(self) -> int:  # type: ignore[override] # as above
+        return self.num_workers
+
+    @property
+    def worker_index(self) -> int:  # type: ignore[override] # as above
+        return int(self._ranks().rank())
+
+    def _ranks(self) -> Any:
+        """Who knows their number: Horovod itself of all of them, for the reason given above."""
+        return self._hvd if self.has_all_ranks else self.process_set
+
+    def replica_count(self) -> Any:
+        return _membership()[0] if self._re_forms() else self.num_replicas
 
     def replica_index(self) -> tf.Tensor:
-        return tf.constant(self.worker_index)
+        return tf.cast(_membership()[1], tf.int32) if self._re_forms() else tf.constant(self.worker_index)
+
+    @property
+    def has_all_ranks(self) -> bool:
+        """Whether it is Horovod's whole job, no part of it."""
+        return self.process_set is self._hvd.global_process_set
+
+    def _re_forms(self) -> bool:
+        return self.has_all_ranks and is_elastic()
 
     # Every collective has a name of its own: Horovod pairs tensors by name, and what TensorFlow would call them
     # depends on the operations before them, which may differ between ranks where one of them reports an error.
@@ -134,9 +164,13 @@ class HorovodBackend(base.Backend):
         @tf.function(autograph=False)  # one graph: all variables travel together
         def assign_all() -> None:
             for i, variable in enumerate(variables):
+                carrier = _CARRIERS.get(variable.dtype, variable.dtype)
+                given = (
+                    tf.bitcast(variable.read_value(), carrier) if carrier != variable.dtype else variable.read_value()
+                )
                 name = f"distpad_broadcast_{i}"
-                value = self._hvd.broadcast(variable.read_value(), root_rank, name=name, process_set=self.process_set)
-                variable.assign(value)
+                value = self._hvd.broadcast(given, root_rank, name=name, process_set=self.process_set)
+                variable.assign(tf.bitcast(value, variable.dtype) if carrier != variable.dtype else value)
 
         assign_all()
 
@@ -151,6 +185,26 @@ class HorovodBackend(base.Backend):
             return self._all_reduce(tf.constant(np.asarray(array)), op, name).numpy()
 
 
+def is_elastic() -> bool:
+    """Whether this process was started by an elastic job's launcher, whose number of ranks may change."""
+    return os.environ.get("HOROVOD_ELASTIC", "0") not in ("", "0")
+
+
+def renew() -> None:
+    """After an elastic job re-formed: let what is traced already know how many ranks there are, and which this is."""
+    hvd = initialised()
+    _membership().assign([hvd.size(), hvd.rank()])
+
+
+@functools.lru_cache(maxsize=1)
+def _membership() -> tf.Variable:
+    """The number of ranks, and this one's, as a variable: so a function that was traced before an elastic job re-formed
+    is right behind it, too. Horovod's own ``size_op`` would be, but does not compile under XLA, where losses may be."""
+    hvd = initialised()
+    with tf.init_scope():  # the first to ask may be a function that is being traced
+        return tf.Variable([hvd.size(), hvd.rank()], trainable=False, dtype=tf.float64, name="distpad_membership")
+
+
 def _named(tensor: tf.Tensor, name: str) -> tf.Tensor:
     """The tensor under a name of ours, for calls that take no name and make theirs from the tensor's."""
     return tf.identity(tensor, name=name)
@@ -162,8 +216,8 @@ def _check_op(op: str) -> None:
     errors.choice("HorovodBackend", "op", op, ("average", "sum"))
 
 
-def _initialised() -> Any:
-    """The module ``horovod.tensorflow``, ready for use."""
+def initialised() -> Any:
+    """The module ``horovod.tensorflow``, ready for use. ImportError where there is none, ValueError where it is not."""
     try:
         import horovod.tensorflow as hvd
     except ImportError as error:

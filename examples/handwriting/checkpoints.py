@@ -41,6 +41,19 @@ class Checkpoints:
         if self.engine.worker == 0 or self.engine.strategy is not None:
             self._manager.save(checkpoint_number=step)
 
+    def found(self) -> str | None:
+        """The last checkpoint that this worker finds."""
+        return tf.train.latest_checkpoint(str(self.folder))
+
+    def load(self) -> None:
+        """Go back to the last checkpoint, this worker for itself.
+
+        Raises:
+            ValueError: there is none.
+        """
+        self._read()
+        self._move()
+
     def restore(self) -> None:
         """Go back to the last checkpoint. Horovod's other ranks get the weights from rank 0 (``Learner.broadcast``).
 
@@ -48,10 +61,16 @@ class Checkpoints:
             ValueError: there is none.
         """
         if self.engine.worker == 0 or self.engine.strategy is not None:
-            latest = tf.train.latest_checkpoint(str(self.folder))
-            if latest is None:
-                raise ValueError(f"--resume: {self.folder} holds no checkpoint. Leave --resume out to start anew.")
-            self._checkpoint.restore(latest).assert_existing_objects_matched()
+            self._read()
         distpad.broadcast_variables([self._place], backend=self.engine.backend)
+        self._move()
+
+    def _read(self) -> None:
+        latest = self.found()
+        if latest is None:
+            raise ValueError(f"--resume: {self.folder} holds no checkpoint. Leave --resume out to start anew.")
+        self._checkpoint.restore(latest).assert_existing_objects_matched()
+
+    def _move(self) -> None:
         epoch, step = map(int, self._place.numpy())
         self.batches.load_state_dict({**self.batches.state_dict(), "epoch": epoch, "step": step})

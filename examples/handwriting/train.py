@@ -16,7 +16,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -27,7 +27,7 @@ import tensorflow as tf  # the level of its log is read now
 from tqdm import tqdm
 
 import distpad
-from handwriting import checkpoints, decode, drift, engines, folder, learner, model, reading, report, rows
+from handwriting import checkpoints, decode, drift, elastic, engines, folder, learner, model, reading, report, rows
 from handwriting.strings import DigitStrings, Example
 
 EXAMPLES = """\
@@ -38,6 +38,8 @@ examples:
   train.py --resume                                     # go on from the last checkpoint
   train.py --max-columns 4096 --average 200             # batches by width; the loss over a constant
   horovodrun -np 2 python train.py --backend horovod    # two processes; their drift joins the same report
+  horovodrun -np 2 --min-np 1 --host-discovery-script launch/discover_hosts.sh \\
+      python train.py --backend horovod --elastic       # goes on when processes are lost or join
 """
 LOG_EVERY = 10
 LOOK_EVERY = 100  # steps between two looks at the held-out strings
@@ -70,14 +72,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--learning-rate", type=float, default=6e-3, metavar="X", help="its highest value (default 0.006)")
     add("--seed", type=int, default=0, metavar="N", help="of weights and data (default 0)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    add("--elastic", action="store_true", help="go on when workers are lost or join; with --backend horovod")
+    add("--commit-every", type=int, default=20, metavar="STEPS", help="with --elastic: steps lost at most (default 20)")
     add("--checkpoint-every", type=int, default=200, metavar="STEPS", help="default 200")
     add("--stop-at", type=int, metavar="STEP", help="save and stop there, to be resumed (for queues with a time limit)")
     add("--eval-strings", type=int, default=500, metavar="N", help="held-out strings to test with (default 500)")
     add("--no-drift", dest="drift", action="store_false", help="leave out the comparison with one device")
     options = parser.parse_args(arguments)
-    for name in ("steps", "batch", "strings", "rungs", "max_columns", "checkpoint_every", "eval_strings", "stop_at"):
+    counts = "steps batch strings rungs max_columns commit_every checkpoint_every eval_strings stop_at"
+    for name in counts.split():
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least 1")
+    if options.elastic and options.backend != "horovod":
+        parser.error(f"--elastic is for --backend horovod, which is {options.backend}")
     with contextlib.suppress(ValueError):
         options.average = float(options.average)
     if options.height < 8 or options.height % model.STRIDE:
@@ -120,17 +127,20 @@ def make_batches(engine: engines.Engine, data: rows.Rows, options: argparse.Name
 
 
 def train(
-    engine: engines.Engine, data: rows.Rows, test: list[Example], config: model.Config, options: argparse.Namespace
-) -> tuple[reading.TextReader, distpad.PaddedBatches]:
-    """Train to the last step, or to ``--stop-at``. All workers call it; only worker 0 evaluates, prints and writes."""
-    learning = learner.Learner(engine, config, lambda: make_optimizer(options), average=options.average)
-    batches = make_batches(engine, data, options)
-    saved = checkpoints.Checkpoints(learning, batches, options.out / "checkpoints")
-    if options.resume:
-        saved.restore()
-    learning.broadcast()
+    learning: learner.Learner,
+    batches: distpad.PaddedBatches,
+    reader: reading.TextReader,
+    test: list[Example],
+    options: argparse.Namespace,
+    saved: checkpoints.Checkpoints,
+    commit: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Train from where model and batches are to the last step, or to ``--stop-at``.
+
+    All workers call it; only worker 0 evaluates, prints and writes. ``commit`` is called with the steps done.
+    """
+    engine = learning.engine
     first, last = int(learning.optimizer.iterations.numpy()), min(options.steps, options.stop_at or options.steps)
-    reader = reading.TextReader(config)  # a copy on one device: what worker 0 evaluates, nobody waits for
     look_at = test[:LOOK_AT]
     shown = {"loss": "?", "CER": "?"}
     often = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file needs few lines
@@ -147,13 +157,40 @@ def train(
             bar.set_postfix(shown, refresh=False)
             if done % options.checkpoint_every == 0 or done == last:
                 saved.save(done)
+            commit(done)
     reader.model.set_weights(learning.model.get_weights())
-    return reader, batches
 
 
 def error_rate(reader: reading.TextReader, examples: Sequence[Example]) -> float:
     """The character error rate on held-out examples."""
     return decode.character_error_rate(reader.read([e.image for e in examples]), [e.text for e in examples])
+
+
+def conclude(
+    engine: engines.Engine,
+    batches: distpad.PaddedBatches,
+    reader: reading.TextReader,
+    test: list[Example],
+    options: argparse.Namespace,
+    began: float,
+) -> None:
+    """Test the reader, and write what there is to be kept and seen. One worker calls it."""
+    reader.save(options.out / "reader")
+    texts = reader.read([example.image for example in test])
+    rate = decode.character_error_rate(texts, [example.text for example in test])
+    summary = {
+        "backend": engine.name,
+        "replicas": engine.replicas,
+        "loss": options.loss,
+        "steps": options.steps,
+        "held_out_strings": len(test),
+        "character_error_rate": round(rate, 5),
+        "seconds": round(time.monotonic() - began, 1),
+        "ledger": batches.ledger.as_dict(),
+    }
+    (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    report.write_samples(test, options.out / "samples")
+    report.finish(summary, str(batches.ledger), drift.load_all(options.out), test, texts, options.out)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -165,33 +202,32 @@ def run(options: argparse.Namespace) -> None:
         )
     data, test, config = load(options)
     tf.keras.utils.set_random_seed(options.seed)
-    chief = engine.worker == 0
-    if chief:
+    if engine.worker == 0:
         options.out.mkdir(parents=True, exist_ok=True)
         report.announce(engine, data, options, len(test))
-    if options.drift and engine.replicas > 1 and not options.resume:
+    if options.drift and engine.replicas > 1 and not (options.resume or options.elastic):
         measured = drift.measure(engine, data, config, options.batch // engine.replicas * engine.replicas)
-        if chief:
+        if engine.worker == 0:
             drift.save(measured, options.out)
     tf.keras.utils.set_random_seed(options.seed)
-    reader, batches = train(engine, data, test, config, options)
-    if chief:
-        reader.save(options.out / "reader")
-        texts = reader.read([example.image for example in test])
-        rate = decode.character_error_rate(texts, [example.text for example in test])
-        summary = {
-            "backend": engine.name,
-            "replicas": engine.replicas,
-            "loss": options.loss,
-            "steps": options.steps,
-            "held_out_strings": len(test),
-            "character_error_rate": round(rate, 5),
-            "seconds": round(time.monotonic() - began, 1),
-            "ledger": batches.ledger.as_dict(),
-        }
-        (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        report.write_samples(test, options.out / "samples")
-        report.finish(summary, str(batches.ledger), drift.load_all(options.out), test, texts, options.out)
+    learning = learner.Learner(engine, config, lambda: make_optimizer(options), average=options.average)
+    batches = make_batches(engine, data, options)
+    reader = reading.TextReader(config)  # a copy on one device: what worker 0 evaluates, nobody waits for
+
+    def train_and_test(saved: checkpoints.Checkpoints, **more: Callable[[int], None]) -> None:
+        train(learning, batches, reader, test, options, saved, **more)
+        if engine.worker == 0:
+            conclude(engine, batches, reader, test, options, began)
+
+    where = options.out / "checkpoints"
+    if options.elastic:
+        elastic.run(train_and_test, learning, batches, where, options)
+    else:
+        saved = checkpoints.Checkpoints(learning, batches, where)
+        if options.resume:
+            saved.restore()
+        learning.broadcast()
+        train_and_test(saved)
     engine.backend.close()
 
 

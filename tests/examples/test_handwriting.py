@@ -14,6 +14,7 @@ import pytest
 import tensorflow as tf
 
 import distpad
+import elastic_job
 import worlds
 from distpad import backends
 
@@ -342,6 +343,26 @@ def test_train_under_each_engine(tmp_path, world):
         assert max(drift["distpad"]) < 1e-5 < 1e-4 < drift["naive"][-1], (drift["distpad"][-1], drift["naive"][-1])
 
 
+@pytest.mark.timeout(4 * LIMIT_S)
+def test_elastic_training_goes_on_after_a_worker_was_killed(tmp_path):
+    out, steps = tmp_path / "out", 300
+    small = ("--batch", 8, "--strings", 64, "--rungs", 2, "--eval-strings", 4)
+    often = ("--commit-every", 5, "--checkpoint-every", 10)
+    arguments = ("--backend", "horovod", "--elastic", "--steps", steps, "--out", out, *small, *often)
+    with elastic_job.Job(tmp_path, elastic_job.BOTH, EXAMPLE / "train.py", *arguments) as job:
+        job.wait_until(lambda: list(out.glob("checkpoints/*-10.index")), LIMIT_S)
+        first = job.workers()
+        assert sorted(first.values()) == [0, 1]
+        job.kill(next(pid for pid, rank in first.items() if rank == 0))  # who writes
+        job.wait_until(lambda: job.workers().keys() - first.keys(), LIMIT_S)
+        assert job.finish(LIMIT_S) == 0, job.told()
+        assert not job.left()
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["steps"], summary["replicas"]) == (steps, 2)  # the last of them with another worker again
+    assert list(out.glob(f"checkpoints/*-{steps}.index"))
+    assert len(re.findall(r"character error rate", job.output)) == 1, job.output
+
+
 def test_position_loss_resume_and_read(tmp_path):
     common = ("train.py", "--replicas", 2, "--loss", "position", "--no-drift", "--out")
     whole, halves = tmp_path / "whole", tmp_path / "halves"
@@ -374,6 +395,7 @@ def test_own_pictures_are_trained_on(tmp_path):
         (("--batch", "1", "--replicas", "2"), "--batch is 1"),
         (("--resume", "--replicas", "2"), "--resume"),
         (("--rungs", "0"), "--rungs is 0"),
+        (("--elastic",), "--elastic is for --backend horovod, which is mirrored"),
         (("--max-columns", "10"), "max_tokens is 10, expected at least"),
         (("--data", "no-such-folder"), "holds no labels.csv"),
         (("--height", "30"), "--height is 30"),

@@ -52,6 +52,16 @@ def test_variables_that_differ_between_workers_are_refused_on_all(world):
         distpad.broadcast_variables(variables[:count], backend=world.backend)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64", "uint32", "uint64", "int8", "bool", "complex64"])
+def test_horovod_broadcasts_variables_of_all_dtypes(world, horovod, dtype):
+    """Also those that it does not know."""
+    root = world.num_replicas - 1
+    values = lambda rank: tf.cast(tf.constant([rank, 1, 3]), dtype)
+    variable = tf.Variable(values(world.backend.worker_index))
+    distpad.broadcast_variables([variable], root=root, backend=world.backend)
+    assert variable.numpy().tolist() == values(root).numpy().tolist()
+
+
 def test_outside_any_scope_nothing_is_guessed(world):
     if world.strategy is None:
         assert isinstance(distpad.backends.resolve(), distpad.backends.HorovodBackend)
