@@ -131,6 +131,7 @@ def launch(
             min_np=min_np,
             max_np=max_np,
             host_discovery_script=os.path.abspath(host_discovery_script) if host_discovery_script else "",
+            slots_per_host=slots_per_host,
             python=python,
             cwd=os.path.abspath(cwd or "."),
         )

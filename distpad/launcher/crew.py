@@ -6,6 +6,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import queue
@@ -26,10 +27,11 @@ class Event(NamedTuple):
     message: dict[str, Any]
 
 
-def spawn(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """A program that dies with this one, out of the terminal's reach: Ctrl-C is ours to pass on. Its folder is the
-    root, since horovodrun puts the name of the current one unquoted into a shell's line."""
+def spawn(argv: Sequence[str], env: Mapping[str, str], *, dies_with_us: bool) -> subprocess.Popen[bytes]:
+    """A program out of the terminal's reach: Ctrl-C is ours to pass on. Its folder is the root, since horovodrun puts
+    the name of the current one unquoted into a shell's line."""
     libc = ctypes.CDLL(None)
+    tie = functools.partial(libc.prctl, worker.PR_SET_PDEATHSIG, signal.SIGKILL) if dies_with_us else None
     return subprocess.Popen(
         argv,
         env=dict(env),
@@ -38,17 +40,19 @@ def spawn(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
-        preexec_fn=lambda: libc.prctl(worker.PR_SET_PDEATHSIG, signal.SIGKILL),
+        preexec_fn=tie,
     )
 
 
 class Member:
     """One of those processes. Threads read it; ``closed`` is the last that is said of it."""
 
+    dies_with_us = False  # an agent sees for itself that we are gone, and ends the job on its host
+
     def __init__(self, host: str, argv: Sequence[str], env: Mapping[str, str], events: queue.Queue[Event]) -> None:
         self.host = host
         self.events = events
-        self.process = spawn(argv, env)
+        self.process = spawn(argv, env, dies_with_us=self.dies_with_us)
         self.wrote: collections.deque[str] = collections.deque(maxlen=20)  # to standard error, or what was no message
         self.lock = threading.Lock()
         self.readers = [
@@ -109,6 +113,8 @@ class Agent(Member):
 
 class Engine(Member):
     """horovodrun, mpirun or srun."""
+
+    dies_with_us = True
 
     def remark(self, line: str) -> None:
         super().remark(line)

@@ -44,6 +44,11 @@ def folder(job: spec.Job) -> str:
     return f"{FOLDER}/distpad-{job.id}"
 
 
+def hosts_file(job: spec.Job) -> str:
+    """Where an elastic job's hosts are listed, on the launcher's host."""
+    return f"{folder(job)}/hosts"
+
+
 def agent_argv(job: spec.Job, host: spec.Host, environ: Mapping[str, str]) -> list[str]:
     """What starts the agent of a host, from the launcher's."""
     agent = [job.python, "-m", "distpad.launcher.agent"]
@@ -93,7 +98,7 @@ def _horovodrun(job: spec.Job) -> list[str]:
     argv += ["--start-timeout", str(int(job.start_timeout_s))]
     if job.elastic:
         argv += ["--min-np", str(job.min_np), "--max-np", str(job.max_np)]
-        argv += ["--host-discovery-script", job.host_discovery_script] if job.host_discovery_script else _hosts(job)
+        argv += ["--host-discovery-script", f"cat {hosts_file(job)}"]  # what discovery.py has found
     else:
         argv += _hosts(job)
     argv += ["--network-interface", interface] if interface else []

@@ -82,6 +82,7 @@ class Job:
     min_np: Optional[int] = None  # noqa: UP045
     max_np: Optional[int] = None  # noqa: UP045
     host_discovery_script: str = ""
+    slots_per_host: Optional[int] = None  # noqa: UP045 (of hosts that a script names)
     python: str = sys.executable
     cwd: str = "."
     id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8))

@@ -1,0 +1,386 @@
+"""One start of all workers: agents first, then workers; watching until all are done, or one fails; leaving nobody."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import queue
+import signal
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from distpad.launcher import crew, discovery, hostcheck, output, render, spec
+from distpad.launcher.outcomes import HOST, LOST, TIME, Ended, Outcome, say
+
+LOST_S = 15.0  # an agent that is silent for so long is lost; it speaks every two seconds
+PING_S = 5.0
+SAY_S = 10.0  # at most, for what the others saw of a first failure
+TOLD_S = 2.0  # within which workers' ends are heard after their engine's
+POLL_S = 0.1
+
+
+class Attempt:
+    """One start of all workers."""
+
+    def __init__(
+        self,
+        job: spec.Job,
+        number: int,
+        environ: Mapping[str, str],
+        secrets: Mapping[str, str],
+        mpi: str,
+        received: list[int],
+        limit: float | None,
+    ) -> None:
+        self.job, self.number, self.environ, self.secrets, self.mpi = job, number, environ, secrets, mpi
+        self.received = received  # signals, which may be more while this runs
+        self.limit = limit
+        self.output = output.Output(job, number)
+        self.events: queue.Queue[crew.Event] = queue.Queue()
+        self.agents: dict[str, crew.Agent] = {}
+        self.engine: crew.Engine | None = None
+        self.engine_code: int | None = None
+        self.engine_ended = 0.0
+        self.facts: dict[str, dict[str, Any]] = {}
+        self.ports: dict[str, list[int]] = {}
+        self.started: dict[int, str] = {}  # rank: host
+        self.ends: dict[int, int] = {}  # rank: exit code
+        self.failures: list[int] = []  # ranks, in the order of their ends
+        self.lost: set[str] = set()
+        self.swept: set[str] = set()
+        self.ending = False
+        self.discovery: discovery.Discovery | None = None
+        self.signalled = 0  # how many of the received signals were passed on
+        self.pinged = 0.0
+
+    def run(self) -> Outcome:
+        began = time.monotonic()
+        outcome = Outcome(1, "it failed inside distpad launch")
+        try:
+            self.start()
+            outcome = self.watch()
+        except Ended as ended:
+            outcome = ended.outcome
+        finally:
+            self.end()
+            self.output.close()
+        self.summarise(outcome, time.monotonic() - began)
+        return outcome
+
+    # -- starting -----------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        job = self.job
+        by = f" by {job.launcher}" if job.launcher != "ssh" or job.crosses_hosts else ""
+        where = ", ".join(f"{host.name}:{host.slots}" for host in job.used_hosts)
+        say(f"starting {job.command[0]} on {job.workers} worker{'s' * (job.workers > 1)} ({where}){by}")
+        if job.elastic:
+            self.discover()
+        else:
+            for host in job.used_hosts:
+                self.add_agent(host)
+            self.until(lambda: len(self.facts) == len(self.agents), job.start_timeout_s, self.silent_hosts)
+            wrong = hostcheck.problems(job, self.facts)
+            if wrong:
+                raise Ended(Outcome(HOST, "nothing was started. " + " ".join(wrong), may_retry=False))
+        argv = render.engine_argv(job, self.mpi, is_root=os.geteuid() == 0)
+        self.find_ports()
+        if argv:
+            for host in job.used_hosts:
+                mine = {p.rank: render.rank_env(job, p, self.ports) for p in job.places if p.host == host}
+                self.agents[host.name].tell(do="ranks", envs=mine)
+            try:
+                self.engine = crew.Engine("", argv, render.engine_env(job, self.environ), self.events)
+            except OSError as error:
+                raise Ended(Outcome(127, f"{argv[0]} cannot be started: {error.strerror}")) from error
+        else:
+            self.start_workers()
+        if not job.elastic:
+            self.until(lambda: len(self.started) == job.workers, job.start_timeout_s, self.missing_workers)
+
+    def add_agent(self, host: spec.Host) -> None:
+        argv = render.agent_argv(self.job, host, self.environ)
+        agent = crew.Agent(host.name, argv, render.agent_env(self.environ), self.events)
+        agent.heard = time.monotonic() + self.job.start_timeout_s
+        agent.tell(**render.orders(self.job, host, self.environ, self.secrets, self.number))
+        self.agents[host.name] = agent
+
+    def find_ports(self) -> None:
+        """For TF_CONFIG, on each host."""
+        job = self.job
+        if job.backend == "multiworker":
+            for host in job.used_hosts:
+                first = None if job.port is None else job.port
+                count = sum(place.host == host for place in job.places)
+                self.agents[host.name].tell(do="ports", count=count, first=first)
+            self.until(lambda: len(self.ports) == len(self.agents), job.start_timeout_s, self.silent_hosts)
+
+    def start_workers(self) -> None:
+        """Where the engine has no launcher, the agents start the workers."""
+        job = self.job
+        for place in job.places:
+            self.agents[place.host.name].tell(do="start", env=render.rank_env(job, place, self.ports))
+
+    def discover(self) -> None:
+        """For elastic jobs: an agent for each host that is found, as long as the job runs."""
+        pathlib.Path(render.folder(self.job)).mkdir(mode=0o700)
+        self.discovery = discovery.Discovery(self.job, render.hosts_file(self.job), self.welcome_host)
+        try:
+            self.discovery.start()
+        except ValueError as error:
+            raise Ended(Outcome(HOST, f"nothing was started. {error}", may_retry=False)) from error
+        self.until(lambda: bool(self.facts), self.job.start_timeout_s, self.silent_hosts)
+
+    def welcome_host(self, host: spec.Host) -> bool:
+        """Have an agent on a host; whether it is ready. (Called by another thread.)"""
+        name = "localhost" if host.is_here else host.name
+        agent = self.agents.get(name)
+        if not self.ending and (agent is None or agent.process.poll() is not None):
+            self.facts.pop(name, None)
+            self.lost.discard(name)
+            self.swept.discard(name)
+            self.add_agent(spec.Host(name, host.slots))
+        return name in self.facts
+
+    def silent_hosts(self) -> Outcome:
+        silent = [host for host in self.agents if host not in self.facts or (self.ports and host not in self.ports)]
+        wrote = list(self.agents[silent[0]].wrote)
+        return Outcome(HOST, hostcheck.why_no_agent(silent[0], self.job.python, wrote, None), may_retry=False)
+
+    def missing_workers(self) -> Outcome:
+        missing = [place for place in self.job.places if place.rank not in self.started]
+        who = ", ".join(f"{place.rank} ({place.host.name})" for place in missing)
+        why = f"not started within {self.job.start_timeout_s:g} s: worker {who}"
+        return Outcome(TIME, why, shows_launcher=True)
+
+    # -- watching -----------------------------------------------------------------------------------------------------
+
+    def watch(self) -> Outcome:
+        """Wait until all workers are done. After a first failure the others have some time to say what they saw."""
+        job = self.job
+        if job.elastic:
+            self.until(lambda: self.engine_code is not None, None, None)
+            if self.engine_code:
+                rank = self.failures[-1] if self.failures else None
+                code = self.ends[rank] if rank is not None else self.engine_code
+                return Outcome(code, self.failure(rank, "last"), rank, shows_launcher=True)
+            return Outcome(0)
+        self.until(lambda: self.failures or len(self.ends) == job.workers, None, None)
+        if self.failures:
+            with contextlib.suppress(Ended):  # the first failure is what counts; a lost host is what made it
+                self.until(lambda: len(self.ends) == job.workers, min(job.grace_s, SAY_S), lambda: Outcome(TIME))
+            if self.lost:
+                raise Ended(self.host_lost(min(self.lost)))
+            rank = self.failures[0]
+            return Outcome(self.ends[rank], self.failure(rank, "first"), rank)
+        if self.engine is not None:
+            late = Outcome(TIME, f"all workers are done, but {job.launcher} did not end")
+            self.until(lambda: self.engine_code is not None, max(job.grace_s, 10), lambda: late)
+            if self.engine_code:
+                code = self.engine_code if self.engine_code > 0 else 128 - self.engine_code
+                return Outcome(code, f"all workers are done, but {job.launcher} failed", shows_launcher=True)
+        return Outcome(0)
+
+    def until(self, done: Callable[[], Any], limit_s: float | None, otherwise: Callable[[], Outcome] | None) -> None:
+        """Take events until ``done``; after ``limit_s`` seconds end with the outcome that ``otherwise`` makes."""
+        end = None if limit_s is None else time.monotonic() + limit_s
+        while not done():
+            with contextlib.suppress(queue.Empty):
+                self.take(self.events.get(timeout=POLL_S))
+                continue
+            now = time.monotonic()
+            if not self.ending:
+                self.pass_signals_on()
+                self.look_for_lost_hosts(now)
+                self.look_for_early_end(now)
+                if self.limit is not None and now > self.limit:
+                    running = sorted(set(self.started) - set(self.ends))
+                    who = f": ending worker {', '.join(map(str, running))}" if running else ""
+                    raise Ended(Outcome(TIME, f"not done after {self.job.timeout_s:g} s{who}", may_retry=False))
+            if now > self.pinged + PING_S:
+                self.pinged = now
+                self.tell_all(do="ping")
+            if end is not None and otherwise is not None and now > end:
+                raise Ended(otherwise())
+
+    def take(self, event: crew.Event) -> None:
+        """Learn from one event."""
+        host, message = event
+        what, rank = message["is"], message.get("rank")
+        if what == "line":
+            self.output.line(rank, message["stream"], message["text"])
+        elif what == "ready":
+            self.facts[host] = message
+        elif what == "ports":
+            if not message["ports"]:
+                raise Ended(Outcome(HOST, hostcheck.taken(host, message["taken"], message["why"]), may_retry=False))
+            self.ports[host] = message["ports"]
+        elif what == "hello":
+            self.welcome(host, message)
+        elif what in ("exit", "gone"):
+            self.take_end(host, rank, message.get("code", 128 + signal.SIGKILL))
+        elif what == "swept":
+            self.swept.add(host)
+            if message["left"]:
+                say(f"ended on {host} what the job had left: {', '.join(message['left'])}")
+        elif what in ("closed", "broken") and host:
+            self.take_close(host, message)
+        elif what == "closed":
+            self.engine_code, self.engine_ended = message["code"], time.monotonic()
+
+    def welcome(self, host: str, message: Mapping[str, Any]) -> None:
+        """A worker has started: is the world the one that was asked for?"""
+        job, rank, size = self.job, message["rank"], message["size"]
+        if not job.elastic:
+            told = f"{job.launcher} started a worker on {host} as rank {rank} of {size or 'an unknown number'}"
+            if rank is None or (size is not None and size != job.workers) or rank in self.started:
+                why = f"{job.workers} workers were asked for, but {told}: that would be several jobs instead of one"
+                raise Ended(Outcome(HOST, why, shows_launcher=True, may_retry=False))
+            planned = [place.host.name for place in job.places]
+            if sorted([*self.started.values(), host]).count(host) > planned.count(host):
+                why = f"{planned.count(host)} workers were to run on {host}, but {told}, one more than that"
+                raise Ended(Outcome(HOST, why, shows_launcher=True, may_retry=False))
+        if rank is not None:
+            self.started[rank] = host
+            self.ends.pop(rank, None)
+
+    def take_end(self, host: str, rank: int | None, code: int) -> None:
+        if rank is None or rank in self.ends:
+            return
+        self.ends[rank] = code
+        if code and not self.ending:  # what it gets from us at the end is no failure of its own
+            self.failures.append(rank)
+
+    def take_close(self, host: str, message: Mapping[str, Any]) -> None:
+        """An agent has ended, which it should not before it is told."""
+        agent = self.agents[host]
+        if self.ending or self.job.elastic:
+            self.swept.add(host)  # a host may leave an elastic job
+        elif message["is"] == "broken":
+            raise Ended(Outcome(HOST, f"{host} cannot be used: {message['text']}", may_retry=False))
+        elif host not in self.facts:
+            why = hostcheck.why_no_agent(host, self.job.python, list(agent.wrote), message["code"])
+            raise Ended(Outcome(HOST, f"nothing was started. {why}", may_retry=False))
+        else:
+            self.lose(host)
+
+    def look_for_lost_hosts(self, now: float) -> None:
+        for host, agent in list(self.agents.items()):
+            if now > agent.heard + LOST_S and host not in self.lost:
+                self.lose(host)
+
+    def look_for_early_end(self, now: float) -> None:
+        """The engine's launcher may be heard to end before its workers are, which tell it by way of their agents."""
+        if self.engine_code is None or self.job.elastic or now < self.engine_ended + TOLD_S:
+            return
+        if not self.failures and len(self.ends) < self.job.workers:
+            code = self.engine_code if self.engine_code > 0 else 1
+            why = f"{self.job.launcher} ended (exit code {self.engine_code}) before the workers were done"
+            raise Ended(Outcome(code, why, shows_launcher=True))
+
+    def lose(self, host: str) -> None:
+        self.lost.add(host)
+        if not self.job.elastic:
+            raise Ended(self.host_lost(host))
+
+    def host_lost(self, host: str) -> Outcome:
+        ranks = ", ".join(str(rank) for rank, where in sorted(self.started.items()) if where == host)
+        wrote = f" ({self.agents[host].wrote[-1]})" if self.agents[host].wrote else ""
+        return Outcome(LOST, f"{host} was lost{wrote}, with worker {ranks or 'none'}: no answer for {LOST_S:g} s")
+
+    def pass_signals_on(self) -> None:
+        """The workers get the signals that the launcher got, and the grace to do something about them."""
+        if not self.received:
+            return
+        number = self.received[0]
+        say(f"got {signal.Signals(number).name}: passing it on")
+        self.signalled = len(self.received)
+        self.tell_all(do="leave")
+        self.tell_all(do="signal", number=number)
+        self.ending = True
+        end = time.monotonic() + self.job.grace_s
+        while self.running() and time.monotonic() < end and len(self.received) == self.signalled:
+            self.poll()
+        raise Ended(Outcome(128 + number, f"ended by {signal.Signals(number).name}", may_retry=False))
+
+    # -- ending -------------------------------------------------------------------------------------------------------
+
+    def end(self) -> None:
+        """Leave nobody: workers are asked, then killed; the engine's launcher may clean up; the agents sweep."""
+        self.ending = True
+        if self.discovery is not None:
+            self.discovery.end()
+        self.tell_all(do="leave")
+        self.tell_all(do="signal", number=signal.SIGTERM)
+        grace_s = 0 if self.received else self.job.grace_s  # they had it, unless a second signal cut it short
+        self.wait_for(lambda: not self.running(), grace_s)
+        self.tell_all(do="signal", number=signal.SIGKILL)
+        self.wait_for(lambda: not self.running(), 2)
+        if self.engine is not None:
+            for number, seconds in ((None, 3.0), (signal.SIGTERM, 6.0), (signal.SIGKILL, 2.0)):
+                if number and self.engine_code is None:
+                    self.engine.kill(number)
+                self.wait_for(lambda: self.engine_code is not None, seconds)
+        self.tell_all(do="end", grace_s=0)
+        self.wait_for(lambda: set(self.agents) <= self.swept | self.lost, 6)
+        for agent in list(self.agents.values()):
+            with contextlib.suppress(OSError):
+                agent.process.stdin.close()  # type: ignore[union-attr]
+        self.wait_for(
+            lambda: all(a.process.poll() is not None for h, a in self.agents.items() if h not in self.lost), 3
+        )
+        for agent in list(self.agents.values()):
+            agent.kill(signal.SIGKILL)
+        with contextlib.suppress(OSError):
+            os.rmdir(render.folder(self.job))
+
+    def running(self) -> set[int]:
+        """The ranks of which somebody could still tell how they end."""
+        return {rank for rank, host in self.started.items() if rank not in self.ends and host not in self.lost}
+
+    def wait_for(self, done: Callable[[], bool], seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not done() and time.monotonic() < end:
+            self.poll()
+
+    def poll(self) -> None:
+        with contextlib.suppress(queue.Empty, Ended):
+            self.take(self.events.get(timeout=POLL_S))
+
+    def tell_all(self, **message: Any) -> None:
+        for host, agent in list(self.agents.items()):
+            if host not in self.lost:
+                agent.tell(**message)
+
+    # -- telling ------------------------------------------------------------------------------------------------------
+
+    def failure(self, rank: int | None, which: str) -> str:
+        if rank is None:
+            return f"{self.job.launcher} failed (exit code {self.engine_code})"
+        code = self.ends[rank]
+        how = f"exit code {code}"
+        if code > 128:
+            with contextlib.suppress(ValueError):
+                how = f"signal {signal.Signals(code - 128).name}, {how}"
+        return f"worker {rank} on {self.started[rank]} failed {which} ({how})"
+
+    def summarise(self, outcome: Outcome, seconds: float) -> None:
+        """The culprit, the last that it wrote, and where the rest is."""
+        if not outcome.code:
+            say(f"done in {seconds:.0f} s")
+            return
+        say(f"{outcome.why}, after {seconds:.1f} s")
+        lines = (
+            list(self.output.last.get(outcome.rank, [])) if outcome.rank is not None or outcome.shows_launcher else []
+        )
+        if lines:
+            say(f"the last that {f'worker {outcome.rank}' if outcome.rank is not None else self.job.launcher} wrote:")
+            for line in lines:
+                say(f"  | {line}")
+        others = [f"worker {rank} (exit code {self.ends[rank]})" for rank in self.failures if rank != outcome.rank]
+        if others and outcome.rank is not None:
+            say(f"then failed: {', '.join(others)}")
+        if self.output.folder:
+            say(f"what all of them wrote: {self.output.folder}")
