@@ -21,6 +21,7 @@ import worlds
 # Two names of one machine are two hosts. The loopback interface is named, or elastic waits for two hosts to compare.
 BOTH = ("localhost:1", "127.0.0.1:1")
 COOLDOWN_S = ("1", "2")  # how long a host is left alone after the first failure there, and at most
+GRACE_S = 10
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
@@ -104,11 +105,17 @@ class Job:
         return time.time()
 
     def finish(self, limit_s: float) -> int:
-        """Wait for the job's end, and return its exit code. AssertionError where it does not come."""
+        """Wait for the job's end, and return its exit code. AssertionError where it does not come, or leaves processes:
+        those that it has told to end get a moment for it."""
         try:
-            return self._process.wait(limit_s)
+            code = self._process.wait(limit_s)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"not done within {limit_s:g} s.\n{self.told()}") from None
+        end = time.monotonic() + GRACE_S
+        while self.left() and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not self.left(), f"{self.left()} still run.\n{self.told()}"
+        return code
 
     def workers(self) -> dict[int, int]:
         """The processes that run Python for a rank now, by number, with the rank that they began as."""

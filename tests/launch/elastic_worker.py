@@ -73,10 +73,13 @@ def main(folder: pathlib.Path) -> None:
 
     state = distpad.ElasticState([model, optimizer], batches=batches, backend=engine, step=0, seen=[], losses=[])
     steps = EPOCHS * -(-EXAMPLES // BATCH)
+    hold = 2 * steps // 3
 
     @distpad.ElasticState.run
     def train(state: distpad.ElasticState) -> str:
         tell("began", step=state.step)
+        if state.step == hold:
+            wait(state)
         while state.step < steps:
             epoch = state.batches.state_dict()["epoch"]
             for batch in state.batches:
@@ -89,14 +92,14 @@ def main(folder: pathlib.Path) -> None:
                 time.sleep(SECONDS)
                 if state.step % COMMIT_EVERY == 0:
                     state.commit()
-                if state.step == 2 * steps // 3:
+                if state.step == hold:
+                    state.commit()
                     wait(state)
         engine.host_sum(np.zeros(1))  # nobody leaves before all are done
         return "done"
 
     def wait(state: distpad.ElasticState) -> None:
         tell("waits", step=state.step)
-        state.commit()
         while not engine.host_max(np.array([float((folder / "go").exists())]))[0]:
             time.sleep(0.1)
             state.check_host_updates()

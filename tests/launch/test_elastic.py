@@ -27,6 +27,11 @@ def trained_by(workers: int, step: int = 0):
     return lambda event: event["what"] == "step" and event["workers"] == workers and event["step"] > step
 
 
+def formed_by(workers: int):
+    """A job began to train that has so many workers."""
+    return lambda event: event["what"] == "began" and event["workers"] == workers
+
+
 def expected_weights() -> np.ndarray:
     """Gradient descent with momentum in NumPy, on whole batches."""
     rows = elastic_worker.examples()
@@ -44,7 +49,6 @@ def check(job: Job) -> None:
     """The job ends well, with each example trained on once an epoch, and nobody is left."""
     (job.folder / "go").touch()
     assert job.finish(END_S) == 0, job.told()
-    assert not job.left(), job.told()
     (result,) = (json.loads(path.read_text()) for path in job.folder.glob("result-*"))  # one worker has written it
     assert result["step"] == len(result["losses"]) == STEPS
     for epoch in range(elastic_worker.EPOCHS):
@@ -58,26 +62,25 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path, victim):
     with made(tmp_path) as job:
         killed = job.wait_for(lambda event: trained_by(2, 6)(event) and event["worker"] == victim, START_S)
         at = job.kill(killed["pid"])
-        job.wait_for(trained_by(1), CHANGE_S, after=at)
-        job.wait_for(trained_by(2), CHANGE_S, after=at)
+        job.wait_for(formed_by(1), CHANGE_S, after=at)
+        job.wait_for(formed_by(2), CHANGE_S, after=at)
         check(job)
         pids = {event["pid"] for event in job.events()}
     assert len(pids) == 3 and killed["pid"] in pids
 
 
 def test_hosts_are_taken_away_and_given_back(tmp_path):
-    """That of worker 0 first, so that another writes the result."""
+    """That of worker 0 first, so that another writes the result. Nobody goes back: what is announced costs no step."""
     with made(tmp_path) as job:
-        first = job.wait_for(lambda event: trained_by(2, 2)(event) and event["worker"] == 0, START_S)
-        gone, stays = BOTH
-        job.list_hosts(stays)
-        job.wait_for(trained_by(1), CHANGE_S)
-        job.list_hosts(stays, gone)
-        alone = job.events()[-1]["at"]
-        job.wait_for(trained_by(2), CHANGE_S, after=alone)
+        job.wait_for(trained_by(2, 2), START_S)
+        job.list_hosts(BOTH[1])
+        alone = job.wait_for(formed_by(1), CHANGE_S)
+        job.list_hosts(*reversed(BOTH))
+        again = job.wait_for(formed_by(2), CHANGE_S, after=alone["at"])
         check(job)
-        steps = [event["step"] for event in job.events() if event["what"] == "step" and event["pid"] != first["pid"]]
-    assert steps  # whoever stayed never went back: at a change that was announced nothing is lost
+        steps = [event["step"] for event in job.events() if event["what"] == "step" and event["pid"] == alone["pid"]]
+    assert steps == list(range(1, STEPS + 1))
+    assert 2 < alone["step"] <= again["step"] < STEPS
 
 
 # -- the scripts ------------------------------------------------------------------------------------------------------
