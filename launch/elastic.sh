@@ -19,22 +19,20 @@ Examples:
 COMMAND trains by distpad.ElasticState. A host where a worker failed is left alone for 10 s, at each further failure
 for twice as long, at most for 5 minutes. A worker that joins must have started within 2 minutes: where one does not,
 Horovod ends the job. With --max-restarts it is then started anew: give COMMAND what makes it go on from a checkpoint.
-PYTHON names the Python that has distpad; else it is python3 or python on PATH.
+All other flags are those of `distpad launch`. A lost worker is no failure of the job here; what ends it is that fewer
+than --min-np are left for long, that Horovod's launcher fails, or that the training is done.
 USAGE
 }
 
 die() { printf 'elastic: error: %s\n' "$*" >&2; exit 2; }
 
-find_python() {
-  local candidate
-  for candidate in ${PYTHON:+"$PYTHON"} python3 python; do
-    "$candidate" -c 'import distpad' 2>/dev/null && { echo "$candidate"; return; }
-  done
-  die "no Python that has distpad on PATH. Set PYTHON, for example to what launch/environment.sh current --horovod prints."
-}
+source "$(dirname "${BASH_SOURCE[0]}")/python.sh"
+
+# What NCCL says: WARN for what is wrong; INFO also for the interface and the transport that it takes between hosts.
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
 main() {
-  local here python hosts_file="" min_np=1 max_np=() options=()
+  local here hosts_file="" min_np=1 max_np=() options=()
   while (($#)) && [[ $1 != -- ]]; do
     case $1 in
       --hosts-file | --min-np | --max-np) (($# > 1)) || die "$1 needs a value. See launch/elastic.sh --help" ;;
@@ -51,10 +49,10 @@ main() {
   (($# > 1)) || die "no COMMAND. It goes after --, e.g.: --hosts-file hosts -- python train.py"
   [[ -r $hosts_file ]] || die "--hosts-file is ${hosts_file:-missing}, expected a file that can be read"
   here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-  python=$(find_python)
+  find_python
   DISTPAD_HOSTS_FILE=$(cd "$(dirname "$hosts_file")" && pwd)/$(basename "$hosts_file")
   export DISTPAD_HOSTS_FILE
-  exec "$python" -m distpad launch --backend horovod --gloo \
+  exec "$PYTHON" -m distpad launch --backend horovod --gloo \
     -np "$min_np" --min-np "$min_np" ${max_np[@]+"${max_np[@]}"} \
     --host-discovery-script "$here/discover_hosts.sh" \
     --launcher-arg=--blacklist-cooldown-range --launcher-arg=5 --launcher-arg=300 \

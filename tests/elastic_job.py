@@ -26,7 +26,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 class Job:
-    """``horovodrun``, elastic over Gloo, with a file of hosts that the test changes, in a ``with`` block.
+    """``launch/elastic.sh`` with a file of hosts that the test changes, in a ``with`` block.
 
     Args:
       folder: of this job, which its workers may write ``events`` to: one JSON object a line, each with "pid" and "at".
@@ -41,16 +41,14 @@ class Job:
         if shutil.which(launcher) is None:
             missing = f"{launcher} is missing; launch/install_horovod.sh --help tells how to get it"
             (pytest.fail if os.environ.get("DISTPAD_CI") else pytest.skip)(missing)
-        argv = [launcher, "--gloo", "--network-interface", "lo", "-np", str(len(hosts)), "--min-np", "1"]
-        argv += ["--max-np", "2", "--blacklist-cooldown-range", *COOLDOWN_S]
-        argv += ["--host-discovery-script", str(ROOT / "launch" / "discover_hosts.sh"), sys.executable]
-        environment = {**os.environ, "DISTPAD_HOSTS_FILE": str(folder / "hosts"), "TF_CPP_MIN_LOG_LEVEL": "3"}
-        # Within this time a worker that joins must have imported TensorFlow, or the others abort.
-        environment["HOROVOD_GLOO_TIMEOUT_SECONDS"] = "120"
+        argv = [ROOT / "launch" / "elastic.sh", "--hosts-file", folder / "hosts", "--min-np", "1", "--max-np", "2"]
+        argv += ["-np", len(hosts), "--network-interface", "lo", "--launcher-arg=--blacklist-cooldown-range"]
+        argv += [*(f"--launcher-arg={seconds}" for seconds in COOLDOWN_S), "--", sys.executable]
+        environment = {**os.environ, "DISTPAD_PYTHON": sys.executable, "TF_CPP_MIN_LOG_LEVEL": "3"}
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         with (folder / "output").open("w") as output:
             self._process = subprocess.Popen(
-                [*argv, *map(str, arguments)],
+                [*map(str, argv), *map(str, arguments)],
                 env={**environment, **settings},
                 stdin=subprocess.DEVNULL,
                 stdout=output,

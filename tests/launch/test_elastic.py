@@ -109,7 +109,7 @@ def test_elastic_sh_is_a_thin_layer(tmp_path):
     python.chmod(0o755)
     (tmp_path / "hosts").touch()
     given = ("--hosts-file", tmp_path / "hosts", "--min-np", 2, "--max-np", 4, "--tee", "--", "a b", "--min-np", "c")
-    done = run("elastic.sh", *given, PYTHON=str(python))
+    done = run("elastic.sh", *given, DISTPAD_PYTHON=str(python))
     assert done.returncode == 0, done.stderr
     hosts, *argv = done.stdout.splitlines()
     assert hosts == str(tmp_path / "hosts")
