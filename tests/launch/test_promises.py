@@ -17,7 +17,9 @@ OF_ANOTHER_MPI = "import os, sys; os.execve(sys.executable, [sys.executable, *sy
     "os.environ.items() if not n.startswith(('PMIX_', 'OMPI_')) or n.startswith('OMPI_COMM_WORLD_')})"
 )
 # set in the worker, since distpad launch hands on no promise but its own
-THREE_PROMISED = "import os, sys; os.environ.update(DISTPAD_WORKERS='3'); os.execv(sys.executable, ['python', *sys.argv[1:]])"
+THREE_PROMISED = (
+    "import os, sys; os.environ.update(DISTPAD_WORKERS='3'); os.execv(sys.executable, ['python', *sys.argv[1:]])"
+)
 BROKEN = {
     "Gloo under mpirun": (
         *("mpirun:2", [], OVER_GLOO),
