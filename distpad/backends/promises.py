@@ -80,6 +80,9 @@ def refuse_alone(function: str, environ: Mapping[str, str] = os.environ) -> None
     name, count = of_workers(environ)
     if count < 2:
         return
+    if name == "DISTPAD_WORKERS":  # what the engine itself was told says better what to write
+        told = {each: value for each, value in environ.items() if each in (*HOROVODS, "TF_CONFIG")}
+        name, count = of_workers(told) if of_workers(told)[1] > 1 else (name, count)
     way_out = "or backend='local' if this process is meant to work alone."
     if name == "TF_CONFIG":
         raise ValueError(

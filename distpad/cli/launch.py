@@ -110,7 +110,7 @@ def launch(
             command=tuple(command or ()),
             backend=backend,
             np=np,
-            hosts=_hosts(hosts, hostfile, slots_per_host, environ),
+            hosts=allocation.named(hosts, hostfile, slots_per_host, environ),
             controller=_controller(gloo, mpi),
             launcher=launcher,
             launcher_args=tuple(launcher_arg),
@@ -145,18 +145,6 @@ def launch(
         typer.echo(f"distpad {error}", err=True)
         raise typer.Exit(2) from error
     raise typer.Exit(code)
-
-
-def _hosts(hosts: str, hostfile: str, slots_per_host: Optional[int], environ: dict[str, str]) -> tuple[spec.Host, ...]:
-    if hosts and hostfile:
-        raise ValueError("launch: both -H and --hostfile are given, expected one of them.")
-    if hostfile:
-        return spec.read_hostfile(hostfile, slots_per_host)
-    if hosts:
-        return spec.parse_hosts(hosts, slots_per_host)
-    if "SLURM_JOB_ID" in environ:
-        return allocation.hosts(environ, slots_per_host)
-    return (spec.Host("localhost", slots_per_host or 1),)
 
 
 def _controller(gloo: bool, mpi: bool) -> str:

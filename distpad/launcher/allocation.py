@@ -1,4 +1,4 @@
-"""The hosts of the Slurm allocation that this process runs in."""
+"""The hosts that a command line names, or that the Slurm allocation has in which this process runs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,23 @@ import subprocess
 from collections.abc import Mapping
 
 from distpad.launcher import nodelist, spec
+
+
+def named(listed: str, hostfile: str, slots_per_host: int | None, environ: Mapping[str, str]) -> tuple[spec.Host, ...]:
+    """The hosts of ``-H`` or ``--hostfile``; without either those of the allocation, or this machine.
+
+    Raises:
+      ValueError: both are given, or what is given is malformed.
+    """
+    if listed and hostfile:
+        raise ValueError("launch: both -H and --hostfile are given, expected one of them.")
+    if hostfile:
+        return spec.read_hostfile(hostfile, slots_per_host)
+    if listed:
+        return spec.parse_hosts(listed, slots_per_host)
+    if "SLURM_JOB_ID" in environ:
+        return hosts(environ, slots_per_host)
+    return (spec.Host("localhost", slots_per_host or 1),)
 
 
 def hosts(environ: Mapping[str, str], slots_per_host: int | None = None) -> tuple[spec.Host, ...]:

@@ -51,10 +51,17 @@ def hosts_file(job: spec.Job) -> str:
 
 def agent_argv(job: spec.Job, host: spec.Host, environ: Mapping[str, str]) -> list[str]:
     """What starts the agent of a host, from the launcher's."""
-    agent = [job.python, "-m", "distpad.launcher.agent"]
+    by_srun = job.launcher == "srun" or "SLURM_JOB_ID" in environ
+    return carried([job.python, "-m", "distpad.launcher.agent"], host, environ, job.ssh_args, by_srun=by_srun)
+
+
+def carried(
+    argv: Sequence[str], host: spec.Host, environ: Mapping[str, str], ssh_args: Sequence[str] = (), *, by_srun: bool
+) -> list[str]:
+    """What runs a program on a host, with both its streams here."""
     if host.is_here:
-        return agent
-    if job.launcher == "srun" or "SLURM_JOB_ID" in environ:
+        return list(argv)
+    if by_srun:
         one = [
             "--nodes=1",
             "--ntasks=1",
@@ -64,10 +71,10 @@ def agent_argv(job: spec.Job, host: spec.Host, environ: Mapping[str, str]) -> li
             "--mpi=none",
             "--quiet",
         ]
-        return ["srun", *one, *agent]
+        return ["srun", *one, *argv]
     path = environ.get("PYTHONPATH")
-    remote = [*(["env", f"PYTHONPATH={path}"] if path else []), *agent]
-    return [*SSH, *job.ssh_args, host.name, shlex.join(remote)]
+    remote = [*(["env", f"PYTHONPATH={path}"] if path else []), *argv]
+    return [*SSH, *ssh_args, host.name, shlex.join(remote)]
 
 
 def worker_argv(job: spec.Job) -> list[str]:

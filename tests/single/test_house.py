@@ -37,6 +37,7 @@ ROOMS = (
     "backends",
     "sampling",
     "fitting ladder padding",
+    "preflight",
     "counts launcher",
     "errors",
 )

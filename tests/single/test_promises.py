@@ -161,6 +161,16 @@ def test_alone_among_several(monkeypatch, name):
     assert backends.resolve("local").num_replicas == backends.start("local").num_replicas == 1
 
 
+def test_alone_in_a_job_of_ours_the_engines_own_variable_says_what_to_write(monkeypatch):
+    monkeypatch.setenv("DISTPAD_WORKERS", "2")
+    monkeypatch.setenv("TF_CONFIG", TWO)
+    with pytest.raises(ValueError, match="TF_CONFIG names 2 workers, but no strategy is in scope"):
+        backends.resolve()
+    monkeypatch.setenv("HOROVOD_SIZE", "2")
+    with pytest.raises(ValueError, match="HOROVOD_SIZE promises 2 ranks, but Horovod is not initialised"):
+        backends.resolve()
+
+
 def test_a_mirrored_strategy_in_scope_is_no_engine_of_several_workers(monkeypatch):
     strategy = tf.distribute.MirroredStrategy(["CPU:0"])
     monkeypatch.setenv("TF_CONFIG", TWO)

@@ -1,0 +1,216 @@
+"""``distpad doctor``: what would keep a job from running on these hosts, before it is started."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import rich.box
+import rich.console
+import rich.table
+import typer
+
+import distpad
+from distpad.launcher import allocation, spec
+from distpad.preflight import checks, findings, hosts
+
+WIDTH = 100  # where nothing is known of the terminal
+MARKS = {findings.ERROR: "[bold red]✗[/]", findings.WARNING: "[yellow]![/]"}
+# a row of the summary | where its value stands in the facts
+ROWS = {
+    "Python": lambda facts: facts["python"]["version"],
+    "TensorFlow": lambda facts: _tensorflow(facts["engines"].get("tensorflow") or {}),
+    "Keras": lambda facts: facts["packages"].get("keras", ""),
+    "Addons": lambda facts: facts["packages"].get("tensorflow-addons", ""),
+    "NumPy": lambda facts: facts["packages"].get("numpy", ""),
+    "Horovod": lambda facts: _horovod(facts),
+    "MPI": lambda facts: (facts["mpi"]["mpirun"] or {}).get("version", ""),
+    "NCCL": lambda facts: next((v for name, v in facts["packages"].items() if "nccl" in name), ""),
+    "distpad": lambda facts: facts["packages"].get("distpad", ""),
+    "GPUs": lambda facts: _gpus(facts["gpus"]),
+    "cores, memory": lambda facts: f"{facts['machine']['cores']}, {facts['machine']['memory'] / 2**30:.0f} GB",
+    "/dev/shm": lambda facts: f"{facts['shared_memory']['size'] / 2**30:.1f} GB",
+    "managed by": lambda facts: ", ".join(facts["machine"]["managed_by"]),
+}
+
+
+def doctor(
+    host: str = typer.Option("", "-H", "--hosts", metavar="HOST:SLOTS,...", help="The hosts to look at. Left out: this machine, or the Slurm allocation."),
+    hostfile: str = typer.Option("", help="The same as a file: a line 'name slots=N' a host."),
+    port: list[int] = typer.Option([], min=1, max=65535, help="A port that has to be free on each host; may be repeated."),
+    code: str = typer.Option("", metavar="FOLDER", help="Compare the Python files in this folder, too."),
+    python: str = typer.Option(sys.executable, help="The Python with distpad in it, on all hosts.", show_default=False),
+    ssh_arg: list[str] = typer.Option([], metavar="ARG", help="A further argument for ssh, such as -p2222; may be repeated."),
+    timeout_s: float = typer.Option(90.0, min=1, help="Seconds for all hosts together."),
+    as_json: bool = typer.Option(False, "--json", help="Print all facts and findings as JSON, for a bug report."),
+) -> None:  # fmt: skip
+    """Look for what would keep a job from running, and say what to do.
+
+    Versions and builds, GPUs, shared memory, TF_CONFIG; of several hosts also ssh,
+    names, ports, clocks, and whether they have the same software and code.
+    Nothing is changed, and no secret is printed.
+
+    Examples:
+
+      distpad doctor
+
+      distpad doctor -H node1:4,node2:4 --code . --port 2222
+
+      distpad doctor --hostfile hosts --json > report.json
+
+    Exit codes: 0 nothing is wrong but for warnings, 1 something is, 2 usage.
+    """
+    try:
+        named = allocation.named(host, hostfile, None, os.environ)
+    except ValueError as error:
+        typer.echo(f"distpad {str(error).replace('launch:', 'doctor:', 1)}", err=True)
+        raise typer.Exit(2) from error
+    named = tuple({each.name: each for each in named}.values())
+    slots_given = ":" in host or bool(hostfile)
+    question = findings.Question(
+        slots={each.name: each.slots for each in named},
+        slots_given=slots_given,
+        ports=tuple(port),
+        code=os.path.abspath(code) if code else "",
+    )
+    answers = _ask(named, question, python, tuple(ssh_arg), timeout_s)
+    found = checks.check(answers, question)
+    if as_json:
+        report = {
+            "distpad": distpad.__version__,
+            "asked": dataclasses.asdict(question),
+            "hosts": answers,
+            "findings": [dataclasses.asdict(finding) for finding in found],
+        }
+        typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
+    else:
+        _show(answers, found)
+    raise typer.Exit(int(any(finding.state == findings.ERROR for finding in found)))
+
+
+def _ask(
+    named: tuple[spec.Host, ...], question: findings.Question, python: str, ssh_args: tuple[str, ...], timeout_s: float
+) -> dict[str, dict[str, Any]]:
+    several = [each.name for each in named] if question.several else []
+    asked = {"hosts": several, "ports": list(question.ports), "code": question.code}
+    waiting = [each.name for each in named]
+
+    def who() -> str:
+        more = f" and {len(waiting) - 3} more" if len(waiting) > 3 else ""
+        return f"waiting for {', '.join(waiting[:3])}{more} ..."
+
+    console = rich.console.Console(stderr=True)  # the status is for people: it is not shown where it is no terminal
+    with console.status(who()) as status:
+
+        def answered(name: str) -> None:
+            waiting.remove(name)
+            status.update(who())
+
+        return hosts.ask(
+            named, asked, python=python, ssh_args=ssh_args, limit_s=timeout_s, environ=os.environ, on_answer=answered
+        )
+
+
+def _show(answers: Mapping[str, Mapping[str, Any]], found: list[findings.Finding]) -> None:
+    console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else _columns())
+    facts = {host: answer["facts"] for host, answer in answers.items() if "facts" in answer}
+    if facts:
+        console.print(_summary(facts))
+    wrong = _together([finding for finding in found if finding.state != findings.OK])
+    if wrong:
+        console.print(_table(wrong))
+    console.print(_verdict(found, len(answers)))
+
+
+def _columns() -> int:
+    text = os.environ.get("COLUMNS", "")
+    return int(text) if text.isdecimal() and int(text) > 0 else WIDTH
+
+
+def _summary(facts: Mapping[str, Mapping[str, Any]]) -> rich.table.Table:
+    """One column where all hosts say the same, and few enough to read."""
+    columns: dict[str, dict[str, str]] = {
+        host: {name: _cell(name, each) for name in ROWS} for host, each in facts.items()
+    }
+    groups: dict[str, list[str]] = {}
+    for host, cells in columns.items():
+        groups.setdefault(json.dumps(cells), []).append(host)
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column()
+    for names in groups.values():
+        shown = ", ".join(names) if len(names) < 4 else f"{names[0]} ... {names[-1]} ({len(names)})"
+        table.add_column(shown, overflow="fold")
+    kinds = [json.loads(group) for group in groups]
+    for name in ROWS:
+        if any(cells[name] for cells in kinds):
+            differs = len({cells[name] for cells in kinds}) > 1
+            table.add_row(f"[bold]{name}[/]" if differs else name, *(_plain(cells[name]) for cells in kinds))
+    return table
+
+
+def _cell(name: str, facts: Mapping[str, Any]) -> str:
+    try:
+        return str(ROWS[name](facts))
+    except KeyError:  # the probe failed, which a finding says
+        return "?"
+
+
+def _tensorflow(engine: Mapping[str, Any]) -> str:
+    if "error" in engine or not engine:
+        return "does not load"
+    built = f"CUDA {engine['cuda']}, cuDNN {engine['cudnn']}" if engine["for_gpus"] else "for the CPU"
+    return f"{engine['version']}, {built}"
+
+
+def _gpus(driver: Mapping[str, Any]) -> str:
+    kinds = collections.Counter(name.partition(": ")[2] for name in driver["names"])
+    return ", ".join(f"{count} x {kind}" for kind, count in kinds.items()) or str(driver["devices"] or "none")
+
+
+def _horovod(facts: Mapping[str, Any]) -> str:
+    version, engine = facts["packages"].get("horovod", ""), facts["engines"].get("horovod") or {}
+    if not version:
+        return ""
+    return f"{version}, " + (f"with {', '.join(engine['built_with'])}" if "built_with" in engine else "does not load")
+
+
+def _together(wrong: list[findings.Finding]) -> list[findings.Finding]:
+    """The same on several hosts in one row."""
+    rows: dict[findings.Finding, list[str]] = {}
+    for finding in wrong:
+        rows.setdefault(dataclasses.replace(finding, host=""), []).append(finding.host)
+    return [dataclasses.replace(row, host=", ".join(names)) for row, names in rows.items()]
+
+
+def _table(wrong: list[findings.Finding]) -> rich.table.Table:
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, leading=1)
+    table.add_column("")
+    table.add_column("host", overflow="fold", max_width=24)
+    table.add_column("what is wrong", ratio=5, overflow="fold")
+    table.add_column("what to do", ratio=4, overflow="fold")
+    for finding in wrong:
+        evidence = f"[bold]{finding.what}[/]: {_plain(finding.evidence)}"
+        table.add_row(MARKS[finding.state], _plain(finding.host), evidence, _plain(finding.remedy))
+    return table
+
+
+def _verdict(found: list[findings.Finding], number: int) -> str:
+    errors, warnings, passed = (
+        sum(f.state == s for f in found) for s in (findings.ERROR, findings.WARNING, findings.OK)
+    )
+    where = f"{number} host{'s' * (number != 1)}, {passed} of {len(found)} checks passed"
+    if errors:
+        more = f", {warnings} warning{'s' * (warnings != 1)}" if warnings else ""
+        return f"[bold red]{errors} error{'s' * (errors != 1)}[/]{more} ({where})"
+    if warnings:
+        return f"[yellow]{warnings} warning{'s' * (warnings != 1)}[/], no error ({where})"
+    return f"[green]nothing is wrong[/] ({where})"
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", "\\[")  # rich would take brackets for styles

@@ -1,0 +1,68 @@
+"""What is wrong, and what to do: from the facts of all hosts to findings. Pure; one small function a rule."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, Callable
+
+from distpad.preflight import cluster_rules, host_rules
+from distpad.preflight.findings import ERROR, OK, WARNING, Finding, Question
+
+HostRule = Callable[[str, Mapping[str, Any], Question], Iterator[Finding]]
+ClusterRule = Callable[[Mapping[str, Mapping[str, Any]], Question], Iterator[Finding]]
+
+# what is looked at | the rule. Of each host by itself:
+OF_A_HOST: dict[str, HostRule] = {
+    "probes": host_rules.probes,
+    "TensorFlow": host_rules.tensorflow,
+    "Keras": host_rules.keras,
+    "Addons": host_rules.addons,
+    "Horovod": host_rules.horovod,
+    "Horovod's NCCL": host_rules.nccl,
+    "GPUs": host_rules.gpus,
+    "slots": host_rules.slots,
+    "MPI": host_rules.mpi,
+    "operator": host_rules.operator,
+    "/dev/shm": host_rules.shared_memory,
+    "open files": host_rules.open_files,
+    "TF_CONFIG": host_rules.tf_config,
+    "ports": host_rules.ports,
+}
+# and of all that answered, side by side:
+OF_ALL_HOSTS: dict[str, ClusterRule] = {
+    "names": cluster_rules.names,
+    "versions": cluster_rules.versions,
+    "builds": cluster_rules.builds,
+    "distpad's code": cluster_rules.own_code,
+    "code": cluster_rules.code,
+}
+
+
+def check(answers: Mapping[str, Mapping[str, Any]], question: Question) -> list[Finding]:
+    """All findings, errors first. What was looked at and is in order is a finding, too: of state ``ok``.
+
+    Args:
+      answers: by host, what ``hosts.ask`` returned.
+      question: what was asked.
+    """
+    facts = {host: answer["facts"] for host, answer in answers.items() if "facts" in answer}
+    found: list[Finding] = []
+    for host, answer in answers.items():
+        if "unreachable" in answer:
+            found.append(Finding(host, "reach", ERROR, answer["unreachable"], answer["remedy"]))
+            continue
+        found += _or_ok(host, "reach", [])
+        found += _or_ok(host, "clock", [*cluster_rules.clock(host, answer)])
+        for what, of_host in OF_A_HOST.items():
+            found += _or_ok(host, what, [*of_host(host, facts[host], question)])
+    if len(facts) > 1:
+        for what, of_all in OF_ALL_HOSTS.items():
+            found += _or_ok("all", what, [*of_all(facts, question)])
+    order = (ERROR, WARNING, OK)
+    return sorted(found, key=lambda finding: order.index(finding.state))
+
+
+def _or_ok(host: str, what: str, found: list[Finding]) -> list[Finding]:
+    named = [dataclasses.replace(finding, what=what) for finding in found]
+    return named or [Finding(host, what, OK)]

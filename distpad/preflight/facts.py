@@ -1,0 +1,92 @@
+"""The facts of the machine that this runs on, as JSON.
+
+    echo '{"hosts": ["host2"], "ports": [2222], "limit_s": 60}' | python -m distpad.preflight.facts
+
+Each probe has a time limit and an error of its own: one that fails is a fact, too, and the others go on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from distpad.preflight import machine, network, software
+
+Probe = Callable[[dict[str, Any]], Any]
+
+PROBES: dict[str, Probe] = {
+    "machine": lambda asked: machine.machine(),
+    "gpus": lambda asked: machine.gpus(),
+    "shared_memory": lambda asked: machine.shared_memory(),
+    "environment": lambda asked: machine.environment(),
+    "python": lambda asked: software.python(),
+    "packages": lambda asked: software.packages(),
+    "engines": lambda asked: software.engines(0.8 * asked["limit_s"]),
+    "mpi": lambda asked: software.mpi(),
+    "distpad": lambda asked: software.own_code(),
+    "code": lambda asked: software.code(asked["code"]) if asked.get("code") else None,
+    "names": lambda asked: network.names(asked.get("hosts", [])),
+    "ports": lambda asked: network.ports(asked.get("ports", [])),
+    "tf_config": lambda asked: network.tf_config(os.environ.get("TF_CONFIG")),
+}
+
+
+def collect(asked: dict[str, Any], probes: dict[str, Probe] = PROBES) -> dict[str, Any]:
+    """Run all probes at once.
+
+    Args:
+      asked: ``limit_s``: seconds for all; ``hosts``: names to resolve; ``ports``: to be found free or taken;
+        ``code``: a folder whose Python files are compared.
+      probes: by name; what each finds has to be JSON.
+
+    Returns:
+      What each found, by its name, but for those that failed: ``errors`` says why, by name. ``host`` is the host's own
+      name and ``time`` when it answered, in seconds of its clock.
+    """
+    asked = {"limit_s": 60.0, **asked}
+    found: dict[str, Any] = {}
+    errors: dict[str, str] = {}
+
+    def run(name: str, probe: Probe) -> None:
+        try:
+            found[name] = probe(asked)
+        except Exception as error:  # whatever it is: a fact
+            errors[name] = f"{type(error).__name__}: {error}"
+
+    threads = [threading.Thread(target=run, args=item, name=item[0], daemon=True) for item in probes.items()]
+    until = time.monotonic() + asked["limit_s"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, until - time.monotonic()))
+        if thread.is_alive():
+            errors[thread.name] = f"not done after {asked['limit_s']:g} s"
+    done = {name: found[name] for name in probes if name in found and name not in errors}
+    return {"host": socket.gethostname(), "time": time.time(), **done, "errors": dict(errors)}
+
+
+def main() -> None:
+    """Answer the question on standard input with a line on standard output."""
+    facts = collect(json.loads(sys.stdin.read() or "{}"))
+    print(without_secrets(json.dumps(facts)), flush=True)
+    os._exit(0)  # a probe that hangs must not keep the process
+
+
+def without_secrets(text: str) -> str:
+    """The facts without the passwords that addresses may carry, as in messages of proxies and package indexes.
+
+    >>> without_secrets("from https://me:secret@host/simple")
+    'from https://***@host/simple'
+    """
+    return re.sub(r"(?<=://)[^/\s\"@]+@", "***@", text)
+
+
+if __name__ == "__main__":
+    main()

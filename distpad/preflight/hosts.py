@@ -1,0 +1,112 @@
+"""Ask all hosts for their facts, at once and within a limit, and say of each that cannot be asked why not."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from distpad.launcher import hostcheck, render, spec
+
+AT_ONCE = 32  # hosts
+WAY_S = 0.15  # this part of the limit is for the way there and back
+
+
+def ask(
+    hosts: Sequence[spec.Host],
+    question: Mapping[str, Any],
+    *,
+    python: str,
+    ssh_args: Sequence[str] = (),
+    limit_s: float,
+    environ: Mapping[str, str] = os.environ,
+    on_answer: Callable[[str], None] = lambda name: None,
+) -> dict[str, dict[str, Any]]:
+    """The answers of all hosts by name, in the order of ``hosts``.
+
+    Args:
+      hosts: this machine among them is asked without ssh. In a Slurm allocation the others are reached by srun.
+      question: what facts.py reads; it travels over standard input.
+      python: the Python with distpad in it, on all hosts.
+      ssh_args: further arguments for ssh.
+      limit_s: seconds for all of it.
+      environ: what ssh, srun and the Python on this machine get.
+      on_answer: is called with the name of each host that is done, from any thread.
+
+    Returns:
+      For each host ``{"facts": ..., "sent": ..., "received": ...}`` (seconds of this machine's clock), or
+      ``{"unreachable": WHY, "remedy": ...}``.
+    """
+    asked = json.dumps({**question, "limit_s": limit_s * (1 - WAY_S)})
+
+    def one(host: spec.Host) -> dict[str, Any]:
+        program = [python, "-m", "distpad.preflight.facts"]
+        argv = render.carried(program, host, environ, ssh_args, by_srun="SLURM_JOB_ID" in environ)
+        env = dict(environ) if host.is_here else render.agent_env(environ)
+        answer = _run(argv, asked, env, limit_s, host.name, python)
+        on_answer(host.name)
+        return answer
+
+    with concurrent.futures.ThreadPoolExecutor(min(AT_ONCE, len(hosts))) as pool:
+        return dict(zip([host.name for host in hosts], pool.map(one, hosts)))
+
+
+def _run(argv: list[str], asked: str, env: Mapping[str, str], limit_s: float, host: str, python: str) -> dict[str, Any]:
+    sent = time.time()
+    try:
+        process = subprocess.Popen(
+            argv,
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # what it started itself ends with it
+        )
+    except OSError as error:
+        remedy = "Name another with --python." if argv[0] == python else "Install it here."
+        return {"unreachable": f"{argv[0]} cannot be run here: {error.strerror}", "remedy": remedy}
+    try:
+        output, wrote = process.communicate(asked, timeout=limit_s)
+        code: int | None = process.returncode
+    except subprocess.TimeoutExpired:
+        _kill(process)
+        output, wrote = process.communicate()
+        code = None
+    except BaseException:
+        _kill(process)
+        raise
+    for line in output.splitlines():  # a login script may have written, too
+        with contextlib.suppress(json.JSONDecodeError):
+            facts = json.loads(line)
+            if isinstance(facts, dict) and "errors" in facts:
+                return {"facts": facts, "sent": sent, "received": time.time()}
+    return _unreachable(host, python, wrote, code, limit_s)
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _unreachable(host: str, python: str, wrote: str, code: int | None, limit_s: float = 0) -> dict[str, Any]:
+    for mark, meaning in hostcheck.MEANINGS:
+        if mark in wrote:
+            why, _, remedy = meaning.format(host=host, python=python).partition(". ")
+            return {"unreachable": why, "remedy": remedy or f"Install it there: {python} -m pip install distpad"}
+    last = wrote.strip().splitlines()[-1:] or [""]
+    if code is None:
+        why = f"it did not answer within {limit_s:g} s"
+        return {
+            "unreachable": f"{why}: {last[0]}" if last[0] else why,
+            "remedy": f"Does this end: ssh {host} hostname?",
+        }
+    said = last[0] or "nothing was written"
+    return {"unreachable": f"exit code {code}: {said}", "remedy": f"Does this work: ssh {host} {python} -m distpad"}
