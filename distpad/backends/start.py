@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from typing import Any
 
 import tensorflow as tf
 
@@ -70,9 +71,19 @@ def _make(kind: str, replicas: int | None) -> base.Backend:
         raise ImportError("start: Horovod is not installed. Build it with launch/install_horovod.sh.") from error
     hvd.init()
     gpus = tf.config.list_physical_devices("GPU")
-    if gpus:  # one a rank; a rank that is shown a single GPU knows it as number 0
-        tf.config.set_visible_devices(gpus[hvd.local_rank() % len(gpus)], "GPU")
+    if gpus:
+        tf.config.set_visible_devices(_gpu_of(hvd.local_rank(), gpus), "GPU")
     return horovod.HorovodBackend()
+
+
+def _gpu_of(local_rank: int, gpus: list[Any]) -> Any:
+    """A rank's own GPU, by its number on its host; a rank that is shown a single one knows it as number 0."""
+    if len(gpus) > 1 and local_rank >= len(gpus):
+        remedy = "Start as many ranks as there are GPUs (-H host:N), or show each rank one (CUDA_VISIBLE_DEVICES)."
+        raise ValueError(
+            errors.sentence("start", "local rank", local_rank, f"below {len(gpus)}, the GPUs here", remedy)
+        )
+    return gpus[local_rank if len(gpus) > 1 else 0]
 
 
 def _devices(replicas: int | None) -> list[str] | None:

@@ -83,6 +83,7 @@ def assert_trained(done, tmp_path, replicas):
     return measured
 
 
+@pytest.mark.smoke
 def test_training_on_two_hosts(up, engine, tmp_path):
     done = train(up, engine, 2, tmp_path)
     measured = assert_trained(done, tmp_path, 2)
@@ -90,11 +91,10 @@ def test_training_on_two_hosts(up, engine, tmp_path):
     assert_nobody_is_left(up)
 
 
-@pytest.mark.parametrize("engine", ["multiworker", "horovodrun", "mpirun-4"])
 def test_certified_on_three_hosts(up, engine):
-    where = ",".join(host.name for host in up)
-    command = [sys.executable, "-m", "distpad", "certify", "--replicas", "3", "--cases", "4"]
-    done = launch(*ENGINES[engine], "-H", where, command=command, host=up[0], limit_s=TRAINING_LIMIT_S)
+    where, python = ",".join(host.name for host in up), python_of(engine)
+    command = [python, "-m", "distpad", "certify", "--replicas", "3", "--cases", "4"]
+    done = launch(*ENGINES[engine], "-H", where, command=command, host=up[0], python=python, limit_s=TRAINING_LIMIT_S)
     assert done.code == 0, done.stderr
     assert "3 replicas on 3 workers" in done.stdout and "NOT PASSED" not in done.stdout
     assert_nobody_is_left(up)

@@ -59,7 +59,7 @@ def found(output: str, text: str) -> list[str]:
 # -- trainings --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
+@pytest.mark.parametrize("launcher", [pytest.param("srun", marks=pytest.mark.smoke), "mpirun"])
 def test_horovod(run, launcher):
     if shutil.which("mpirun") is None:
         slurm.lack("mpirun, from openmpi-bin")
@@ -71,6 +71,7 @@ def test_horovod(run, launcher):
     ]
 
 
+@pytest.mark.smoke
 def test_multiworker(run):
     job = run("multiworker", sys.executable, "-c", MULTIWORKER, options=["--gpus-per-node=0"], limit_s=110)
     assert (job.state, job.code) == ("COMPLETED", 0), job.output

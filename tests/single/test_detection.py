@@ -32,6 +32,16 @@ def needs_horovod():
 # -- by name ----------------------------------------------------------------------------------------------------------
 
 
+def test_each_rank_takes_its_own_gpu():
+    from distpad.backends import start
+
+    gpus = ["GPU:0", "GPU:1"]
+    assert [start._gpu_of(rank, gpus) for rank in (0, 1)] == gpus
+    assert start._gpu_of(3, ["GPU:0"]) == "GPU:0"  # the launcher has shown it one alone, which is always number 0
+    with pytest.raises(ValueError, match=r"start: local rank is 2, expected below 2, the GPUs here"):
+        start._gpu_of(2, gpus)
+
+
 def test_alone_is_local():
     found = backends.resolve()
     assert (found.name, found.num_replicas, found.num_workers, found.worker_index) == ("local", 1, 1, 0)

@@ -1,0 +1,81 @@
+"""What launch/README.md shows: its commands run, its file of flags is understood, its table names every script."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "launch" / "README.md").read_text(encoding="utf-8")
+LIMIT_S = 110
+
+
+def block(language: str) -> str:
+    (text,) = re.findall(rf"```{language}\n(.*?)```", TEXT, re.S)
+    return text
+
+
+def run(command: list[str], **settings: str) -> subprocess.CompletedProcess[str]:
+    path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # as in an active environment
+    environment = {**os.environ, "PATH": path, **settings}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
+
+
+COMMANDS = block("bash").splitlines()
+
+
+def test_all_engines_are_shown():
+    assert [shlex.split(line)[0] for line in COMMANDS] == [
+        f"launch/{name}.sh" for name in ("local", "multiworker", "horovodrun", "mpirun")
+    ]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_its_commands_run(line):
+    command = shlex.split(line)
+    for program in {"horovodrun", "mpirun"} & {pathlib.Path(command[0]).stem}:
+        beside = pathlib.Path(sys.executable).with_name(program)
+        if not (beside.exists() or shutil.which(program)):
+            (pytest.fail if os.environ.get("DISTPAD_CI") else pytest.skip)(f"{program} is missing")
+    done = run(command)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"replicas: 2\b", done.stdout), done.stdout
+    assert "distpad launch: done in" in done.stderr
+
+
+def test_its_file_of_flags_is_understood(tmp_path):
+    (tmp_path / "wandb").write_text("s3cret")
+    file = tmp_path / "job.yaml"
+    file.write_text(block("yaml").replace("/run/secrets/wandb", str(tmp_path / "wandb")))
+    done = run(["distpad", "launch", "--config", str(file), "--dry-run"])
+    assert done.returncode == 0, done.stderr
+    assert "horovodrun --gloo -np 8" in done.stdout and "-H node1:4,node2:4" in done.stdout
+    assert "\npython train.py --resume\n" in done.stdout and "WANDB_API_KEY='***'" in done.stdout
+
+
+def test_its_table_names_every_script():
+    scripts = {path.name for path in (ROOT / "launch").rglob("*") if path.suffix in (".sh", ".sbatch")}
+    inner = {"environment.sh", "install_horovod.sh", "python.sh"}  # for setting up
+    assert set(re.findall(r"[\w/]+/(\w+\.(?:sh|sbatch))", TEXT)) == scripts - inner
+
+
+def test_without_a_python_that_has_distpad_it_says_how_to_get_one(tmp_path):
+    scripts = tmp_path / "launch"
+    shutil.copytree(ROOT / "launch", scripts)
+    done = subprocess.run(
+        ["bash", scripts / "multiworker.sh", "-np", "2", "--", "true"],
+        env={"PATH": "/usr/bin:/bin"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+    assert done.returncode == 10
+    assert "no Python with distpad found" in done.stderr and "environment.sh current" in done.stderr
