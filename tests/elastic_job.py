@@ -32,9 +32,12 @@ class Job:
       folder: of this job, which its workers may write ``events`` to: one JSON object a line, each with "pid" and "at".
       hosts: at the start.
       arguments: what Python runs.
+      on: the host of a test's cluster to start it on; None: here.
     """
 
-    def __init__(self, folder: pathlib.Path, hosts: tuple[str, ...], *arguments: Any, **settings: str) -> None:
+    def __init__(
+        self, folder: pathlib.Path, hosts: tuple[str, ...], *arguments: Any, on: Any = None, **settings: str
+    ) -> None:
         self.folder = folder
         self.list_hosts(*hosts)
         launcher = str(pathlib.Path(sys.executable).with_name("horovodrun"))
@@ -42,12 +45,18 @@ class Job:
             missing = f"{launcher} is missing; launch/install_horovod.sh --help tells how to get it"
             (pytest.fail if os.environ.get("DISTPAD_CI") else pytest.skip)(missing)
         argv = [ROOT / "launch" / "elastic.sh", "--hosts-file", folder / "hosts", "--min-np", "1", "--max-np", "2"]
-        argv += ["-np", len(hosts), "--network-interface", "lo", "--launcher-arg=--blacklist-cooldown-range"]
+        argv += [
+            "-np",
+            len(hosts),
+            "--network-interface",
+            "eth0" if on else "lo",
+            "--launcher-arg=--blacklist-cooldown-range",
+        ]
         argv += [*(f"--launcher-arg={seconds}" for seconds in COOLDOWN_S), "--", sys.executable]
         environment = {**os.environ, "DISTPAD_PYTHON": sys.executable, "TF_CPP_MIN_LOG_LEVEL": "3"}
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         with (folder / "output").open("w") as output:
-            self._process = subprocess.Popen(
+            self._process = (on.popen if on else subprocess.Popen)(
                 [*map(str, argv), *map(str, arguments)],
                 env={**environment, **settings},
                 stdin=subprocess.DEVNULL,

@@ -75,7 +75,10 @@ class Attempt:
         job = self.job
         by = f" by {job.launcher}" if job.launcher != "ssh" or job.crosses_hosts else ""
         where = ", ".join(f"{host.name}:{host.slots}" for host in job.used_hosts)
-        say(f"starting {job.command[0]} on {job.workers} worker{'s' * (job.workers > 1)} ({where}){by}")
+        count = f"{job.workers} worker{'s' * (job.workers > 1)} ({where})"
+        if job.elastic:
+            count = f"{job.min_np} to {job.max_np} workers, of the hosts that there will be,"
+        say(f"starting {job.command[0]} on {count}{by}")
         if job.elastic:
             self.discover()
         else:
