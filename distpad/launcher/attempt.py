@@ -7,6 +7,7 @@ import os
 import pathlib
 import queue
 import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,6 +20,7 @@ PING_S = 5.0
 SAY_S = 10.0  # at most, for what the others saw of a first failure
 TOLD_S = 2.0  # within which workers' ends are heard after their engine's
 POLL_S = 0.1
+EVENTS = 4096  # that wait to be taken; then whoever writes them waits, back to the workers
 
 
 class Attempt:
@@ -38,7 +40,7 @@ class Attempt:
         self.received = received  # signals, which may be more while this runs
         self.limit = limit
         self.output = output.Output(job, number)
-        self.events: queue.Queue[crew.Event] = queue.Queue()
+        self.events: queue.Queue[crew.Event] = queue.Queue(EVENTS)
         self.agents: dict[str, crew.Agent] = {}
         self.engine: crew.Engine | None = None
         self.engine_code: int | None = None
@@ -53,11 +55,12 @@ class Attempt:
         self.ending = False
         self.discovery: discovery.Discovery | None = None
         self.signalled = 0  # how many of the received signals were passed on
-        self.pinged = 0.0
+        self.over = threading.Event()
 
     def run(self) -> Outcome:
         began = time.monotonic()
         outcome = Outcome(1, "it failed inside distpad launch")
+        threading.Thread(target=self.ping, daemon=True).start()
         try:
             self.start()
             outcome = self.watch()
@@ -65,6 +68,7 @@ class Attempt:
             outcome = ended.outcome
         finally:
             self.end()
+            self.over.set()
             self.output.close()
         self.summarise(outcome, time.monotonic() - began)
         return outcome
@@ -186,11 +190,14 @@ class Attempt:
     def until(self, done: Callable[[], Any], limit_s: float | None, otherwise: Callable[[], Outcome] | None) -> None:
         """Take events until ``done``; after ``limit_s`` seconds end with the outcome that ``otherwise`` makes."""
         end = None if limit_s is None else time.monotonic() + limit_s
+        look = 0.0
         while not done():
             with contextlib.suppress(queue.Empty):
                 self.take(self.events.get(timeout=POLL_S))
-                continue
             now = time.monotonic()
+            if now < look:
+                continue
+            look = now + POLL_S  # also while events keep coming, as of workers that never stop writing
             if not self.ending:
                 self.pass_signals_on()
                 self.look_for_lost_hosts(now)
@@ -199,11 +206,14 @@ class Attempt:
                     running = sorted(set(self.started) - set(self.ends))
                     who = f": ending worker {', '.join(map(str, running))}" if running else ""
                     raise Ended(Outcome(TIME, f"not done after {self.job.timeout_s:g} s{who}", may_retry=False))
-            if now > self.pinged + PING_S:
-                self.pinged = now
-                self.tell_all(do="ping")
-            if end is not None and otherwise is not None and now > end:
+            if end is not None and otherwise is not None and now > end and not done():
                 raise Ended(otherwise())
+
+    def ping(self) -> None:
+        """Let the agents know that somebody is here, also while a terminal that stands still keeps all else waiting.
+        (Runs in a thread of its own.)"""
+        while not self.over.wait(PING_S):
+            self.tell_all(do="ping")
 
     def take(self, event: crew.Event) -> None:
         """Learn from one event."""

@@ -129,6 +129,32 @@ def test_a_time_limit(engine):
     assert done.seconds < 40
 
 
+def test_workers_that_never_stop_writing_keep_nobody_from_looking(engine):
+    done = launch(*engine, "-np", 2, "--timeout-s", 6, command=scripted("all=chatter:60"))
+    assert done.code == 124, done.stderr
+    assert done.seconds < 30
+
+
+def test_a_long_grace_is_one_grace():
+    """Agents hear of the launcher while it waits, or they would end the job in their own way, with a second signal."""
+    running = Launched("-np", 1, "--grace-s", 60, command=scripted("0=save-on-term:24"))
+    running.workers(1)
+    time.sleep(1)  # until it handles the signal
+    running.process.send_signal(signal.SIGTERM)
+    done = running.finish(50)
+    assert done.code == 143 and done.left() == []
+    assert "got 1 SIGTERM, saved" in done.stdout, done.stdout
+
+
+def test_a_terminal_that_stands_still_does_not_end_the_job():
+    command = f"{sys.executable} -m distpad launch -np 1 -- {sys.executable} {WORKER} 0=write:20000 | (sleep 25; wc -l)"
+    env = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], env=env, capture_output=True, text=True, timeout=LIMIT_S
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "20000"), done.stderr
+
+
 # -- starts ------------------------------------------------------------------------------------------------------------
 
 
