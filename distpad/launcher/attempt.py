@@ -102,7 +102,9 @@ class Attempt:
         else:
             self.start_workers()
         if not job.elastic:
-            self.until(lambda: len(self.started) == job.workers, job.start_timeout_s, self.missing_workers)
+            self.until(  # one that has failed already is why others may never come
+                lambda: self.failures or len(self.started) == job.workers, job.start_timeout_s, self.missing_workers
+            )
 
     def add_agent(self, host: spec.Host) -> None:
         argv = render.agent_argv(self.job, host, self.environ)

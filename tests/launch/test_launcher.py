@@ -185,6 +185,16 @@ def test_a_worker_that_never_starts():
     assert done.left() == []
 
 
+def test_a_worker_that_fails_before_another_starts(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, time\nif os.environ.get('DISTPAD_RANK') == '1': time.sleep(60)\n"
+    )
+    path = f"{tmp_path}{os.pathsep}{HERE.parents[1]}"
+    done = launch("-np", 2, "--start-timeout-s", 30, command=scripted("0=exit:42"), env={"PYTHONPATH": path})
+    assert done.code == 42 and "worker 0 on localhost failed first (exit code 42)" in done.stderr
+    assert done.seconds < 25
+
+
 def test_an_engine_that_starts_another_number():
     done = launch(
         *ENGINES["mpirun"], "-np", 2, "--launcher-arg=-np", "--launcher-arg=1", command=scripted("all=sleep:60")
