@@ -322,6 +322,27 @@ def test_a_reader_that_goes_away_does_not_end_the_job():
     assert done.stdout.count("\n") == 1 and "done in" in done.stderr
 
 
+def test_a_full_disk_does_not_end_the_job(tmp_path):
+    (tmp_path / "attempt-0").mkdir()
+    (tmp_path / "attempt-0/rank-0.stdout").symlink_to("/dev/full")
+    done = launch("-np", 1, "--log-dir", tmp_path, command=scripted("0=write:3", "0=exit:7"))
+    assert done.code == 7 and "failed first (exit code 7)" in done.stderr
+    assert "rank-0.stdout cannot be written (No space left on device)" in done.stderr
+    assert done.stdout.count("\n") == 3
+
+
+def test_a_folder_for_logs_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = launch("--log-dir", tmp_path / "file", command=scripted())
+    assert done.code == 2 and f"--log-dir {tmp_path / 'file'} cannot be written: Not a directory" in done.stderr
+
+
+def test_what_a_terminal_cannot_show_does_not_end_the_job():
+    command = [sys.executable, "-c", "import os; os.write(1, b'\\xc3\\xa4\\n'); raise SystemExit(7)"]
+    done = launch("-np", 1, command=command, env={"PYTHONIOENCODING": "ascii"})
+    assert (done.code, done.stdout) == (7, "\\xe4\n"), done.stderr
+
+
 # -- restarts ----------------------------------------------------------------------------------------------------------
 
 
