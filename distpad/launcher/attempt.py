@@ -108,10 +108,15 @@ class Attempt:
 
     def add_agent(self, host: spec.Host) -> None:
         argv = render.agent_argv(self.job, host, self.environ)
-        agent = crew.Agent(host.name, argv, render.agent_env(self.environ), self.events)
+        orders = render.orders(self.job, host, self.environ, self.secrets, self.number)
+        try:
+            agent = crew.Agent(host.name, argv, render.agent_env(self.environ), self.events)
+        except OSError as error:
+            why = f"{host.name} cannot be used: {argv[0]} cannot be started here: {error.strerror}"
+            raise Ended(Outcome(HOST, f"nothing was started. {why}", may_retry=False)) from error
         agent.heard = time.monotonic() + self.job.start_timeout_s
-        agent.tell(**render.orders(self.job, host, self.environ, self.secrets, self.number))
         self.agents[host.name] = agent
+        agent.tell(**orders)
 
     def find_ports(self) -> None:
         """For TF_CONFIG, on each host."""

@@ -218,6 +218,20 @@ def test_an_engine_that_is_not_installed(tmp_path):
     assert done.code == 127 and "horovodrun cannot be started" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (("--python", "/no/python"), "/no/python"),
+        (("-H", "elsewhere"), "ssh"),
+        (("--min-np", 1, "--backend", "horovod", "-H", "elsewhere"), "ssh"),
+    ],
+)
+def test_what_brings_agents_is_not_installed(flags, what, tmp_path):
+    done = launch(*flags, command=scripted(), env={"PATH": str(tmp_path)})
+    assert done.code == 3, done.stderr
+    assert f"cannot be used: {what} cannot be started here: No such file or directory" in done.stderr
+
+
 def test_a_port_that_is_in_use():
     with socket.socket() as taken:
         taken.bind(("", 0))
