@@ -92,7 +92,7 @@ class Attempt:
         argv = render.engine_argv(job, self.mpi, is_root=os.geteuid() == 0)
         self.find_ports()
         if argv:
-            for host in job.used_hosts:
+            for host in () if job.elastic else job.used_hosts:  # an elastic job's ranks change
                 mine = {p.rank: render.rank_env(job, p, self.ports) for p in job.places if p.host == host}
                 self.agents[host.name].tell(do="ranks", envs=mine)
             try:
@@ -156,7 +156,10 @@ class Attempt:
         return name in self.facts
 
     def silent_hosts(self) -> Outcome:
-        silent = [host for host in self.agents if host not in self.facts or (self.ports and host not in self.ports)]
+        if not self.agents:
+            why = "no hosts were found: what --host-discovery-script prints names none"
+            return Outcome(HOST, f"nothing was started. {why}", may_retry=False)
+        silent = [host for host in self.agents if host not in self.facts] or sorted({*self.agents} - {*self.ports})
         wrote = list(self.agents[silent[0]].wrote)
         return Outcome(HOST, hostcheck.why_no_agent(silent[0], self.job.python, wrote, None), may_retry=False)
 
@@ -174,8 +177,10 @@ class Attempt:
         if job.elastic:
             self.until(lambda: self.engine_code is not None, None, None)
             if self.engine_code:
-                rank = self.failures[-1] if self.failures else None
-                code = self.ends[rank] if rank is not None else self.engine_code
+                failed = [rank for rank in self.failures if self.ends.get(rank)]  # others have come in their place
+                rank = failed[-1] if failed else None
+                code = self.engine_code if self.engine_code > 0 else 128 - self.engine_code
+                code = code if rank is None else self.ends[rank]
                 return Outcome(code, self.failure(rank, "last"), rank, shows_launcher=True)
             return Outcome(0)
         self.until(lambda: self.failures or len(self.ends) == job.workers, None, None)
@@ -396,7 +401,8 @@ class Attempt:
             say(f"the last that {f'worker {outcome.rank}' if outcome.rank is not None else self.job.launcher} wrote:")
             for line in lines:
                 say(f"  | {line}")
-        others = [f"worker {rank} (exit code {self.ends[rank]})" for rank in self.failures if rank != outcome.rank]
+        failed = [rank for rank in dict.fromkeys(self.failures) if rank != outcome.rank and rank in self.ends]
+        others = [f"worker {rank} (exit code {self.ends[rank]})" for rank in failed]
         if others and outcome.rank is not None:
             say(f"then failed: {', '.join(others)}")
         if self.output.folder:

@@ -232,6 +232,19 @@ def test_what_brings_agents_is_not_installed(flags, what, tmp_path):
     assert f"cannot be used: {what} cannot be started here: No such file or directory" in done.stderr
 
 
+ELASTIC = ("--backend", "horovod", "--min-np", 1, "--max-np", 1)
+
+
+def test_an_elastic_job_on_this_host_by_its_own_name():
+    done = launch(*ELASTIC, "-H", f"{socket.gethostname()}:1", command=scripted("0=exit:0"))
+    assert done.code == 0, done.stderr
+
+
+def test_an_elastic_job_for_which_no_host_is_found():
+    done = launch(*ELASTIC, "--host-discovery-script", shutil.which("true"), "--start-timeout-s", 2, command=scripted())
+    assert done.code == 3 and "nothing was started. no hosts were found" in done.stderr
+
+
 def test_a_port_that_is_in_use():
     with socket.socket() as taken:
         taken.bind(("", 0))

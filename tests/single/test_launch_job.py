@@ -9,6 +9,7 @@ import pathlib
 import shlex
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from distpad.cli import app
-from distpad.launcher import allocation, describe, hostcheck, render, spec, worker
+from distpad.launcher import allocation, attempt, describe, discovery, hostcheck, outcomes, render, spec, worker
 
 RECORDS = pathlib.Path(__file__).parent / "command_lines"
 ENVIRON = {
@@ -217,6 +218,48 @@ def test_what_an_engine_tells_a_process():
         "local_rank": None,
     }
     assert worker.membership({}) == {"rank": None, "size": None, "local_rank": None}
+
+
+# -- elastic jobs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("end", "code"), [(None, 1), (0, 1), (7, 7)])
+def test_an_elastic_job_fails_though_a_worker_was_replaced(end, code):
+    job = make(backend="horovod", min_np=1)
+    tried = attempt.Attempt(job, 0, ENVIRON, {}, "", [], None)
+    for _ in range(2):  # the second takes the place of the first
+        tried.welcome("localhost", {"rank": 0, "size": 1})
+        if 0 in tried.failures:
+            break
+        tried.take_end("localhost", 0, 9)
+    if end is not None:
+        tried.take_end("localhost", 0, end)
+    tried.engine_code = 1
+    outcome = tried.watch()
+    assert outcome.code == code
+    tried.summarise(outcomes.Outcome(130, "ended"), 1.0)
+
+
+def script(path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def asking(path, text: str) -> discovery.Discovery:
+    job = make(backend="horovod", min_np=1, host_discovery_script=script(path / "discover", text))
+    return discovery.Discovery(job, str(path / "hosts"), lambda host: True)
+
+
+def test_a_script_that_finds_hosts(tmp_path, monkeypatch):
+    assert asking(tmp_path, "echo a:2; echo; echo b").ask() == spec.parse_hosts("a:2,b")
+    with pytest.raises(ValueError, match="discover failed: no rights"):
+        asking(tmp_path, "echo no rights >&2; exit 1").ask()
+    monkeypatch.setattr(discovery, "LIMIT_S", 0.5)
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=r"timed out after 0\.5 seconds"):
+        asking(tmp_path, "sleep 20\necho a").ask()  # the sleep has the pipe, too
+    assert time.monotonic() - began < 10
 
 
 # -- hosts -------------------------------------------------------------------------------------------------------------
