@@ -109,6 +109,7 @@ def _horovodrun(job: spec.Job) -> list[str]:
     else:
         argv += _hosts(job)
     argv += ["--network-interface", interface] if interface else []
+    argv += spec.horovodrun_ssh_args(job.ssh_args)
     return [*argv, *job.launcher_args, *worker_argv(job)]
 
 

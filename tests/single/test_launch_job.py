@@ -38,7 +38,13 @@ JOBS = {
     "multiworker-here": {"np": 2},
     "multiworker-ssh": {"hosts": HOSTS, "port": 5000, "ssh_args": ("-p2222",), "env": ("DATA",)},
     "horovodrun-here": {"backend": "horovod", "np": 2},
-    "horovodrun": {"backend": "horovod", "hosts": HOSTS, "np": 6, "network_interface": "eth0"},
+    "horovodrun": {
+        "backend": "horovod",
+        "hosts": HOSTS,
+        "np": 6,
+        "network_interface": "eth0",
+        "ssh_args": ("-p2222", "-i", "/k"),
+    },
     "horovodrun-elastic": {
         "backend": "horovod",
         "min_np": 2,
@@ -158,6 +164,9 @@ WRONG = {
     "port": ({"port": 80}, r"--port is 80, expected 1024 to"),
     "ranks": ({"np": 2, "ranks": (2,)}, r"--ranks names 2, expected 0 to 1"),
     "interface": ({"network_interface": "eth0; x"}, r"--network-interface is 'eth0; x', expected a name"),
+    "ssh": ({"backend": "horovod", "ssh_args": ("-oPort=2222",)}, r"--ssh-arg is '-oPort=2222', expected -pPORT or"),
+    "ssh 2": ({"backend": "horovod", "ssh_args": ("-i/a;b",)}, r"--ssh-arg is '-i/a;b', expected -pPORT or -iFILE"),
+    "ssh 3": ({"backend": "horovod", "ssh_args": ("-p",)}, r"--ssh-arg is '-p', expected -pPORT or -iFILE"),
     "NUL": ({"command": ("a\0b",)}, r"NUL byte"),
 }
 
