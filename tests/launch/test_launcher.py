@@ -232,6 +232,16 @@ def test_what_brings_agents_is_not_installed(flags, what, tmp_path):
     assert f"cannot be used: {what} cannot be started here: No such file or directory" in done.stderr
 
 
+def test_another_family_of_mpi(tmp_path):
+    mpirun = tmp_path / "mpirun"
+    mpirun.write_text("#!/bin/sh\necho HYDRA build details:\n")
+    mpirun.chmod(0o755)
+    python = tmp_path / "python"  # beside which mpirun is looked for
+    python.symlink_to(sys.executable)
+    done = launch("--backend", "horovod", "--mpi", "--python", python, command=scripted())
+    assert done.code == 2 and "mpirun says it is 'HYDRA build details:', expected Open MPI" in done.stderr
+
+
 ELASTIC = ("--backend", "horovod", "--min-np", 1, "--max-np", 1)
 
 
@@ -378,6 +388,13 @@ def test_restarts_end():
     assert done.code == 9
     assert done.stderr.count("worker 0 on localhost failed first (exit code 9)") == 3
     assert [float(s) for s in re.findall(r"starting again in ([\d.]+) s", done.stderr)] == [0.1, 0.2]
+
+
+def test_a_restart_is_not_swept_away_by_what_ends_the_attempt_before():
+    """A host that was cut off for a while still has that one's agent, which kills whatever carries its number."""
+    command = ["sh", "-c", "echo $DISTPAD_JOB; exit 9"]
+    done = launch("-np", 1, "--max-restarts", 1, "--backoff-s", 0.1, command=command)
+    assert done.code == 9 and len(set(done.stdout.split())) == 2
 
 
 @pytest.mark.parametrize(("code", "flags"), [(2, ()), (44, ("--no-retry", "44", "--no-retry", "45"))])
