@@ -99,6 +99,31 @@ def test_a_launcher_that_is_killed_takes_all_with_it(engine):
     assert running.left() == []
 
 
+SAVER = """
+import pathlib, signal, sys, time
+until = []
+signal.signal(signal.SIGTERM, lambda *_: until.append(time.monotonic() + 2))
+while not until or time.monotonic() < until[0]:
+    print("step", flush=True)
+    pathlib.Path(sys.argv[1], "up").touch()
+    time.sleep(0.02)
+pathlib.Path(sys.argv[1], "saved").touch()
+"""
+
+
+def test_a_launcher_that_is_killed_leaves_the_workers_their_grace(tmp_path):
+    """Also those that write all the time, which nobody reads any more."""
+    running = Launched("-np", 1, "--grace-s", 20, command=[sys.executable, "-c", SAVER, tmp_path])
+    end = time.monotonic() + 30
+    while not (tmp_path / "up").exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    running.process.kill()
+    running.process.wait()
+    while not (tmp_path / "saved").exists() and running.left():
+        time.sleep(0.1)
+    assert (tmp_path / "saved").exists()
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_are_forwarded(number, code, engine):
     running = Launched(*engine, "-np", 2, command=scripted("all=sleep:60"))
