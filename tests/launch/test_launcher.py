@@ -340,6 +340,13 @@ def test_threads_are_shared_out():
     assert env["TF_NUM_INTRAOP_THREADS"] == "7"  # what is set stays
 
 
+def test_threads_are_those_that_slurm_gives_a_task():
+    env = {"OMP_NUM_THREADS": "", "TF_NUM_INTRAOP_THREADS": "", "SLURM_CPUS_PER_TASK": "3"}
+    done = launch("--backend", "horovod", "-np", 2, command=scripted("0=say"), env=env)
+    env = json.loads(done.stdout.partition("] ")[2])["env"]
+    assert (env["OMP_NUM_THREADS"], env["TF_NUM_INTRAOP_THREADS"]) == ("3", "3")
+
+
 # -- output ------------------------------------------------------------------------------------------------------------
 
 
