@@ -35,7 +35,7 @@ MEMBERSHIP = re.compile(
     r"ELASTIC)|OMPI_\w+|PMIX?_\w+|PRTE_\w+|SLURM_(?!JOB_|ARRAY_|CLUSTER_|SUBMIT_)\w+|"
     r"DISTPAD_(BACKEND|WORKERS|HOSTS|REPLICAS|ATTEMPT|JOB|RANK)"
 )
-SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|(^|_)KEY(_|$)", re.IGNORECASE)
+SECRET_NAME = re.compile(r"SECRET|TOKEN|PASS|CREDENTIAL|AUTH(?!_SOCK)|APIKEY|_PWD|(^|_)KEY(_|$)", re.IGNORECASE)
 STALL = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "60", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "300"}
 
 
@@ -227,4 +227,13 @@ def rank_env(job: spec.Job, place: spec.Place, ports: Mapping[str, Sequence[int]
 
 def redacted(name: str, value: str, secrets: Mapping[str, Any]) -> str:
     """A variable's value as it may be shown."""
-    return "***" if name in secrets or SECRET_NAME.search(name) else value
+    return "***" if name in secrets or SECRET_NAME.search(name) else without_passwords(value)
+
+
+def without_passwords(text: str) -> str:
+    """A text without the passwords that its addresses may carry, as those of proxies and package indexes do.
+
+    >>> without_passwords("from https://me:secret@host/simple")
+    'from https://***@host/simple'
+    """
+    return re.sub(r"(?<=://)[^/\s\"]+@", "***@", text)

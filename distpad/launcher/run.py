@@ -51,6 +51,8 @@ def read_secrets(files: Mapping[str, str]) -> dict[str, str]:
             found[name] = pathlib.Path(path).read_text(encoding="utf-8").rstrip("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"launch: --secret {name}: {path} cannot be read: {error}.") from error
+        if "\0" in found[name]:
+            raise ValueError(f"launch: --secret {name}: {path} holds a NUL byte, which no variable can.")
     return found
 
 

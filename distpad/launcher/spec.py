@@ -93,8 +93,8 @@ class Job:
             raise ValueError(
                 "launch: no command, expected one after --, as in: distpad launch -np 2 -- python train.py"
             )
-        if any("\0" in word for word in self.command):
-            raise ValueError("launch: an argument of the command holds a NUL byte, which no program can be given.")
+        if any("\0" in word for word in (*self.command, self.cwd)):
+            raise ValueError("launch: the command or its folder holds a NUL byte, which no program can be given.")
         self._settle_launcher()
         self._settle_workers()
         for flag, value, low in (

@@ -168,6 +168,7 @@ WRONG = {
     "ssh 2": ({"backend": "horovod", "ssh_args": ("-i/a;b",)}, r"--ssh-arg is '-i/a;b', expected -pPORT or -iFILE"),
     "ssh 3": ({"backend": "horovod", "ssh_args": ("-p",)}, r"--ssh-arg is '-p', expected -pPORT or -iFILE"),
     "NUL": ({"command": ("a\0b",)}, r"NUL byte"),
+    "NUL 2": ({"cwd": "/a\0b"}, r"NUL byte"),
 }
 
 
@@ -380,7 +381,16 @@ def test_secrets_are_hidden(tmp_path):
     assert done.exit_code == 0 and "API='***'" in done.output and "s3cret" not in done.output
 
 
-def test_a_secret_that_cannot_be_read_is_refused():
+@pytest.mark.parametrize("name", ["HF_TOKEN", "OPENAI_APIKEY", "MYSQL_PWD", "SSHPASS", "REDISCLI_AUTH", "http_proxy"])
+def test_secrets_that_nobody_named_are_hidden(name):
+    assert "s3c" not in render.redacted(name, "http://me:s3c@ret@proxy:80", {})
+    assert render.redacted("PWD", "/here", {}) == "/here" and render.redacted("SSH_AUTH_SOCK", "/s", {}) == "/s"
+
+
+def test_a_secret_that_cannot_be_read_is_refused(tmp_path):
+    (tmp_path / "key").write_bytes(b"a\0b")
+    done = launch("--secret", f"API={tmp_path / 'key'}", "-np", "2", "--", "true")
+    assert done.exit_code == 2 and "key holds a NUL byte" in done.output
     done = launch("--secret", "API=/none", "-np", "2", "--", "true")
     assert done.exit_code == 2 and "/none cannot be read" in done.output
 
