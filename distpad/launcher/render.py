@@ -119,7 +119,9 @@ def _mpirun(job: spec.Job, mpi: str, is_root: bool) -> list[str]:
     argv = ["mpirun", *(["--allow-run-as-root"] if is_root else []), "-np", str(job.workers), *_hosts(job)]
     # A worker is a whole TensorFlow with threads of its own: one core each, Open MPI's default, would starve it.
     argv += ["--bind-to", "none", "--map-by", "slot"]
-    argv += ["--mca", "pml", "ob1", "--mca", "btl", "^openib"]  # as Horovod's documentation says
+    for name, value in (("pml", "ob1"), ("btl", "^openib")):  # as Horovod's documentation says
+        if name not in job.launcher_args:  # mpirun takes none twice; who has UCX for InfiniBand says so
+            argv += ["--mca", name, value]
     ssh = [*SSH[1:], *job.ssh_args]
     argv += ["--prtemca", "plm_ssh_args", shlex.join(ssh)] if prrte else ["--mca", "plm_rsh_args", shlex.join(ssh)]
     if not prrte:

@@ -54,6 +54,7 @@ JOBS = {
     "mpirun-4": {"backend": "horovod", "controller": "mpi", "hosts": HOSTS, "network_interface": "eth0"},
     "mpirun-5": {"backend": "horovod", "controller": "mpi", "hosts": HOSTS, "network_interface": "eth0"},
     "mpirun-argument": {"backend": "horovod", "controller": "mpi", "np": 2, "launcher_args": ("--mca", "x", "a b")},
+    "mpirun-ucx": {"backend": "horovod", "controller": "mpi", "np": 2, "launcher_args": ("--mca", "pml", "ucx")},
     "srun-horovod": {"backend": "horovod", "launcher": "srun", "hosts": HOSTS},
     "srun-multiworker": {"hosts": HOSTS},
     "hostile": {
