@@ -257,6 +257,12 @@ def test_what_brings_agents_is_not_installed(flags, what, tmp_path):
     assert f"cannot be used: {what} cannot be started here: No such file or directory" in done.stderr
 
 
+def test_a_python_of_this_folder(tmp_path):
+    (tmp_path / "python").symlink_to(sys.executable)
+    done = launch("--python", "./python", "--backend", "mirrored", command=["true"], cwd=tmp_path)
+    assert done.code == 0, done.stderr
+
+
 def test_another_family_of_mpi(tmp_path):
     mpirun = tmp_path / "mpirun"
     mpirun.write_text("#!/bin/sh\necho HYDRA build details:\n")
