@@ -132,7 +132,7 @@ def launch(
             max_np=max_np,
             host_discovery_script=os.path.abspath(host_discovery_script) if host_discovery_script else "",
             slots_per_host=slots_per_host,
-            python=python,
+            python=os.path.abspath(python) if os.sep in python else python,  # agents do not run in this folder
             cwd=os.path.abspath(cwd or "."),
         )
         if dry_run:

@@ -132,7 +132,7 @@ class Agent:
     async def _worker(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One worker's connection: its orders, then what it says."""
         hello: dict[str, Any] = {}
-        ended = False
+        ended, group = False, 0
         try:
             while line := await reader.readline():
                 message = json.loads(line)
@@ -143,10 +143,14 @@ class Agent:
                     orders = {**self.orders, "env": {**self.orders["env"], **own}}
                     writer.write(json.dumps(orders).encode() + b"\n")
                 elif message["is"] == "started":
-                    self.groups.add(message["pid"])
-                ended = ended or message["is"] == "exit"
+                    group = message["pid"]
+                    self.groups.add(group)
+                elif message["is"] == "exit":
+                    ended = True
+                    self.groups.discard(group)  # its parent has killed it, and the number may soon be somebody else's
                 self.send(**{"rank": hello.get("rank"), **message})
-                await self.launcher.drain()  # a command that writes faster than the launcher reads waits
+                with contextlib.suppress(OSError):  # nobody reads without a launcher; the grace stays
+                    await self.launcher.drain()  # a command that writes faster than the launcher reads waits
         except (OSError, ValueError):
             pass  # it was killed, perhaps in the middle of a line: as if it had left
         if not ended:

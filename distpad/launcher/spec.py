@@ -93,8 +93,8 @@ class Job:
             raise ValueError(
                 "launch: no command, expected one after --, as in: distpad launch -np 2 -- python train.py"
             )
-        if any("\0" in word for word in self.command):
-            raise ValueError("launch: an argument of the command holds a NUL byte, which no program can be given.")
+        if any("\0" in word for word in (*self.command, self.cwd)):
+            raise ValueError("launch: the command or its folder holds a NUL byte, which no program can be given.")
         self._settle_launcher()
         self._settle_workers()
         for flag, value, low in (
@@ -144,6 +144,8 @@ class Job:
             raise ValueError(
                 "launch: --launcher-arg needs an engine's launcher; for options of ssh there is --ssh-arg."
             )
+        if launcher == "horovodrun":
+            horovodrun_ssh_args(self.ssh_args)
         if self.elastic and controller != "gloo":
             raise ValueError("launch: elastic jobs are Horovod's over Gloo, expected --backend horovod --gloo.")
         object.__setattr__(self, "launcher", launcher)
@@ -279,6 +281,30 @@ def parse_secrets(pairs: Iterable[str]) -> dict[str, str]:
                 "on a command line, where everybody can read it."
             )
         found[name] = path
+    return found
+
+
+def horovodrun_ssh_args(ssh_args: Sequence[str]) -> list[str]:
+    """Arguments of ssh as horovodrun takes them: it knows a port and an identity file.
+
+    >>> horovodrun_ssh_args(["-p2222", "-i", "/keys/mine"])
+    ['--ssh-port', '2222', '--ssh-identity-file', '/keys/mine']
+    """
+    found, words = [], list(ssh_args)
+    while words:
+        flag, value = words[0][:2], words[0][2:]
+        used = 1 if value else 2
+        value = value or "".join(words[1:2])
+        # a port of digits and a plain path alone: it puts both unquoted into a shell's line
+        known = {"-p": ("--ssh-port", "[0-9]+"), "-i": ("--ssh-identity-file", "[A-Za-z0-9_./-]+")}
+        name, rule = known.get(flag, ("", ""))
+        if not name or not re.fullmatch(rule, value):
+            raise ValueError(
+                f"launch: --ssh-arg is {words[0]!r}, expected -pPORT or -iFILE (a plain path): horovodrun passes no "
+                "other to ssh. Write what it needs into ~/.ssh/config."
+            )
+        found += [name, value]
+        del words[:used]
     return found
 
 
