@@ -105,6 +105,8 @@ def launch(
     was lost, 124 a time limit, 126 or 127 the command cannot be started, 130 and 143 after SIGINT and SIGTERM.
     """
     environ = dict(os.environ)
+    if environ.get("PYTHONPATH"):  # agents and engines are started in other folders
+        environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, environ["PYTHONPATH"].split(os.pathsep)))
     try:
         job = spec.Job(
             command=tuple(command or ()),

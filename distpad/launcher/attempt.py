@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import queue
@@ -92,6 +93,8 @@ class Attempt:
             wrong = hostcheck.problems(job, self.facts)
             if wrong:
                 raise Ended(Outcome(HOST, "nothing was started. " + " ".join(wrong), may_retry=False))
+        if job.controller == "gloo" and not job.network_interface:
+            job = self.job = dataclasses.replace(job, network_interface=self.find_interface())
         argv = render.engine_argv(job, self.mpi, is_root=os.geteuid() == 0)
         self.find_ports()
         if argv:
@@ -120,6 +123,16 @@ class Attempt:
         agent.heard = time.monotonic() + self.job.start_timeout_s
         self.agents[host.name] = agent
         agent.tell(**orders)
+
+    def find_interface(self) -> str:
+        """Of a job over Gloo that names none; an elastic job's hosts are taken to be like those that came first."""
+        elsewhere = {name: each for name, each in list(self.facts.items()) if name not in spec.LOCAL}
+        if not (elsewhere if self.job.elastic else self.job.crosses_hosts):
+            return "lo"
+        found, wrong = hostcheck.interface(elsewhere)
+        if wrong:
+            raise Ended(Outcome(HOST, f"nothing was started. {wrong}", may_retry=False))
+        return found
 
     def find_ports(self) -> None:
         """For TF_CONFIG, on each host."""
@@ -259,11 +272,17 @@ class Attempt:
         """A worker has started: is the world the one that was asked for?"""
         job, rank, size = self.job, message["rank"], message["size"]
         if not job.elastic:
+            places = {place.rank: place.host.name for place in job.places}
             told = f"{job.launcher} started a worker on {host} as rank {rank} of {size or 'an unknown number'}"
             if rank is None or (size is not None and size != job.workers) or rank in self.started:
                 why = f"{job.workers} workers were asked for, but {told}: that would be several jobs instead of one"
                 raise Ended(Outcome(HOST, why, shows_launcher=True, may_retry=False))
-            planned = [place.host.name for place in job.places]
+            if job.backend == "multiworker" and places[rank] != host:  # its TF_CONFIG has another host's address
+                why = (
+                    f"worker {rank} was to run on {places[rank]}, but {told}: give the hosts in {job.launcher}'s order"
+                )
+                raise Ended(Outcome(HOST, why, shows_launcher=True, may_retry=False))
+            planned = list(places.values())
             if sorted([*self.started.values(), host]).count(host) > planned.count(host):
                 why = f"{planned.count(host)} workers were to run on {host}, but {told}, one more than that"
                 raise Ended(Outcome(HOST, why, shows_launcher=True, may_retry=False))
@@ -275,6 +294,7 @@ class Attempt:
         if rank is None or rank in self.ends:
             return
         self.ends[rank] = code
+        self.started.setdefault(rank, host)  # or it ended before it had come
         if code and not self.ending:  # what it gets from us at the end is no failure of its own
             self.failures.append(rank)
 
@@ -397,9 +417,10 @@ class Attempt:
             say(f"done in {seconds:.0f} s")
             return
         say(f"{outcome.why}, after {seconds:.1f} s")
-        lines = (
-            list(self.output.last.get(outcome.rank, [])) if outcome.rank is not None or outcome.shows_launcher else []
-        )
+        rank = outcome.rank
+        lines = list(self.output.last.get(rank, [])) if rank is not None or outcome.shows_launcher else []
+        if rank is not None and not lines:  # it may have ended before it had come; then it wrote as its agent
+            lines = list(self.agents[self.started[rank]].wrote)
         if lines:
             say(f"the last that {f'worker {outcome.rank}' if outcome.rank is not None else self.job.launcher} wrote:")
             for line in lines:

@@ -20,17 +20,17 @@ class Output:
 
     Args:
       job: says where they go.
-      attempt: its number, which its folder has.
+      attempt: its number, which its folder has, or a higher one where an earlier run has left its own.
 
     Raises:
       ValueError: the folder cannot be made.
     """
 
     def __init__(self, job: spec.Job, attempt: int) -> None:
-        self.folder = pathlib.Path(job.log_dir) / f"attempt-{attempt}" if job.log_dir else None
-        if self.folder:
+        self.folder: pathlib.Path | None = None
+        if job.log_dir:
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                self.folder = _fresh(pathlib.Path(job.log_dir), attempt)
             except OSError as error:
                 raise ValueError(f"launch: --log-dir {job.log_dir} cannot be written: {error.strerror}.") from error
         if isinstance(sys.stdout, io.TextIOWrapper):
@@ -68,3 +68,15 @@ class Output:
         for file in self.files.values():
             with contextlib.suppress(OSError):
                 file.close()
+
+
+def _fresh(folder: pathlib.Path, number: int) -> pathlib.Path:
+    """A folder of this attempt's own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            own = folder / f"attempt-{number}"
+            own.mkdir()
+            return own
+        except FileExistsError:
+            number += 1

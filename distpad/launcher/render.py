@@ -100,7 +100,6 @@ def engine_argv(job: spec.Job, mpi: str = "", *, is_root: bool = False) -> list[
 
 
 def _horovodrun(job: spec.Job) -> list[str]:
-    interface = job.network_interface or ("" if job.crosses_hosts else "lo")
     argv = ["horovodrun", "--gloo", "-np", str(job.workers), "--disable-cache"]
     argv += ["--start-timeout", str(int(job.start_timeout_s))]
     if job.elastic:
@@ -108,7 +107,11 @@ def _horovodrun(job: spec.Job) -> list[str]:
         argv += ["--host-discovery-script", f"cat {hosts_file(job)}"]  # what discovery.py has found
     else:
         argv += _hosts(job)
-    argv += ["--network-interface", interface] if interface else []
+    # left out, horovodrun would look for one, by servers whose key stands on a command line: see hostcheck.interface
+    argv += [
+        "--network-interface",
+        job.network_interface or ("FOUND-AT-START" if job.elastic or job.crosses_hosts else "lo"),
+    ]
     argv += spec.horovodrun_ssh_args(job.ssh_args)
     return [*argv, *job.launcher_args, *worker_argv(job)]
 

@@ -286,6 +286,20 @@ def test_an_elastic_job_for_which_no_host_is_found():
     assert done.code == 3 and "nothing was started. no hosts were found" in done.stderr
 
 
+def test_a_worker_that_ends_before_it_has_come(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if 'distpad.launcher.worker' in sys.orig_argv:\n"
+        "    print('the disk is gone', file=sys.stderr, flush=True)\n"
+        "    os._exit(9)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(HERE.parents[1])])
+    done = launch("-np", 1, env={"PYTHONPATH": path}, command=scripted("all=sleep:60"))
+    assert done.code == 9, done.stderr
+    assert "worker 0 on localhost failed first (exit code 9)" in done.stderr and "| the disk is gone" in done.stderr
+    assert done.seconds < 30
+
+
 def test_a_port_that_is_in_use():
     with socket.socket() as taken:
         taken.bind(("", 0))
@@ -367,6 +381,12 @@ def test_logs_by_attempt_rank_and_stream(tmp_path):
             assert (tmp_path / f"logs/attempt-{attempt}/rank-{rank}.stdout").read_text() == f"attempt {attempt}\n"
     assert done.stdout == ""  # without --tee
     assert re.search(r"what all of them wrote: .*/logs/attempt-0", done.stderr)
+
+
+def test_the_logs_of_an_earlier_run_stay(tmp_path):
+    for _ in range(2):
+        launch("-np", 1, "--log-dir", tmp_path / "logs", command=scripted("0=write:1"))
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["attempt-0", "attempt-1"]
 
 
 def test_tee_and_ranks(tmp_path):

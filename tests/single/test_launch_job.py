@@ -66,7 +66,8 @@ JOBS = {
 
 
 def make(**fields) -> spec.Job:
-    return spec.Job(**{**ALWAYS, **fields})
+    np = {} if fields.keys() & {"hosts", "np", "min_np"} else {"np": 2}
+    return spec.Job(**{**ALWAYS, **np, **fields})
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -146,6 +147,10 @@ WRONG = {
     "no command": ({"command": ()}, r"no command, expected one after --"),
     "backend": ({"backend": "pytorch"}, r"--backend is 'pytorch', expected one of mirrored, multiworker, horovod"),
     "np": ({"np": 0}, r"-np is 0, expected at least 1"),
+    "neither": ({"np": None}, r"neither -np nor hosts are given, expected one of them"),
+    "counted slots": ({"np": 4, "hosts": spec.parse_hosts("localhost:1")}, r"-np is 4, but the hosts have 1 slots"),
+    "too many slots": ({"np": 4097}, r"localhost has 4097 slots, expected 1 to 4096"),
+    "forever": ({"start_timeout_s": float("inf")}, r"--start-timeout-s is inf, expected"),
     "too few slots": ({"np": 9, "hosts": HOSTS}, r"-np is 9, but the hosts have 8 slots \(node1:4, node2:4\)"),
     "twice": ({"hosts": spec.parse_hosts("a,a")}, r"name a twice, expected each once"),
     "mirrored": ({"backend": "mirrored", "hosts": HOSTS}, r"mirrored runs in one process, expected one host"),
@@ -220,6 +225,13 @@ def test_the_hosts_of_an_allocation(monkeypatch):
         allocation.hosts({**environ, "SLURM_TASKS_PER_NODE": "2"})
 
 
+def test_ranks():
+    assert spec.parse_ranks("0,4-6, 2") == (0, 2, 4, 5, 6)
+    for wrong in ("a", "3-1", "0-99999999999", "-1"):
+        with pytest.raises(ValueError, match=r"--ranks holds"):
+            spec.parse_ranks(wrong)
+
+
 def test_what_an_engine_tells_a_process():
     assert worker.membership({"HOROVOD_RANK": "1", "HOROVOD_SIZE": "4"})["size"] == 4
     assert worker.membership({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"})["rank"] == 3
@@ -278,6 +290,7 @@ def test_a_script_that_finds_hosts(tmp_path, monkeypatch):
 
 def found_on(name: str, **changes) -> dict:
     facts = {"host": name, "versions": {"tensorflow-cpu": "2.21.0"}, "resolves": {"a": ["10.0.0.1"], "b": ["10.0.0.2"]}}
+    facts["interfaces"] = {"lo": ["127.0.0.1"], "eth0": [facts["resolves"][name][0]], "eth1": ["10.1.0.1"]}
     return {**facts, **changes}
 
 
@@ -291,6 +304,7 @@ def test_hosts_that_fit():
         ({"versions": {"tensorflow-cpu": "2.15.1"}}, "tensorflow-cpu differs: a has 2.21.0, b has 2.15.1"),
         ({"versions": {}}, "a has 2.21.0, b has none"),
         ({"resolves": {"a": [], "b": ["10.0.0.2"]}}, "b does not know the name a"),
+        ({"resolves": {"a": ["10.0.0.1"], "b": []}}, "b does not know its own name b"),
         ({"resolves": {"a": ["127.0.1.1"], "b": ["10.0.0.2"]}}, "on b, the name a leads to 127.0.1.1, the loopback"),
         ({"resolves": {"a": ["10.0.0.1"], "b": ["::1"]}}, "on b, its own name b leads to ::1, the loopback"),
     ],
@@ -299,6 +313,14 @@ def test_hosts_that_do_not_fit(changes, message):
     job = make(hosts=spec.parse_hosts("a,b"), backend="horovod")
     problems = hostcheck.problems(job, {"a": found_on("a"), "b": found_on("b", **changes)})
     assert len(problems) == 1 and message in problems[0]
+
+
+def test_the_interface_that_hosts_share():
+    both = {"a": found_on("a"), "b": found_on("b")}
+    assert hostcheck.interface(both) == ("eth0", "")
+    both["b"]["interfaces"] = {"ens3": ["10.0.0.2"]}
+    name, wrong = hostcheck.interface(both)
+    assert name == "" and "(a has eth0, b has ens3). Name one: --network-interface" in wrong
 
 
 def test_what_ssh_wrote_is_explained():
