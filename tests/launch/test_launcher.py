@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -235,18 +236,24 @@ def test_an_engine_that_fails():
     assert "no-such-option" in done.stderr  # its own words
 
 
+def python_in(folder: pathlib.Path) -> pathlib.Path:
+    """A Python beside which no engine stands."""
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
 def test_an_engine_that_is_not_installed(tmp_path):
-    (tmp_path / "python").symlink_to(sys.executable)
-    done = launch(
-        "--backend", "horovod", "-np", 2, "--python", tmp_path / "python", env={"PATH": "/bin"}, command=["true"]
-    )
+    python = ("--python", python_in(tmp_path))
+    done = launch("--backend", "horovod", "-np", 2, *python, env={"PATH": "/bin"}, command=["true"])
     assert done.code == 127 and "horovodrun cannot be started" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("flags", "what"),
     [
-        (("--python", "/no/python"), "/no/python"),
+        (("-np", 1, "--python", "/no/python"), "/no/python"),
         (("-H", "elsewhere"), "ssh"),
         (("--min-np", 1, "--backend", "horovod", "-H", "elsewhere"), "ssh"),
     ],
@@ -258,7 +265,7 @@ def test_what_brings_agents_is_not_installed(flags, what, tmp_path):
 
 
 def test_a_python_of_this_folder(tmp_path):
-    (tmp_path / "python").symlink_to(sys.executable)
+    python_in(tmp_path)
     done = launch("--python", "./python", "--backend", "mirrored", command=["true"], cwd=tmp_path)
     assert done.code == 0, done.stderr
 
@@ -267,9 +274,8 @@ def test_another_family_of_mpi(tmp_path):
     mpirun = tmp_path / "mpirun"
     mpirun.write_text("#!/bin/sh\necho HYDRA build details:\n")
     mpirun.chmod(0o755)
-    python = tmp_path / "python"  # beside which mpirun is looked for
-    python.symlink_to(sys.executable)
-    done = launch("--backend", "horovod", "--mpi", "--python", python, command=scripted())
+    python = ("--python", python_in(tmp_path))  # beside which mpirun is looked for
+    done = launch("--backend", "horovod", "--mpi", "-np", 1, *python, command=scripted())
     assert done.code == 2 and "mpirun says it is 'HYDRA build details:', expected Open MPI" in done.stderr
 
 
@@ -418,18 +424,22 @@ def test_a_reader_that_goes_away_does_not_end_the_job():
 
 
 def test_a_full_disk_does_not_end_the_job(tmp_path):
-    (tmp_path / "attempt-0").mkdir()
-    (tmp_path / "attempt-0/rank-0.stdout").symlink_to("/dev/full")
-    done = launch("-np", 1, "--log-dir", tmp_path, command=scripted("0=write:3", "0=exit:7"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # what this process starts can write to no file
+    try:
+        running = Launched("-np", 1, "--log-dir", tmp_path, command=scripted("0=write:3", "0=exit:7"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    done = running.finish()
     assert done.code == 7 and "failed first (exit code 7)" in done.stderr
-    assert "rank-0.stdout cannot be written (No space left on device)" in done.stderr
+    assert "rank-0.stdout cannot be written (File too large)" in done.stderr
     assert done.stdout.count("\n") == 3
 
 
 def test_a_folder_for_logs_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    done = launch("--log-dir", tmp_path / "file", command=scripted())
-    assert done.code == 2 and f"--log-dir {tmp_path / 'file'} cannot be written: Not a directory" in done.stderr
+    done = launch("-np", 1, "--log-dir", tmp_path / "file", command=scripted())
+    assert done.code == 2 and f"--log-dir {tmp_path / 'file'} cannot be written: File exists" in done.stderr
 
 
 def test_what_a_terminal_cannot_show_does_not_end_the_job():
