@@ -112,6 +112,12 @@ def of_kind(resources: Sequence[Resource], *kinds: str) -> list[Resource]:
     return [resource for resource in resources if resource["kind"] in kinds]
 
 
+def find(resources: Sequence[Resource], name: str) -> Resource:
+    """The one that is called so, such as Job/train."""
+    (found,) = [resource for resource in resources if called(resource) == name]
+    return found
+
+
 def nested(resource: Resource) -> Iterator[tuple[str, str, Resource]]:
     """The templates in it, at any depth, as the objects that are made of them: ``(path, "Job" or "Pod", object)``."""
     for path, value in walk(resource):
@@ -182,3 +188,10 @@ def put(value: Any, path: str, new: Any) -> None:
         del place[int(key) if isinstance(place, list) else key]
     else:
         place[int(key) if isinstance(place, list) else key] = new
+
+
+def changed(name: str, resource: str, path: str, new: Any) -> list[Resource]:
+    """An overlay with one value changed."""
+    resources = overlay(name)
+    put(find(resources, resource), path, new)
+    return resources

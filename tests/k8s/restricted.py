@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+from k8s import manifests
 
 Spec = dict[str, Any]
 Rule = Callable[[Spec], Iterator[str]]
@@ -23,6 +25,11 @@ KINDS = ("initContainers", "containers", "ephemeralContainers")
 def findings(spec: Spec) -> list[str]:
     """What a namespace that enforces the standard would refuse a pod for."""
     return [f"{rule.__name__}: {each}" for rule in RULES for each in rule(spec)]
+
+
+def findings_of(resources: Sequence[manifests.Resource]) -> list[str]:
+    """Those of all pods in them."""
+    return [each for pod in manifests.pods(resources).values() for each in findings(pod["spec"])]
 
 
 def containers(spec: Spec) -> list[Spec]:

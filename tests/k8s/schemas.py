@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import celpy
@@ -81,6 +81,11 @@ def findings(resource: manifests.Resource, old: manifests.Resource | None = None
     for path, _, made in manifests.nested(resource):  # a CRD knows less of pods than Kubernetes
         found += [f"{path}: {each}" for each in of_kubernetes(made)]
     return found
+
+
+def findings_of(resources: Sequence[manifests.Resource]) -> list[str]:
+    """All of all."""
+    return [each for resource in resources for each in findings(resource)]
 
 
 def of_kubernetes(resource: manifests.Resource) -> list[str]:
