@@ -11,7 +11,7 @@ import sys
 import pytest
 import yaml
 
-from k8s import controllers, manifests, restricted, schemas
+from k8s import controllers, manifests, podrules, restricted, schemas
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -59,6 +59,17 @@ def test_users_set_the_image_once(overlay, place):
         container["image"] for pod in manifests.pods(resources).values() for container in pod["spec"]["containers"]
     }
     assert images == {"mine/it:7"}
+
+
+@pytest.mark.parametrize(
+    "dockerfile", sorted((manifests.FOLDER / "image").glob("Dockerfile.*")), ids=lambda path: path.name
+)
+def test_images_have_the_pods_user(dockerfile):
+    """sshd and Python ask for its name, which an image gives to one user alone."""
+    for overlay in manifests.OVERLAYS:
+        for pod in manifests.pods(manifests.overlay(overlay)).values():
+            context = pod["spec"]["securityContext"]
+            assert f"USER {context['runAsUser']}:{context['runAsGroup']}" in dockerfile.read_text().splitlines()
 
 
 def test_kueue_holds_a_job_back_and_changes_nothing_else(place):
@@ -174,7 +185,7 @@ def test_the_kustomization_of_the_readme_builds(place):
     claims = manifests.of_kind(resources, "PersistentVolumeClaim")
     assert {claim["spec"]["storageClassName"] for claim in claims} == {"shared-files"}
     (pod,) = manifests.pods(resources).values()
-    assert "@sha256:" in controllers.container(pod)["image"]
+    assert "@sha256:" in podrules.container(pod)["image"]
     assert not schemas.findings_of(resources) and not controllers.findings(resources)
 
 
