@@ -23,6 +23,7 @@ cluster       | current         | 25 | launch/environment.sh current --openmpi5 
 smoke         | classic         | 20 | launch/environment.sh classic --openmpi5 --horovod && pytests -m smoke tests/cluster
 mutants       | current         | 20 | python tests/mutants.py
 examples      | current classic | 20 | pytests tests/examples
+k8s           | current         | 15 | tests/k8s/tools.sh && pytests tests/k8s
 '
 
 # what tells that it is here | the Debian package that brings it

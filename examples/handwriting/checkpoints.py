@@ -54,13 +54,17 @@ class Checkpoints:
         self._read()
         self._move()
 
-    def restore(self) -> None:
+    def restore(self, or_begin: bool = False) -> None:
         """Go back to the last checkpoint. Horovod's other ranks get the weights from rank 0 (``Learner.broadcast``).
+
+        Args:
+            or_begin: where there is none, leave all as it is. The same on all workers.
 
         Raises:
             ValueError: there is none.
         """
-        if self.engine.worker == 0 or self.engine.strategy is not None:
+        reads = self.engine.worker == 0 or self.engine.strategy is not None
+        if reads and not (or_begin and self.found() is None):
             self._read()
         distpad.broadcast_variables([self._place], backend=self.engine.backend)
         self._move()

@@ -31,7 +31,8 @@ def run(
     backend = learner.engine.backend
     if options.resume:
         saved = Checkpoints(learner, batches, folder)
-        if backend.worker_index == 0 or saved.found():
+        must = backend.worker_index == 0 and options.resume != "auto"
+        if must or saved.found():
             saved.load()
     state = distpad.ElasticState([learner.model, learner.optimizer], batches=batches, backend=backend)
 

@@ -71,7 +71,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--learning-rate", type=float, default=6e-3, metavar="X", help="its highest value (default 0.006)")
     add("--seed", type=int, default=0, metavar="N", help="of weights and data (default 0)")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    add(
+        "--resume",
+        nargs="?",
+        const="must",
+        choices=("must", "auto"),
+        metavar="auto",
+        help="go on from the last checkpoint in --out; auto: if there is one (for what starts it again by itself)",
+    )
     add("--elastic", action="store_true", help="go on when workers are lost or join; with --backend horovod")
     add("--commit-every", type=int, default=20, metavar="STEPS", help="with --elastic: steps lost at most (default 20)")
     add("--checkpoint-every", type=int, default=200, metavar="STEPS", help="default 200")
@@ -225,7 +232,7 @@ def run(options: argparse.Namespace) -> None:
     else:
         saved = checkpoints.Checkpoints(learning, batches, where)
         if options.resume:
-            saved.restore()
+            saved.restore(or_begin=options.resume == "auto")
         learning.broadcast()
         train_and_test(saved)
     engine.backend.close()

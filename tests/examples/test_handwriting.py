@@ -365,7 +365,7 @@ def test_elastic_training_goes_on_after_a_worker_was_killed(tmp_path):
 def test_position_loss_resume_and_read(tmp_path):
     common = ("train.py", "--replicas", 2, "--loss", "position", "--no-drift", "--out")
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    for arguments in ((whole,), (halves, "--stop-at", 2), (halves, "--resume")):
+    for arguments in ((whole, "--resume=auto"), (halves, "--resume=auto", "--stop-at", 2), (halves, "--resume")):
         code, output = start("mirrored:2", *common, *arguments, *SHORT)
         assert code == 0, output
     at_once, resumed = (np.load(out / "reader" / "weights.npz") for out in (whole, halves))
@@ -393,6 +393,7 @@ def test_own_pictures_are_trained_on(tmp_path):
         (("--backend", "local", "--replicas", "3"), "replicas is 3, expected 1"),
         (("--batch", "1", "--replicas", "2"), "--batch is 1"),
         (("--resume", "--replicas", "2"), "--resume"),
+        (("--resume", "perhaps"), "choose from"),
         (("--rungs", "0"), "--rungs is 0"),
         (("--elastic",), "--elastic is for --backend horovod, which is mirrored"),
         (("--max-columns", "10"), "max_tokens is 10, expected at least"),

@@ -1,0 +1,197 @@
+"""The manifests of k8s/ as kubectl builds them, alone and with components, and the pods in them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "k8s"
+OVERLAYS = ("indexed-job", "jobset", "mpijob", "mpijob-elastic", "trainjob", "trainjob-mpi")
+COMPONENTS = ("gpu", "kueue")
+COMBINATIONS = tuple(
+    chosen for count in range(len(COMPONENTS) + 1) for chosen in itertools.combinations(COMPONENTS, count)
+)
+TOOLS = pathlib.Path(os.environ.get("DISTPAD_ENVS") or ROOT / ".envs") / "k8s-tools" / "bin"
+OLDEST_KUBECTL = (1, 27)
+
+Resource = dict[str, Any]
+
+
+def missing(what: str) -> None:
+    """Skip at a desk, fail in CI."""
+    (pytest.fail if os.environ.get("DISTPAD_CI") == "1" else pytest.skip)(what)
+
+
+# -- programs ---------------------------------------------------------------------------------------------------------
+
+
+def tool(name: str) -> str:
+    """A program that tests/k8s/tools.sh brings."""
+    found = shutil.which(str(TOOLS / name)) or shutil.which(name)
+    if found is None:
+        missing(f"{name} is missing. Run tests/k8s/tools.sh, which puts it into {TOOLS}.")
+    return str(found)
+
+
+@functools.lru_cache
+def kubectl() -> str:
+    """That of PATH where it is new enough, else the one that tools.sh brings."""
+    found = shutil.which("kubectl")
+    return found if found and version(found) >= OLDEST_KUBECTL else tool(str(TOOLS / "kubectl"))
+
+
+def version(program: str) -> tuple[int, int]:
+    """(0, 0) where it does not tell, such as a name that leads nowhere."""
+    done = subprocess.run([program, "version", "--client"], capture_output=True, text=True, timeout=60)
+    told = re.search(r"v(\d+)\.(\d+)", done.stdout)
+    return (int(told[1]), int(told[2])) if told else (0, 0)
+
+
+# -- building ---------------------------------------------------------------------------------------------------------
+
+
+def build(folder: pathlib.Path | str) -> list[Resource]:
+    """What ``kubectl apply -k`` would apply.
+
+    Raises:
+      ValueError: kustomize refuses it, or warns.
+    """
+    done = subprocess.run([kubectl(), "kustomize", str(folder)], capture_output=True, text=True, timeout=60)
+    if done.returncode or done.stderr:
+        raise ValueError(done.stderr)
+    return list(yaml.safe_load_all(done.stdout))
+
+
+def build_own(place: pathlib.Path, overlay: str, components: Sequence[str] = (), **more: Any) -> list[Resource]:
+    """A kustomization as users write it, on an overlay: a copy of k8s/ stands beside it, at ``place``."""
+    if not (place / "k8s").exists():
+        shutil.copytree(FOLDER, place / "k8s")
+    own = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": [f"../k8s/overlays/{overlay}"],
+        "components": [f"../k8s/components/{name}" for name in components],
+        "sortOptions": {"order": "fifo"},
+        **more,
+    }
+    (place / "mine").mkdir(exist_ok=True)
+    (place / "mine" / "kustomization.yaml").write_text(yaml.safe_dump(own))
+    return build(place / "mine")
+
+
+@functools.lru_cache
+def _built(overlay: str) -> list[Resource]:
+    return build(FOLDER / "overlays" / overlay)
+
+
+def overlay(name: str) -> list[Resource]:
+    """One of OVERLAYS, to be changed at will."""
+    return copy.deepcopy(_built(name))
+
+
+# -- looking into them ------------------------------------------------------------------------------------------------
+
+
+def called(resource: Resource) -> str:
+    return f"{resource['kind']}/{resource['metadata']['name']}"
+
+
+def of_kind(resources: Sequence[Resource], *kinds: str) -> list[Resource]:
+    return [resource for resource in resources if resource["kind"] in kinds]
+
+
+def find(resources: Sequence[Resource], name: str) -> Resource:
+    """The one that is called so, such as Job/train."""
+    (found,) = [resource for resource in resources if called(resource) == name]
+    return found
+
+
+def nested(resource: Resource) -> Iterator[tuple[str, str, Resource]]:
+    """The templates in it, at any depth, as the objects that are made of them: ``(path, "Job" or "Pod", object)``."""
+    for path, value in walk(resource):
+        spec = value.get("spec") if isinstance(value, dict) else None
+        if not path.endswith("template") or not isinstance(spec, dict):
+            continue
+        metadata = {"name": "template", **value.get("metadata", {})}
+        if "containers" in spec:
+            yield path, "Pod", {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
+        elif "template" in spec:
+            yield path, "Job", {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
+
+
+def pods(resources: Sequence[Resource]) -> dict[str, Resource]:
+    """All pods by where they stand. Changing one changes the manifest."""
+    return {
+        f"{called(resource)} {path}": found
+        for resource in resources
+        for path, kind, found in nested(resource)
+        if kind == "Pod"
+    }
+
+
+def jobs(resources: Sequence[Resource]) -> dict[str, Resource]:
+    """All Jobs: those that stand there, and those that operators make of templates."""
+    own = {called(resource): resource for resource in of_kind(resources, "Job")}
+    made = {
+        f"{called(resource)} {path}": found
+        for resource in resources
+        for path, kind, found in nested(resource)
+        if kind == "Job"
+    }
+    return {**own, **made}
+
+
+def walk(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Everything in a manifest, with its dotted path."""
+    yield path, value
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, each in inner:
+        yield from walk(each, f"{path}.{key}" if path else str(key))
+
+
+def scalars(resources: Sequence[Resource]) -> dict[str, Any]:
+    """All values by their paths: what two builds differ in is what their dictionaries differ in."""
+    return {
+        f"{called(resource)} {path}": value
+        for resource in resources
+        for path, value in walk(resource)
+        if not isinstance(value, (dict, list)) or not value
+    }
+
+
+def at(value: Any, path: str) -> Any:
+    """What stands at a dotted path."""
+    for key in filter(None, path.split(".")):
+        value = value[int(key)] if isinstance(value, list) else value[key]
+    return value
+
+
+def put(value: Any, path: str, new: Any) -> None:
+    """Change what stands at a dotted path; None takes it away; ``-`` at the end of a list adds to it."""
+    above, _, key = path.rpartition(".")
+    place = at(value, above)
+    if key == "-":
+        place.append(new)
+    elif new is None:
+        del place[int(key) if isinstance(place, list) else key]
+    else:
+        place[int(key) if isinstance(place, list) else key] = new
+
+
+def changed(name: str, resource: str, path: str, new: Any) -> list[Resource]:
+    """An overlay with one value changed."""
+    resources = overlay(name)
+    put(find(resources, resource), path, new)
+    return resources

@@ -1,0 +1,125 @@
+"""What every pod of a job keeps to, of any kind: names that lead somewhere, memory, time to end, security, network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from k8s import manifests
+from k8s.manifests import Resource
+
+Rule = Callable[[Sequence[Resource]], Iterator[str]]
+
+
+def container(pod: Resource) -> dict[str, Any]:
+    (only,) = pod["spec"]["containers"]
+    return only
+
+
+def variables(pod: Resource) -> dict[str, Any]:
+    """Values by name; None where it is taken from elsewhere."""
+    return {each["name"]: each.get("value") for each in container(pod).get("env", ())}
+
+
+def references(resources: Sequence[Resource]) -> Iterator[str]:
+    """What a pod names is there: volumes, claims, its account, the variables in its arguments."""
+    there = {manifests.called(resource) for resource in resources}
+    for path, pod in manifests.pods(resources).items():
+        spec, only = pod["spec"], container(pod)
+        volumes = [volume["name"] for volume in spec.get("volumes", ())]
+        mounts = only.get("volumeMounts", ())
+        yield from (f"{path}: no volume {each['name']}" for each in mounts if each["name"] not in volumes)
+        paths = [each["mountPath"] for each in mounts]
+        yield from (f"{path}: {each} is mounted twice" for each in sorted(set(paths)) if paths.count(each) > 1)
+        names = [each["name"] for each in only.get("env", ())]
+        yield from (f"{path}: {name} is set twice" for name in sorted(set(names)) if names.count(name) > 1)
+        yield from (f"{path}: {name} is empty" for name, value in variables(pod).items() if value == "")
+        for word in (*only.get("command", ()), *only.get("args", ())):
+            yield from (f"{path}: no variable {name}" for name in re.findall(r"\$\((\w+)\)", word) if name not in names)
+        wanted = [f"ServiceAccount/{spec['serviceAccountName']}"]
+        claims = [volume.get("persistentVolumeClaim") for volume in spec.get("volumes", ())]
+        wanted += [f"PersistentVolumeClaim/{claim['claimName']}" for claim in claims if claim]
+        yield from (f"{path}: there is no {name}" for name in wanted if name not in there)
+
+
+def shared_memory(resources: Sequence[Resource]) -> Iterator[str]:
+    """/dev/shm is memory with a limit, which is part of the container's."""
+    for path, pod in manifests.pods(resources).items():
+        mounted = {each["mountPath"]: each["name"] for each in container(pod).get("volumeMounts", ())}
+        volumes = {volume["name"]: volume.get("emptyDir", {}) for volume in pod["spec"].get("volumes", ())}
+        found = volumes.get(mounted.get("/dev/shm"), {})
+        if found.get("medium") != "Memory" or "sizeLimit" not in found:
+            yield f"{path}: /dev/shm is {found}"
+        elif gibibytes(found["sizeLimit"]) >= gibibytes(
+            container(pod)["resources"].get("limits", {}).get("memory", "0Gi")
+        ):
+            yield f"{path}: /dev/shm may take all of the memory"
+
+
+def gibibytes(quantity: str) -> float:
+    number, unit = re.fullmatch(r"(\d+)(Mi|Gi)", quantity).groups()
+    return int(number) / {"Mi": 1024, "Gi": 1}[unit]
+
+
+def resources_are_limits(resources: Sequence[Resource]) -> Iterator[str]:
+    """Requests are limits: for GPUs Kubernetes asks for it, for the rest it keeps pods from being evicted."""
+    for path, pod in manifests.pods(resources).items():
+        told = container(pod)["resources"]
+        if told.get("requests") != told.get("limits") or not {"cpu", "memory"} <= set(told.get("limits", {})):
+            yield f"{path}: {told}"
+
+
+def time_to_end(resources: Sequence[Resource]) -> Iterator[str]:
+    """The entry point gives up on the training before Kubernetes gives up on the pod."""
+    for path, pod in manifests.pods(resources).items():
+        words = container(pod)["command"]
+        grace = float(words[words.index("--grace-s") + 1]) if "--grace-s" in words else 0
+        if grace >= pod["spec"].get("terminationGracePeriodSeconds", 30):
+            yield f"{path}: --grace-s {grace:g} is more than the pod has"
+
+
+def security(resources: Sequence[Resource]) -> Iterator[str]:
+    """Beyond the standard *restricted*: no token, nothing to be written but volumes, no secret in a variable."""
+    for path, pod in manifests.pods(resources).items():
+        spec, only = pod["spec"], container(pod)
+        if spec.get("automountServiceAccountToken") is not False:
+            yield f"{path}: gets a token"
+        if only.get("securityContext", {}).get("readOnlyRootFilesystem") is not True:
+            yield f"{path}: may write anywhere"
+        if variables(pod).get("HOME") not in [each["mountPath"] for each in only["volumeMounts"]]:
+            yield f"{path}: HOME cannot be written"
+        taken = [*only.get("envFrom", ()), *(each.get("valueFrom", {}) for each in only.get("env", ()))]
+        yield from (f"{path}: a secret in a variable" for each in taken if set(each) & {"secretRef", "secretKeyRef"})
+        shown = " ".join([*only.get("command", ()), *only.get("args", ()), *map(str, variables(pod).values())])
+        yield from (f"{path}: {word}" for word in re.findall(r"(?i)\S*(?:password|api[_-]?key)\S*", shown))
+    for account in manifests.of_kind(resources, "ServiceAccount"):
+        if account.get("automountServiceAccountToken") is not False:
+            yield f"{manifests.called(account)}: hands out tokens"
+
+
+def network(resources: Sequence[Resource]) -> Iterator[str]:
+    """The policy is for all pods of the job, and lets them through to one another, at all TCP ports, and to DNS."""
+    policies = manifests.of_kind(resources, "NetworkPolicy")
+    if len(policies) != 1:
+        yield f"{len(policies)} policies"
+        return
+    spec = policies[0]["spec"]
+    chosen = spec["podSelector"].get("matchLabels", {})
+    for path, pod in manifests.pods(resources).items():
+        if not chosen or not chosen.items() <= pod["metadata"].get("labels", {}).items():
+            yield f"{path}: is not chosen by {chosen}"
+    own = [{"podSelector": {"matchLabels": chosen}}]
+    if spec.get("policyTypes") != ["Ingress", "Egress"]:
+        yield f"policyTypes are {spec.get('policyTypes')}"
+    if spec.get("ingress") != [{"from": own, "ports": [{"protocol": "TCP"}]}]:
+        yield f"ingress is {spec.get('ingress')}"
+    inside, *others = spec.get("egress") or [None]
+    if inside != {"to": own, "ports": [{"protocol": "TCP"}]}:
+        yield f"egress begins with {inside}"
+    dns = [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]
+    if [rule.get("ports") for rule in others] != [dns] or not all(rule.get("to") for rule in others):
+        yield f"egress beyond the job is {others}"
+
+
+RULES: tuple[Rule, ...] = (references, shared_memory, resources_are_limits, time_to_end, security, network)

@@ -1,0 +1,165 @@
+"""What the API server refuses by schema, in strict mode: custom resources by their CRDs, others by Kubernetes's."""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import celpy
+import jsonschema
+import kubernetes_validate
+import yaml
+
+from k8s import manifests
+
+VERSIONS = ("1.31", "1.34", "1.37")  # of Kubernetes: the oldest that k8s/README.md names, one between, the newest
+CRDS = pathlib.Path(os.environ.get("DISTPAD_CRDS") or manifests.ROOT.parent / "shared" / "crds")
+# file | where it comes from: repository, release, path
+SOURCES = """
+kubeflow.org_mpijobs.yaml                   | kubeflow/mpi-operator v0.8.0, manifests/base/
+jobset.x-k8s.io_jobsets.yaml                | kubernetes-sigs/jobset v0.12.0, config/components/crd/bases/
+trainer.kubeflow.org_trainjobs.yaml         | kubeflow/trainer v2.3.0, manifests/base/crds/
+trainer.kubeflow.org_trainingruntimes.yaml  | kubeflow/trainer v2.3.0, manifests/base/crds/
+"""
+FILES = tuple(line.split("|")[0].strip() for line in SOURCES.strip().splitlines())
+OBJECT_META = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", "maxLength": 253},
+        "namespace": {"type": "string"},
+        "labels": {"type": "object", "additionalProperties": {"type": "string"}},
+        "annotations": {"type": "object", "additionalProperties": {"type": "string"}},
+    },
+    "required": ["name"],
+    "additionalProperties": False,
+}
+
+Schema = dict[str, Any]
+
+
+@functools.lru_cache
+def crds() -> dict[tuple[str, str], Schema]:
+    """The schema of each kind: (apiVersion, kind) to schema."""
+    absent = [name for name in FILES if not (CRDS / name).is_file()]
+    if absent:
+        manifests.missing(
+            f"{CRDS} lacks {', '.join(absent)}. Fetch what is missing, or set DISTPAD_CRDS to where it is:\n{SOURCES}"
+        )
+    found = {}
+    for name in FILES:
+        crd = yaml.safe_load((CRDS / name).read_text(encoding="utf-8"))["spec"]
+        for version in crd["versions"]:
+            if version["served"]:
+                key = f"{crd['group']}/{version['name']}", crd["names"]["kind"]
+                found[key] = version["schema"]["openAPIV3Schema"]
+    return found
+
+
+def is_built_in(resource: manifests.Resource) -> bool:
+    group = resource["apiVersion"].rpartition("/")[0]
+    return "." not in group or (group.endswith(".k8s.io") and not group.endswith(".x-k8s.io"))
+
+
+def findings(resource: manifests.Resource, old: manifests.Resource | None = None) -> list[str]:
+    """What would be refused. With ``old``: as an update of it, so that rules of what cannot be changed are held, too.
+
+    Raises:
+      KeyError: there is no schema for such a custom resource.
+    """
+    if is_built_in(resource):
+        return of_kubernetes(resource)
+    schema = crds()[resource["apiVersion"], resource["kind"]]
+    found = [
+        f"{'.'.join(map(str, error.absolute_path))}: {error.message}"
+        for error in jsonschema.Draft202012Validator(strict(schema)).iter_errors(resource)
+    ]
+    found += list(_broken_lists(schema, resource))
+    found += list(_broken_rules(schema, resource, old))
+    for path, _, made in manifests.nested(resource):  # a CRD knows less of pods than Kubernetes
+        found += [f"{path}: {each}" for each in of_kubernetes(made)]
+    return found
+
+
+def findings_of(resources: Sequence[manifests.Resource]) -> list[str]:
+    """All of all."""
+    return [each for resource in resources for each in findings(resource)]
+
+
+def of_kubernetes(resource: manifests.Resource) -> list[str]:
+    found = []
+    for version in VERSIONS:
+        try:
+            kubernetes_validate.validate(resource, version, strict=True)
+        except kubernetes_validate.ValidationError as error:
+            found.append(f"{version}: {'.'.join(map(str, error.absolute_path))}: {error.message}")
+    return found
+
+
+def strict(schema: Schema, root: bool = True) -> Schema:
+    """A CRD's schema as JSON schema that refuses unknown fields, which the API server drops without a word."""
+    made = dict(schema)
+    for key in ("items", "additionalProperties"):
+        if isinstance(made.get(key), dict):
+            made[key] = strict(made[key], False)
+    if "properties" in made:
+        made["properties"] = {name: strict(each, False) for name, each in made["properties"].items()}
+        if root:
+            made["properties"]["metadata"] = OBJECT_META
+    if made.get("type") == "object" and not made.get("x-kubernetes-preserve-unknown-fields"):
+        made.setdefault("additionalProperties", False)
+    if made.pop("nullable", False):
+        return {"anyOf": [{"type": "null"}, made]}
+    return made
+
+
+def _parts(schema: Schema, value: Any, old: Any, path: str = "") -> Iterator[tuple[str, Schema, Any, Any]]:
+    """Schema and value side by side, with what was there before an update."""
+    yield path, schema, value, old
+    if isinstance(value, dict):
+        for key, each in value.items():
+            inner = schema.get("properties", {}).get(key) or schema.get("additionalProperties")
+            if isinstance(inner, dict):
+                before = old.get(key) if isinstance(old, dict) else None
+                yield from _parts(inner, each, before, f"{path}.{key}" if path else key)
+    elif isinstance(value, list) and isinstance(schema.get("items"), dict):
+        for number, each in enumerate(value):
+            before = old[number] if isinstance(old, list) and number < len(old) else None
+            yield from _parts(schema["items"], each, before, f"{path}.{number}")
+
+
+def _broken_lists(schema: Schema, resource: manifests.Resource) -> Iterator[str]:
+    """Lists that are sets, or maps by some of their fields, hold nothing twice."""
+    for path, part, value, _ in _parts(schema, resource, None):
+        kind = part.get("x-kubernetes-list-type")
+        if not isinstance(value, list) or kind not in ("map", "set"):
+            continue
+        keys = part.get("x-kubernetes-list-map-keys", [])
+        seen = [tuple(str(each.get(key)) for key in keys) if kind == "map" else str(each) for each in value]
+        twice = {each for each in seen if seen.count(each) > 1}
+        yield from (f"{path}: {each} stands there twice" for each in sorted(twice, key=str))
+
+
+def _broken_rules(schema: Schema, resource: manifests.Resource, old: manifests.Resource | None) -> Iterator[str]:
+    """The CRD's rules in CEL. Those that speak of the old state are for updates alone."""
+    for path, part, value, before in _parts(schema, resource, old):
+        for rule in part.get("x-kubernetes-validations", ()):
+            of_update = "oldSelf" in rule["rule"]
+            if of_update and before is None:
+                continue
+            told = {"self": value, **({"oldSelf": before} if of_update else {})}
+            if not holds(rule["rule"], told):
+                yield f"{path}: {rule.get('message') or rule['rule']}"
+
+
+@functools.cache
+def _compiled(rule: str) -> Any:
+    environment = celpy.Environment()
+    return environment.program(environment.compile(rule))
+
+
+def holds(rule: str, told: dict[str, Any]) -> bool:
+    """Raises celpy.CELEvalError where it cannot be evaluated: a rule that nobody looked at must not pass."""
+    return bool(_compiled(rule).evaluate({name: celpy.json_to_cel(value) for name, value in told.items()}))

@@ -1,0 +1,345 @@
+"""Each check of manifests finds what it is there for: a manifest is changed in one place, and it says so."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+
+import pytest
+import yaml
+
+from k8s import controllers, manifests, restricted, schemas
+
+pytestmark = pytest.mark.timeout(300)
+
+JOB, JOBSET, MPIJOB, TRAINJOB = "Job/train", "JobSet/train", "MPIJob/train", "TrainJob/train"
+MULTIWORKER, MPI = "TrainingRuntime/distpad-multiworker", "TrainingRuntime/distpad-mpi"
+NODE = "spec.replicatedJobs.0.template"
+REPLICAS, NODES = "spec.mpiReplicaSpecs.Worker.replicas", "spec.trainer.numNodes"
+POLICY = "NetworkPolicy/train"
+RUNTIME = "spec.template.spec"
+OF_NODE = f"{RUNTIME}.replicatedJobs.0.template"
+LAUNCHER, WORKER = (f"spec.mpiReplicaSpecs.{role}.template.spec.containers.0" for role in ("Launcher", "Worker"))
+
+
+# -- what a schema refuses --------------------------------------------------------------------------------------------
+
+# overlay | resource | path | value (None: away) | what is said of it
+UNFIT = (
+    ("indexed-job", JOB, "spec.completion", 2, "'completion' was unexpected"),
+    ("indexed-job", JOB, "spec.completions", "2", "is not of type 'integer'"),
+    ("indexed-job", JOB, "spec.template.spec.containers.0.securityContext.readOnlyRootFileSystem", True, "unexpected"),
+    ("indexed-job", "Service/train", "spec.headless", True, "unexpected"),
+    ("indexed-job", POLICY, "spec.egress.0.port", 1, "unexpected"),
+    ("jobset", JOBSET, "spec.replicas", 2, "'replicas' was unexpected"),
+    ("jobset", JOBSET, "spec.failurePolicy.rules.0.action", "Restart", "is not one of"),
+    ("jobset", JOBSET, "spec.replicatedJobs.0.name", None, "'name' is a required property"),
+    ("jobset", JOBSET, f"{NODE}.spec.template.spec.containers.0.env.0.val", "x", "unexpected"),
+    ("jobset", JOBSET, f"{NODE}.spec.podReplacementPolicy", 1, "is not of type 'string'"),
+    ("jobset", JOBSET, "spec.replicatedJobs.-", {"name": "node", "template": {}}, "stands there twice"),
+    ("jobset", JOBSET, "metadata.label", {}, "unexpected"),
+    ("mpijob", MPIJOB, "spec.slotsPerWorkers", 1, "unexpected"),
+    ("mpijob", MPIJOB, "spec.mpiImplementation", "MVAPICH", "is not one of"),
+    ("mpijob", MPIJOB, "spec.mpiReplicaSpecs", None, "is a required property"),
+    ("mpijob", MPIJOB, f"{WORKER}.ports.0.containerPort", "ssh", "is not of type 'integer'"),
+    ("mpijob", MPIJOB, f"{WORKER}.readinessProbe.period", 2, "unexpected"),
+    ("trainjob", TRAINJOB, "spec.trainer.nodes", 2, "unexpected"),
+    ("trainjob", TRAINJOB, "spec.runtimeRef.name", None, "is a required property"),
+    ("trainjob", MULTIWORKER, f"{OF_NODE}.spec.template.spec.volumes.0.hostpath", {}, "unexpected"),
+    ("trainjob-mpi", MPI, "spec.mlPolicy.mpi.mpiImplementation", "MPICH", "is not one of"),
+)
+
+
+@pytest.mark.parametrize(("overlay", "name", "path", "value", "said"), UNFIT)
+def test_schemas_refuse(overlay, name, path, value, said):
+    found = schemas.findings(manifests.find(manifests.changed(overlay, name, path, value), name))
+    assert any(said in each for each in found), found
+
+
+@pytest.mark.parametrize("version", schemas.VERSIONS)
+def test_each_version_of_kubernetes_is_asked(version):
+    resources = manifests.changed("jobset", JOBSET, f"{NODE}.spec.template.spec.hostNetworks", True)
+    assert (
+        sum(f"{version}: " in each for each in schemas.findings(manifests.find(resources, JOBSET))) == 2
+    )  # Job and Pod
+
+
+# overlay | resource | path | value | the rule in CEL
+RULES = (
+    ("jobset", JOBSET, "spec.startupPolicy", {"startupPolicyOrder": "InOrder"}, None),
+    ("trainjob", MULTIWORKER, "spec.mlPolicy", {"mpi": {}, "torch": {}}, "Only one of the policy"),
+    ("trainjob", TRAINJOB, "metadata.name", "1st", "RFC 1035"),
+    ("trainjob", TRAINJOB, "metadata.name", "a" * 64, "no more than 63"),
+    ("trainjob", TRAINJOB, "spec.managedBy", "me", "must be"),
+)
+
+
+@pytest.mark.parametrize(("overlay", "name", "path", "value", "said"), RULES)
+def test_rules_in_cel_refuse(overlay, name, path, value, said):
+    changed = manifests.find(manifests.overlay(overlay), name)
+    manifests.put(changed, path, value)
+    if said is None:  # a rule of two fields: the other one, too
+        assert not schemas.findings(changed)
+        first = {"name": "first", "template": changed["spec"]["replicatedJobs"][0]["template"]}
+        changed["spec"]["replicatedJobs"].insert(0, first)
+        changed["spec"]["replicatedJobs"][1]["dependsOn"] = [{"name": "first", "status": "Ready"}]
+        said = "DependsOn"
+    found = schemas.findings(changed)
+    assert any(said in each for each in found), found
+
+
+@pytest.mark.parametrize(
+    ("overlay", "name", "path", "value"),
+    [
+        ("trainjob", TRAINJOB, NODES, 3),
+        ("trainjob-mpi", TRAINJOB, "spec.runtimeRef.name", "other"),
+        ("jobset", JOBSET, "spec.failurePolicy.maxRestarts", 9),
+        ("jobset", JOBSET, "spec.network.subdomain", "other"),
+    ],
+)
+def test_what_cannot_be_changed_later(overlay, name, path, value):
+    """So READMEs say: delete, and apply anew."""
+    old, new = (
+        manifests.find(manifests.overlay(overlay), name),
+        manifests.find(manifests.changed(overlay, name, path, value), name),
+    )
+    assert not schemas.findings(old, old) and not schemas.findings(new)
+    assert any("immutable" in each or "oldSelf" in each for each in schemas.findings(new, old))
+
+
+def test_every_rule_of_the_crds_can_be_evaluated():
+    """None is passed over because it is written in a way that is not understood here."""
+    rules = {
+        rule["rule"]
+        for schema in schemas.crds().values()
+        for _, part in manifests.walk(schema)
+        if isinstance(part, dict) and isinstance(part.get("x-kubernetes-validations"), list)
+        for rule in part["x-kubernetes-validations"]
+    }
+    assert len(rules) >= 10
+    for rule in rules:
+        schemas._compiled(rule)
+
+
+# -- what only the controllers refuse ---------------------------------------------------------------------------------
+
+POD = "spec.template.spec"
+PLAIN = f"{POD}.containers.0"
+# overlay | resource | path | value (None: away) | the check that bites
+WRONG = (
+    ("indexed-job", JOB, f"{PLAIN}.volumeMounts.0.name", "dta", "references"),
+    ("indexed-job", JOB, f"{PLAIN}.volumeMounts.0.mountPath", "/tmp", "references"),
+    ("indexed-job", JOB, f"{PLAIN}.args.-", "$(NOBODY)", "references"),
+    ("indexed-job", JOB, f"{PLAIN}.env.-", {"name": "HOME", "value": "/tmp"}, "references"),
+    ("indexed-job", JOB, f"{PLAIN}.env.1.value", "", "references"),
+    ("indexed-job", JOB, f"{POD}.serviceAccountName", "other", "references"),
+    ("indexed-job", "PersistentVolumeClaim/data", "metadata.name", "other", "references"),
+    ("indexed-job", JOB, f"{POD}.volumes.2.emptyDir", {}, "shared_memory"),
+    ("indexed-job", JOB, f"{POD}.volumes.2.emptyDir.sizeLimit", None, "shared_memory"),
+    ("indexed-job", JOB, f"{POD}.volumes.2.emptyDir.sizeLimit", "8Gi", "shared_memory"),
+    ("mpijob", MPIJOB, f"{WORKER}.volumeMounts.2.mountPath", "/shm", "shared_memory"),
+    ("indexed-job", JOB, f"{PLAIN}.resources.requests.memory", "1Gi", "resources_are_limits"),
+    ("jobset", JOBSET, f"{NODE}.spec.template.spec.containers.0.resources", {}, "resources_are_limits"),
+    ("indexed-job", JOB, f"{POD}.terminationGracePeriodSeconds", 30, "time_to_end"),
+    ("indexed-job", JOB, f"{POD}.automountServiceAccountToken", None, "security"),
+    ("indexed-job", "ServiceAccount/train", "automountServiceAccountToken", True, "security"),
+    ("trainjob", MULTIWORKER, f"{OF_NODE}.spec.template.spec.containers.0.securityContext.readOnlyRootFilesystem", False, "security"),
+    ("indexed-job", JOB, f"{PLAIN}.envFrom", [{"secretRef": {"name": "x"}}], "security"),
+    ("indexed-job", JOB, f"{PLAIN}.env.-", {"name": "A", "valueFrom": {"secretKeyRef": {"name": "x", "key": "y"}}}, "security"),
+    ("indexed-job", JOB, f"{PLAIN}.args.-", "--password=1", "security"),
+    ("jobset", POLICY, "spec.podSelector", {}, "network"),
+    ("jobset", POLICY, "spec.podSelector.matchLabels.app", "x", "network"),
+    ("jobset", POLICY, "spec.policyTypes", ["Ingress"], "network"),
+    ("jobset", POLICY, "spec.ingress.0.from", None, "network"),
+    ("jobset", POLICY, "spec.ingress.0.ports.0.port", 2222, "network"),
+    ("jobset", POLICY, "spec.egress.1", None, "network"),
+    ("jobset", POLICY, "spec.egress.-", {}, "network"),
+    ("jobset", POLICY, "spec.egress.1.to", None, "network"),
+    ("indexed-job", JOB, "spec.parallelism", 1, "job_fields"),
+    ("indexed-job", JOB, "spec.completionMode", None, "job_fields"),
+    ("indexed-job", JOB, "spec.podReplacementPolicy", None, "job_fields"),
+    ("indexed-job", JOB, "spec.backoffLimitPerIndex", 1, "job_fields"),
+    ("indexed-job", JOB, f"{POD}.restartPolicy", "OnFailure", "job_fields"),
+    ("indexed-job", JOB, "spec.podFailurePolicy.rules.0.onExitCodes.values", [2, 127, 126], "job_fields"),
+    ("jobset", JOBSET, f"{NODE}.spec.podFailurePolicy.rules.0.onExitCodes.values.-", 0, "job_fields"),
+    ("indexed-job", JOB, "spec.podFailurePolicy.rules.0", None, "not_retried"),
+    ("indexed-job", JOB, "spec.podFailurePolicy.rules.2", None, "not_retried"),
+    ("jobset", JOBSET, f"{NODE}.spec.podFailurePolicy.rules.2.action", "Ignore", "not_retried"),
+    ("trainjob-mpi", MPI, f"{RUNTIME}.replicatedJobs.1.template.spec.podFailurePolicy", None, "not_retried"),
+    ("indexed-job", JOB, "metadata.name", "a" * 62, "indexed_job"),
+    ("indexed-job", JOB, f"{POD}.subdomain", "other", "indexed_job"),
+    ("indexed-job", "Service/train", "spec.clusterIP", None, "indexed_job"),
+    ("indexed-job", "Service/train", "spec.publishNotReadyAddresses", False, "indexed_job"),
+    ("indexed-job", "Service/train", "spec.selector.app", "x", "indexed_job"),
+    ("indexed-job", JOB, "spec.completions", 3, "indexed_job"),
+    ("jobset", JOBSET, "metadata.name", "a" * 55, "jobset"),
+    ("jobset", JOBSET, "spec.network.publishNotReadyAddresses", False, "jobset"),
+    ("jobset", JOBSET, f"{NODE}.spec.backoffLimit", 6, "jobset"),
+    ("jobset", JOBSET, "spec.replicatedJobs.0.dependsOn", [{"name": "node", "status": "Ready"}], "jobset"),
+    ("jobset", JOBSET, "spec.successPolicy", {"operator": "All", "targetReplicatedJobs": ["other"]}, "jobset"),
+    ("jobset", JOBSET, "spec.failurePolicy.maxRestarts", 0, "jobset"),
+    ("jobset", JOBSET, "spec.failurePolicy.restartStrategy", None, "jobset"),
+    ("jobset", JOBSET, "spec.failurePolicy.rules.0.name", "not final", "jobset"),
+    ("jobset", JOBSET, "spec.failurePolicy.rules.0.name", "final", "jobset"),
+    ("jobset", JOBSET, "spec.failurePolicy.rules.0.onJobFailureReasons", ["Failed"], "jobset"),
+    ("jobset", JOBSET, "spec.failurePolicy.rules.0.onJobFailureMessagePatterns", None, "jobset"),
+    ("jobset", JOBSET, "spec.failurePolicy.rules.1", None, "jobset"),
+    ("mpijob", MPIJOB, "spec.mpiReplicaSpecs.Launcher.replicas", 2, "mpijob"),
+    ("mpijob", MPIJOB, REPLICAS, 0, "mpijob"),
+    ("mpijob", MPIJOB, REPLICAS, 3, "mpijob"),
+    ("mpijob", MPIJOB, "spec.slotsPerWorker", 2, "mpijob"),
+    ("mpijob", MPIJOB, "spec.mpiReplicaSpecs.Launcher", None, "mpijob"),
+    ("mpijob", MPIJOB, "metadata.name", "a" * 55, "mpijob"),
+    ("mpijob", MPIJOB, "spec.mpiReplicaSpecs.Launcher.restartPolicy", "Always", "mpijob"),
+    ("mpijob", MPIJOB, "spec.mpiReplicaSpecs.Worker.restartPolicy", "Never", "mpijob"),
+    ("mpijob", MPIJOB, "spec.mpiReplicaSpecs.Worker.template.spec.restartPolicy", "Never", "mpijob"),
+    ("mpijob", MPIJOB, "spec.runPolicy.cleanPodPolicy", None, "mpijob"),
+    ("mpijob", MPIJOB, "spec.runPolicy.backoffLimit", 6, "mpijob"),
+    ("mpijob", MPIJOB, "spec.launcherCreationPolicy", None, "mpijob"),
+    ("mpijob-elastic", MPIJOB, "spec.launcherCreationPolicy", "WaitForWorkersReady", "mpijob"),
+    ("mpijob", MPIJOB, "spec.sshAuthMountPath", None, "mpijob"),
+    ("mpijob", MPIJOB, "spec.sshAuthMountPath", controllers.ROOTS_KEYS, "mpijob"),
+    ("mpijob", MPIJOB, "spec.mpiReplicaSpecs.Worker.template.spec.securityContext.fsGroup", None, "mpijob"),
+    ("mpijob", MPIJOB, f"{LAUNCHER}.env.-", {"name": "OMPI_MCA_plm_rsh_args", "value": "-v"}, "mpijob"),
+    ("mpijob", MPIJOB, f"{WORKER}.env.-", {"name": "K_MPI_JOB_ROLE", "value": "worker"}, "mpijob"),
+    ("mpijob", MPIJOB, f"{WORKER}.command", ["/usr/sbin/sshd", "-De", "-p2222"], "mpijob"),
+    ("mpijob", MPIJOB, f"{WORKER}.readinessProbe", None, "mpijob"),
+    ("mpijob", MPIJOB, f"{WORKER}.ports.0.containerPort", 22, "mpijob"),
+    ("trainjob", TRAINJOB, "spec.runtimeRef.kind", None, "trainjob"),
+    ("trainjob", TRAINJOB, "spec.runtimeRef.name", "other", "trainjob"),
+    ("trainjob", TRAINJOB, NODES, 3, "trainjob"),
+    ("trainjob", MULTIWORKER, f"{RUNTIME}.replicatedJobs.0.name", "worker", "trainjob"),
+    ("trainjob", MULTIWORKER, f"{RUNTIME}.replicatedJobs.0.replicas", 2, "trainjob"),
+    ("trainjob", MULTIWORKER, f"{OF_NODE}.metadata.labels", {}, "trainjob"),
+    ("trainjob", MULTIWORKER, f"{OF_NODE}.spec.template.spec.containers.0.name", "train", "trainjob"),
+    ("trainjob-mpi", MPI, f"{RUNTIME}.replicatedJobs.1.template.metadata", {"labels": {controllers.ANCESTOR: "trainer"}}, "trainjob"),
+    ("trainjob-mpi", MPI, f"{RUNTIME}.replicatedJobs.1.dependsOn", None, "trainjob"),
+    ("trainjob-mpi", MPI, f"{RUNTIME}.replicatedJobs.1.template.spec.parallelism", 2, "trainjob"),
+    ("trainjob-mpi", MPI, f"{RUNTIME}.successPolicy", None, "trainjob"),
+    ("trainjob-mpi", MPI, "spec.mlPolicy.mpi.numProcPerNode", 2, "trainjob"),
+    ("trainjob-mpi", MPI, "spec.mlPolicy.mpi.runLauncherAsNode", True, "trainjob"),
+    ("trainjob-mpi", MPI, "spec.mlPolicy.mpi.sshAuthMountPath", None, "trainjob"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("overlay", "name", "path", "value", "check"), WRONG)
+def test_controllers_rules_bite(overlay, name, path, value, check):
+    found = controllers.findings(manifests.changed(overlay, name, path, value))
+    assert any(each.startswith(f"{check}: ") for each in found), found
+
+
+def test_a_runtime_comes_before_its_job():
+    resources = manifests.overlay("trainjob")
+    assert [resource["kind"] for resource in resources][-2:] == ["TrainingRuntime", "TrainJob"]
+    assert any("before the TrainJob" in each for each in controllers.findings(resources[::-1]))
+
+
+# -- the standard "restricted" ----------------------------------------------------------------------------------------
+
+# rule | path in the pod's spec | value
+INSECURE = (
+    ("host_namespaces", "hostNetwork", True),
+    ("host_namespaces", "hostPID", True),
+    ("host_namespaces", "hostIPC", True),
+    ("host_processes", "securityContext.windowsOptions", {"hostProcess": True}),
+    ("privileged", "containers.0.securityContext.privileged", True),
+    ("volume_types", "volumes.-", {"name": "x", "hostPath": {"path": "/"}}),
+    ("volume_types", "volumes.-", {"name": "x", "nfs": {"server": "s", "path": "/"}}),
+    ("host_ports", "containers.0.ports", [{"containerPort": 80, "hostPort": 80}]),
+    ("host_probes", "containers.0.livenessProbe", {"tcpSocket": {"host": "other", "port": 1}}),
+    ("app_armor", "securityContext.appArmorProfile", {"type": "Unconfined"}),
+    ("se_linux", "securityContext.seLinuxOptions", {"type": "spc_t"}),
+    ("se_linux", "containers.0.securityContext.seLinuxOptions", {"role": "sysadm_r"}),
+    ("proc_mount", "containers.0.securityContext.procMount", "Unmasked"),
+    ("sysctls", "securityContext.sysctls", [{"name": "kernel.msgmax", "value": "1"}]),
+    ("privilege_escalation", "containers.0.securityContext.allowPrivilegeEscalation", None),
+    ("privilege_escalation", "containers.0.securityContext.allowPrivilegeEscalation", True),
+    ("non_root", "securityContext.runAsNonRoot", None),
+    ("non_root", "containers.0.securityContext.runAsNonRoot", False),
+    ("root_user", "securityContext.runAsUser", 0),
+    ("root_user", "containers.0.securityContext.runAsUser", 0),
+    ("seccomp", "securityContext.seccompProfile", None),
+    ("seccomp", "containers.0.securityContext.seccompProfile", {"type": "Unconfined"}),
+    ("capabilities", "containers.0.securityContext.capabilities", None),
+    ("capabilities", "containers.0.securityContext.capabilities.drop.0", "NET_RAW"),
+    ("capabilities", "containers.0.securityContext.capabilities.add", ["SYS_PTRACE"]),
+    ("privilege_escalation", "initContainers", [{"name": "first", "image": "x"}]),
+)
+
+
+@pytest.mark.parametrize(("rule", "path", "value"), INSECURE)
+@pytest.mark.parametrize("overlay", ["indexed-job", "mpijob"])
+def test_restricted_refuses(overlay, rule, path, value):
+    for where in manifests.pods(manifests.overlay(overlay)):  # each pod of it: none is passed over
+        resources = manifests.overlay(overlay)
+        manifests.put(manifests.pods(resources)[where]["spec"], path, value)
+        assert any(each.startswith(f"{rule}: ") for each in restricted.findings_of(resources)), where
+
+
+def test_every_rule_of_restricted_is_shown_to_refuse():
+    assert {rule for rule, _, _ in INSECURE} == {rule.__name__ for rule in restricted.RULES}
+    assert {check for *_, check in WRONG} == {rule.__name__ for rule in controllers.RULES}
+
+
+# -- checkov ----------------------------------------------------------------------------------------------------------
+
+# check | why it is not asked
+LEFT_OUT = {
+    "CKV_K8S_21": "the namespace is chosen where it is applied: kubectl apply -n",
+    "CKV_K8S_43": "the image, with its digest, is the user's to name: kustomize edit set image",
+}
+# check | path in the pod's spec | value
+CARELESS = (
+    ("CKV_K8S_16", "containers.0.securityContext.privileged", True),
+    ("CKV_K8S_20", "containers.0.securityContext.allowPrivilegeEscalation", True),
+    ("CKV_K8S_22", "containers.0.securityContext.readOnlyRootFilesystem", None),
+    ("CKV_K8S_37", "containers.0.securityContext.capabilities", {"add": ["NET_RAW"]}),
+    ("CKV_K8S_31", "securityContext.seccompProfile", None),
+    ("CKV_K8S_38", "automountServiceAccountToken", None),
+    ("CKV_K8S_40", "securityContext.runAsUser", 100),
+    ("CKV_K8S_13", "containers.0.resources.limits.memory", None),
+    ("CKV_K8S_14", "containers.0.image", "distpad:latest"),
+    ("CKV_K8S_17", "hostPID", True),
+    ("CKV_K8S_35", "containers.0.env", [{"name": "A", "valueFrom": {"secretKeyRef": {"name": "x", "key": "y"}}}]),
+)
+
+
+def checkov(folder: pathlib.Path) -> list[dict]:
+    """Its reports of a folder of manifests: one for each file."""
+    flags = ["--framework", "kubernetes", "--output", "json", "--skip-download", "--skip-check", ",".join(LEFT_OUT)]
+    command = [manifests.tool("checkov"), "--directory", str(folder), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode in (0, 1), done.stderr
+    return json.loads(done.stdout)["results"]
+
+
+def written(folder: pathlib.Path, name: str, resources: list) -> None:
+    """As checkov reads them: it passes over custom resources, so their pods are given apart, as Jobs."""
+    built_in = [resource for resource in resources if schemas.is_built_in(resource)]
+    templates = manifests.pods([resource for resource in resources if resource not in built_in])
+    apart = [
+        {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": f"pod-{number}"}, "spec": {"template": pod}}
+        for number, pod in enumerate(templates.values())
+    ]
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump_all([*built_in, *apart]))
+
+
+def test_checkov_finds_nothing(tmp_path):
+    for overlay in manifests.OVERLAYS:
+        written(tmp_path, overlay, manifests.overlay(overlay))
+    results = checkov(tmp_path)
+    assert not [f"{each['check_id']} {each['file_path']} {each['resource']}" for each in results["failed_checks"]]
+    passed = {(each["file_path"], each["resource"].split(".")[0]) for each in results["passed_checks"]}
+    assert passed >= {(f"/{overlay}.yaml", "Job") for overlay in manifests.OVERLAYS}
+    assert len(results["passed_checks"]) > 60 * len(manifests.OVERLAYS)
+
+
+def test_checkov_bites(tmp_path):
+    for check, path, value in CARELESS:
+        resources = manifests.overlay("trainjob")
+        (pod,) = manifests.pods(resources).values()
+        manifests.put(pod["spec"], path, value)
+        written(tmp_path, check, resources)
+    failed = {(each["file_path"], each["check_id"]) for each in checkov(tmp_path)["failed_checks"]}
+    assert failed >= {(f"/{check}.yaml", check) for check, _, _ in CARELESS}
