@@ -91,7 +91,7 @@ class Attempt:
         argv = render.engine_argv(job, self.mpi, is_root=os.geteuid() == 0)
         self.find_ports()
         if argv:
-            for host in job.used_hosts:
+            for host in job.used_hosts if not job.elastic else ():  # whose hosts and ranks come and go
                 mine = {p.rank: render.rank_env(job, p, self.ports) for p in job.places if p.host == host}
                 self.agents[host.name].tell(do="ranks", envs=mine)
             try:
