@@ -13,7 +13,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from distpad.launcher import discovery, gang, pod, run, spec
+import psutil
+
+from distpad.launcher import agent, discovery, gang, pod, run, spec
 from distpad.launcher.outcomes import HOST, LOST, TIME
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -235,9 +237,47 @@ def answers(name: str, port: int) -> bool:
 
 
 def serve(place: pathlib.Path, port: int) -> int:
-    """Become sshd: the launcher starts all else by it."""
-    sshd = shutil.which("sshd", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin")
+    """Run sshd, by which the launcher starts all else here. Where the pod has to go, the workers are told first."""
+    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin"
+    sshd = shutil.which("sshd", path=path)
     if sshd is None:
         tell("sshd was not found. Debian: apt-get install openssh-server")
         return 127
-    os.execv(sshd, [sshd, "-D", "-e", "-f", str(place / "sshd_config"), "-p", str(port)])
+    argv = [sshd, "-D", "-e", "-f", str(place / "sshd_config"), "-p", str(port)]
+    with run.received_signals() as received:
+        server = os.spawnv(os.P_NOWAIT, sshd, argv)
+        told = 0
+        while True:
+            ended, status = _reap()
+            if ended == server:
+                code = os.waitstatus_to_exitcode(status)
+                tell(f"sshd has ended (exit code {code})")
+                return 1 if code < 1 else code
+            if len(received) > told:
+                told = len(received)
+                tell(f"got {signal.Signals(received[-1]).name}: passing it on to {len(workers_here())} workers")
+                for process in workers_here():
+                    with contextlib.suppress(psutil.Error):
+                        process.send_signal(received[-1])
+            if told and not workers_here():
+                os.kill(server, signal.SIGTERM)
+                return 128 + received[0]
+            if not ended:
+                time.sleep(EVERY_S)
+
+
+def _reap() -> tuple[int, int]:
+    """The next child that has ended: the first process of a container inherits those whose parents are gone."""
+    with contextlib.suppress(ChildProcessError):
+        return os.waitpid(-1, os.WNOHANG)
+    return 0, 0
+
+
+def workers_here() -> list[psutil.Process]:
+    """The parents of the training's processes in this pod, which pass signals on."""
+    here, found = agent.network("self"), []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if "distpad.launcher.worker" in process.cmdline() and agent.network(process.pid) == here:
+                found.append(process)
+    return found

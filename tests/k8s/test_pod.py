@@ -383,6 +383,18 @@ def test_sigterm_at_the_mpi_launcher(mpi_job):
     assert codes == [143], said
 
 
+def test_sigterm_at_an_mpi_worker(mpi_job):
+    """The training hears of it, and has time to save what there is: its own end is the job's."""
+    mpi_job.start_workers(0, 1)
+    running = mpi_job.start("mpi-launcher", *at_sigterm(77))
+    wait_for(running, "[worker 1] up")
+    mpi_job.sshds[1].terminate()
+    codes, said = finish(running, mpi_job.sshds[1], limit_s=30)
+    assert codes == [77, 143], said
+    assert f"worker 1 on {MPI_HOSTS[1]} failed first (exit code 77)" in said[0]
+    assert "got SIGTERM: passing it on to 1 workers" in said[1]
+
+
 def test_an_mpi_worker_that_is_not_there_is_named(mpi_job):
     mpi_job.start_workers(0)
     codes, said = finish(mpi_job.start("mpi-launcher", *HOROVOD, flags=("--wait-s", "3")), limit_s=20)
