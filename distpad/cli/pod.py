@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pathlib
 import sys
@@ -54,8 +53,6 @@ def pod(
     not come, 4 another pod failed or was lost, 124 the others did not finish, 126
     or 127 the command cannot be started, 143 after SIGTERM.
     """
-    with contextlib.suppress(OSError, KeyError):
-        os.makedirs(os.environ["HOME"], exist_ok=True)  # where all but a memory's folder is read-only, it is not there
     try:
         errors.choice("pod", "KIND", kind, pods.KINDS)
         if bool(command) == (kind == "mpi-worker"):

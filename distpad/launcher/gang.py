@@ -32,6 +32,7 @@ class Register:
         self.done: set[int] = set()
         self.begun = False
         self.over = False
+        self.reason = ""  # for the end that is to come
         self.server: asyncio.Server | None = None
         self.beat: asyncio.Future[None]
 
@@ -63,9 +64,12 @@ class Register:
                 told = f"{self.names[0]} was told of {len(self.names)} workers"
                 why = f"{told}, {hello.get('name')} of {hello.get('workers')}"
                 return say(writer, {"is": "refused", "why": why})
-            if self.begun or hello["index"] in self.there:  # of an earlier start, of which somebody is left
+            number = hello.get("index")
+            if not isinstance(number, int) or not 0 <= number < len(self.names):
+                return None
+            if self.begun or number in self.there:  # of an earlier start, of which somebody is left
                 return say(writer, {"is": "later"})
-            index = int(hello["index"])
+            index = number
             self.there[index] = writer
             if not self.missing():
                 self.begun = True
@@ -85,8 +89,9 @@ class Register:
                 self.over = True
                 self._tell_all({"is": "all done"})
         elif what == "failed":
-            self._end(f"{self.names[index]} failed (exit code {message['code']})")
+            self._end(f"{self.names[index]} failed (exit code {message.get('code')})")
         elif what == "term":
+            self.reason = self.reason or f"{self.names[index]} had to go"
             self._tell_all({"is": "term", "who": self.names[index]})
 
     def _leave(self, index: int | None) -> None:
@@ -100,7 +105,7 @@ class Register:
         """The first reason is the reason."""
         if not self.over:
             self.over = True
-            self._tell_all({"is": "ended", "why": why})
+            self._tell_all({"is": "ended", "why": self.reason or why})
 
     def _tell_all(self, message: dict[str, Any]) -> None:
         for writer in list(self.there.values()):

@@ -139,7 +139,7 @@ class Mpi:
             raise ValueError(
                 errors.sentence("pod", "DISTPAD_WORKERS", environ["DISTPAD_WORKERS"], "the pods", evidence, remedy)
             )
-        return self._job(hosts=hosts, controller="mpi")
+        return self._job(environ, hosts=hosts, controller="mpi")
 
     def elastic_job(self, environ: Mapping[str, str]) -> spec.Job:
         """The job on the hosts that the operator's script prints, which leaves out how many workers each has.
@@ -150,6 +150,7 @@ class Mpi:
         slots = _number(environ, "DISTPAD_SLOTS")
         most = self.max_np or _number(environ, "DISTPAD_WORKERS") * slots
         return self._job(
+            environ,
             controller="gloo",
             host_discovery_script=self.discovery,
             slots_per_host=slots,
@@ -158,12 +159,13 @@ class Mpi:
             launcher_args=("--ssh-port", str(self.port), "--ssh-identity-file", self.identity),
         )
 
-    def _job(self, **more: object) -> spec.Job:
+    def _job(self, environ: Mapping[str, str], **more: object) -> spec.Job:
         return spec.Job(
             command=self.command,
             backend="horovod",
             ssh_args=("-F", self.ssh_config),
             network_interface=self.network_interface,
+            max_restarts=_number(environ, "DISTPAD_MAX_RESTARTS", 0) if environ.get("DISTPAD_MAX_RESTARTS") else 0,
             grace_s=self.grace_s,
             cwd=self.cwd,
             python=self.python,
@@ -183,8 +185,8 @@ def _given(environ: Mapping[str, str], name: str) -> str:
     return value
 
 
-def _number(environ: Mapping[str, str], name: str) -> int:
+def _number(environ: Mapping[str, str], name: str, least: int = 1) -> int:
     value = _given(environ, name)
-    if not value.isdecimal() or int(value) < 1:
-        raise ValueError(errors.sentence("pod", name, repr(value), "a whole number from 1"))
+    if not value.isdecimal() or int(value) < least:
+        raise ValueError(errors.sentence("pod", name, repr(value), f"a whole number from {least}"))
     return int(value)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
+import functools
 import os
 import pathlib
 import shutil
@@ -21,6 +23,9 @@ from distpad.launcher.outcomes import HOST, LOST, TIME
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ANSWER_S = 5.0
 EVERY_S = 0.5
+ASKED_AT_ONCE = 32
+OWN_ERROR_S = 10.0  # at most, for a training to find out for itself that a worker is lost
+KILLED_S = 5.0
 
 
 def tell(text: str) -> None:
@@ -59,10 +64,12 @@ class Worker:
         self.port, self.wait_s, self.grace_s, self.finish_s = port, wait_s, grace_s, finish_s
         self.child: asyncio.subprocess.Process | None = None
         self.received = 0  # the first signal
-        self.others = gang.Membership(member.names, member.index, port)
+        self.told = False  # that another pod has to go
+        self.others: gang.Membership
 
     async def run(self) -> int:
         """The training's exit code, or why there was none."""
+        self.others = gang.Membership(self.member.names, self.member.index, self.port)
         loop = asyncio.get_running_loop()
         me = asyncio.current_task()
         for number in FORWARDED:
@@ -104,16 +111,21 @@ class Worker:
             heard = asyncio.ensure_future(self.others.heard.get())
             await asyncio.wait([ended, heard], return_when=asyncio.FIRST_COMPLETED)
             if ended.done():
+                if heard.done():
+                    self.others.heard.put_nowait(heard.result())
                 heard.cancel()
                 code = ended.result()
                 self._signal(signal.SIGKILL)  # what it left in its group
+                if self.told:
+                    self._failed(LOST)
+                    return LOST
                 return await self._done() if code == 0 else self._failed(code if code > 0 else 128 - code)
             what, text = heard.result()
             if what == "ended":
                 return await self._end(text, ended)
-            if what == "term" and not self.received:
+            if what == "term" and not self.received and not self.told:
                 tell(f"{text} has to go: telling the training here, too")
-                self.received = signal.SIGTERM
+                self.told = True
                 self._signal(signal.SIGTERM)
 
     async def _done(self) -> int:
@@ -140,14 +152,15 @@ class Worker:
     async def _end(self, why: str, ended: asyncio.Future[int]) -> int:
         """Another pod is lost. The training mostly fails of itself; where it hangs, it is ended."""
         tell(f"{why}: the training cannot go on")
-        for number in (None, signal.SIGTERM, signal.SIGKILL):
+        own_s = min(self.grace_s, OWN_ERROR_S)
+        for number, seconds in ((None, own_s), (signal.SIGTERM, self.grace_s), (signal.SIGKILL, KILLED_S)):
             if number:
                 self._signal(number)
-            if (await asyncio.wait([ended], timeout=self.grace_s))[0]:
+            if (await asyncio.wait([ended], timeout=seconds))[0]:
                 break
         self._signal(signal.SIGKILL)
-        code = ended.result() if ended.done() else 0
-        return code if code > 0 and not number else LOST
+        code = 1 if number or self.told else ended.result()
+        return code if code > 1 else LOST  # 1, or a signal, is how an engine ends that has lost a worker
 
     def _take_signal(self, number: signal.Signals, waiting: asyncio.Task[int] | None) -> None:
         if self.child is None and waiting is not None:
@@ -175,53 +188,50 @@ def work(worker: Worker) -> int:
 
 def launch(job: spec.Job, environ: Mapping[str, str], *, port: int, wait_s: float) -> int:
     """Wait for the pods' sshd, and run the job as ``distpad launch`` does."""
-    with run.received_signals() as received:
-        waited = _discover(job, port, wait_s, received) if job.elastic else _wait(job.hosts, port, wait_s, received)
-    if received:
-        return 128 + received[0]
-    if waited:
-        tell(f"not there within {wait_s:g} s: {waited}")
-        return HOST
-    return run.run(job, environ)
+    look = functools.partial(_undiscovered if job.elastic else _silent, job, port)
+    return run.run(job, environ, lambda received: _until(look, wait_s, received))
 
 
-def _wait(hosts: Sequence[spec.Host], port: int, wait_s: float, received: list[int]) -> str:
-    silent = [host.name for host in hosts]
-
-    def look() -> str:
-        silent[:] = [name for name in silent if not answers(name, port)]
-        return f"{gang.few(silent)} (no sshd answers on port {port})" if silent else ""
-
-    return _until(look, wait_s, received)
+def _silent(job: spec.Job, port: int) -> str:
+    """Which pods do not answer, in words."""
+    silent = _without_sshd(job.hosts, port)
+    return f"{gang.few(silent)} (no sshd answers on port {port})" if silent else ""
 
 
-def _discover(job: spec.Job, port: int, wait_s: float, received: list[int]) -> str:
-    script = discovery.Discovery(job, os.devnull, lambda host: True)
-
-    def look() -> str:
-        try:
-            hosts = script.ask()
-        except ValueError as error:
-            return str(error)
-        ready = [host for host in hosts if answers(host.name, port)]
-        if pod.enough(job, ready):
-            return ""
-        silent = [host.name for host in hosts if host not in ready]
-        more = f", and no sshd answers on port {port} of {gang.few(silent)}" if silent else ""
-        return f"pods for {job.min_np} workers; {job.host_discovery_script} names {len(hosts)}{more}"
-
-    return _until(look, wait_s, received)
+def _undiscovered(job: spec.Job, port: int) -> str:
+    """What is missing for an elastic job to start, in words."""
+    try:
+        hosts = discovery.Discovery(job, os.devnull, lambda host: True).ask()
+    except ValueError as error:
+        return str(error)
+    silent = _without_sshd(hosts, port)
+    if pod.enough(job, [host for host in hosts if host.name not in silent]):
+        return ""
+    more = f", and no sshd answers on port {port} of {gang.few(silent)}" if silent else ""
+    return f"pods for {job.min_np} workers; {job.host_discovery_script} names {len(hosts)}{more}"
 
 
-def _until(look: Callable[[], str], wait_s: float, received: list[int]) -> str:
-    """Look until nothing is missing; what is, at the end of the time."""
+def _until(look: Callable[[], str], wait_s: float, received: list[int]) -> bool:
+    """Look until nothing is missing; whether that came in time, and before any signal."""
     began = said = time.monotonic()
-    while (missing := look()) and not received and time.monotonic() < began + wait_s:
-        if time.monotonic() > said + gang.SAY_S:
-            said = time.monotonic()
+    while missing := look():
+        now = time.monotonic()
+        if received:
+            return False
+        if now > began + wait_s:
+            tell(f"not there within {wait_s:g} s: {missing}")
+            return False
+        if now > said + gang.SAY_S:
+            said = now
             tell(f"waiting for {missing}")
         time.sleep(EVERY_S)
-    return missing
+    return not received
+
+
+def _without_sshd(hosts: Sequence[spec.Host], port: int) -> list[str]:
+    names = [host.name for host in hosts]
+    with concurrent.futures.ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+        return [name for name, good in zip(names, pool.map(lambda name: answers(name, port), names)) if not good]
 
 
 def answers(name: str, port: int) -> bool:

@@ -30,7 +30,7 @@ import pytest
 from cluster import guard
 
 NETWORK = "10.77.0"  # the same in each cluster: their switches are not connected
-USER, USER_HOME = 1000, "/tmp/home"  # an ordinary one, beside root
+USER, USER_HOME = 10001, "/tmp"  # an ordinary one, beside root
 PROGRAMS = ("ip", "mount", "nsenter", "ssh", "ssh-keygen", "sshd", "unshare")
 LIMIT_S = 20
 PLAIN = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}

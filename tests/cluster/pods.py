@@ -1,7 +1,7 @@
 """Pods of Kubernetes as hosts of a test: what distpad's entry point finds in one, and nothing more.
 
     with pods.up(["train-0", "train-1"], service="workers") as (first, second):
-        assert first.run(["id", "-u"]).stdout == "1000\\n"
+        assert first.run(["id", "-u"]).stdout == "10001\\n"
 
 A pod has the host name that Kubernetes would give it, and knows the others by the names of their headless Service. What
 runs in it is an ordinary user without any capability, sees a read-only file system with an empty /tmp of its own, and

@@ -247,7 +247,7 @@ def test_sigterm_is_passed_on_to_all():
             wait_for(process, "up")
         running[1].terminate()
         codes, said = finish(*running, limit_s=20)
-    assert codes == [77, 77], said
+    assert codes == [4, 77], said  # the first did not have to go
     assert "got SIGTERM: passing it on" in said[1] and "train-1.workers.default.svc has to go" in said[0]
 
 
@@ -381,6 +381,23 @@ def test_sigterm_at_the_mpi_launcher(mpi_job):
     running.terminate()
     codes, said = finish(running, limit_s=30)
     assert codes == [143], said
+
+
+def test_an_mpi_job_starts_again_when_its_pods_are_back(mpi_job):
+    mpi_job.start_workers(0, 1)
+    program = """
+import os, time
+print("attempt", os.environ["DISTPAD_ATTEMPT"], flush=True)
+time.sleep(100 if os.environ["DISTPAD_ATTEMPT"] == "0" else 0)
+"""
+    running = mpi_job.start("mpi-launcher", sys.executable, "-c", program, DISTPAD_MAX_RESTARTS="1")
+    wait_for(running, "[worker 1] attempt 0")
+    mpi_job.workers[1].kill()
+    wait_for(running, "starting again")
+    time.sleep(3)
+    mpi_job.start_workers(1)
+    codes, said = finish(running)
+    assert codes == [0] and "[worker 1] attempt 1" in said[0], said
 
 
 def test_sigterm_at_an_mpi_worker(mpi_job):

@@ -99,7 +99,8 @@ def test_the_job_of_an_operators_host_file(mpi):
     job = mpi.job({"DISTPAD_WORKERS": "2"})
     assert job.hosts == (spec.Host("t-worker-0.t.ns.svc", 2), spec.Host("t-worker-1.t.ns.svc", 2))
     assert (job.np, job.launcher, job.backend, job.network_interface) == (4, "mpirun", "horovod", "eth0")
-    assert job.ssh_args == ("-F", "/x/ssh_config")
+    assert job.ssh_args == ("-F", "/x/ssh_config") and job.max_restarts == 0
+    assert mpi.job({"DISTPAD_MAX_RESTARTS": "3"}).max_restarts == 3
 
 
 def test_the_operators_variable_tells_where_its_host_file_is(mpi):
