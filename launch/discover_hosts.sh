@@ -1,6 +1,6 @@
 #!/bin/sh
 # Prints the hosts of an elastic job, one a line as HOST:SLOTS, from a file that whoever manages the hosts rewrites.
-# Horovod calls it once a second, without arguments, and takes what it prints for what there is.
+# `distpad launch` calls it once a second, without arguments, and takes what it prints for what there is.
 #
 # Usage: DISTPAD_HOSTS_FILE=FILE discover_hosts.sh, or: discover_hosts.sh FILE
 #   FILE  lines HOST, HOST:SLOTS or, as Open MPI has them, HOST slots=N; # begins a comment; 1 slot where none is given

@@ -3,8 +3,10 @@
 #
 #   launch/mpirun.sh -np 4 -- python train.py                                 four processes here
 #   launch/mpirun.sh -H node1:4,node2:4 --network-interface ib0 -- python train.py
-#   launch/mpirun.sh --hostfile hosts --launcher-arg=--mca --launcher-arg=btl_tcp_links --launcher-arg=2 -- python train.py
+#   launch/mpirun.sh --hostfile hosts --launcher-arg=--mca --launcher-arg=pml --launcher-arg=ucx -- python train.py
 #
+# MPI itself goes over TCP unless told otherwise, as Horovod recommends where NCCL moves the gradients; the last line is
+# for CPUs on InfiniBand, and needs an Open MPI with UCX.
 # All flags are those of `distpad launch` (see: distpad launch --help). Open MPI 4 and 5 take different options, which are
 # chosen by what `mpirun --version` says; Horovod must have been built for the one that is on PATH: `distpad doctor` looks.
 set -euo pipefail

@@ -29,7 +29,7 @@ MUTANTS = (
     Mutant(
         name="horovod-factor-dropped",
         file="losses.py",
-        old="tf.cast(share * backend.share_scale, sums.dtype)",
+        old="tf.cast(share * tf.cast(backend.share_scale, share.dtype), sums.dtype)",
         new="tf.cast(share, sums.dtype)",
         world="horovod:2",
         selection="test_three_sgd_steps",
@@ -173,7 +173,7 @@ MUTANTS = (
     Mutant(
         name="value-counted-by-every-replica",
         file="losses.py",
-        old="value /= backend.num_replicas",
+        old="value /= tf.cast(backend.replica_count(), value.dtype)",
         new="pass",
         world="mirrored:2",
         selection=GRADIENT + "token-uneven",
@@ -221,8 +221,8 @@ MUTANTS = (
     Mutant(
         name="broadcast-from-the-wrong-root",
         file="backends/horovod.py",
-        old="self._hvd.broadcast(variable.read_value(), root_rank,",
-        new="self._hvd.broadcast(variable.read_value(), self.num_workers - 1 - root_rank,",
+        old="self._hvd.broadcast(given, root_rank,",
+        new="self._hvd.broadcast(given, self.num_workers - 1 - root_rank,",
         world="horovod:2",
         selection="test_broadcast_of_keras_variables",
     ),
@@ -237,8 +237,8 @@ MUTANTS = (
     Mutant(
         name="regularisation-counted-by-every-replica",
         file="gradients.py",
-        old="tf.cast(resolved.share_scale / resolved.num_replicas, total.dtype)",
-        new="tf.cast(1.0, total.dtype)",
+        old="return total * (share_scale / replicas)",
+        new="return total",
         world="mirrored:2",
         selection="test_regularisation_counts_once",
     ),

@@ -66,7 +66,7 @@ def doctor(
     Exit codes: 0 nothing is wrong but for warnings, 1 something is, 2 usage.
     """
     try:
-        named = allocation.named(host, hostfile, None, os.environ)
+        named = allocation.named(host, hostfile, None, os.environ) or (spec.Host("localhost"),)
     except ValueError as error:
         typer.echo(f"distpad {str(error).replace('launch:', 'doctor:', 1)}", err=True)
         raise typer.Exit(2) from error

@@ -105,6 +105,8 @@ def launch(
     was lost, 124 a time limit, 126 or 127 the command cannot be started, 130 and 143 after SIGINT and SIGTERM.
     """
     environ = dict(os.environ)
+    if environ.get("PYTHONPATH"):  # agents and engines are started in other folders
+        environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, environ["PYTHONPATH"].split(os.pathsep)))
     try:
         job = spec.Job(
             command=tuple(command or ()),
@@ -132,7 +134,7 @@ def launch(
             max_np=max_np,
             host_discovery_script=os.path.abspath(host_discovery_script) if host_discovery_script else "",
             slots_per_host=slots_per_host,
-            python=python,
+            python=os.path.abspath(python) if os.sep in python else python,  # agents do not run in this folder
             cwd=os.path.abspath(cwd or "."),
         )
         if dry_run:

@@ -48,7 +48,8 @@ class Agent:
         self.rank_envs: dict[str, dict[str, str]] = {}  # what one worker alone gets, where an engine starts it
         self.groups: set[int] = set()  # process groups of commands that were started here
         self.daemons: set[int] = set()
-        self.processes: list[asyncio.subprocess.Process] = []  # workers that no engine started
+        self.came: set[int | None] = set()  # the ranks of workers that ever said hello
+        self.watchers: list[asyncio.Future[None]] = []  # of workers that no engine started
         self.launcher: asyncio.StreamWriter
 
     async def serve(self) -> None:
@@ -119,34 +120,45 @@ class Agent:
             self.send(is_="alive")
 
     async def _start(self, env: dict[str, str]) -> None:
-        self.processes.append(
-            await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "distpad.launcher.worker", self.orders["folder"]),
-                # An agent that srun started is itself a task of a step, of one: its workers are not.
-                env={**{k: v for k, v in os.environ.items() if not render.MEMBERSHIP.fullmatch(k)}, **env},
-                stdin=asyncio.subprocess.DEVNULL,
-                start_new_session=True,
-            )
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "distpad.launcher.worker", self.orders["folder"]),
+            # An agent that srun started is itself a task of a step, of one: its workers are not.
+            env={**{k: v for k, v in os.environ.items() if not render.MEMBERSHIP.fullmatch(k)}, **env},
+            stdin=asyncio.subprocess.DEVNULL,
+            start_new_session=True,
         )
+        rank = int(env["DISTPAD_RANK"])
+        self.watchers.append(asyncio.ensure_future(self._watch(process, rank)))
+
+    async def _watch(self, process: asyncio.subprocess.Process, rank: int) -> None:
+        """Say so where a worker ends that never came to us; what it wrote has gone to the launcher as our own."""
+        code = await process.wait()
+        if rank not in self.came:
+            self.send(is_="exit", rank=rank, code=code if code >= 0 else 128 - code)
 
     async def _worker(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One worker's connection: its orders, then what it says."""
         hello: dict[str, Any] = {}
-        ended = False
+        ended, group = False, 0
         try:
             while line := await reader.readline():
                 message = json.loads(line)
                 if message["is"] == "hello":
                     hello = self.workers[writer] = message
+                    self.came.add(message["rank"])
                     self._remember_daemon(message["parent"])
                     own = self.rank_envs.get(str(message["rank"]), {})
                     orders = {**self.orders, "env": {**self.orders["env"], **own}}
                     writer.write(json.dumps(orders).encode() + b"\n")
                 elif message["is"] == "started":
-                    self.groups.add(message["pid"])
-                ended = ended or message["is"] == "exit"
+                    group = message["pid"]
+                    self.groups.add(group)
+                elif message["is"] == "exit":
+                    ended = True
+                    self.groups.discard(group)  # its parent has killed it, and the number may soon be somebody else's
                 self.send(**{"rank": hello.get("rank"), **message})
-                await self.launcher.drain()  # a command that writes faster than the launcher reads waits
+                with contextlib.suppress(OSError):  # nobody reads without a launcher; the grace stays
+                    await self.launcher.drain()  # a command that writes faster than the launcher reads waits
         except (OSError, ValueError):
             pass  # it was killed, perhaps in the middle of a line: as if it had left
         if not ended:
@@ -186,16 +198,23 @@ class Agent:
 
 def facts(hosts: list[str]) -> dict[str, Any]:
     """What the launcher compares between hosts before it starts anything."""
-    versions = {}
+    versions = {"Python": ".".join(platform.python_version_tuple()[:2])}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return {
         "host": socket.gethostname(),
-        "python": platform.python_version(),
         "versions": versions,
+        "interfaces": interfaces(),
         "resolves": {name: resolve(name) for name in dict.fromkeys([*hosts, socket.gethostname()])},
     }
+
+
+def interfaces() -> dict[str, list[str]]:
+    """This host's network interfaces, and the addresses that each has."""
+    import psutil
+
+    return {name: [each.address for each in found] for name, found in psutil.net_if_addrs().items()}
 
 
 def resolve(name: str) -> list[str]:
@@ -230,7 +249,7 @@ def sweep(job: str, daemons: set[int]) -> list[str]:
     Returns:
       the command lines of what was found.
     """
-    import psutil  # takes longer than all else here
+    import psutil
 
     kept = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
     here = network("self")

@@ -9,7 +9,7 @@ from distpad.launcher import nodelist, spec
 
 
 def named(listed: str, hostfile: str, slots_per_host: int | None, environ: Mapping[str, str]) -> tuple[spec.Host, ...]:
-    """The hosts of ``-H`` or ``--hostfile``; without either those of the allocation, or this machine.
+    """The hosts of ``-H`` or ``--hostfile``; without either those of the allocation, or none.
 
     Raises:
       ValueError: both are given, or what is given is malformed.
@@ -22,7 +22,7 @@ def named(listed: str, hostfile: str, slots_per_host: int | None, environ: Mappi
         return spec.parse_hosts(listed, slots_per_host)
     if "SLURM_JOB_ID" in environ:
         return hosts(environ, slots_per_host)
-    return (spec.Host("localhost", slots_per_host or 1),)
+    return ()
 
 
 def hosts(environ: Mapping[str, str], slots_per_host: int | None = None) -> tuple[spec.Host, ...]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import queue
 import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,6 +21,7 @@ PING_S = 5.0
 SAY_S = 10.0  # at most, for what the others saw of a first failure
 TOLD_S = 2.0  # within which workers' ends are heard after their engine's
 POLL_S = 0.1
+EVENTS = 4096  # that wait to be taken; then whoever writes them waits, back to the workers
 
 
 class Attempt:
@@ -38,7 +41,7 @@ class Attempt:
         self.received = received  # signals, which may be more while this runs
         self.limit = limit
         self.output = output.Output(job, number)
-        self.events: queue.Queue[crew.Event] = queue.Queue()
+        self.events: queue.Queue[crew.Event] = queue.Queue(EVENTS)
         self.agents: dict[str, crew.Agent] = {}
         self.engine: crew.Engine | None = None
         self.engine_code: int | None = None
@@ -53,11 +56,12 @@ class Attempt:
         self.ending = False
         self.discovery: discovery.Discovery | None = None
         self.signalled = 0  # how many of the received signals were passed on
-        self.pinged = 0.0
+        self.over = threading.Event()
 
     def run(self) -> Outcome:
         began = time.monotonic()
         outcome = Outcome(1, "it failed inside distpad launch")
+        threading.Thread(target=self.ping, daemon=True).start()
         try:
             self.start()
             outcome = self.watch()
@@ -65,6 +69,7 @@ class Attempt:
             outcome = ended.outcome
         finally:
             self.end()
+            self.over.set()
             self.output.close()
         self.summarise(outcome, time.monotonic() - began)
         return outcome
@@ -88,10 +93,12 @@ class Attempt:
             wrong = hostcheck.problems(job, self.facts)
             if wrong:
                 raise Ended(Outcome(HOST, "nothing was started. " + " ".join(wrong), may_retry=False))
+        if job.controller == "gloo" and not job.network_interface:
+            job = self.job = dataclasses.replace(job, network_interface=self.find_interface())
         argv = render.engine_argv(job, self.mpi, is_root=os.geteuid() == 0)
         self.find_ports()
         if argv:
-            for host in job.used_hosts if not job.elastic else ():  # whose hosts and ranks come and go
+            for host in () if job.elastic else job.used_hosts:  # an elastic job's ranks change
                 mine = {p.rank: render.rank_env(job, p, self.ports) for p in job.places if p.host == host}
                 self.agents[host.name].tell(do="ranks", envs=mine)
             try:
@@ -101,14 +108,31 @@ class Attempt:
         else:
             self.start_workers()
         if not job.elastic:
-            self.until(lambda: len(self.started) == job.workers, job.start_timeout_s, self.missing_workers)
+            self.until(  # one that has failed already is why others may never come
+                lambda: self.failures or len(self.started) == job.workers, job.start_timeout_s, self.missing_workers
+            )
 
     def add_agent(self, host: spec.Host) -> None:
         argv = render.agent_argv(self.job, host, self.environ)
-        agent = crew.Agent(host.name, argv, render.agent_env(self.environ), self.events)
+        orders = render.orders(self.job, host, self.environ, self.secrets, self.number)
+        try:
+            agent = crew.Agent(host.name, argv, render.agent_env(self.environ), self.events)
+        except OSError as error:
+            why = f"{host.name} cannot be used: {argv[0]} cannot be started here: {error.strerror}"
+            raise Ended(Outcome(HOST, f"nothing was started. {why}", may_retry=False)) from error
         agent.heard = time.monotonic() + self.job.start_timeout_s
-        agent.tell(**render.orders(self.job, host, self.environ, self.secrets, self.number))
         self.agents[host.name] = agent
+        agent.tell(**orders)
+
+    def find_interface(self) -> str:
+        """Of a job over Gloo that names none; an elastic job's hosts are taken to be like those that came first."""
+        elsewhere = {name: each for name, each in list(self.facts.items()) if name not in spec.LOCAL}
+        if not (elsewhere if self.job.elastic else self.job.crosses_hosts):
+            return "lo"
+        found, wrong = hostcheck.interface(elsewhere)
+        if wrong:
+            raise Ended(Outcome(HOST, f"nothing was started. {wrong}", may_retry=False))
+        return found
 
     def find_ports(self) -> None:
         """For TF_CONFIG, on each host."""
@@ -148,7 +172,10 @@ class Attempt:
         return name in self.facts
 
     def silent_hosts(self) -> Outcome:
-        silent = [host for host in self.agents if host not in self.facts or (self.ports and host not in self.ports)]
+        if not self.agents:
+            why = "no hosts were found: what --host-discovery-script prints names none"
+            return Outcome(HOST, f"nothing was started. {why}", may_retry=False)
+        silent = [host for host in self.agents if host not in self.facts] or sorted({*self.agents} - {*self.ports})
         wrote = list(self.agents[silent[0]].wrote)
         return Outcome(HOST, hostcheck.why_no_agent(silent[0], self.job.python, wrote, None), may_retry=False)
 
@@ -166,8 +193,10 @@ class Attempt:
         if job.elastic:
             self.until(lambda: self.engine_code is not None, None, None)
             if self.engine_code:
-                rank = self.failures[-1] if self.failures else None
-                code = self.ends[rank] if rank is not None else self.engine_code
+                failed = [rank for rank in self.failures if self.ends.get(rank)]  # others have come in their place
+                rank = failed[-1] if failed else None
+                code = self.engine_code if self.engine_code > 0 else 128 - self.engine_code
+                code = code if rank is None else self.ends[rank]
                 return Outcome(code, self.failure(rank, "last"), rank, shows_launcher=True)
             return Outcome(0)
         self.until(lambda: self.failures or len(self.ends) == job.workers, None, None)
@@ -189,11 +218,14 @@ class Attempt:
     def until(self, done: Callable[[], Any], limit_s: float | None, otherwise: Callable[[], Outcome] | None) -> None:
         """Take events until ``done``; after ``limit_s`` seconds end with the outcome that ``otherwise`` makes."""
         end = None if limit_s is None else time.monotonic() + limit_s
+        look = 0.0
         while not done():
             with contextlib.suppress(queue.Empty):
                 self.take(self.events.get(timeout=POLL_S))
-                continue
             now = time.monotonic()
+            if now < look:
+                continue
+            look = now + POLL_S  # also while events keep coming, as of workers that never stop writing
             if not self.ending:
                 self.pass_signals_on()
                 self.look_for_lost_hosts(now)
@@ -202,11 +234,14 @@ class Attempt:
                     running = sorted(set(self.started) - set(self.ends))
                     who = f": ending worker {', '.join(map(str, running))}" if running else ""
                     raise Ended(Outcome(TIME, f"not done after {self.job.timeout_s:g} s{who}", may_retry=False))
-            if now > self.pinged + PING_S:
-                self.pinged = now
-                self.tell_all(do="ping")
-            if end is not None and otherwise is not None and now > end:
+            if end is not None and otherwise is not None and now > end and not done():
                 raise Ended(otherwise())
+
+    def ping(self) -> None:
+        """Let the agents know that somebody is here, also while a terminal that stands still keeps all else waiting.
+        (Runs in a thread of its own.)"""
+        while not self.over.wait(PING_S):
+            self.tell_all(do="ping")
 
     def take(self, event: crew.Event) -> None:
         """Learn from one event."""
@@ -237,11 +272,17 @@ class Attempt:
         """A worker has started: is the world the one that was asked for?"""
         job, rank, size = self.job, message["rank"], message["size"]
         if not job.elastic:
+            places = {place.rank: place.host.name for place in job.places}
             told = f"{job.launcher} started a worker on {host} as rank {rank} of {size or 'an unknown number'}"
             if rank is None or (size is not None and size != job.workers) or rank in self.started:
                 why = f"{job.workers} workers were asked for, but {told}: that would be several jobs instead of one"
                 raise Ended(Outcome(HOST, why, shows_launcher=True, may_retry=False))
-            planned = [place.host.name for place in job.places]
+            if job.backend == "multiworker" and places[rank] != host:  # its TF_CONFIG has another host's address
+                why = (
+                    f"worker {rank} was to run on {places[rank]}, but {told}: give the hosts in {job.launcher}'s order"
+                )
+                raise Ended(Outcome(HOST, why, shows_launcher=True, may_retry=False))
+            planned = list(places.values())
             if sorted([*self.started.values(), host]).count(host) > planned.count(host):
                 why = f"{planned.count(host)} workers were to run on {host}, but {told}, one more than that"
                 raise Ended(Outcome(HOST, why, shows_launcher=True, may_retry=False))
@@ -253,6 +294,7 @@ class Attempt:
         if rank is None or rank in self.ends:
             return
         self.ends[rank] = code
+        self.started.setdefault(rank, host)  # or it ended before it had come
         if code and not self.ending:  # what it gets from us at the end is no failure of its own
             self.failures.append(rank)
 
@@ -375,14 +417,16 @@ class Attempt:
             say(f"done in {seconds:.0f} s")
             return
         say(f"{outcome.why}, after {seconds:.1f} s")
-        lines = (
-            list(self.output.last.get(outcome.rank, [])) if outcome.rank is not None or outcome.shows_launcher else []
-        )
+        rank = outcome.rank
+        lines = list(self.output.last.get(rank, [])) if rank is not None or outcome.shows_launcher else []
+        if rank is not None and not lines:  # it may have ended before it had come; then it wrote as its agent
+            lines = list(self.agents[self.started[rank]].wrote)
         if lines:
             say(f"the last that {f'worker {outcome.rank}' if outcome.rank is not None else self.job.launcher} wrote:")
             for line in lines:
                 say(f"  | {line}")
-        others = [f"worker {rank} (exit code {self.ends[rank]})" for rank in self.failures if rank != outcome.rank]
+        failed = [rank for rank in dict.fromkeys(self.failures) if rank != outcome.rank and rank in self.ends]
+        others = [f"worker {rank} (exit code {self.ends[rank]})" for rank in failed]
         if others and outcome.rank is not None:
             say(f"then failed: {', '.join(others)}")
         if self.output.folder:

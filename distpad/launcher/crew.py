@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import functools
 import json
+import math
 import os
 import queue
 import signal
@@ -96,12 +97,13 @@ class Agent(Member):
     heard = 0.0  # when, by the monotonic clock
 
     def understand(self, line: str) -> None:
-        self.heard = time.monotonic()
+        self.heard = math.inf  # as long as it waits for us, nobody may take it for lost
         try:
             message = json.loads(line)
             self.events.put(Event(self.host, {"is": message["is"], **message}))
         except (ValueError, TypeError, KeyError):
             self.remark(line)  # a shell's greeting, say
+        self.heard = time.monotonic()
 
     def tell(self, **message: Any) -> None:
         """Say something to the agent; ``closed`` comes where it does not listen any more."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
+import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterable
 
-from distpad.launcher import spec
+from distpad.launcher import outcomes, spec
 
 EVERY_S = 1.0
 LIMIT_S = 10.0  # of one run of the script
@@ -35,7 +37,7 @@ class Discovery:
         """Ask for the first time, and go on asking.
 
         Raises:
-          ValueError: the script cannot be run, or names no hosts.
+          ValueError: the script cannot be run, or prints what names no hosts.
         """
         self._list(self.ask())
         self.thread.start()
@@ -44,15 +46,27 @@ class Discovery:
         """The hosts that there are now."""
         if not self.job.host_discovery_script:
             return self.job.hosts
+        script = self.job.host_discovery_script
         try:
-            script = [self.job.host_discovery_script]
-            found = subprocess.run(script, capture_output=True, text=True, timeout=LIMIT_S, check=True)
-        except subprocess.CalledProcessError as error:
-            said = error.stderr.strip() or f"exit code {error.returncode}"
-            raise ValueError(f"launch: --host-discovery-script {script[0]} failed: {said}") from error
+            with subprocess.Popen(
+                [script],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,  # Ctrl-C is not for it, and what it started itself ends with it
+            ) as process:
+                try:
+                    found, said = process.communicate(timeout=LIMIT_S)
+                finally:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
         except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError) as error:
-            raise ValueError(f"launch: --host-discovery-script {script[0]} cannot be run: {error}") from error
-        return spec.parse_hosts(found.stdout.replace("\n", ","), self.job.slots_per_host)
+            raise ValueError(f"launch: --host-discovery-script {script} cannot be run: {error}") from error
+        if process.returncode:
+            said = said.strip() or f"exit code {process.returncode}"
+            raise ValueError(f"launch: --host-discovery-script {script} failed: {said}")
+        return spec.parse_hosts(found.replace("\n", ","), self.job.slots_per_host)
 
     def _list(self, hosts: Iterable[spec.Host]) -> None:
         ready = [f"{host.name}:{host.slots}\n" for host in hosts if self.welcome(host)]
@@ -64,7 +78,7 @@ class Discovery:
         while not self.over.wait(EVERY_S):
             try:
                 self._list(self.ask())
-            except (ValueError, OSError):
+            except (ValueError, OSError, outcomes.Ended):
                 continue  # what was known stays
 
     def end(self) -> None:

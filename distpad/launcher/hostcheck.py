@@ -8,7 +8,7 @@ from typing import Any
 
 from distpad.launcher import spec
 
-SAME_EVERYWHERE = ("tensorflow", "tensorflow-cpu", "tensorflow-gpu", "keras", "numpy", "horovod", "distpad")
+SAME_EVERYWHERE = ("Python", "tensorflow", "tensorflow-cpu", "tensorflow-gpu", "keras", "numpy", "horovod", "distpad")
 
 # what ssh, srun or the shell wrote | what that means, and what to do
 NO_PYTHON = "this Python is not there: {python}. Install it at the same path, or name another with --python"
@@ -72,8 +72,9 @@ def _wrong_names(job: spec.Job, facts: Mapping[str, Mapping[str, Any]]) -> list[
             is_own = name in (here, each["host"])
             if is_own and job.controller != "gloo":
                 continue  # only Gloo asks for its own name
-            if not addresses and not is_own:
-                found.append(f"{here} does not know the name {name}. Add it to the DNS, or to /etc/hosts there.")
+            if not addresses:
+                which = f"its own name {name}" if is_own else f"the name {name}"
+                found.append(f"{here} does not know {which}. Add it to the DNS, or to /etc/hosts there.")
             elif any(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in addresses):
                 which = "its own name" if is_own else "the name"
                 found.append(
@@ -81,6 +82,26 @@ def _wrong_names(job: spec.Job, facts: Mapping[str, Mapping[str, Any]]) -> list[
                     f"connect. Give {name} its real address in /etc/hosts there."
                 )
     return found
+
+
+def interface(facts: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
+    """The network interface by which hosts reach one another, and what is wrong where there is none: the one that holds
+    the address of each host's name, on all of them.
+
+    horovodrun would find one by itself, but it starts servers for that with their key on a command line.
+    """
+    on = {}
+    for host, each in facts.items():
+        own = {*each["resolves"].get(host, []), *each["resolves"].get(each["host"], [])}
+        on[host] = sorted(name for name, addresses in each["interfaces"].items() if own & set(addresses))
+    common = sorted(set.intersection(*(set(names) for names in on.values())) - {"lo"})
+    if common:
+        return common[0], ""
+    listed = ", ".join(f"{host} has {' and '.join(names) or 'none'}" for host, names in on.items())
+    return (
+        "",
+        f"no network interface holds the hosts' addresses on all of them ({listed}). Name one: --network-interface.",
+    )
 
 
 def taken(host: str, port: int, why: str) -> str:

@@ -139,7 +139,7 @@ class Mpi:
             raise ValueError(
                 errors.sentence("pod", "DISTPAD_WORKERS", environ["DISTPAD_WORKERS"], "the pods", evidence, remedy)
             )
-        return self._job(environ, hosts=hosts, controller="mpi")
+        return self._job(environ, hosts=hosts, controller="mpi", ssh_args=("-F", self.ssh_config))
 
     def elastic_job(self, environ: Mapping[str, str]) -> spec.Job:
         """The job on the hosts that the operator's script prints, which leaves out how many workers each has.
@@ -156,14 +156,14 @@ class Mpi:
             slots_per_host=slots,
             min_np=self.min_np or slots,
             max_np=most,
-            launcher_args=("--ssh-port", str(self.port), "--ssh-identity-file", self.identity),
+            # horovodrun passes no more on to ssh; the rest stands in the image's /etc/ssh
+            ssh_args=("-p", str(self.port), "-i", self.identity),
         )
 
     def _job(self, environ: Mapping[str, str], **more: object) -> spec.Job:
         return spec.Job(
             command=self.command,
             backend="horovod",
-            ssh_args=("-F", self.ssh_config),
             network_interface=self.network_interface,
             max_restarts=_number(environ, "DISTPAD_MAX_RESTARTS", 0) if environ.get("DISTPAD_MAX_RESTARTS") else 0,
             grace_s=self.grace_s,

@@ -35,7 +35,7 @@ MEMBERSHIP = re.compile(
     r"ELASTIC)|OMPI_\w+|PMIX?_\w+|PRTE_\w+|SLURM_(?!JOB_|ARRAY_|CLUSTER_|SUBMIT_)\w+|"
     r"DISTPAD_(BACKEND|WORKERS|HOSTS|REPLICAS|ATTEMPT|JOB|RANK)"
 )
-SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|(^|_)KEY(_|$)", re.IGNORECASE)
+SECRET_NAME = re.compile(r"SECRET|TOKEN|PASS|CREDENTIAL|AUTH(?!_SOCK)|APIKEY|_PWD|(^|_)KEY(_|$)", re.IGNORECASE)
 STALL = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "60", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "300"}
 
 
@@ -100,7 +100,6 @@ def engine_argv(job: spec.Job, mpi: str = "", *, is_root: bool = False) -> list[
 
 
 def _horovodrun(job: spec.Job) -> list[str]:
-    interface = job.network_interface or ("" if job.crosses_hosts else "lo")
     argv = ["horovodrun", "--gloo", "-np", str(job.workers), "--disable-cache"]
     argv += ["--start-timeout", str(int(job.start_timeout_s))]
     if job.elastic:
@@ -108,7 +107,12 @@ def _horovodrun(job: spec.Job) -> list[str]:
         argv += ["--host-discovery-script", f"cat {hosts_file(job)}"]  # what discovery.py has found
     else:
         argv += _hosts(job)
-    argv += ["--network-interface", interface] if interface else []
+    # left out, horovodrun would look for one, by servers whose key stands on a command line: see hostcheck.interface
+    argv += [
+        "--network-interface",
+        job.network_interface or ("FOUND-AT-START" if job.elastic or job.crosses_hosts else "lo"),
+    ]
+    argv += spec.horovodrun_ssh_args(job.ssh_args)
     return [*argv, *job.launcher_args, *worker_argv(job)]
 
 
@@ -118,7 +122,9 @@ def _mpirun(job: spec.Job, mpi: str, is_root: bool) -> list[str]:
     argv = ["mpirun", *(["--allow-run-as-root"] if is_root else []), "-np", str(job.workers), *_hosts(job)]
     # A worker is a whole TensorFlow with threads of its own: one core each, Open MPI's default, would starve it.
     argv += ["--bind-to", "none", "--map-by", "slot"]
-    argv += ["--mca", "pml", "ob1", "--mca", "btl", "^openib"]  # as Horovod's documentation says
+    for name, value in (("pml", "ob1"), ("btl", "^openib")):  # as Horovod's documentation says
+        if name not in job.launcher_args:  # mpirun takes none twice; who has UCX for InfiniBand says so
+            argv += ["--mca", name, value]
     ssh = [*SSH[1:], *job.ssh_args]
     argv += ["--prtemca", "plm_ssh_args", shlex.join(ssh)] if prrte else ["--mca", "plm_rsh_args", shlex.join(ssh)]
     if not prrte:
@@ -226,4 +232,13 @@ def rank_env(job: spec.Job, place: spec.Place, ports: Mapping[str, Sequence[int]
 
 def redacted(name: str, value: str, secrets: Mapping[str, Any]) -> str:
     """A variable's value as it may be shown."""
-    return "***" if name in secrets or SECRET_NAME.search(name) else value
+    return "***" if name in secrets or SECRET_NAME.search(name) else without_passwords(value)
+
+
+def without_passwords(text: str) -> str:
+    """A text without the passwords that its addresses may carry, as those of proxies and package indexes do.
+
+    >>> without_passwords("from https://me:secret@host/simple")
+    'from https://***@host/simple'
+    """
+    return re.sub(r"(?<=://)[^/\s\"]+@", "***@", text)

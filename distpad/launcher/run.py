@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import pathlib
 import signal
 import subprocess
@@ -33,7 +34,9 @@ def run(job: spec.Job, environ: Mapping[str, str], are_ready: Callable[[list[int
             if are_ready is not None and not are_ready(received):
                 return 128 + received[0] if received else outcomes.HOST
             limit = None if job.timeout_s is None else began + job.timeout_s
-            outcome = attempt.Attempt(job, number, environ, secrets, mpi, received, limit).run()
+            # Agents of a host that was lost may still be ending the attempt before: theirs is another job.
+            this = dataclasses.replace(job, id=f"{job.id}-{number}")
+            outcome = attempt.Attempt(this, number, environ, secrets, mpi, received, limit).run()
             left = job.max_restarts - number
             if not outcome.code or not left or not outcome.may_retry or outcome.code in job.no_retry:
                 break
@@ -55,6 +58,8 @@ def read_secrets(files: Mapping[str, str]) -> dict[str, str]:
             found[name] = pathlib.Path(path).read_text(encoding="utf-8").rstrip("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"launch: --secret {name}: {path} cannot be read: {error}.") from error
+        if "\0" in found[name]:
+            raise ValueError(f"launch: --secret {name}: {path} holds a NUL byte, which no variable can.")
     return found
 
 
@@ -63,11 +68,14 @@ def mpi_version(job: spec.Job, environ: Mapping[str, str]) -> str:
     try:
         env = render.engine_env(job, environ)
         found = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, timeout=20, env=env)
-        return found.stdout.partition("\n")[0]
-    except OSError as error:
+        version = found.stdout.partition("\n")[0]
+    except (OSError, subprocess.TimeoutExpired) as error:
         raise ValueError(
             "launch: mpirun was not found, expected Open MPI on PATH. Debian: apt-get install openmpi-bin. Or: --gloo."
         ) from error
+    if "Open MPI" not in version:
+        raise ValueError(f"launch: mpirun says it is {version!r}, expected Open MPI, whose options it is given.")
+    return version
 
 
 @contextlib.contextmanager

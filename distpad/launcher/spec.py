@@ -14,6 +14,7 @@ from typing import Optional
 BACKENDS = ("mirrored", "multiworker", "horovod")
 LAUNCHERS = ("horovodrun", "mpirun", "srun", "ssh")
 LOCAL = ("localhost", "127.0.0.1", "::1")
+MOST_SLOTS = 4096  # of a host: more is a slip of the finger, which would fill the memory
 NO_RETRY = (2, 126, 127, 130)  # wrong usage, a command that cannot be started, Ctrl-C
 
 # A leading hyphen would be read as an option by ssh; colons separate slots, so that IPv6 addresses need a name.
@@ -32,8 +33,8 @@ class Host:
         if not _HOST.fullmatch(self.name):
             rule = "letters, digits, dots, hyphens and underscores; give an IPv6 address a name in /etc/hosts"
             raise ValueError(f"hosts: host name is {self.name!r}, expected {rule}.")
-        if self.slots < 1:
-            raise ValueError(f"hosts: {self.name} has {self.slots} slots, expected at least 1.")
+        if not 1 <= self.slots <= MOST_SLOTS:
+            raise ValueError(f"hosts: {self.name} has {self.slots} slots, expected 1 to {MOST_SLOTS}.")
 
     @property
     def is_here(self) -> bool:
@@ -61,7 +62,7 @@ class Job:
     command: tuple[str, ...]
     backend: str = "multiworker"
     np: Optional[int] = None  # noqa: UP045 (dataclass fields are read by the command line on Python 3.9)
-    hosts: tuple[Host, ...] = (Host("localhost"),)
+    hosts: tuple[Host, ...] = ()  # none: this one, with as many slots as workers
     controller: str = ""  # of Horovod: gloo or mpi
     launcher: str = ""
     launcher_args: tuple[str, ...] = ()
@@ -93,8 +94,8 @@ class Job:
             raise ValueError(
                 "launch: no command, expected one after --, as in: distpad launch -np 2 -- python train.py"
             )
-        if any("\0" in word for word in self.command):
-            raise ValueError("launch: an argument of the command holds a NUL byte, which no program can be given.")
+        if any("\0" in word for word in (*self.command, self.cwd)):
+            raise ValueError("launch: the command or its folder holds a NUL byte, which no program can be given.")
         self._settle_launcher()
         self._settle_workers()
         for flag, value, low in (
@@ -104,7 +105,7 @@ class Job:
             ("--start-timeout-s", self.start_timeout_s, 1),
             ("--timeout-s", self.timeout_s, 0.001),
         ):
-            if value is not None and not value >= low:
+            if value is not None and not low <= value < float("inf"):
                 raise ValueError(f"launch: {flag} is {value}, expected at least {low}.")
         for name in (*self.env, *self.secrets):
             if not _NAME.fullmatch(name):
@@ -144,6 +145,8 @@ class Job:
             raise ValueError(
                 "launch: --launcher-arg needs an engine's launcher; for options of ssh there is --ssh-arg."
             )
+        if launcher == "horovodrun":
+            horovodrun_ssh_args(self.ssh_args)
         if self.elastic and controller != "gloo":
             raise ValueError("launch: elastic jobs are Horovod's over Gloo, expected --backend horovod --gloo.")
         object.__setattr__(self, "launcher", launcher)
@@ -151,6 +154,12 @@ class Job:
 
     def _settle_workers(self) -> None:
         """The number of workers where it follows from the slots, and whether there are as many."""
+        if not self.hosts:
+            if self.np is None and self.backend != "mirrored" and not self.slots_per_host and not self.elastic:
+                raise ValueError("launch: neither -np nor hosts are given, expected one of them: -np 2, say.")
+            slots = 1 if self.backend == "mirrored" else self.slots_per_host or max(1, self.np or 1)
+            here = Host("localhost", slots)
+            object.__setattr__(self, "hosts", (here,))
         names = [host.name for host in self.hosts]
         for name in names:
             if names.count(name) > 1:
@@ -177,9 +186,6 @@ class Job:
                     "Take --backend multiworker."
                 )
             return
-        if names == ["localhost"] and self.np is not None and slots == 1:
-            object.__setattr__(self, "hosts", (Host("localhost", self.np),))  # nobody counted slots here
-            slots = self.np
         np = self.np or slots
         if np > slots:
             have = ", ".join(f"{host.name}:{host.slots}" for host in self.hosts)
@@ -264,7 +270,10 @@ def parse_ranks(text: str) -> tuple[int, ...]:
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if not match:
             raise ValueError(f"launch: --ranks holds {part!r}, expected numbers and ranges such as 0,4-6.")
-        found.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not first <= last < first + MOST_SLOTS:
+            raise ValueError(f"launch: --ranks holds {part!r}, expected a range upwards, of at most {MOST_SLOTS}.")
+        found.extend(range(first, last + 1))
     return tuple(sorted(set(found)))
 
 
@@ -279,6 +288,30 @@ def parse_secrets(pairs: Iterable[str]) -> dict[str, str]:
                 "on a command line, where everybody can read it."
             )
         found[name] = path
+    return found
+
+
+def horovodrun_ssh_args(ssh_args: Sequence[str]) -> list[str]:
+    """Arguments of ssh as horovodrun takes them: it knows a port and an identity file.
+
+    >>> horovodrun_ssh_args(["-p2222", "-i", "/keys/mine"])
+    ['--ssh-port', '2222', '--ssh-identity-file', '/keys/mine']
+    """
+    found, words = [], list(ssh_args)
+    while words:
+        flag, value = words[0][:2], words[0][2:]
+        used = 1 if value else 2
+        value = value or "".join(words[1:2])
+        # a port of digits and a plain path alone: it puts both unquoted into a shell's line
+        known = {"-p": ("--ssh-port", "[0-9]+"), "-i": ("--ssh-identity-file", "[A-Za-z0-9_./-]+")}
+        name, rule = known.get(flag, ("", ""))
+        if not name or not re.fullmatch(rule, value):
+            raise ValueError(
+                f"launch: --ssh-arg is {words[0]!r}, expected -pPORT or -iFILE (a plain path): horovodrun passes no "
+                "other to ssh. Write what it needs into ~/.ssh/config."
+            )
+        found += [name, value]
+        del words[:used]
     return found
 
 

@@ -162,7 +162,8 @@ def membership(environ: Mapping[str, str]) -> dict[str, int | None]:
 def start(orders: Mapping[str, Any]) -> subprocess.Popen[bytes]:
     """The command, in a process group of its own, which dies with this process."""
     env = {**os.environ, **orders["env"]}
-    threads = str(max(1, len(os.sched_getaffinity(0)) // orders["slots"]))
+    # Slurm may have shared a host's cores out already: what this worker may use is its own part then
+    threads = os.environ.get("SLURM_CPUS_PER_TASK") or str(max(1, len(os.sched_getaffinity(0)) // orders["slots"]))
     for name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"):
         env[name] = env.get(name) or threads  # else each of a host's workers takes all its cores
     command, libc, parent = orders["command"], ctypes.CDLL(None), os.getpid()

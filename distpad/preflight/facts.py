@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import socket
 import sys
 import threading
@@ -17,6 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from distpad.launcher import render
 from distpad.preflight import machine, network, software
 
 Probe = Callable[[dict[str, Any]], Any]
@@ -75,17 +75,8 @@ def collect(asked: dict[str, Any], probes: dict[str, Probe] = PROBES) -> dict[st
 def main() -> None:
     """Answer the question on standard input with a line on standard output."""
     facts = collect(json.loads(sys.stdin.read() or "{}"))
-    print(without_secrets(json.dumps(facts)), flush=True)
+    print(render.without_passwords(json.dumps(facts)), flush=True)
     os._exit(0)  # a probe that hangs must not keep the process
-
-
-def without_secrets(text: str) -> str:
-    """The facts without the passwords that addresses may carry, as in messages of proxies and package indexes.
-
-    >>> without_secrets("from https://me:secret@host/simple")
-    'from https://***@host/simple'
-    """
-    return re.sub(r"(?<=://)[^/\s\"@]+@", "***@", text)
 
 
 if __name__ == "__main__":

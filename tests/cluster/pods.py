@@ -23,6 +23,7 @@ from typing import Any
 from cluster import hosts
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+SSH_CONFIG = ROOT / "k8s" / "image" / "ssh_config"
 NAMESPACE = "default"
 AS_USER = (
     *("setpriv", f"--reuid={hosts.USER}", f"--regid={hosts.USER}", "--clear-groups"),
@@ -95,8 +96,8 @@ def up(names: Sequence[str], *, service: str, shared: Sequence[pathlib.Path] = (
 
 
 def _view(seen: Sequence[pathlib.Path]) -> str:
-    """The commands that give a pod its file system: everything read-only, /tmp empty, and folders that are closed to
-    others out of the way (root's, in which this Python may stand)."""
+    """The commands that give a pod its file system: everything read-only, /tmp empty, the image's /etc/ssh, and folders
+    that are closed to others out of the way (root's, in which this Python may stand)."""
     covers = {pathlib.Path("/tmp"): "1777"}
     for path in seen:
         closed = [parent for parent in reversed(path.parents) if not parent.stat().st_mode & 0o001]
@@ -110,4 +111,5 @@ def _view(seen: Sequence[pathlib.Path]) -> str:
             if cover in path.parents:
                 where, source = shlex.quote(str(path)), shlex.quote(f"{behind}/{path.relative_to(cover)}")
                 lines += [f"mkdir -p {where}", f"mount --bind {source} {where}"]
+    lines.append(f"mount --bind {shlex.quote(str(SSH_CONFIG))} /etc/ssh/ssh_config")
     return "\n".join([*lines, "mount -o remount,bind,ro /"])

@@ -1,7 +1,7 @@
 """A worker without TensorFlow that does what a test tells it: scripted_worker.py RANK=WHAT ...  (RANK may be "all")
 
 What: exit:N, kill, sleep:S, ignore-terms (SIGTERM, SIGINT), leave-child, say (arguments, variables, folder as JSON),
-fail-once, write:N (lines). Several are done in order.
+fail-once, write:N (lines), chatter:S (a line each 20 ms), save-on-term:S (takes so long). Several are done in order.
 """
 
 import json
@@ -38,6 +38,19 @@ def do(what: str) -> None:
     elif name == "write":
         for i in range(int(value)):
             print(f"{RANK} line {i} " + "x" * 100)
+    elif name == "chatter":
+        for i in range(int(value) * 50):
+            print(f"{RANK} step {i}", flush=True)
+            time.sleep(0.02)
+    elif name == "save-on-term":
+        got: list[int] = []
+        signal.signal(signal.SIGTERM, lambda number, _: got.append(number))
+        while not got:
+            time.sleep(0.05)
+        end = time.monotonic() + float(value)
+        while time.monotonic() < end:
+            time.sleep(0.05)
+        print(f"got {len(got)} SIGTERM, saved", flush=True)
     else:
         raise ValueError(what)
 

@@ -99,6 +99,31 @@ def test_a_launcher_that_is_killed_takes_all_with_it(engine):
     assert running.left() == []
 
 
+SAVER = """
+import pathlib, signal, sys, time
+until = []
+signal.signal(signal.SIGTERM, lambda *_: until.append(time.monotonic() + 2))
+while not until or time.monotonic() < until[0]:
+    print("step", flush=True)
+    pathlib.Path(sys.argv[1], "up").touch()
+    time.sleep(0.02)
+pathlib.Path(sys.argv[1], "saved").touch()
+"""
+
+
+def test_a_launcher_that_is_killed_leaves_the_workers_their_grace(tmp_path):
+    """Also those that write all the time, which nobody reads any more."""
+    running = Launched("-np", 1, "--grace-s", 20, command=[sys.executable, "-c", SAVER, tmp_path])
+    end = time.monotonic() + 30
+    while not (tmp_path / "up").exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    running.process.kill()
+    running.process.wait()
+    while not (tmp_path / "saved").exists() and running.left():
+        time.sleep(0.1)
+    assert (tmp_path / "saved").exists()
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_are_forwarded(number, code, engine):
     running = Launched(*engine, "-np", 2, command=scripted("all=sleep:60"))
@@ -127,6 +152,32 @@ def test_a_time_limit(engine):
     assert done.code == 124
     assert "not done after 15 s: ending worker 0," in done.stderr
     assert done.seconds < 40
+
+
+def test_workers_that_never_stop_writing_keep_nobody_from_looking(engine):
+    done = launch(*engine, "-np", 2, "--timeout-s", 6, command=scripted("all=chatter:60"))
+    assert done.code == 124, done.stderr
+    assert done.seconds < 30
+
+
+def test_a_long_grace_is_one_grace():
+    """Agents hear of the launcher while it waits, or they would end the job in their own way, with a second signal."""
+    running = Launched("-np", 1, "--grace-s", 60, command=scripted("0=save-on-term:24"))
+    running.workers(1)
+    time.sleep(1)  # until it handles the signal
+    running.process.send_signal(signal.SIGTERM)
+    done = running.finish(50)
+    assert done.code == 143 and done.left() == []
+    assert "got 1 SIGTERM, saved" in done.stdout, done.stdout
+
+
+def test_a_terminal_that_stands_still_does_not_end_the_job():
+    command = f"{sys.executable} -m distpad launch -np 1 -- {sys.executable} {WORKER} 0=write:20000 | (sleep 25; wc -l)"
+    env = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], env=env, capture_output=True, text=True, timeout=LIMIT_S
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "20000"), done.stderr
 
 
 # -- starts ------------------------------------------------------------------------------------------------------------
@@ -159,6 +210,16 @@ def test_a_worker_that_never_starts():
     assert done.left() == []
 
 
+def test_a_worker_that_fails_before_another_starts(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, time\nif os.environ.get('DISTPAD_RANK') == '1': time.sleep(60)\n"
+    )
+    path = f"{tmp_path}{os.pathsep}{HERE.parents[1]}"
+    done = launch("-np", 2, "--start-timeout-s", 30, command=scripted("0=exit:42"), env={"PYTHONPATH": path})
+    assert done.code == 42 and "worker 0 on localhost failed first (exit code 42)" in done.stderr
+    assert done.seconds < 25
+
+
 def test_an_engine_that_starts_another_number():
     done = launch(
         *ENGINES["mpirun"], "-np", 2, "--launcher-arg=-np", "--launcher-arg=1", command=scripted("all=sleep:60")
@@ -180,6 +241,63 @@ def test_an_engine_that_is_not_installed(tmp_path):
         "--backend", "horovod", "-np", 2, "--python", tmp_path / "python", env={"PATH": "/bin"}, command=["true"]
     )
     assert done.code == 127 and "horovodrun cannot be started" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (("--python", "/no/python"), "/no/python"),
+        (("-H", "elsewhere"), "ssh"),
+        (("--min-np", 1, "--backend", "horovod", "-H", "elsewhere"), "ssh"),
+    ],
+)
+def test_what_brings_agents_is_not_installed(flags, what, tmp_path):
+    done = launch(*flags, command=scripted(), env={"PATH": str(tmp_path)})
+    assert done.code == 3, done.stderr
+    assert f"cannot be used: {what} cannot be started here: No such file or directory" in done.stderr
+
+
+def test_a_python_of_this_folder(tmp_path):
+    (tmp_path / "python").symlink_to(sys.executable)
+    done = launch("--python", "./python", "--backend", "mirrored", command=["true"], cwd=tmp_path)
+    assert done.code == 0, done.stderr
+
+
+def test_another_family_of_mpi(tmp_path):
+    mpirun = tmp_path / "mpirun"
+    mpirun.write_text("#!/bin/sh\necho HYDRA build details:\n")
+    mpirun.chmod(0o755)
+    python = tmp_path / "python"  # beside which mpirun is looked for
+    python.symlink_to(sys.executable)
+    done = launch("--backend", "horovod", "--mpi", "--python", python, command=scripted())
+    assert done.code == 2 and "mpirun says it is 'HYDRA build details:', expected Open MPI" in done.stderr
+
+
+ELASTIC = ("--backend", "horovod", "--min-np", 1, "--max-np", 1)
+
+
+def test_an_elastic_job_on_this_host_by_its_own_name():
+    done = launch(*ELASTIC, "-H", f"{socket.gethostname()}:1", command=scripted("0=exit:0"))
+    assert done.code == 0, done.stderr
+
+
+def test_an_elastic_job_for_which_no_host_is_found():
+    done = launch(*ELASTIC, "--host-discovery-script", shutil.which("true"), "--start-timeout-s", 2, command=scripted())
+    assert done.code == 3 and "nothing was started. no hosts were found" in done.stderr
+
+
+def test_a_worker_that_ends_before_it_has_come(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if 'distpad.launcher.worker' in sys.orig_argv:\n"
+        "    print('the disk is gone', file=sys.stderr, flush=True)\n"
+        "    os._exit(9)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(HERE.parents[1])])
+    done = launch("-np", 1, env={"PYTHONPATH": path}, command=scripted("all=sleep:60"))
+    assert done.code == 9, done.stderr
+    assert "worker 0 on localhost failed first (exit code 9)" in done.stderr and "| the disk is gone" in done.stderr
+    assert done.seconds < 30
 
 
 def test_a_port_that_is_in_use():
@@ -242,6 +360,13 @@ def test_threads_are_shared_out():
     assert env["TF_NUM_INTRAOP_THREADS"] == "7"  # what is set stays
 
 
+def test_threads_are_those_that_slurm_gives_a_task():
+    env = {"OMP_NUM_THREADS": "", "TF_NUM_INTRAOP_THREADS": "", "SLURM_CPUS_PER_TASK": "3"}
+    done = launch("--backend", "horovod", "-np", 2, command=scripted("0=say"), env=env)
+    env = json.loads(done.stdout.partition("] ")[2])["env"]
+    assert (env["OMP_NUM_THREADS"], env["TF_NUM_INTRAOP_THREADS"]) == ("3", "3")
+
+
 # -- output ------------------------------------------------------------------------------------------------------------
 
 
@@ -256,6 +381,12 @@ def test_logs_by_attempt_rank_and_stream(tmp_path):
             assert (tmp_path / f"logs/attempt-{attempt}/rank-{rank}.stdout").read_text() == f"attempt {attempt}\n"
     assert done.stdout == ""  # without --tee
     assert re.search(r"what all of them wrote: .*/logs/attempt-0", done.stderr)
+
+
+def test_the_logs_of_an_earlier_run_stay(tmp_path):
+    for _ in range(2):
+        launch("-np", 1, "--log-dir", tmp_path / "logs", command=scripted("0=write:1"))
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["attempt-0", "attempt-1"]
 
 
 def test_tee_and_ranks(tmp_path):
@@ -286,6 +417,27 @@ def test_a_reader_that_goes_away_does_not_end_the_job():
     assert done.stdout.count("\n") == 1 and "done in" in done.stderr
 
 
+def test_a_full_disk_does_not_end_the_job(tmp_path):
+    (tmp_path / "attempt-0").mkdir()
+    (tmp_path / "attempt-0/rank-0.stdout").symlink_to("/dev/full")
+    done = launch("-np", 1, "--log-dir", tmp_path, command=scripted("0=write:3", "0=exit:7"))
+    assert done.code == 7 and "failed first (exit code 7)" in done.stderr
+    assert "rank-0.stdout cannot be written (No space left on device)" in done.stderr
+    assert done.stdout.count("\n") == 3
+
+
+def test_a_folder_for_logs_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = launch("--log-dir", tmp_path / "file", command=scripted())
+    assert done.code == 2 and f"--log-dir {tmp_path / 'file'} cannot be written: Not a directory" in done.stderr
+
+
+def test_what_a_terminal_cannot_show_does_not_end_the_job():
+    command = [sys.executable, "-c", "import os; os.write(1, b'\\xc3\\xa4\\n'); raise SystemExit(7)"]
+    done = launch("-np", 1, command=command, env={"PYTHONIOENCODING": "ascii"})
+    assert (done.code, done.stdout) == (7, "\\xe4\n"), done.stderr
+
+
 # -- restarts ----------------------------------------------------------------------------------------------------------
 
 
@@ -294,6 +446,13 @@ def test_restarts_end():
     assert done.code == 9
     assert done.stderr.count("worker 0 on localhost failed first (exit code 9)") == 3
     assert [float(s) for s in re.findall(r"starting again in ([\d.]+) s", done.stderr)] == [0.1, 0.2]
+
+
+def test_a_restart_is_not_swept_away_by_what_ends_the_attempt_before():
+    """A host that was cut off for a while still has that one's agent, which kills whatever carries its number."""
+    command = ["sh", "-c", "echo $DISTPAD_JOB; exit 9"]
+    done = launch("-np", 1, "--max-restarts", 1, "--backoff-s", 0.1, command=command)
+    assert done.code == 9 and len(set(done.stdout.split())) == 2
 
 
 @pytest.mark.parametrize(("code", "flags"), [(2, ()), (44, ("--no-retry", "44", "--no-retry", "45"))])

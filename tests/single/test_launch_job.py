@@ -9,6 +9,7 @@ import pathlib
 import shlex
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from distpad.cli import app
-from distpad.launcher import allocation, describe, hostcheck, render, spec, worker
+from distpad.launcher import allocation, attempt, describe, discovery, hostcheck, outcomes, render, spec, worker
 
 RECORDS = pathlib.Path(__file__).parent / "command_lines"
 ENVIRON = {
@@ -37,7 +38,13 @@ JOBS = {
     "multiworker-here": {"np": 2},
     "multiworker-ssh": {"hosts": HOSTS, "port": 5000, "ssh_args": ("-p2222",), "env": ("DATA",)},
     "horovodrun-here": {"backend": "horovod", "np": 2},
-    "horovodrun": {"backend": "horovod", "hosts": HOSTS, "np": 6, "network_interface": "eth0"},
+    "horovodrun": {
+        "backend": "horovod",
+        "hosts": HOSTS,
+        "np": 6,
+        "network_interface": "eth0",
+        "ssh_args": ("-p2222", "-i", "/k"),
+    },
     "horovodrun-elastic": {
         "backend": "horovod",
         "min_np": 2,
@@ -47,6 +54,7 @@ JOBS = {
     "mpirun-4": {"backend": "horovod", "controller": "mpi", "hosts": HOSTS, "network_interface": "eth0"},
     "mpirun-5": {"backend": "horovod", "controller": "mpi", "hosts": HOSTS, "network_interface": "eth0"},
     "mpirun-argument": {"backend": "horovod", "controller": "mpi", "np": 2, "launcher_args": ("--mca", "x", "a b")},
+    "mpirun-ucx": {"backend": "horovod", "controller": "mpi", "np": 2, "launcher_args": ("--mca", "pml", "ucx")},
     "srun-horovod": {"backend": "horovod", "launcher": "srun", "hosts": HOSTS},
     "srun-multiworker": {"hosts": HOSTS},
     "hostile": {
@@ -58,7 +66,8 @@ JOBS = {
 
 
 def make(**fields) -> spec.Job:
-    return spec.Job(**{**ALWAYS, **fields})
+    np = {} if fields.keys() & {"hosts", "np", "min_np"} else {"np": 2}
+    return spec.Job(**{**ALWAYS, **np, **fields})
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -138,6 +147,10 @@ WRONG = {
     "no command": ({"command": ()}, r"no command, expected one after --"),
     "backend": ({"backend": "pytorch"}, r"--backend is 'pytorch', expected one of mirrored, multiworker, horovod"),
     "np": ({"np": 0}, r"-np is 0, expected at least 1"),
+    "neither": ({"np": None}, r"neither -np nor hosts are given, expected one of them"),
+    "counted slots": ({"np": 4, "hosts": spec.parse_hosts("localhost:1")}, r"-np is 4, but the hosts have 1 slots"),
+    "too many slots": ({"np": 4097}, r"localhost has 4097 slots, expected 1 to 4096"),
+    "forever": ({"start_timeout_s": float("inf")}, r"--start-timeout-s is inf, expected"),
     "too few slots": ({"np": 9, "hosts": HOSTS}, r"-np is 9, but the hosts have 8 slots \(node1:4, node2:4\)"),
     "twice": ({"hosts": spec.parse_hosts("a,a")}, r"name a twice, expected each once"),
     "mirrored": ({"backend": "mirrored", "hosts": HOSTS}, r"mirrored runs in one process, expected one host"),
@@ -157,7 +170,11 @@ WRONG = {
     "port": ({"port": 80}, r"--port is 80, expected 1024 to"),
     "ranks": ({"np": 2, "ranks": (2,)}, r"--ranks names 2, expected 0 to 1"),
     "interface": ({"network_interface": "eth0; x"}, r"--network-interface is 'eth0; x', expected a name"),
+    "ssh": ({"backend": "horovod", "ssh_args": ("-oPort=2222",)}, r"--ssh-arg is '-oPort=2222', expected -pPORT or"),
+    "ssh 2": ({"backend": "horovod", "ssh_args": ("-i/a;b",)}, r"--ssh-arg is '-i/a;b', expected -pPORT or -iFILE"),
+    "ssh 3": ({"backend": "horovod", "ssh_args": ("-p",)}, r"--ssh-arg is '-p', expected -pPORT or -iFILE"),
     "NUL": ({"command": ("a\0b",)}, r"NUL byte"),
+    "NUL 2": ({"cwd": "/a\0b"}, r"NUL byte"),
 }
 
 
@@ -208,6 +225,13 @@ def test_the_hosts_of_an_allocation(monkeypatch):
         allocation.hosts({**environ, "SLURM_TASKS_PER_NODE": "2"})
 
 
+def test_ranks():
+    assert spec.parse_ranks("0,4-6, 2") == (0, 2, 4, 5, 6)
+    for wrong in ("a", "3-1", "0-99999999999", "-1"):
+        with pytest.raises(ValueError, match=r"--ranks holds"):
+            spec.parse_ranks(wrong)
+
+
 def test_what_an_engine_tells_a_process():
     assert worker.membership({"HOROVOD_RANK": "1", "HOROVOD_SIZE": "4"})["size"] == 4
     assert worker.membership({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"})["rank"] == 3
@@ -219,11 +243,54 @@ def test_what_an_engine_tells_a_process():
     assert worker.membership({}) == {"rank": None, "size": None, "local_rank": None}
 
 
+# -- elastic jobs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("end", "code"), [(None, 1), (0, 1), (7, 7)])
+def test_an_elastic_job_fails_though_a_worker_was_replaced(end, code):
+    job = make(backend="horovod", min_np=1)
+    tried = attempt.Attempt(job, 0, ENVIRON, {}, "", [], None)
+    for _ in range(2):  # the second takes the place of the first
+        tried.welcome("localhost", {"rank": 0, "size": 1})
+        if 0 in tried.failures:
+            break
+        tried.take_end("localhost", 0, 9)
+    if end is not None:
+        tried.take_end("localhost", 0, end)
+    tried.engine_code = 1
+    outcome = tried.watch()
+    assert outcome.code == code
+    tried.summarise(outcomes.Outcome(130, "ended"), 1.0)
+
+
+def script(path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def asking(path, text: str) -> discovery.Discovery:
+    job = make(backend="horovod", min_np=1, host_discovery_script=script(path / "discover", text))
+    return discovery.Discovery(job, str(path / "hosts"), lambda host: True)
+
+
+def test_a_script_that_finds_hosts(tmp_path, monkeypatch):
+    assert asking(tmp_path, "echo a:2; echo; echo b").ask() == spec.parse_hosts("a:2,b")
+    with pytest.raises(ValueError, match="discover failed: no rights"):
+        asking(tmp_path, "echo no rights >&2; exit 1").ask()
+    monkeypatch.setattr(discovery, "LIMIT_S", 0.5)
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=r"timed out after 0\.5 seconds"):
+        asking(tmp_path, "sleep 20\necho a").ask()  # the sleep has the pipe, too
+    assert time.monotonic() - began < 10
+
+
 # -- hosts -------------------------------------------------------------------------------------------------------------
 
 
 def found_on(name: str, **changes) -> dict:
     facts = {"host": name, "versions": {"tensorflow-cpu": "2.21.0"}, "resolves": {"a": ["10.0.0.1"], "b": ["10.0.0.2"]}}
+    facts["interfaces"] = {"lo": ["127.0.0.1"], "eth0": [facts["resolves"][name][0]], "eth1": ["10.1.0.1"]}
     return {**facts, **changes}
 
 
@@ -237,6 +304,7 @@ def test_hosts_that_fit():
         ({"versions": {"tensorflow-cpu": "2.15.1"}}, "tensorflow-cpu differs: a has 2.21.0, b has 2.15.1"),
         ({"versions": {}}, "a has 2.21.0, b has none"),
         ({"resolves": {"a": [], "b": ["10.0.0.2"]}}, "b does not know the name a"),
+        ({"resolves": {"a": ["10.0.0.1"], "b": []}}, "b does not know its own name b"),
         ({"resolves": {"a": ["127.0.1.1"], "b": ["10.0.0.2"]}}, "on b, the name a leads to 127.0.1.1, the loopback"),
         ({"resolves": {"a": ["10.0.0.1"], "b": ["::1"]}}, "on b, its own name b leads to ::1, the loopback"),
     ],
@@ -245,6 +313,14 @@ def test_hosts_that_do_not_fit(changes, message):
     job = make(hosts=spec.parse_hosts("a,b"), backend="horovod")
     problems = hostcheck.problems(job, {"a": found_on("a"), "b": found_on("b", **changes)})
     assert len(problems) == 1 and message in problems[0]
+
+
+def test_the_interface_that_hosts_share():
+    both = {"a": found_on("a"), "b": found_on("b")}
+    assert hostcheck.interface(both) == ("eth0", "")
+    both["b"]["interfaces"] = {"ens3": ["10.0.0.2"]}
+    name, wrong = hostcheck.interface(both)
+    assert name == "" and "(a has eth0, b has ens3). Name one: --network-interface" in wrong
 
 
 def test_what_ssh_wrote_is_explained():
@@ -328,7 +404,16 @@ def test_secrets_are_hidden(tmp_path):
     assert done.exit_code == 0 and "API='***'" in done.output and "s3cret" not in done.output
 
 
-def test_a_secret_that_cannot_be_read_is_refused():
+@pytest.mark.parametrize("name", ["HF_TOKEN", "OPENAI_APIKEY", "MYSQL_PWD", "SSHPASS", "REDISCLI_AUTH", "http_proxy"])
+def test_secrets_that_nobody_named_are_hidden(name):
+    assert "s3c" not in render.redacted(name, "http://me:s3c@ret@proxy:80", {})
+    assert render.redacted("PWD", "/here", {}) == "/here" and render.redacted("SSH_AUTH_SOCK", "/s", {}) == "/s"
+
+
+def test_a_secret_that_cannot_be_read_is_refused(tmp_path):
+    (tmp_path / "key").write_bytes(b"a\0b")
+    done = launch("--secret", f"API={tmp_path / 'key'}", "-np", "2", "--", "true")
+    assert done.exit_code == 2 and "key holds a NUL byte" in done.output
     done = launch("--secret", "API=/none", "-np", "2", "--", "true")
     assert done.exit_code == 2 and "/none cannot be read" in done.output
 

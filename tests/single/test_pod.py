@@ -119,7 +119,7 @@ def test_an_elastic_job(mpi):
     job = mpi.elastic_job({"DISTPAD_WORKERS": "3", "DISTPAD_SLOTS": "2"})
     assert (job.min_np, job.max_np, job.slots_per_host, job.launcher) == (2, 6, 2, "horovodrun")
     assert job.host_discovery_script == "/etc/mpi/discover_hosts.sh"
-    assert job.launcher_args == ("--ssh-port", "2222", "--ssh-identity-file", "/x/key")
+    assert job.ssh_args == ("-p", "2222", "-i", "/x/key")
     assert not pod.enough(job, ()) and pod.enough(job, (spec.Host("a", 2),))
     with pytest.raises(ValueError, match=r"DISTPAD_SLOTS is not set: .+ which the discovery script leaves out"):
         mpi.elastic_job({"DISTPAD_WORKERS": "3"})
