@@ -21,7 +21,6 @@ launch        | current classic | 12 | pytests tests/launch --ignore tests/launc
 launcher      | current         | 12 | pytests tests/launch/test_launcher.py
 cluster       | current         | 25 | launch/environment.sh current --openmpi5 --horovod && pytests tests/cluster
 smoke         | classic         | 20 | launch/environment.sh classic --openmpi5 --horovod && pytests -m smoke tests/cluster
-k8s           | current         | 15 | pytests tests/k8s
 mutants       | current         | 20 | python tests/mutants.py
 examples      | current classic | 20 | pytests tests/examples
 '
