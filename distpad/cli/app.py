@@ -5,13 +5,14 @@ from __future__ import annotations
 import typer
 
 import distpad
-from distpad.cli import certify, doctor, launch
+from distpad.cli import certify, doctor, launch, pod
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 app.command("certify")(certify.certify)
 app.command("doctor")(doctor.doctor)
 # what follows the command's first word is the command's
 app.command("launch", context_settings={"allow_interspersed_args": False})(launch.launch)
+app.command("pod")(pod.pod)
 
 
 @app.callback(invoke_without_command=True)

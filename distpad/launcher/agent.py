@@ -252,11 +252,11 @@ def sweep(job: str, daemons: set[int]) -> list[str]:
     import psutil
 
     kept = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
-    network = _network("self")
+    here = network("self")
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.pid in kept or _network(process.pid) != network:
+            if process.pid in kept or network(process.pid) != here:
                 continue
             if process.pid in daemons or process.environ().get("DISTPAD_JOB") == job:
                 found.append(process)
@@ -269,7 +269,7 @@ def sweep(job: str, daemons: set[int]) -> list[str]:
     return shown
 
 
-def _network(pid: int | str) -> str:
+def network(pid: int | str) -> str:
     """The network that a process is in: hosts of a test are networks of one machine."""
     try:
         return os.readlink(f"/proc/{pid}/ns/net")

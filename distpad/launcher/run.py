@@ -8,15 +8,20 @@ import pathlib
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from distpad.launcher import attempt, outcomes, render, spec
 
 LONGEST_BACKOFF_S = 60.0
 
 
-def run(job: spec.Job, environ: Mapping[str, str]) -> int:
+def run(job: spec.Job, environ: Mapping[str, str], are_ready: Callable[[list[int]], bool] | None = None) -> int:
     """Run a job to its end, with its restarts; the exit code is that of the worker that failed first.
+
+    Args:
+      job: the job.
+      environ: the launcher's variables.
+      are_ready: waits for the hosts before each start, as long as the list of received signals is empty.
 
     Raises:
       ValueError: a secret's file that cannot be read, a variable that is not set, a hostile folder.
@@ -26,6 +31,8 @@ def run(job: spec.Job, environ: Mapping[str, str]) -> int:
     began = time.monotonic()
     with received_signals() as received:
         for number in range(job.max_restarts + 1):
+            if are_ready is not None and not are_ready(received):
+                return 128 + received[0] if received else outcomes.HOST
             limit = None if job.timeout_s is None else began + job.timeout_s
             # Agents of a host that was lost may still be ending the attempt before: theirs is another job.
             this = dataclasses.replace(job, id=f"{job.id}-{number}")

@@ -30,6 +30,7 @@ import pytest
 from cluster import guard
 
 NETWORK = "10.77.0"  # the same in each cluster: their switches are not connected
+USER, USER_HOME = 10001, "/tmp"  # an ordinary one, beside root
 PROGRAMS = ("ip", "mount", "nsenter", "ssh", "ssh-keygen", "sshd", "unshare")
 LIMIT_S = 20
 PLAIN = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
@@ -64,6 +65,7 @@ class Host:
     def __init__(self, name: str, *, number: int, keeper: int, switch: int, folder: pathlib.Path) -> None:
         self.name, self.address, self.home = name, f"{NETWORK}.{number}", folder / "home"
         self._keeper, self._switch, self._folder = keeper, switch, folder / name
+        self.port = f"port{number}"  # of the switch; a host's name may be too long for that
         self._sshd: subprocess.Popen[bytes] | None = None
 
     # -- processes --
@@ -127,11 +129,11 @@ class Host:
 
     def cut(self) -> None:
         """Cut the link, unseen: the interface stays up, and packets go nowhere, both ways."""
-        _ip(self._switch, f"link set {self.name} nomaster")
+        _ip(self._switch, f"link set {self.port} nomaster")
 
     def mend(self) -> None:
         """Undo ``cut``."""
-        _ip(self._switch, f"link set {self.name} master switch")
+        _ip(self._switch, f"link set {self.port} master switch")
 
     def start_sshd(self) -> None:
         """Start sshd, and wait until it listens."""
@@ -178,16 +180,28 @@ class Host:
 
 
 @contextlib.contextmanager
-def cluster(count: int) -> Iterator[tuple[Host, ...]]:
+def cluster(
+    count: int,
+    *,
+    names: Sequence[str] = (),
+    known_as: Callable[[str], list[str]] = lambda name: [name],
+    sshd: bool = True,
+) -> Iterator[tuple[Host, ...]]:
     """Bring up so many hosts, ``host1`` to ``hostN``, and end them with all that runs on them.
 
     Where this machine cannot have them, the test is skipped at a desk, and fails in CI.
+
+    Args:
+        count: how many.
+        names: their host names, where they have others.
+        known_as: from a host's name to those by which the others know it.
+        sshd: whether each has one.
     """
     if reason := missing():
         (pytest.fail if os.environ.get("DISTPAD_CI") else pytest.skip)(f"no hosts for tests here: {reason}")
-    names = [f"host{number}" for number in range(1, count + 1)]
+    names = names or [f"host{number}" for number in range(1, count + 1)]
     folder = pathlib.Path(tempfile.mkdtemp(prefix="distpad-hosts-"))
-    _write_files(folder, names)
+    _write_files(folder, names, known_as)
     keeping = subprocess.Popen(
         [sys.executable, "-S", guard.__file__, folder, "switch", *names],
         env=PLAIN,
@@ -205,8 +219,8 @@ def cluster(count: int) -> Iterator[tuple[Host, ...]]:
             Host(name, number=number, keeper=keeper, switch=switch, folder=folder)
             for number, (name, keeper) in enumerate(zip(names, keepers), start=1)
         )
-        _connect(switch, dict(zip([host.address for host in hosts], zip(names, keepers))))
-        for host in hosts:
+        _connect(switch, {host.address: (host.port, keeper) for host, keeper in zip(hosts, keepers)})
+        for host in hosts if sshd else ():
             host.start_sshd()
         yield hosts
     finally:
@@ -263,18 +277,18 @@ def _ip(keeper: int, *lines: str) -> None:
 
 
 def _connect(switch: int, ports: Mapping[str, tuple[str, int]]) -> None:
-    """Connect hosts, given as address: (name, keeper), to a switch."""
+    """Connect hosts, given as address: (port, keeper), to a switch."""
     _ip(switch, "link add switch type bridge", "link set switch up")
-    for address, (name, keeper) in ports.items():
+    for address, (port, keeper) in ports.items():
         _ip(
             switch,
-            f"link add {name} type veth peer name eth0 netns {keeper}",
-            f"link set {name} master switch up",
+            f"link add {port} type veth peer name eth0 netns {keeper}",
+            f"link set {port} master switch up",
         )
         _ip(keeper, "link set lo up", f"addr add {address}/24 dev eth0", "link set eth0 up")
 
 
-def _write_files(folder: pathlib.Path, names: Sequence[str]) -> None:
+def _write_files(folder: pathlib.Path, names: Sequence[str], known_as: Callable[[str], list[str]]) -> None:
     """The files of all hosts: those in NAME/etc are bound over /etc there."""
     (folder / "switch" / "etc").mkdir(parents=True)
     (folder / "switch" / "etc" / "hostname").write_text("switch\n")
@@ -289,12 +303,19 @@ def _write_files(folder: pathlib.Path, names: Sequence[str]) -> None:
         etc = folder / name / "etc"
         etc.mkdir(parents=True)
         (etc / "hostname").write_text(f"{name}\n")
-        (etc / "hosts").write_text("".join(f"{ip} {host}\n" for ip, host in [("127.0.0.1", "localhost"), *addresses]))
+        rows = [(ip, [*known_as(host), *([host] if host == name else [])]) for ip, host in addresses]
+        rows = [("127.0.0.1", ["localhost"]), *((ip, list(dict.fromkeys(all_names))) for ip, all_names in rows)]
+        (etc / "hosts").write_text("".join(f"{ip} {' '.join(all_names)}\n" for ip, all_names in rows))
         (etc / "nsswitch.conf").write_text("passwd: files\ngroup: files\nshadow: files\nhosts: files\n")
         # root has a home of its own, and is not locked, or sshd would refuse it
-        users = [row for row in pathlib.Path("/etc/passwd").read_text().splitlines() if not row.startswith("root:")]
-        (etc / "passwd").write_text("\n".join([f"root:x:0:0:root:{folder / 'home'}:/bin/bash", *users, ""]))
-        (etc / "shadow").write_text("root:*:19000:0:99999:7:::\n")
+        own = [f"root:x:0:0:root:{folder / 'home'}:/bin/bash", f"user:x:{USER}:{USER}:user:{USER_HOME}:/bin/bash"]
+        users = [
+            row
+            for row in pathlib.Path("/etc/passwd").read_text().splitlines()
+            if row.split(":")[2] not in ("0", str(USER))
+        ]
+        (etc / "passwd").write_text("\n".join([*own, *users, ""]))
+        (etc / "shadow").write_text("root:*:19000:0:99999:7:::\nuser:*:19000:0:99999:7:::\n")
         known.append(f"{name},{address} {_make_key(folder / name / 'host_key')}")
         (folder / name / "sshd_config").write_text(SSHD_CONFIG.format(key=folder / name / "host_key"))
     (user / "known_hosts").write_text("".join(known))

@@ -1,0 +1,177 @@
+"""The images: hadolint, and that they are built by the project's own scripts, which other tests run."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+IMAGE = ROOT / "k8s" / "image"
+STACKS = ("current", "classic")
+SYSTEM = IMAGE / "system.sh"
+
+
+def instructions(stack: str) -> list[tuple[str, str]]:
+    """(instruction, the rest of its line) of a Dockerfile."""
+    lines = (IMAGE / f"Dockerfile.{stack}").read_text().replace("\\\n", " ").splitlines()
+    return [
+        (words[0], words[2]) for line in lines if line.strip() and line[0] != "#" for words in [line.partition(" ")]
+    ]
+
+
+def hadolint(file: pathlib.Path) -> subprocess.CompletedProcess[str]:
+    found = shutil.which("hadolint", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
+    if found is None:
+        missing = "no hadolint. Install it: pip install -r launch/requirements/tests.txt"
+        (pytest.fail if os.environ.get("DISTPAD_CI") else pytest.skip)(missing)
+    return subprocess.run([found, "--no-color", file], capture_output=True, text=True, timeout=60)
+
+
+# -- the Dockerfiles --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_hadolint_is_clean(stack):
+    done = hadolint(IMAGE / f"Dockerfile.{stack}")
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "rule"),
+    [
+        ("python:3.11-slim-bookworm\nWORKDIR", "python\nWORKDIR", "DL3006"),
+        ("USER 10001:10001", "USER root", "DL3002"),
+        ('ENTRYPOINT ["distpad", "pod"]', "ENTRYPOINT distpad pod", "DL3025"),
+        ("RUN k8s/image/system.sh run", "RUN apt-get install openssh-server", "DL3008"),
+    ],
+)
+def test_hadolint_sees_faults(tmp_path, old, new, rule):
+    text = (IMAGE / "Dockerfile.current").read_text()
+    assert old in text
+    (tmp_path / "Dockerfile").write_text(text.replace(old, new))
+    done = hadolint(tmp_path / "Dockerfile")
+    assert done.returncode != 0 and rule in done.stdout
+
+
+def test_the_two_differ_in_their_stack_alone():
+    current, classic = ((IMAGE / f"Dockerfile.{stack}").read_text() for stack in STACKS)
+    assert current.replace("current", "classic") == classic
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_each_step_is_a_script_of_the_project(stack):
+    """Nothing is done in a Dockerfile that is not done, and tested, elsewhere."""
+    steps = [rest.split() for word, rest in instructions(stack) if word == "RUN"]
+    scripts = {"k8s/image/system.sh": ["build", "run"], "launch/environment.sh": [f"{stack} --horovod"]}
+    for script, *arguments in steps:
+        assert " ".join(arguments) in scripts[script]
+        assert os.access(ROOT / script, os.X_OK)
+    assert len(steps) == 4
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_pods_run_as_an_ordinary_user_of_known_number(stack):
+    last = dict(instructions(stack))  # the last of each kind counts
+    assert last["USER"] == "10001:10001"  # a name would not do: runAsNonRoot wants to see the number
+    assert json.loads(last["ENTRYPOINT"]) == ["distpad", "pod"]
+    assert f"PATH=/opt/envs/{stack}/bin:" in last["ENV"] and "HOME=/tmp " in last["ENV"]
+    assert instructions(stack)[-2:] == [("USER", last["USER"]), ("ENTRYPOINT", last["ENTRYPOINT"])]
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_what_is_copied_is_in_the_context(stack):
+    """The context holds what .dockerignore lets in, which is what the Dockerfiles copy."""
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    let_in = {line[1:] for line in lines if line.startswith("!")}
+    assert "*" in lines
+    copied = set()
+    for word, rest in instructions(stack):
+        if word == "COPY" and not rest.startswith("--from"):
+            copied |= {source.rstrip("/") for source in rest.split()[:-1]}
+    assert all((ROOT / source).exists() for source in copied | let_in)
+    assert {next(each for each in let_in if f"{source}/".startswith(f"{each}/")) for source in copied} == let_in
+
+
+def test_the_environment_stays_where_it_was_made():
+    """Environments do not survive being moved, nor does an editable distpad."""
+    made, run = (IMAGE / "Dockerfile.current").read_text().split("\nFROM ")[1:]
+    assert "ENV DISTPAD_ENVS=/opt/envs" in made and "WORKDIR /opt/distpad" in made
+    assert "COPY --from=build /opt/envs /opt/envs" in run and "COPY --from=build /opt/distpad /opt/distpad" in run
+
+
+def test_ssh_by_hand_reads_what_distpad_pod_writes():
+    from distpad.launcher import sshfiles
+
+    (line,) = [line for line in (IMAGE / "ssh_config").read_text().splitlines() if line[:1] != "#"]
+    written = str(sshfiles.folder()).replace(f"-{os.getuid()}", "-10001")
+    assert line == f"Include {written}/ssh_config"
+    assert any(rest.endswith(" /etc/ssh/ssh_config.d/distpad.conf") for _, rest in instructions("current"))
+
+
+# -- system.sh --------------------------------------------------------------------------------------------------------
+
+
+def run_system(tmp_path: pathlib.Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
+    """Run it on a root of its own, with an apt-get and a useradd that only note how they are called."""
+    stubs, root = tmp_path / "bin", tmp_path / "root"
+    stubs.mkdir()
+    (root / "etc" / "ssh").mkdir(parents=True)
+    (root / "var" / "lib" / "apt" / "lists").mkdir(parents=True)
+    (root / "var" / "lib" / "apt" / "lists" / "list").touch()
+    for name in ("ssh_host_rsa_key", "sshd_config"):
+        (root / "etc" / "ssh" / name).touch()
+    for name in ("apt-get", "useradd"):
+        (stubs / name).write_text(f'#!/bin/sh\necho {name} "$@" >>{tmp_path}/calls\n')
+        (stubs / name).chmod(0o755)
+    env = {"PATH": f"{stubs}:/usr/bin:/bin", "ROOT": str(root)}
+    done = subprocess.run([SYSTEM, *arguments], env=env, capture_output=True, text=True, timeout=30)
+    calls = tmp_path / "calls"
+    return done, [line.split() for line in calls.read_text().splitlines()] if calls.exists() else []
+
+
+def packages(calls: list[list[str]]) -> set[str]:
+    (install,) = [call for call in calls if "install" in call]
+    assert "--no-install-recommends" in install
+    return {word for word in install[install.index("install") + 1 :] if word[0] != "-"}
+
+
+def test_what_builds_horovod_is_installed(tmp_path):
+    done, calls = run_system(tmp_path, "build")
+    assert done.returncode == 0, done.stderr
+    told = set()  # what the script itself would tell somebody to install
+    for each in re.findall(r"install_command '([^']+)'", (ROOT / "launch" / "install_horovod.sh").read_text()):
+        told |= set(each.split())
+    assert told and told <= packages(calls)
+
+
+def test_the_stage_that_runs(tmp_path):
+    done, calls = run_system(tmp_path, "run")
+    assert done.returncode == 0, done.stderr
+    assert packages(calls) == {"openmpi-bin", "openssh-client", "openssh-server"}
+    assert {path.name for path in (tmp_path / "root" / "etc" / "ssh").iterdir()} == {"sshd_config"}  # no host's key
+    assert not list((tmp_path / "root" / "var" / "lib" / "apt" / "lists").iterdir())
+    (user,) = [call for call in calls if call[0] == "useradd"]
+    assert user[1:3] == ["--uid", "10001"] and user[user.index("--home-dir") + 1] == "/tmp"
+
+
+@pytest.mark.skipif(shutil.which("apt-get") is None, reason="Debian's packages are looked up on Debian")
+def test_debian_has_the_packages(tmp_path):
+    names = set()
+    for stage in ("build", "run"):
+        (tmp_path / stage).mkdir()
+        names |= packages(run_system(tmp_path / stage, stage)[1])
+    done = subprocess.run(["apt-get", "--simulate", "install", *sorted(names)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [(), ("all",)])
+def test_wrong_use(tmp_path, arguments):
+    done, calls = run_system(tmp_path, *arguments)
+    assert done.returncode == 2 and calls == [] and "expected build or run" in done.stderr

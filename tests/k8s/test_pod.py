@@ -1,0 +1,455 @@
+"""`distpad pod` in pods: which are network namespaces, with what Kubernetes and its operators put there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+
+import pytest
+
+from cluster import hosts, pods
+from launched import WORKER
+
+HERE = pathlib.Path(__file__).resolve().parent
+SUMMING = HERE / "summing.py"
+POD = [sys.executable, "-m", "distpad", "pod"]
+QUICK = ("--grace-s", "3", "--wait-s", "20")
+TRAINING_LIMIT_S = 150
+
+pytestmark = pytest.mark.timeout(240)
+
+
+# -- pods that are started as a Job's and a JobSet's ------------------------------------------------------------------
+
+
+def of_job(index: int, workers: int) -> dict[str, str]:
+    """What a pod of the Indexed Job "train" is told."""
+    return {
+        "JOB_COMPLETION_INDEX": str(index),
+        "POD_NAMESPACE": pods.NAMESPACE,
+        "DISTPAD_JOB_NAME": "train",
+        "DISTPAD_SERVICE": "workers",
+        "DISTPAD_WORKERS": str(workers),
+    }
+
+
+def of_jobset(index: int, workers: int) -> dict[str, str]:
+    """What a pod of the JobSet "train" is told, whose replicated job is "node"."""
+    return {
+        "JOB_COMPLETION_INDEX": str(index),
+        "DISTPAD_JOBSET_NAME": "train",
+        "DISTPAD_REPLICATED_JOB": "node",
+        "DISTPAD_JOB_INDEX": "0",
+        "DISTPAD_WORKERS": str(workers),
+    }
+
+
+# kind | host names | Service | variables
+GANGS = {
+    "indexed-job": ("train-{}", "workers", of_job),
+    "jobset": ("train-node-0-{}", "train", of_jobset),
+    "trainjob": ("train-node-0-{}", "train", of_jobset),
+}
+
+
+@contextlib.contextmanager
+def gang(kind: str, count: int, workers: int | None = None):
+    """Pods, and what starts the entry point in each."""
+    name, service, told = GANGS[kind]
+    with pods.up([name.format(index) for index in range(count)], service=service) as up:
+
+        def start(index: int, *command, flags=QUICK, **env) -> subprocess.Popen:
+            argv = [*POD, kind, *flags, "--", *map(str, command)]
+            return up[index].popen(argv, {**told(index, workers or count), **env})
+
+        yield up, start
+
+
+def scripted(*words) -> list:
+    return [sys.executable, WORKER, *words]
+
+
+def finish(*processes: subprocess.Popen, limit_s: float = 60) -> tuple[list[int], list[str]]:
+    """Their exit codes, and what they wrote."""
+    end = time.monotonic() + limit_s
+    said = [process.communicate(timeout=max(1, end - time.monotonic()))[0] for process in processes]
+    return [process.returncode for process in processes], said
+
+
+def wait_for(process: subprocess.Popen, words: str, limit_s: float = 60) -> None:
+    """Read what it writes up to a line with these words."""
+    end, lines = time.monotonic() + limit_s, []
+    while time.monotonic() < end:
+        lines.append(process.stdout.readline())
+        if words in lines[-1]:
+            return
+        assert lines[-1], "".join(lines)
+    raise TimeoutError("".join(lines))
+
+
+# -- the world --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["indexed-job", "jobset"])
+def test_workers_sum(kind):
+    """TensorFlow trains, as an ordinary user, with nothing to write to but /tmp."""
+    with gang(kind, 2) as (_, start):
+        codes, said = finish(*(start(i, sys.executable, SUMMING, 3) for i in range(2)), limit_s=TRAINING_LIMIT_S)
+    assert codes == [0, 0], said
+    assert [f"worker {i} of 2 sums" in said[i] for i in range(2)] == [True, True] and "step 2" in said[1]
+
+
+@pytest.mark.parametrize("kind", GANGS)
+def test_what_the_training_is_told(kind):
+    with gang(kind, 3) as (_, start):
+        codes, said = finish(*(start(i, *scripted("all=say"), MINE="x y") for i in range(3)))
+    name, service, _ = GANGS[kind]
+    behind = f"{service}.{pods.NAMESPACE}.svc" if kind == "indexed-job" else service
+    for index, text in enumerate(said):
+        assert f'{{\\"type\\": \\"worker\\", \\"index\\": {index}}}' in text and '"MINE": "x y"' in text
+        for other in range(3):
+            assert f"{name.format(other)}.{behind}:2222" in text
+        assert '"DISTPAD_WORKERS": "3"' in text and '"DISTPAD_HOSTS": "3"' in text
+    assert codes == [0, 0, 0]
+
+
+# -- peers that do not come -------------------------------------------------------------------------------------------
+
+
+def test_a_peer_that_is_not_there_is_named():
+    with gang("indexed-job", 3) as (_, start):
+        began = time.monotonic()
+        flags = ("--wait-s", "3")
+        codes, said = finish(*(start(i, *scripted("all=sleep:60"), flags=flags) for i in (0, 2)), limit_s=20)
+    assert codes == [3, 3] and time.monotonic() < began + 12
+    assert all("not there within 3 s: train-1.workers.default.svc\n" in text for text in said), said
+
+
+def test_a_peer_that_nobody_knows_is_named():
+    with gang("indexed-job", 2, workers=3) as (_, start):
+        codes, said = finish(*(start(i, *scripted("all=sleep:60"), flags=("--wait-s", "3")) for i in range(2)))
+    assert codes == [3, 3]
+    assert all("3 s: train-2.workers.default.svc (nothing knows the name)" in text for text in said), said
+
+
+def test_the_first_pod_is_not_there():
+    with gang("jobset", 2) as (_, start):
+        codes, said = finish(start(1, *scripted("all=sleep:60"), flags=("--wait-s", "2")))
+    assert codes == [3] and "train-node-0-0.train (nobody answers there on port 2223)" in said[0]
+
+
+def test_pods_that_come_late():
+    with gang("indexed-job", 2) as (_, start):
+        second = start(1, *scripted("all=exit:0"))
+        time.sleep(3)
+        codes, said = finish(start(0, *scripted("all=exit:0")), second)
+    assert codes == [0, 0], said
+
+
+def test_pods_that_were_told_different_numbers():
+    with gang("indexed-job", 3) as (_, start):
+        first = start(0, *scripted("all=exit:0"), DISTPAD_WORKERS="2", flags=("--wait-s", "5"))
+        codes, said = finish(start(1, *scripted("all=exit:0")), first)
+    first, second = (f"train-{i}.workers.default.svc" for i in range(2))
+    assert codes == [2, 3] and f"pod: {first} was told of 2 workers, {second} of 3, expected the same" in said[0]
+
+
+# -- ends -------------------------------------------------------------------------------------------------------------
+
+
+def test_an_exit_code_arrives():
+    with gang("indexed-job", 3) as (up, start):
+        codes, said = finish(*(start(i, *scripted("1=exit:42", "all=sleep:60")) for i in range(3)), limit_s=30)
+        assert [pod.host.processes() for pod in up] == [[], [], []]
+    assert codes == [4, 42, 4], said
+    assert "train-1.workers.default.svc failed (exit code 42): the training cannot go on" in said[2]
+
+
+def test_nobody_succeeds_before_all_have():
+    with gang("indexed-job", 2) as (_, start):
+        began = time.monotonic()
+        codes, said = finish(*(start(i, *scripted("1=sleep:3")) for i in range(2)))
+        assert codes == [0, 0] and time.monotonic() > began + 3, said
+        codes, said = finish(*(start(i, *scripted("1=sleep:2", "1=exit:9")) for i in range(2)))
+        assert codes == [4, 9] and "this worker was done, and has to start again with the others" in said[0]
+
+
+def test_others_that_do_not_finish():
+    with gang("indexed-job", 2) as (_, start):
+        flags = (*QUICK, "--finish-s", "2")
+        codes, said = finish(*(start(i, *scripted("1=sleep:60"), flags=flags) for i in range(2)), limit_s=30)
+    assert codes == [124, 4] and "not all others within 2 s" in said[0]
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_pod_that_is_killed(lost):
+    with gang("indexed-job", 2) as (up, start):
+        running = [start(i, *scripted("all=ignore-terms", "all=sleep:60")) for i in range(2)]
+        wait_for(running[1 - lost], "ignoring")
+        up[lost].kill()
+        codes, said = finish(*running, limit_s=20)
+    assert codes[lost] == -signal.SIGKILL and codes[1 - lost] == 4
+    assert f"train-{lost}.workers.default.svc was lost: the training cannot go on" in said[1 - lost]
+
+
+def test_a_pod_that_is_killed_in_training():
+    """TensorFlow's own error, or the limit: not a hang."""
+    with gang("indexed-job", 2) as (up, start):
+        running = [start(i, sys.executable, SUMMING, 1000, 0.2) for i in range(2)]
+        wait_for(running[0], "step 2", TRAINING_LIMIT_S)
+        up[1].kill()
+        codes, said = finish(*running, limit_s=30)
+    assert codes[0] != 0 and "train-1.workers.default.svc was lost" in said[0], said
+
+
+def test_a_pod_that_is_cut_off():
+    with gang("indexed-job", 2) as (up, start):
+        running = [start(i, *scripted("all=write:1", "all=sleep:100")) for i in range(2)]
+        wait_for(running[0], "line 0")
+        up[1].host.cut()
+        codes, said = finish(*running, limit_s=50)  # both find out by silence
+    assert codes == [4, 4], said
+    assert "train-1.workers.default.svc was lost" in said[0] and "train-0.workers.default.svc was lost" in said[1]
+
+
+def test_a_replaced_pod_waits_until_all_are_replaced():
+    with gang("indexed-job", 2) as (up, start):
+        flags = ("--grace-s", "4", "--wait-s", "40")
+        first = start(0, *scripted("all=ignore-terms", "all=sleep:60"), flags=flags)
+        start(1, *scripted("all=sleep:60"))
+        wait_for(first, "ignoring")
+        up[1].kill()
+        second = start(1, *scripted("all=exit:0"), flags=flags)  # while the first still holds on to the old gang
+        codes, said = finish(first)
+        assert codes == [4], said
+        codes, said = finish(start(0, *scripted("all=exit:0")), second)
+    assert codes == [0, 0], said
+
+
+def at_sigterm(code: int) -> list:
+    """A training that ends with a code when it is told to stop."""
+    program = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(CODE)); print('up'); time.sleep(60)"
+    return [sys.executable, "-uc", program.replace("CODE", str(code))]
+
+
+def test_sigterm_is_passed_on_to_all():
+    with gang("indexed-job", 2) as (_, start):
+        running = [start(i, *at_sigterm(77)) for i in range(2)]
+        for process in running:
+            wait_for(process, "up")
+        running[1].terminate()
+        codes, said = finish(*running, limit_s=20)
+    assert codes == [4, 77], said  # the first did not have to go
+    assert "got SIGTERM: passing it on" in said[1] and "train-1.workers.default.svc has to go" in said[0]
+
+
+def test_a_training_that_stops_at_sigterm_is_not_done():
+    with gang("indexed-job", 1) as (_, start):
+        running = start(0, *at_sigterm(0))
+        wait_for(running, "up")
+        running.terminate()
+        assert finish(running)[0] == [143]
+
+
+def test_sigterm_while_it_waits():
+    with gang("indexed-job", 2) as (_, start):
+        waiting = start(0, *scripted("all=exit:0"))
+        time.sleep(2)
+        waiting.terminate()
+        codes, _ = finish(waiting, limit_s=5)
+    assert codes == [143]
+
+
+def test_a_command_that_is_not_there():
+    with gang("indexed-job", 1) as (_, start):
+        codes, said = finish(start(0, "no-such-command"))
+    assert codes == [127] and "cannot start no-such-command" in said[0]
+
+
+def test_settings_that_are_missing():
+    with gang("indexed-job", 1) as (_, start):
+        codes, said = finish(start(0, "true", DISTPAD_WORKERS=""))
+    assert codes == [2] and "pod: DISTPAD_WORKERS is" in said[0]
+
+
+# -- MPI --------------------------------------------------------------------------------------------------------------
+
+NAMES = ("train-launcher", "train-worker-0", "train-worker-1")
+MPI_HOSTS = [f"{name}.train.{pods.NAMESPACE}.svc" for name in NAMES[1:]]
+# what the MPI operator sets on the launcher (pkg/controller/mpi_job_controller.go of v0.8)
+OPERATOR = {
+    "K_MPI_JOB_ROLE": "launcher",
+    "OMPI_MCA_orte_keep_fqdn_hostnames": "true",
+    "OMPI_MCA_orte_set_default_slots": "1",
+    "OMPI_MCA_plm_rsh_args": "-o ConnectionAttempts=10",
+    "NVIDIA_VISIBLE_DEVICES": "",
+    "NVIDIA_DRIVER_CAPABILITIES": "",
+}
+
+
+class MpiJob:
+    """The pods of an MPIJob "train" with two workers, and what the operator mounts there."""
+
+    def __init__(self, up, folder: pathlib.Path) -> None:
+        (self.launcher, *self.workers), self.folder = up, folder
+        self.sshds: list[subprocess.Popen] = []
+
+    def start_workers(self, *which: int) -> None:
+        for index in which:
+            argv = [*POD, "mpi-worker", "--keys", self.folder / "ssh"]
+            self.sshds.append(self.workers[index].popen(argv, {"K_MPI_JOB_ROLE": "worker"}))
+
+    def discover(self, *which: int) -> None:
+        """What the operator writes of the pods that run."""
+        script = self.folder / "mpi" / "discover_hosts.sh"
+        fresh = script.with_suffix(".new")
+        fresh.write_text("#!/bin/sh\n" + "".join(f"echo {MPI_HOSTS[i]}\n" for i in which))
+        fresh.chmod(0o555)
+        os.replace(fresh, script)
+
+    def start(self, kind: str, *command, flags=(), **env) -> subprocess.Popen:
+        mounted = self.folder / "mpi"
+        told = {**OPERATOR, "OMPI_MCA_orte_default_hostfile": str(mounted / "hostfile"), "DISTPAD_WORKERS": "2"}
+        where = ("--keys", self.folder / "ssh", "--host-discovery-script", mounted / "discover_hosts.sh")
+        argv = [*POD, kind, *QUICK, *where, *flags, "--", *map(str, command)]
+        return self.launcher.popen(argv, {**told, **env})
+
+
+@pytest.fixture
+def mpi_job():
+    if shutil.which("mpirun") is None:
+        missing = "no mpirun. Debian: apt-get install openmpi-bin"
+        (pytest.fail if os.environ.get("DISTPAD_CI") else pytest.skip)(missing)
+    with tempfile.TemporaryDirectory(prefix="distpad-mpi-job-") as name:
+        folder = pathlib.Path(name)
+        folder.chmod(0o755)
+        keys, mounted = folder / "ssh", folder / "mpi"
+        keys.mkdir()
+        mounted.mkdir()
+        # the operator makes such a key, and calls it id_rsa; a Secret's files are root's, readable for the fsGroup
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "521", "-N", "", "-C", "", "-f", keys / "id_rsa"], check=True
+        )
+        shutil.copy(keys / "id_rsa.pub", keys / "authorized_keys")
+        for file in keys.iterdir():
+            os.chown(file, 0, hosts.USER)
+            file.chmod(0o440)
+        (mounted / "hostfile").write_text("".join(f"{host} slots=1\n" for host in MPI_HOSTS))
+        with pods.up(NAMES, service="train", shared=[folder]) as up:
+            yield MpiJob(up, folder)
+
+
+HOROVOD = [sys.executable, "-m", "distpad", "certify", "--replicas", "2", "--cases", "2"]
+
+
+def test_mpirun_over_ssh_as_an_ordinary_user(mpi_job):
+    mpi_job.start_workers(0, 1)
+    codes, said = finish(mpi_job.start("mpi-launcher", *HOROVOD), limit_s=TRAINING_LIMIT_S)
+    assert codes == [0], said
+    assert "2 replicas on 2 workers" in said[0] and "NOT PASSED" not in said[0]
+    (key,) = mpi_job.workers[0].run(["stat", "-c", "%a %u", f"/tmp/distpad-ssh-{hosts.USER}/key"]).stdout.splitlines()
+    assert key == f"600 {hosts.USER}"
+
+
+def test_an_mpi_worker_that_exits_with_42(mpi_job):
+    mpi_job.start_workers(0, 1)
+    codes, said = finish(mpi_job.start("mpi-launcher", *scripted("1=exit:42", "0=sleep:60")))
+    assert codes == [42], said
+
+
+def test_an_mpi_worker_pod_that_is_killed(mpi_job):
+    mpi_job.start_workers(0, 1)
+    running = mpi_job.start("mpi-launcher", *scripted("all=write:1", "all=sleep:100"))
+    wait_for(running, "line 0")
+    mpi_job.workers[1].kill()
+    codes, said = finish(running, limit_s=40)
+    assert codes == [4] and f"{MPI_HOSTS[1]} was lost" in said[0], said
+
+
+def test_sigterm_at_the_mpi_launcher(mpi_job):
+    mpi_job.start_workers(0, 1)
+    running = mpi_job.start("mpi-launcher", *scripted("all=write:1", "all=sleep:100"))
+    wait_for(running, "line 0")
+    running.terminate()
+    codes, said = finish(running, limit_s=30)
+    assert codes == [143], said
+
+
+def test_an_mpi_job_starts_again_when_its_pods_are_back(mpi_job):
+    mpi_job.start_workers(0, 1)
+    program = """
+import os, time
+print("attempt", os.environ["DISTPAD_ATTEMPT"], flush=True)
+time.sleep(100 if os.environ["DISTPAD_ATTEMPT"] == "0" else 0)
+"""
+    running = mpi_job.start("mpi-launcher", sys.executable, "-c", program, DISTPAD_MAX_RESTARTS="1")
+    wait_for(running, "[worker 1] attempt 0")
+    mpi_job.workers[1].kill()
+    wait_for(running, "starting again")
+    time.sleep(3)
+    mpi_job.start_workers(1)
+    codes, said = finish(running)
+    assert codes == [0] and "[worker 1] attempt 1" in said[0], said
+
+
+def test_sigterm_at_an_mpi_worker(mpi_job):
+    """The training hears of it, and has time to save what there is: its own end is the job's."""
+    mpi_job.start_workers(0, 1)
+    running = mpi_job.start("mpi-launcher", *at_sigterm(77))
+    wait_for(running, "[worker 1] up")
+    mpi_job.sshds[1].terminate()
+    codes, said = finish(running, mpi_job.sshds[1], limit_s=30)
+    assert codes == [77, 143], said
+    assert f"worker 1 on {MPI_HOSTS[1]} failed first (exit code 77)" in said[0]
+    assert "got SIGTERM: passing it on to 1 workers" in said[1]
+
+
+def test_an_mpi_worker_that_is_not_there_is_named(mpi_job):
+    mpi_job.start_workers(0)
+    codes, said = finish(mpi_job.start("mpi-launcher", *HOROVOD, flags=("--wait-s", "3")), limit_s=20)
+    assert codes == [3] and f"not there within 3 s: {MPI_HOSTS[1]} (no sshd answers on port 2222)" in said[0]
+
+
+def test_a_hostfile_with_other_pods_than_promised(mpi_job):
+    codes, said = finish(mpi_job.start("mpi-launcher", *HOROVOD, DISTPAD_WORKERS="3"))
+    assert codes == [2] and "DISTPAD_WORKERS is 3" in said[0] and MPI_HOSTS[1] in said[0]
+
+
+def test_an_elastic_job_by_the_operators_script(mpi_job):
+    """The script prints hosts without slots, and those that run: at first one of two."""
+    mpi_job.discover()
+    mpi_job.start_workers(0, 1)
+    running = mpi_job.start("mpi-elastic-launcher", *HOROVOD, flags=("--min-np", "2"), DISTPAD_SLOTS="1")
+    time.sleep(2)
+    mpi_job.discover(0, 1)
+    codes, said = finish(running, limit_s=TRAINING_LIMIT_S)
+    assert codes == [0], said
+    assert "2 replicas on 2 workers" in said[0]
+
+
+def test_an_elastic_job_without_pods(mpi_job):
+    mpi_job.discover()
+    codes, said = finish(mpi_job.start("mpi-elastic-launcher", *HOROVOD, flags=("--wait-s", "2"), DISTPAD_SLOTS="1"))
+    assert codes == [3] and "pods for 1 workers" in said[0]
+
+
+def test_keys_that_are_not_there(mpi_job):
+    argv = [*POD, "mpi-worker", "--keys", mpi_job.folder / "nothing"]
+    done = mpi_job.workers[0].run(argv)
+    assert done.returncode == 2 and "expected the key pair of the operator's Secret" in done.stdout
+
+
+def test_the_keys_stay_private(mpi_job):
+    mpi_job.start_workers(0)
+    time.sleep(2)
+    place = f"/tmp/distpad-ssh-{hosts.USER}"
+    found = mpi_job.workers[0].run(["stat", "-c", "%a", place, f"{place}/key"]).stdout.split()
+    assert [int(mode, 8) & (stat.S_IRWXG | stat.S_IRWXO) for mode in found] == [0, 0]

@@ -1,0 +1,177 @@
+"""What a pod works out from its environment: who it is, who the others are, and which job it launches."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+
+import pytest
+
+from distpad.launcher import gang, pod, spec, sshfiles
+
+JOB = {
+    "JOB_COMPLETION_INDEX": "1",
+    "DISTPAD_JOB_NAME": "train",
+    "DISTPAD_SERVICE": "workers",
+    "DISTPAD_WORKERS": "3",
+}
+JOBSET = {
+    "JOB_COMPLETION_INDEX": "1",
+    "DISTPAD_JOBSET_NAME": "train",
+    "DISTPAD_REPLICATED_JOB": "node",
+    "DISTPAD_JOB_INDEX": "1",
+    "DISTPAD_JOBS": "2",
+    "DISTPAD_WORKERS": "4",
+}
+
+
+# -- gangs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_pod_of_an_indexed_job():
+    found = pod.member("indexed-job", JOB, 2222)
+    assert (found.index, found.name) == (1, "train-1.workers")
+    assert found.names == ("train-0.workers", "train-1.workers", "train-2.workers")
+    assert json.loads(found.tf_config)["cluster"]["worker"][2] == "train-2.workers:2222"
+
+
+def test_the_namespace_is_part_of_the_names():
+    assert pod.member("indexed-job", {**JOB, "POD_NAMESPACE": "team"}, 2222).name == "train-1.workers.team.svc"
+
+
+@pytest.mark.parametrize("kind", ["jobset", "trainjob"])
+def test_a_pod_of_a_jobset(kind):
+    found = pod.member(kind, JOBSET, 3000)
+    assert found.names == tuple(f"train-node-{job}-{each}.train" for job in range(2) for each in range(2))
+    assert found.index == 3 and json.loads(found.tf_config)["cluster"]["worker"][0].endswith(":3000")
+
+
+def test_a_jobset_of_one_job_in_a_subdomain_of_its_own():
+    told = {**JOBSET, "DISTPAD_JOB_INDEX": "0", "DISTPAD_JOBS": "", "DISTPAD_SERVICE": "mesh"}
+    assert pod.member("jobset", told, 2222).names[3] == "train-node-0-3.mesh"
+
+
+def test_what_a_training_gets():
+    env = pod.member("indexed-job", JOB, 2222).env({"MINE": "x", "TF_CONFIG": "old"})
+    assert env["MINE"] == "x" and json.loads(env["TF_CONFIG"])["task"] == {"type": "worker", "index": 1}
+    promised = {name: env[f"DISTPAD_{name}"] for name in ("BACKEND", "WORKERS", "HOSTS", "RANK")}
+    assert promised == {"BACKEND": "multiworker", "WORKERS": "3", "HOSTS": "3", "RANK": "1"}
+
+
+@pytest.mark.parametrize("name", JOB)
+def test_a_missing_variable_says_who_sets_it(name):
+    with pytest.raises(ValueError, match=f"pod: {name} is not set: .+ sets it"):
+        pod.member("indexed-job", {**JOB, name: ""}, 2222)
+
+
+@pytest.mark.parametrize("name", ["DISTPAD_JOBSET_NAME", "DISTPAD_REPLICATED_JOB", "DISTPAD_JOB_INDEX"])
+def test_a_missing_label_is_named(name):
+    with pytest.raises(ValueError, match=rf"pod: {name} is not set: .+ from the label jobset\.sigs\.k8s\.io/"):
+        pod.member("jobset", {**JOBSET, name: ""}, 2222)
+
+
+@pytest.mark.parametrize("workers", ["0", "two", "-1", "1.5"])
+def test_a_number_that_is_none(workers):
+    with pytest.raises(ValueError, match=r"pod: DISTPAD_WORKERS is '.+', expected a whole number from 1\."):
+        pod.member("indexed-job", {**JOB, "DISTPAD_WORKERS": workers}, 2222)
+
+
+def test_numbers_that_do_not_go_together():
+    with pytest.raises(ValueError, match="DISTPAD_WORKERS is 3, expected a multiple of DISTPAD_JOBS, 2"):
+        pod.member("jobset", {**JOBSET, "DISTPAD_WORKERS": "3"}, 2222)
+    with pytest.raises(ValueError, match="from 0 to 2"):
+        pod.member("indexed-job", {**JOB, "JOB_COMPLETION_INDEX": "3"}, 2222)
+
+
+# -- MPI --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mpi(tmp_path):
+    (tmp_path / "hostfile").write_text("t-worker-0.t.ns.svc slots=2\nt-worker-1.t.ns.svc slots=2\n")
+    return pod.Mpi(
+        ("python", "train.py"), ssh_config="/x/ssh_config", identity="/x/key", hostfile=str(tmp_path / "hostfile")
+    )
+
+
+def test_the_job_of_an_operators_host_file(mpi):
+    job = mpi.job({"DISTPAD_WORKERS": "2"})
+    assert job.hosts == (spec.Host("t-worker-0.t.ns.svc", 2), spec.Host("t-worker-1.t.ns.svc", 2))
+    assert (job.np, job.launcher, job.backend, job.network_interface) == (4, "mpirun", "horovod", "eth0")
+    assert job.ssh_args == ("-F", "/x/ssh_config") and job.max_restarts == 0
+    assert mpi.job({"DISTPAD_MAX_RESTARTS": "3"}).max_restarts == 3
+
+
+def test_the_operators_variable_tells_where_its_host_file_is(mpi):
+    told = {"OMPI_MCA_orte_default_hostfile": mpi.hostfile}
+    assert pod.Mpi(("train",)).job(told).np == 4
+    with pytest.raises(ValueError, match="/etc/mpi/hostfile cannot be read"):
+        pod.Mpi(("train",)).job({})
+
+
+def test_a_host_file_with_other_pods_than_promised(mpi):
+    with pytest.raises(ValueError, match=r"DISTPAD_WORKERS is 3, expected .+ names 2: t-worker-0\.t\.ns\.svc, "):
+        mpi.job({"DISTPAD_WORKERS": "3"})
+
+
+def test_an_elastic_job(mpi):
+    job = mpi.elastic_job({"DISTPAD_WORKERS": "3", "DISTPAD_SLOTS": "2"})
+    assert (job.min_np, job.max_np, job.slots_per_host, job.launcher) == (2, 6, 2, "horovodrun")
+    assert job.host_discovery_script == "/etc/mpi/discover_hosts.sh"
+    assert job.ssh_args == ("-p", "2222", "-i", "/x/key")
+    assert not pod.enough(job, ()) and pod.enough(job, (spec.Host("a", 2),))
+    with pytest.raises(ValueError, match=r"DISTPAD_SLOTS is not set: .+ which the discovery script leaves out"):
+        mpi.elastic_job({"DISTPAD_WORKERS": "3"})
+
+
+# -- the files of ssh -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def keys(tmp_path):
+    folder = tmp_path / "secret"
+    folder.mkdir()
+    for name, content in (("id_rsa", "private"), ("id_rsa.pub", "ssh-x AAAA"), ("authorized_keys", "ssh-x AAAA")):
+        (folder / name).write_text(f"{content}\n")
+        (folder / name).chmod(0o440)
+    return folder
+
+
+def test_the_files_of_ssh(keys, tmp_path):
+    place = tmp_path / "private"
+    for _ in range(2):  # the second time over the first, as where a container is started again in its pod
+        sshfiles.write(keys, place, 2222)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in [place, *place.iterdir()]}
+    assert modes.pop("private") == 0o700 and set(modes.values()) == {0o600}
+    assert (place / "key").read_text() == "private\n"
+    assert (place / "known_hosts").read_text() == "* ssh-x AAAA\n"  # of all pods, and it is checked
+    assert f"HostKey {place}/key\n" in (place / "sshd_config").read_text()
+    client = (place / "ssh_config").read_text()
+    assert "Port 2222\n" in client and "StrictHostKeyChecking yes\n" in client
+
+
+def test_keys_that_are_missing(keys, tmp_path):
+    (keys / "authorized_keys").unlink()
+    with pytest.raises(ValueError, match=r"authorized_keys cannot be read \(No such file or directory\), expected"):
+        sshfiles.write(keys, tmp_path / "private", 2222)
+
+
+def test_a_folder_that_others_may_read(keys, tmp_path):
+    place = tmp_path / "open"
+    place.mkdir(mode=0o755)
+    with pytest.raises(ValueError, match="expected a folder of ours"):
+        sshfiles.write(keys, place, 2222)
+    assert list(place.iterdir()) == []
+
+
+def test_the_folder_is_the_users():
+    assert sshfiles.folder() == pathlib.Path(f"/tmp/distpad-ssh-{os.getuid()}")
+
+
+# -- words ------------------------------------------------------------------------------------------------------------
+
+
+def test_few_names_are_shown():
+    assert gang.few(["a", "b"]) == "a, b"
+    assert gang.few([str(i) for i in range(20)]) == "0, 1, 2, 3, 4, 5, 6, 7 and 12 more"
