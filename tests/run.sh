@@ -17,13 +17,13 @@ multiworker:2 | current classic | 12 | world multiworker:2
 horovod:2     | current classic | 12 | world horovod:2
 horovod:3     | current classic | 12 | world horovod:3
 mpirun:2      | current classic | 12 | world mpirun:2
-launch        | current classic | 12 | pytests tests/launch --ignore tests/launch/test_launcher.py
-launcher      | current         | 12 | pytests tests/launch/test_launcher.py
-cluster       | current         | 25 | launch/environment.sh current --openmpi5 --horovod && pytests tests/cluster
-smoke         | classic         | 20 | launch/environment.sh classic --openmpi5 --horovod && pytests -m smoke tests/cluster
+launch        | current classic | 20 | pytests tests/launch --ignore tests/launch/test_launcher.py
+launcher      | current         | 20 | pytests tests/launch/test_launcher.py
+cluster       | current         | 35 | launch/environment.sh current --openmpi5 --horovod && pytests tests/cluster
+smoke         | classic         | 25 | launch/environment.sh classic --openmpi5 --horovod && pytests -m smoke tests/cluster
 mutants       | current         | 20 | python tests/mutants.py
 examples      | current classic | 20 | pytests tests/examples
-k8s           | current         | 15 | tests/k8s/tools.sh && pytests tests/k8s
+k8s           | current         | 25 | tests/k8s/tools.sh && pytests tests/k8s
 '
 
 # what tells that it is here | the Debian package that brings it
