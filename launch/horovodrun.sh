@@ -13,10 +13,9 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/python.sh"
 find_python
 
-# Horovod says after 60 s which ranks have not come to a collective, and ends a job that waited for five minutes: without
-# the second it would wait for ever. Set it to more than the longest pause of a rank, such as an evaluation on rank 0.
-export HOROVOD_STALL_CHECK_TIME_SECONDS=${HOROVOD_STALL_CHECK_TIME_SECONDS:-60}
-export HOROVOD_STALL_SHUTDOWN_TIME_SECONDS=${HOROVOD_STALL_SHUTDOWN_TIME_SECONDS:-300}
+# Horovod says after 60 s which ranks have not come to a collective, and ends a job that waited for five minutes: distpad
+# launch sets that, since by default it would wait for ever. Where a rank pauses for longer, as for an evaluation on rank
+# 0, set HOROVOD_STALL_SHUTDOWN_TIME_SECONDS to more before the call.
 # What NCCL says: WARN for what is wrong; INFO also for the interface and the transport that it takes between hosts.
 # --network-interface eth0 sets NCCL_SOCKET_IFNAME. NCCL_IB_DISABLE=1 keeps it from an InfiniBand that does not work.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Horovod over MPI, a process a GPU, started by mpirun: where MPI knows the network best (InfiniBand, Omni-Path).
+# Horovod over MPI, a process a GPU, started by mpirun: where there is an MPI already.
 #
 #   launch/mpirun.sh -np 4 -- python train.py                                 four processes here
 #   launch/mpirun.sh -H node1:4,node2:4 --network-interface ib0 -- python train.py
@@ -15,8 +15,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/python.sh"
 find_python
 
 # As in horovodrun.sh: a rank that does not come is named after 60 s, and ends the job after five minutes.
-export HOROVOD_STALL_CHECK_TIME_SECONDS=${HOROVOD_STALL_CHECK_TIME_SECONDS:-60}
-export HOROVOD_STALL_SHUTDOWN_TIME_SECONDS=${HOROVOD_STALL_SHUTDOWN_TIME_SECONDS:-300}
 # What NCCL says: WARN for what is wrong; INFO also for the interface and the transport that it takes between hosts.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 

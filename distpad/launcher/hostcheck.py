@@ -72,16 +72,27 @@ def _wrong_names(job: spec.Job, facts: Mapping[str, Mapping[str, Any]]) -> list[
             is_own = name in (here, each["host"])
             if is_own and job.controller != "gloo":
                 continue  # only Gloo asks for its own name
-            if not addresses:
-                which = f"its own name {name}" if is_own else f"the name {name}"
-                found.append(f"{here} does not know {which}. Add it to the DNS, or to /etc/hosts there.")
-            elif any(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in addresses):
-                which = "its own name" if is_own else "the name"
-                found.append(
-                    f"on {here}, {which} {name} leads to {', '.join(addresses)}, the loopback, where no other host can "
-                    f"connect. Give {name} its real address in /etc/hosts there."
-                )
+            trouble = trouble_with(name, addresses, is_own=is_own)
+            if trouble:
+                found.append(f"on {here}, {trouble[0]}. {trouble[1]}")
     return found
+
+
+def trouble_with(name: str, addresses: Sequence[str], *, is_own: bool) -> tuple[str, str] | None:
+    """What is wrong with a host's name as one of the hosts sees it, and the remedy there; None where nothing is.
+
+    Args:
+      name: of a host.
+      addresses: where it leads.
+      is_own: whether it is that of the host which sees it so.
+    """
+    which = f"its own name {name}" if is_own else f"the name {name}"
+    if not addresses:
+        return f"it does not know {which}", "Add it to the DNS, or to /etc/hosts there."
+    if any(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in addresses):
+        leads = f"{which} leads to {', '.join(addresses)}, the loopback, where no other host can connect"
+        return leads, f"Give {name} its real address in /etc/hosts there."
+    return None
 
 
 def interface(facts: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:

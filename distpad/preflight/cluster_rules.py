@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from distpad.launcher import hostcheck
 from distpad.preflight.findings import Finding, Question, error, warning
 
 AllFacts = Mapping[str, Mapping[str, Any]]
@@ -31,15 +31,9 @@ def names(facts: AllFacts, question: Question) -> Iterator[Finding]:
             own = name in (here, each["host"])
             if not own and name not in facts:
                 continue  # of that host there is worse to tell
-            if not addresses and not own:
-                yield error(here, f"it does not know the name {name}", "Add it to the DNS, or to /etc/hosts there.")
-            elif any(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in addresses):
-                which = "its own name" if own else "the name"
-                yield error(
-                    here,
-                    f"{which} {name} leads to {', '.join(addresses)}, the loopback, where no other host can connect",
-                    f"Give {name} its real address in /etc/hosts there.",
-                )
+            trouble = hostcheck.trouble_with(name, addresses, is_own=own)
+            if trouble:
+                yield error(here, *trouble)
 
 
 def versions(facts: AllFacts, question: Question) -> Iterator[Finding]:

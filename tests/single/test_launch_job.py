@@ -303,8 +303,8 @@ def test_hosts_that_fit():
     [
         ({"versions": {"tensorflow-cpu": "2.15.1"}}, "tensorflow-cpu differs: a has 2.21.0, b has 2.15.1"),
         ({"versions": {}}, "a has 2.21.0, b has none"),
-        ({"resolves": {"a": [], "b": ["10.0.0.2"]}}, "b does not know the name a"),
-        ({"resolves": {"a": ["10.0.0.1"], "b": []}}, "b does not know its own name b"),
+        ({"resolves": {"a": [], "b": ["10.0.0.2"]}}, "on b, it does not know the name a"),
+        ({"resolves": {"a": ["10.0.0.1"], "b": []}}, "on b, it does not know its own name b"),
         ({"resolves": {"a": ["127.0.1.1"], "b": ["10.0.0.2"]}}, "on b, the name a leads to 127.0.1.1, the loopback"),
         ({"resolves": {"a": ["10.0.0.1"], "b": ["::1"]}}, "on b, its own name b leads to ::1, the loopback"),
     ],
