@@ -1,16 +1,17 @@
-"""Pods of Kubernetes as hosts of a test: what distpad's entry point finds in one, and nothing more.
+"""Pods of Kubernetes as hosts of a test: what a container's command finds in one, and nothing more.
 
     with pods.up(["train-0", "train-1"], service="workers") as (first, second):
         assert first.run(["id", "-u"]).stdout == "10001\\n"
 
 A pod has the host name that Kubernetes would give it, and knows the others by the names of their headless Service. What
-runs in it is an ordinary user without any capability, sees a read-only file system with an empty /tmp of its own, and
-gets no variable but those that it is given. No sshd runs there.
+runs in it is an ordinary user without any capability, sees a file system of its own, which is read-only but for what is
+mounted there, and gets no variable but those that it is given. No sshd runs there.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import shlex
@@ -24,35 +25,102 @@ from cluster import hosts
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SSH_CONFIG = ROOT / "k8s" / "image" / "ssh_config"
+HOME = "/opt/distpad"  # of the project in the image
 NAMESPACE = "default"
-AS_USER = (
-    *("setpriv", f"--reuid={hosts.USER}", f"--regid={hosts.USER}", "--clear-groups"),
-    *("--no-new-privs", "--bounding-set=-all", "--inh-caps=-all", "--"),
-)
 # What an image would have, and how many threads a test may use.
 IMAGE = {
     "PATH": f"{pathlib.Path(sys.executable).parent}:{hosts.PLAIN['PATH']}",
     "LANG": "C.UTF-8",
     "HOME": hosts.USER_HOME,
-    "PYTHONPATH": str(ROOT),
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "PYTHONPATH": HOME,
     "OMP_NUM_THREADS": "1",
     "TF_NUM_INTRAOP_THREADS": "1",
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Mount:
+    """What is mounted in a pod.
+
+    Attributes:
+        path: where.
+        source: a folder of this machine; None: memory, empty at first.
+        options: of mount, such as ``ro`` and, for memory, ``size=1g``.
+    """
+
+    path: str
+    source: pathlib.Path | None = None
+    options: str = "rw"
+
+    def command(self, root: str) -> str:
+        where = shlex.quote(f"{root}/{self.path.lstrip('/')}")
+        if self.source is None:
+            return f"mkdir -p {where} && mount -t tmpfs -o {self.options} tmpfs {where}"
+        return f"mkdir -p {where} && mount --bind -o {self.options} {shlex.quote(str(self.source))} {where}"
+
+
+SCRATCH = (Mount("/tmp", options="mode=1777"), Mount("/dev/shm", options="mode=1777"))
+
+
 class Pod:
-    """One pod. ``host`` is what it is made of, which can be cut off."""
+    """One pod. ``host`` is what it is made of, which can be cut off.
 
-    def __init__(self, host: hosts.Host) -> None:
+    Args:
+        host: where it runs.
+        mounts: beside what the image has.
+        user: number of its user and group.
+        groups: further groups.
+    """
+
+    def __init__(
+        self,
+        host: hosts.Host,
+        mounts: Sequence[Mount] = SCRATCH,
+        user: tuple[int, int] = (hosts.USER, hosts.USER),
+        groups: Sequence[int] = (),
+    ) -> None:
         self.host, self.name = host, host.name
+        number = host.run(["sh", "-c", "ls /run | grep -c ^pod- || true"], cwd="/").stdout.strip()
+        self.root = f"/run/pod-{number}"  # of this host alone
+        done = host.run(["sh", "-ec", _make_root(self.root, mounts)], cwd="/")
+        assert done.returncode == 0, done.stdout
+        named = f"--groups={','.join(map(str, groups))}" if groups else "--clear-groups"
+        self.as_user = (
+            *("setpriv", f"--reuid={user[0]}", f"--regid={user[1]}", named),
+            *("--no-new-privs", "--bounding-set=-all", "--inh-caps=-all", "--"),
+        )
 
-    def popen(self, argv: Sequence[str | os.PathLike[str]], env: Mapping[str, str] | None = None, **settings: Any):
-        """Start a command as the pod's user: both its streams in one."""
-        spaces = self.host.command([*AS_USER, *argv], cwd="/")
+    def popen(
+        self,
+        argv: Sequence[str | os.PathLike[str]],
+        env: Mapping[str, str] | None = None,
+        *,
+        first: bool = False,
+        **settings: Any,
+    ) -> subprocess.Popen[str]:
+        """Start a command as the pod's user: both its streams in one.
+
+        Args:
+            argv: the command.
+            env: its variables, beside those of the image.
+            first: as process 1 of process ids of its own, as a container's: a signal that it does not handle does
+                nothing, and all that it started ends with it. The process that is returned is that one's parent.
+            settings: as for ``subprocess.Popen``.
+        """
+        inside = ["chroot", self.root, "env", f"--chdir={HOME}", *self.as_user, *map(os.fspath, argv)]
+        if first:
+            apart = ["unshare", "--mount", "--pid", "--fork", "--kill-child"]
+            prepared = f'mount -t proc proc {self.root}/proc && exec "$@"'
+            inside = [*apart, "sh", "-c", prepared, "sh", *inside]
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         return subprocess.Popen(
-            spaces, env={**IMAGE, **(env or {})}, text=True, start_new_session=True, **{**streams, **settings}
+            self.host.command(inside, cwd="/"),
+            env={**IMAGE, **(env or {})},
+            text=True,
+            start_new_session=True,
+            **{**streams, **settings},
         )
 
     def run(self, argv: Sequence[str | os.PathLike[str]], env: Mapping[str, str] | None = None, limit_s: float = 60):
@@ -69,6 +137,23 @@ class Pod:
 
 
 @contextlib.contextmanager
+def nodes(names: Sequence[str], *, service: str) -> Iterator[tuple[hosts.Host, ...]]:
+    """Bring up what pods run on, a host for each.
+
+    Args:
+        names: the pods' host names.
+        service: the headless Service.
+    """
+
+    def known_as(name: str) -> list[str]:
+        behind = f"{service}.{NAMESPACE}"
+        return [f"{name}.{each}" for each in (f"{behind}.svc.cluster.local", f"{behind}.svc", behind, service)]
+
+    with hosts.cluster(len(names), names=names, known_as=known_as, sshd=False) as found:
+        yield found
+
+
+@contextlib.contextmanager
 def up(names: Sequence[str], *, service: str, shared: Sequence[pathlib.Path] = ()) -> Iterator[tuple[Pod, ...]]:
     """Bring up pods, and end them with all that runs in them.
 
@@ -77,39 +162,27 @@ def up(names: Sequence[str], *, service: str, shared: Sequence[pathlib.Path] = (
         service: the headless Service.
         shared: folders that all see, at the same path, as a volume.
     """
-
-    def known_as(name: str) -> list[str]:
-        behind = (
-            f"{service}.{NAMESPACE}.svc.cluster.local",
-            f"{service}.{NAMESPACE}.svc",
-            f"{service}.{NAMESPACE}",
-            service,
-        )
-        return [f"{name}.{each}" for each in behind]
-
-    seen = [pathlib.Path(path).resolve() for path in (ROOT, sys.prefix, sys.base_prefix, *shared)]
-    with hosts.cluster(len(names), names=names, known_as=known_as, sshd=False) as found:
-        for host in found:
-            done = host.run(["sh", "-ec", _view(seen)], cwd="/")
-            assert done.returncode == 0, done.stdout
-        yield tuple(map(Pod, found))
+    volumes = [Mount(str(path), path) for path in shared]
+    with nodes(names, service=service) as found:
+        yield tuple(Pod(host, (*SCRATCH, *volumes)) for host in found)
 
 
-def _view(seen: Sequence[pathlib.Path]) -> str:
-    """The commands that give a pod its file system: everything read-only, /tmp empty, the image's /etc/ssh, and folders
-    that are closed to others out of the way (root's, in which this Python may stand)."""
-    covers = {pathlib.Path("/tmp"): "1777"}
-    for path in seen:
-        closed = [parent for parent in reversed(path.parents) if not parent.stat().st_mode & 0o001]
-        if closed and not any(cover in path.parents for cover in covers):
-            covers[closed[0]] = "755"
-    lines = ["mkdir -m 700 /run/behind"]
-    for number, (cover, mode) in enumerate(covers.items()):
-        behind = f"/run/behind/{number}"
-        lines += [f"mkdir {behind}", f"mount --bind {cover} {behind}", f"mount -t tmpfs -o mode={mode} tmpfs {cover}"]
-        for path in seen:
-            if cover in path.parents:
-                where, source = shlex.quote(str(path)), shlex.quote(f"{behind}/{path.relative_to(cover)}")
-                lines += [f"mkdir -p {where}", f"mount --bind {source} {where}"]
-    lines.append(f"mount --bind {shlex.quote(str(SSH_CONFIG))} /etc/ssh/ssh_config")
-    return "\n".join([*lines, "mount -o remount,bind,ro /"])
+def _make_root(root: str, mounts: Sequence[Mount]) -> str:
+    """The commands that make a pod's file system: this machine's programs and what is in the image, all read-only, and
+    the mounts."""
+    seen = {str(path): path for path in map(pathlib.Path, (ROOT, sys.prefix, sys.base_prefix))}
+    image = [Mount("/usr", pathlib.Path("/usr"), "ro"), Mount("/sys", pathlib.Path("/sys"), "ro")]
+    image += [Mount(HOME, ROOT, "ro"), *(Mount(name, path, "ro") for name, path in seen.items())]
+    return "\n".join(
+        [
+            f"mkdir {root}",
+            f"mount -t tmpfs -o mode=755 tmpfs {root}",
+            f"cp -a /bin /lib* /sbin /etc {root}/",  # all but /etc are names of folders in /usr
+            f"cp {shlex.quote(str(SSH_CONFIG))} {root}/etc/ssh/ssh_config",
+            f"mkdir {root}/proc {root}/dev {root}/run {root}/var",
+            f"mount --rbind /dev {root}/dev",
+            f"mount --bind /proc {root}/proc",
+            *(each.command(root) for each in (*image, *mounts)),
+            f"mount -o remount,bind,ro {root}",
+        ]
+    )
