@@ -1,0 +1,253 @@
+"""The pods of the rendered manifests run, on a double of Kubernetes: to the end, and when something goes wrong.
+
+What k8s/README.md says of failures is what these tests show.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import signal
+
+import pytest
+
+from k8s import manifests, namespace
+
+LIMIT_S = 200
+SMALL = ("--strings=64", "--eval-strings=8", "--batch=12", "--no-drift")
+# overlay | pods that train | the host name of one that is not the first
+GANGS = {"indexed-job": (2, "train-1"), "jobset": (2, "train-node-0-1"), "trainjob": (2, "train-node-0-1")}
+MPI = {"mpijob": (2, "train-worker-1"), "trainjob-mpi": (2, "train-node-0-1")}
+ELASTIC = {"mpijob-elastic": (4, "train-worker-1")}
+ALL = {**GANGS, **MPI, **ELASTIC}
+RESTARTS = 3  # everywhere
+
+pytestmark = pytest.mark.timeout(LIMIT_S + 60)
+
+
+@contextlib.contextmanager
+def applied(overlay, *training, command=None, wait_s=None, workers=None):
+    """An overlay in a namespace of its own, with what a user's patches would change.
+
+    Args:
+        overlay: one of ALL.
+        training: further arguments of the training.
+        command: another training.
+        wait_s: how long pods wait for one another.
+        workers: how many pods train.
+    """
+    if "mpi" in overlay and shutil.which("mpirun") is None:
+        manifests.missing("no mpirun. Debian: apt-get install openmpi-bin")
+    resources = manifests.overlay(overlay)
+    for pod in manifests.pods(resources).values():
+        (container,) = pod["spec"]["containers"]
+        if wait_s is not None and "--" in container["command"]:
+            container["command"][-1:] = ["--wait-s", str(wait_s), "--"]
+        if container.get("args"):
+            container["args"] = [*(command or [*container["args"], *training])]
+        for variable in container["env"]:
+            if workers and variable["name"] == "DISTPAD_WORKERS":
+                variable["value"] = str(workers)
+    if workers:
+        manifests.put(manifests.find(resources, "MPIJob/train"), "spec.mpiReplicaSpecs.Worker.replicas", workers)
+    with namespace.of(resources) as cluster:
+        yield cluster
+        left = {host.name: host.processes() for host in cluster.nodes.values() if host.processes()}
+        assert not left, cluster.told()
+
+
+def trained(cluster):
+    """The folder of what the training wrote."""
+    return cluster.state / "claims" / "checkpoints" / "handwriting"
+
+
+def saved(cluster):
+    """The steps that there are checkpoints of."""
+    return sorted(int(path.stem.partition("-")[2]) for path in trained(cluster).glob("checkpoints/ckpt-*.index"))
+
+
+def begins(cluster, last):
+    """At which steps trainings began, one after another, of so many steps."""
+    first = [pod.log for pod in cluster.pods if re.search(r"launcher|-0\.", pod.name) and "worker" not in pod.name]
+    return [int(step) for log in first for step in re.findall(rf"(\d+)/{last} \[00:00<\?", log)]
+
+
+def starts(cluster, host_name):
+    """How often a pod of this name was started, and its container in it."""
+    return sum(1 + pod.restarts for pod in cluster.pods if pod.host.name == host_name)
+
+
+def counted(cluster):
+    """How many failures the job has counted against its limit."""
+    return cluster.job.counted if hasattr(cluster.job, "counted") else cluster.job.failures
+
+
+def assert_trained(cluster, overlay, steps, replicas=None):
+    summary = json.loads((trained(cluster) / "summary.json").read_text())
+    wanted = {"backend": "horovod" if "mpi" in overlay else "multiworker", "steps": steps}
+    wanted["replicas"] = replicas or ALL[overlay][0]
+    assert {key: summary[key] for key in wanted} == wanted
+    assert saved(cluster)[-1] == steps
+
+
+# -- to the end -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overlay", [pytest.param(name, marks=pytest.mark.smoke) for name in ALL])
+def test_it_trains_to_the_end_with_the_certificate_passed(overlay):
+    with applied(overlay, *SMALL, "--steps=12", "--certify") as cluster:
+        assert cluster.finish(LIMIT_S) == "Complete", cluster.told()
+        assert_trained(cluster, overlay, steps=12)
+        assert all(pod.restarts == 0 for pod in cluster.pods)
+        codes = {pod.host.name: pod.exit_code for pod in cluster.pods}
+        serving = {name: code for name, code in codes.items() if "mpi" in overlay and "launcher" not in name}
+        assert set(codes.values()) - {143} == {0} and set(serving.values()) <= {143}, codes
+        told = cluster.told()
+        assert "passed" in told and "NOT PASSED" not in told, told
+
+
+# -- a pod is killed --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overlay", [*GANGS, *MPI])
+def test_a_killed_pod_starts_all_again_from_the_last_checkpoint(overlay):
+    _, victim = ALL[overlay]
+    with applied(overlay, *SMALL, "--steps=60", "--checkpoint-every=5") as cluster:
+        cluster.until(lambda: saved(cluster), LIMIT_S)
+        cluster.named(victim).signal(signal.SIGKILL)
+        assert cluster.finish(LIMIT_S) == "Complete", cluster.told()
+        assert_trained(cluster, overlay, steps=60)
+        first, second = begins(cluster, 60)
+        assert first == 0 and second >= 5 and second % 5 == 0
+        assert starts(cluster, victim) == 2
+        if overlay == "indexed-job":
+            assert [pod.exit_code for pod in cluster.pods] == [4, 137, 0, 0]
+        if overlay != "mpijob":  # there the launcher counts
+            assert counted(cluster) == 1
+        else:
+            assert cluster.told().count("starting again") == 1
+
+
+# -- exit codes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overlay", ALL)
+def test_wrong_usage_is_final(overlay):
+    with applied(overlay, "--loss=none-such") as cluster:
+        assert cluster.finish(LIMIT_S) == "Failed"
+        assert "invalid choice: 'none-such'" in cluster.told()
+        names = [pod.host.name for pod in cluster.pods]
+        assert len(names) == len(set(names)) and not any(pod.restarts for pod in cluster.pods), names
+        assert 2 in [pod.exit_code for pod in cluster.pods]
+
+
+@pytest.mark.parametrize("overlay", [*GANGS, *MPI])
+def test_a_command_that_is_not_there_is_final(overlay):
+    with applied(overlay, command=["none-such"]) as cluster:
+        assert cluster.finish(LIMIT_S) == "Failed"
+        names = [pod.host.name for pod in cluster.pods]
+        assert len(names) == len(set(names)), cluster.told()
+        assert {126, 127} & {pod.exit_code for pod in cluster.pods}
+
+
+@pytest.mark.parametrize("overlay", [*GANGS, *MPI])
+def test_failures_are_retried_up_to_the_limit(overlay):
+    """One worker fails each time; the limit is of failures, not of pods that failed."""
+    rank = "${DISTPAD_RANK:-$OMPI_COMM_WORLD_RANK}"
+    with applied(
+        overlay, command=["sh", "-c", f'echo "attempt of rank {rank}"; test {rank} = 0 || exit 7; sleep 60']
+    ) as cluster:
+        assert cluster.finish(LIMIT_S) == "Failed"
+        assert cluster.told().count("attempt of rank 1") == RESTARTS + 1, cluster.told()
+        if overlay == "indexed-job":
+            assert cluster.job.reason == "BackoffLimitExceeded"
+            assert sorted(pod.exit_code for pod in cluster.pods) == [4] * 4 + [7] * 4
+        elif overlay != "mpijob":
+            assert cluster.job.reason == "ReachedMaxRestarts" and counted(cluster) == RESTARTS
+        else:
+            assert cluster.named("train-launcher").exit_code == 7
+
+
+# -- preemption -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overlay", [*GANGS, *MPI])
+def test_a_preempted_pod_saves_a_checkpoint_first(overlay):
+    _, victim = ALL[overlay]
+    with applied(overlay, *SMALL, "--steps=80", "--checkpoint-every=7") as cluster:
+        cluster.until(lambda: saved(cluster), LIMIT_S)
+        cluster.named(victim).evict()
+        assert cluster.finish(LIMIT_S) == "Complete", cluster.told()
+        assert_trained(cluster, overlay, steps=80)
+        first, second = begins(cluster, 80)
+        assert first == 0 and second > 7 and second % 7, "it goes on from where it was, not from the last 7th step"
+        (code,) = [pod.exit_code for pod in cluster.pods if pod.disrupted]
+        assert code == 143
+        if overlay != "mpijob":
+            assert counted(cluster) == 0
+
+
+def test_a_preempted_launcher_saves_a_checkpoint_too():
+    """Its Job is not started again: apply it anew."""
+    with applied("mpijob", *SMALL, "--steps=200", "--checkpoint-every=7") as cluster:
+        cluster.until(lambda: saved(cluster), LIMIT_S)
+        cluster.named("train-launcher").evict()
+        assert cluster.finish(LIMIT_S) == "Failed"
+        assert cluster.named("train-launcher").exit_code == 143, cluster.told()
+        assert saved(cluster)[-1] % 7
+
+
+# -- a pod does not come ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overlay", GANGS)
+def test_a_missing_peer_is_named_and_counts(overlay):
+    _, absent = ALL[overlay]
+    with applied(overlay, command=["true"], wait_s=4) as cluster:
+        cluster.unschedulable.add(absent)
+        cluster.until(lambda: len(cluster.pods) == 2, LIMIT_S)
+        first = cluster.pods[0]
+        assert first.exit_code == 3 and re.search(rf"not there within 4 s: {absent}\.train", first.log), first.log
+        assert counted(cluster) == 1
+        cluster.unschedulable.clear()
+        assert cluster.finish(LIMIT_S) == "Complete", cluster.told()
+
+
+def test_a_missing_worker_of_an_elastic_job_is_waited_for():
+    with applied("mpijob-elastic", command=["true"], wait_s=4, workers=1) as cluster:
+        cluster.unschedulable.add("train-worker-0")
+        assert cluster.finish(LIMIT_S) == "Failed"
+        assert cluster.named("train-launcher").exit_code == 3
+        assert "not there within 4 s: pods for 1 workers" in cluster.told()
+
+
+@pytest.mark.parametrize("overlay", MPI)
+def test_no_launcher_before_all_workers_are_ready(overlay):
+    _, absent = ALL[overlay]
+    with applied(overlay, command=["true"]) as cluster:
+        cluster.unschedulable.add(absent)
+        with pytest.raises(TimeoutError):
+            cluster.until(lambda: len(cluster.pods) > 1, 5)
+        cluster.unschedulable.clear()
+        assert cluster.finish(LIMIT_S) == "Complete", cluster.told()
+
+
+# -- elastic ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["killed", "deleted"])
+def test_an_elastic_job_loses_and_regains_a_pod(way):
+    """Whoever is there certifies itself at the beginning of each world."""
+    with applied("mpijob-elastic", *SMALL, "--steps=4000", "--commit-every=5", "--certify", workers=2) as cluster:
+        launcher = cluster.named if False else (lambda: cluster.named("train-launcher").log)
+        cluster.until(lambda: cluster.job.launcher is not None, LIMIT_S)
+        cluster.until(lambda: "certified on 2 workers" in launcher(), LIMIT_S)
+        if way == "killed":
+            cluster.named("train-worker-1").signal(signal.SIGKILL)
+        else:
+            cluster.named("train-worker-1").delete()
+        cluster.until(lambda: "certified on 1 workers" in launcher(), LIMIT_S)
+        cluster.until(lambda: launcher().count("certified on 2 workers") == 2, LIMIT_S)
+        cluster.finish(LIMIT_S)
