@@ -185,10 +185,12 @@ class Running:
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to its process 1."""
+        parent = self.process.pid
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            parent = self.process.pid
-            for child in pathlib.Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
-                os.kill(int(child), number)
+            children = pathlib.Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+            # unshare does not pass on that its child was killed, but ends with exit code 1
+            for process in [*([parent] if number == signal.SIGKILL else []), *map(int, children)]:
+                os.kill(process, number)
 
     def delete(self) -> None:
         """What ``kubectl delete pod`` does, once."""
