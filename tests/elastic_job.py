@@ -106,10 +106,14 @@ class Job:
             time.sleep(0.05)
         raise AssertionError(f"the job ended, or nothing came within {limit_s:g} s.\n{self.told()}")
 
-    def kill(self, pid: int) -> float:
-        """End a worker, as the kernel or a power cut does. Returns when."""
-        os.kill(pid, signal.SIGKILL)
+    def kill(self, pid: int, number: int = signal.SIGKILL) -> float:
+        """End a worker, as the kernel or a power cut does, or as who drains its node. Returns when."""
+        os.kill(pid, number)
         return time.time()
+
+    def terminate(self) -> None:
+        """SIGTERM to the launcher."""
+        self._process.terminate()
 
     def finish(self, limit_s: float) -> int:
         """Wait for the job's end, and return its exit code. AssertionError where it does not come, or leaves processes:

@@ -5,12 +5,25 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import tensorflow as tf
 
 import distpad
+from handwriting.engines import Engine
 from handwriting.learner import Learner
 
 KEEP = 2
+
+
+def found(folder: Path) -> str | None:
+    """The last checkpoint that this worker finds."""
+    return tf.train.latest_checkpoint(str(folder))
+
+
+def exist(engine: Engine, folder: Path) -> bool:
+    """Whether worker 0 finds one. The others may not see its folder, and take its word. Collective."""
+    here = engine.worker == 0 and found(folder) is not None
+    return bool(engine.backend.host_max(np.array([int(here)]))[0])
 
 
 class Checkpoints:
@@ -41,10 +54,6 @@ class Checkpoints:
         if self.engine.worker == 0 or self.engine.strategy is not None:
             self._manager.save(checkpoint_number=step)
 
-    def found(self) -> str | None:
-        """The last checkpoint that this worker finds."""
-        return tf.train.latest_checkpoint(str(self.folder))
-
     def load(self) -> None:
         """Go back to the last checkpoint, this worker for itself.
 
@@ -54,23 +63,19 @@ class Checkpoints:
         self._read()
         self._move()
 
-    def restore(self, or_begin: bool = False) -> None:
+    def restore(self) -> None:
         """Go back to the last checkpoint. Horovod's other ranks get the weights from rank 0 (``Learner.broadcast``).
-
-        Args:
-            or_begin: where there is none, leave all as it is. The same on all workers.
 
         Raises:
             ValueError: there is none.
         """
-        reads = self.engine.worker == 0 or self.engine.strategy is not None
-        if reads and not (or_begin and self.found() is None):
+        if self.engine.worker == 0 or self.engine.strategy is not None:
             self._read()
         distpad.broadcast_variables([self._place], backend=self.engine.backend)
         self._move()
 
     def _read(self) -> None:
-        latest = self.found()
+        latest = found(self.folder)
         if latest is None:
             raise ValueError(f"--resume: {self.folder} holds no checkpoint. Leave --resume out to start anew.")
         self._checkpoint.restore(latest).assert_existing_objects_matched()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 import distpad
-from handwriting.checkpoints import Checkpoints
+from handwriting import checkpoints, engines
 from handwriting.learner import Learner
 
 
@@ -30,9 +30,9 @@ def run(
     """
     backend = learner.engine.backend
     if options.resume:
-        saved = Checkpoints(learner, batches, folder)
+        saved = checkpoints.Checkpoints(learner, batches, folder)
         must = backend.worker_index == 0 and options.resume != "auto"
-        if must or saved.found():
+        if must or checkpoints.found(folder):
             saved.load()
     state = distpad.ElasticState([learner.model, learner.optimizer], batches=batches, backend=backend)
 
@@ -42,8 +42,10 @@ def run(
 
     @distpad.ElasticState.run
     def begin(_: distpad.ElasticState) -> None:
+        if options.certify:  # each world of workers
+            engines.certify(learner.engine)
         # checkpoints are made anew each time, since another worker may be the one that writes them
-        train_and_test(Checkpoints(learner, batches, folder), commit=commit)
+        train_and_test(checkpoints.Checkpoints(learner, batches, folder), commit=commit)
         backend.host_sum(np.zeros(1))  # nobody leaves before worker 0 has written all: if it is lost, another does
 
     begin(state)

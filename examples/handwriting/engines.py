@@ -12,10 +12,12 @@ from typing import Any
 
 import tensorflow as tf
 
+import distpad
 from distpad import backends
 
 BACKENDS = ("local", "mirrored", "multiworker", "horovod")
 DEFAULT_REPLICAS = 4
+CERTIFIED = 14  # random steps: one of each kind, in both precisions
 
 
 @dataclass(frozen=True)
@@ -86,3 +88,24 @@ def start(name: str, replicas: int | None) -> Engine:
         return Engine(name, backends.start(name, replicas))
     except (ValueError, ImportError) as error:
         raise ValueError(f"--backend {name}: {error}") from error
+
+
+def certify(engine: Engine) -> None:
+    """Prove on these workers that the gradients of random steps are those of one device; worker 0 prints the proof.
+
+    Collective: all workers call it.
+
+    Raises:
+        ValueError: on all workers, where they are not. The engine is closed by then.
+    """
+    with engine.scope():
+        certificate = distpad.certify(cases=CERTIFIED, backend=engine.backend)
+    if engine.worker == 0:
+        print(certificate, flush=True)
+    if not certificate.passed:
+        engine.backend.close()  # together: who left early would take the others' error from them
+        raise ValueError(
+            f"--certify: gradients on these {certificate.num_replicas} replicas are off by "
+            f"{certificate.max_relative_error:.1%} of their size, expected those of one device. Run distpad doctor, "
+            "and distpad certify on fewer hosts."
+        )

@@ -27,7 +27,20 @@ import tensorflow as tf  # the level of its log is read now
 from tqdm import tqdm
 
 import distpad
-from handwriting import checkpoints, decode, drift, elastic, engines, folder, learner, model, reading, report, rows
+from handwriting import (
+    checkpoints,
+    decode,
+    drift,
+    elastic,
+    engines,
+    folder,
+    learner,
+    model,
+    preemption,
+    reading,
+    report,
+    rows,
+)
 from handwriting.strings import DigitStrings, Example
 
 EXAMPLES = """\
@@ -36,6 +49,8 @@ examples:
   train.py --loss position                              # cross-entropy for each position instead of CTC
   train.py --data my-pictures --height 32               # a folder with pictures and labels.csv (file,text)
   train.py --resume                                     # go on from the last checkpoint
+  train.py --resume=auto --certify                      # for what starts it again by itself: after SIGTERM, too, which
+                                                        # saves a checkpoint and ends it with exit code 143
   train.py --max-columns 4096 --average 200             # batches by width; the loss over a constant
   horovodrun -np 2 python train.py --backend horovod    # two processes; their drift joins the same report
   horovodrun -np 2 --min-np 1 --host-discovery-script launch/discover_hosts.sh \\
@@ -84,6 +99,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--checkpoint-every", type=int, default=200, metavar="STEPS", help="default 200")
     add("--stop-at", type=int, metavar="STEP", help="save and stop there, to be resumed (for queues with a time limit)")
     add("--eval-strings", type=int, default=500, metavar="N", help="held-out strings to test with (default 500)")
+    add("--certify", action="store_true", help="before it trains: prove that gradients are one device's, or end")
     add("--no-drift", dest="drift", action="store_false", help="leave out the comparison with one device")
     options = parser.parse_args(arguments)
     counts = "steps batch strings rungs max_columns commit_every checkpoint_every eval_strings stop_at"
@@ -144,7 +160,8 @@ def train(
 ) -> None:
     """Train from where model and batches are to the last step, or to ``--stop-at``.
 
-    All workers call it; only worker 0 evaluates, prints and writes. ``commit`` is called with the steps done.
+    All workers call it; only worker 0 evaluates, prints and writes. ``commit`` is called with the steps done. After
+    SIGTERM to any worker, all save and leave.
     """
     engine = learning.engine
     first, last = int(learning.optimizer.iterations.numpy()), min(options.steps, options.stop_at or options.steps)
@@ -152,18 +169,22 @@ def train(
     shown = {"loss": "?", "CER": "?"}
     often = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file needs few lines
     progress = {"initial": first, "total": last, "unit": "step", "ncols": 88, "mininterval": often}
-    with tqdm(range(first, last), disable=engine.worker > 0, **progress) as bar:
+    with preemption.Watch(engine) as watch, tqdm(range(first, last), disable=engine.worker > 0, **progress) as bar:
         for step, batch in zip(bar, rows.endless(batches)):
             loss = learning.step(batch)
             done = step + 1
+            ends = False
             if done % LOG_EVERY == 0 or done == last:
+                ends = watch.anyone()
                 shown["loss"] = f"{learning.global_loss(loss):.3f}"
             if done % LOOK_EVERY == 0 and engine.worker == 0:
                 reader.model.set_weights(learning.model.get_weights())
                 shown["CER"] = f"{error_rate(reader, look_at):.1%}"
             bar.set_postfix(shown, refresh=False)
-            if done % options.checkpoint_every == 0 or done == last:
+            if done % options.checkpoint_every == 0 or done == last or ends:
                 saved.save(done)
+            if ends:
+                watch.leave(done)
             commit(done)
     reader.model.set_weights(learning.model.get_weights())
 
@@ -212,7 +233,11 @@ def run(options: argparse.Namespace) -> None:
     if engine.worker == 0:
         options.out.mkdir(parents=True, exist_ok=True)
         report.announce(engine, data, options, len(test))
-    if options.drift and engine.replicas > 1 and not (options.resume or options.elastic):
+    where = options.out / "checkpoints"
+    if options.certify and not options.elastic:
+        engines.certify(engine)
+    resumes = options.resume == "must" or (options.resume == "auto" and checkpoints.exist(engine, where))
+    if options.drift and engine.replicas > 1 and not (resumes or options.elastic):
         measured = drift.measure(engine, data, config, options.batch // engine.replicas * engine.replicas)
         if engine.worker == 0:
             drift.save(measured, options.out)
@@ -226,13 +251,12 @@ def run(options: argparse.Namespace) -> None:
         if engine.worker == 0:
             conclude(engine, batches, reader, test, options, began)
 
-    where = options.out / "checkpoints"
     if options.elastic:
         elastic.run(train_and_test, learning, batches, where, options)
     else:
         saved = checkpoints.Checkpoints(learning, batches, where)
-        if options.resume:
-            saved.restore(or_begin=options.resume == "auto")
+        if resumes:
+            saved.restore()
         learning.broadcast()
         train_and_test(saved)
     engine.backend.close()

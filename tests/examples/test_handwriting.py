@@ -330,8 +330,9 @@ ENGINES = {
 @pytest.mark.parametrize("world", ENGINES)
 def test_train_under_each_engine(tmp_path, world):
     backend, replicas = ENGINES[world]
-    code, output = start(world, "train.py", "--backend", backend, "--replicas", replicas, "--out", tmp_path, *SHORT)
-    assert code == 0, output
+    arguments = ("--backend", backend, "--replicas", replicas, "--out", tmp_path, "--resume=auto", "--certify")
+    code, output = start(world, "train.py", *arguments, *SHORT)
+    assert code == 0 and output.count("distpad certificate:") == 1, output
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["backend"], summary["replicas"], summary["steps"]) == (backend, replicas, 4), output
     assert 0 < summary["character_error_rate"] < 20 and summary["held_out_strings"] == 4
