@@ -8,6 +8,8 @@ from setuptools import find_packages, setup
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "distpad" / "__init__.py").read_text(encoding="utf-8")).group(1)
 
+MANIFESTS = [str(path.relative_to(HERE / "k8s")) for path in (HERE / "k8s").rglob("*.yaml")]  # for distpad launch --k8s
+
 EXTRAS = {
     "tensorflow": ["tensorflow>=2.15"],
     "addons": ["tensorflow-addons>=0.23"],  # for TensorFlow 2.15 alone; its life ended in May 2024
@@ -25,7 +27,10 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["distpad", "distpad.*"]),
+    # k8s/ is no Python, but belongs beside the code that reads it; images are built without it
+    packages=[*find_packages(include=["distpad", "distpad.*"]), *(["distpad.k8s"] if MANIFESTS else [])],
+    package_dir={"distpad.k8s": "k8s"},
+    package_data={"distpad.k8s": MANIFESTS},
     python_requires=">=3.9",
     install_requires=[
         "numpy>=1.23",

@@ -11,9 +11,11 @@ from typing import Any, Optional
 import typer
 import yaml
 
-from distpad.launcher import allocation, describe, run, spec
+from distpad.launcher import allocation, describe, kubernetes, run, spec
 
 DEFAULT: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(spec.Job)}
+FOR_KUBERNETES = ("k8s", "image", "workers", "slots", "gpus", "queue", "namespace")
+FOR_BOTH = ("command", "max_restarts", "config", "dry_run")  # --k8s starts nothing anyway
 
 # Typer reads the annotations on Python 3.9, which does not know `X | None`.
 # ruff: noqa: UP045
@@ -54,6 +56,7 @@ def _as_flag(parameter: Any, value: Any) -> Any:
 
 
 def launch(
+    context: typer.Context,
     command: Optional[list[str]] = typer.Argument(None, metavar="-- COMMAND...", help="What each worker runs.", show_default=False),
     backend: str = typer.Option(DEFAULT["backend"], help="mirrored (one process), multiworker or horovod.", rich_help_panel="Workers"),
     np: Optional[int] = typer.Option(None, "-np", "--np", help="How many workers; for mirrored, how many replicas. Left out: the slots of the hosts.", rich_help_panel="Workers"),
@@ -77,12 +80,19 @@ def launch(
     log_dir: str = typer.Option("", metavar="FOLDER", help="Write FOLDER/attempt-N/rank-N.stdout and .stderr instead of the terminal.", rich_help_panel="Output"),
     tee: bool = typer.Option(False, "--tee", help="With --log-dir: the terminal, too.", rich_help_panel="Output"),
     ranks: str = typer.Option("", metavar="0,2-4", help="Show only these workers on the terminal.", rich_help_panel="Output"),
-    max_restarts: int = typer.Option(DEFAULT["max_restarts"], help="Start again after a failure, at most so often.", rich_help_panel="Limits"),
+    max_restarts: int = typer.Option(DEFAULT["max_restarts"], help="Start again after a failure, at most so often. With --k8s, left out: what k8s/ says.", rich_help_panel="Limits"),
     backoff_s: float = typer.Option(DEFAULT["backoff_s"], help="Seconds before the first restart; doubles each time, to 60.", rich_help_panel="Limits"),
     no_retry: list[int] = typer.Option(list(DEFAULT["no_retry"]), metavar="CODE", help="Exit codes after which nothing is started again.", rich_help_panel="Limits"),
     grace_s: float = typer.Option(DEFAULT["grace_s"], help="Seconds between asking a worker to end and killing it.", rich_help_panel="Limits"),
     start_timeout_s: float = typer.Option(DEFAULT["start_timeout_s"], help="Seconds in which all workers have to start.", rich_help_panel="Limits"),
     timeout_s: Optional[float] = typer.Option(None, help="End everything after so many seconds. Left out: never.", rich_help_panel="Limits"),
+    k8s: Optional[str] = typer.Option(None, metavar="KIND", help=f"Print the manifests of a job in Kubernetes, and stop: {', '.join(kubernetes.kinds()) or 'none is installed here'}.", rich_help_panel="Kubernetes"),
+    image: str = typer.Option("", metavar="NAME[:TAG][@DIGEST]", help="The image of all pods.", show_default=False, rich_help_panel="Kubernetes"),
+    workers: Optional[int] = typer.Option(None, help="How many pods train; for mpijob-elastic at most. Left out: what k8s/ says.", rich_help_panel="Kubernetes"),
+    slots: Optional[int] = typer.Option(None, help="Horovod: processes in each pod. Left out: one for each GPU, or one.", rich_help_panel="Kubernetes"),
+    gpus: int = typer.Option(0, help="GPUs of each pod that trains.", rich_help_panel="Kubernetes"),
+    queue: Optional[str] = typer.Option(None, metavar="NAME", help="Wait in this LocalQueue of Kueue's.", rich_help_panel="Kubernetes"),
+    namespace: Optional[str] = typer.Option(None, metavar="NAME", help="Left out: the one that kubectl applies to.", rich_help_panel="Kubernetes"),
     config: Optional[pathlib.Path] = typer.Option(None, metavar="FILE.yaml", is_eager=True, callback=_read_config, help="Any of these flags by name, and 'command'. The command line wins."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Print exactly what would run, secrets hidden, and stop."),
 ) -> None:  # fmt: skip
@@ -101,6 +111,11 @@ def launch(
 
       distpad launch --config job.yaml --log-dir logs --tee --max-restarts 3 -- python train.py --resume
 
+      distpad launch --k8s jobset --image me/it:7 --workers 4 --gpus 8 -- python train.py --resume | kubectl apply -f -
+
+    With --k8s, the command runs in each pod, or by mpirun or horovodrun; left out, it is the handwriting example. In it,
+    Kubernetes makes $(NAME) the value of the pod's variable NAME, and $$ a $.
+
     Exit codes: the first failing worker's (128 + N where signal N ended it), 2 usage, 3 a host cannot be used, 4 a host
     was lost, 124 a time limit, 126 or 127 the command cannot be started, 130 and 143 after SIGINT and SIGTERM.
     """
@@ -108,6 +123,21 @@ def launch(
     if environ.get("PYTHONPATH"):  # agents and engines are started in other folders
         environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, environ["PYTHONPATH"].split(os.pathsep)))
     try:
+        given = _given(context, k8s)
+        if k8s is not None:
+            wanted = kubernetes.Job(
+                kind=k8s,
+                image=image,
+                command=tuple(command or ()),
+                workers=workers,
+                slots=slots,
+                gpus=gpus,
+                queue=queue,
+                namespace=namespace,
+                max_restarts=max_restarts if "max_restarts" in given else None,
+            )
+            typer.echo(kubernetes.build(wanted), nl=False)
+            return
         job = spec.Job(
             command=tuple(command or ()),
             backend=backend,
@@ -139,8 +169,8 @@ def launch(
         )
         if dry_run:
             version = run.mpi_version(job, environ) if job.launcher == "mpirun" else ""
-            given = run.read_secrets(job.secrets)
-            typer.echo("\n".join(describe.describe(job, environ, given, version, is_root=os.geteuid() == 0)))
+            hidden = run.read_secrets(job.secrets)
+            typer.echo("\n".join(describe.describe(job, environ, hidden, version, is_root=os.geteuid() == 0)))
             return
         code = run.run(job, environ)
     except ValueError as error:
@@ -153,3 +183,20 @@ def _controller(gloo: bool, mpi: bool) -> str:
     if gloo and mpi:
         raise ValueError("launch: both --gloo and --mpi are given, expected one of them.")
     return "gloo" if gloo else "mpi" if mpi else ""
+
+
+def _given(context: typer.Context, k8s: Optional[str]) -> set[str]:
+    """What stands on the command line or in the file; refuses flags of jobs in Kubernetes for others, and the reverse."""
+    given = {}
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name != "DEFAULT":
+            given[parameter.name or ""] = parameter.opts[0]
+    strangers = given.keys() - {*FOR_BOTH, *FOR_KUBERNETES} if k8s is not None else given.keys() & {*FOR_KUBERNETES}
+    wrong = ", ".join(flag for name, flag in given.items() if name in strangers)
+    if wrong and k8s is None:
+        raise ValueError(f"launch: {wrong} without --k8s, expected with it: --k8s KIND, such as jobset.")
+    if wrong:
+        known = ", ".join(f"--{name.replace('_', '-')}" for name in (*FOR_KUBERNETES, *FOR_BOTH[1:]))
+        raise ValueError(f"launch: {wrong} with --k8s, expected only {known}. Leave out the others.")
+    return {*given}

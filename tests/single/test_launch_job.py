@@ -370,6 +370,7 @@ def test_every_flag_can_stand_in_a_file(tmp_path):
         "port",
         "secret",
         "dry_run",
+        *("k8s", "image", "workers", "slots", "gpus", "queue", "namespace"),
     }
     assert {name.replace("-", "_") for name in values} | further == known
 
