@@ -55,8 +55,6 @@ main() {
   exec "$PYTHON" -m distpad launch --backend horovod --gloo \
     -np "$min_np" --min-np "$min_np" ${max_np[@]+"${max_np[@]}"} \
     --host-discovery-script "$here/discover_hosts.sh" \
-    --launcher-arg=--blacklist-cooldown-range --launcher-arg=5 --launcher-arg=300 \
-    --launcher-arg=--gloo-timeout-seconds --launcher-arg=120 \
     ${options[@]+"${options[@]}"} "$@"
 }
 

@@ -20,10 +20,10 @@ mpirun:2      | current classic | 12 | world mpirun:2
 launch        | current classic | 20 | pytests tests/launch --ignore tests/launch/test_launcher.py
 launcher      | current         | 20 | pytests tests/launch/test_launcher.py
 cluster       | current         | 35 | launch/environment.sh current --openmpi5 --horovod && pytests tests/cluster
-smoke         | classic         | 25 | launch/environment.sh classic --openmpi5 --horovod && pytests -m smoke tests/cluster
+smoke         | classic         | 30 | launch/environment.sh classic --openmpi5 --horovod && tests/k8s/tools.sh && pytests -m smoke tests/cluster tests/k8s/test_running.py
 mutants       | current         | 20 | python tests/mutants.py
-examples      | current classic | 20 | pytests tests/examples
-k8s           | current         | 25 | tests/k8s/tools.sh && pytests tests/k8s
+examples      | current classic | 30 | pytests tests/examples
+k8s           | current         | 45 | tests/k8s/tools.sh && pytests tests/k8s
 '
 
 # what tells that it is here | the Debian package that brings it

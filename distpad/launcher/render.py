@@ -37,6 +37,8 @@ MEMBERSHIP = re.compile(
 )
 SECRET_NAME = re.compile(r"SECRET|TOKEN|PASS|CREDENTIAL|AUTH(?!_SOCK)|APIKEY|_PWD|(^|_)KEY(_|$)", re.IGNORECASE)
 STALL = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "60", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "300"}
+# Of elastic jobs. A host where a worker has failed would never be used again; one that joins has to import TensorFlow.
+COMINGS = ("--blacklist-cooldown-range", "5", "300", "--gloo-timeout-seconds", "120")
 
 
 def folder(job: spec.Job) -> str:
@@ -105,6 +107,7 @@ def _horovodrun(job: spec.Job) -> list[str]:
     if job.elastic:
         argv += ["--min-np", str(job.min_np), "--max-np", str(job.max_np)]
         argv += ["--host-discovery-script", f"cat {hosts_file(job)}"]  # what discovery.py has found
+        argv += COMINGS
     else:
         argv += _hosts(job)
     # left out, horovodrun would look for one, by servers whose key stands on a command line: see hostcheck.interface
