@@ -171,6 +171,15 @@ def test_failures_are_retried_up_to_the_limit(overlay):
             assert cluster.named("train-launcher").exit_code == 7
 
 
+def test_without_its_rule_an_indexed_job_would_count_each_pod():
+    """The double does what the manifest says: exit code 4 is counted where no rule says otherwise."""
+    command = ["sh", "-c", "test $DISTPAD_RANK = 0 || exit 7; sleep 60"]
+    with applied("indexed-job", command=command) as cluster:
+        del cluster.job.spec["podFailurePolicy"]["rules"][1]
+        assert cluster.finish(LIMIT_S) == "Failed"
+        assert sorted(pod.exit_code for pod in cluster.pods) == [4, 4, 7, 7]
+
+
 # -- preemption -------------------------------------------------------------------------------------------------------
 
 
