@@ -177,7 +177,7 @@ def test_without_its_rule_an_indexed_job_would_count_each_pod():
     with applied("indexed-job", command=command) as cluster:
         del cluster.job.spec["podFailurePolicy"]["rules"][1]
         assert cluster.finish(LIMIT_S) == "Failed"
-        assert sorted(pod.exit_code for pod in cluster.pods) == [4, 4, 7, 7]
+        assert [pod.exit_code for pod in cluster.pods].count(7) == 2  # of the 4 that are allowed with it
 
 
 # -- preemption -------------------------------------------------------------------------------------------------------
