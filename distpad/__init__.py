@@ -18,6 +18,7 @@ _ROOMS = {
     "DistpadError": "errors",
     "DistributedLoss": "losses",
     "ElasticState": "backends",
+    "GradientAccumulator": "accumulation",
     "Ladder": "ladder",
     "LengthSampler": "sampling",
     "Pad": "pipeline",
@@ -27,6 +28,7 @@ _ROOMS = {
     "WeightedCounts": "counts",
     "broadcast_variables": "gradients",
     "certify": "certificate",
+    "clip_by_global_norm": "clipping",
     "gather": "collectives",
     "global_value": "gradients",
     "gradient": "gradients",
@@ -53,9 +55,11 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds the two lists together
     from distpad import backends as backends
+    from distpad.accumulation import GradientAccumulator as GradientAccumulator
     from distpad.backends import ElasticState as ElasticState
     from distpad.certificate import Certificate as Certificate
     from distpad.certificate import certify as certify
+    from distpad.clipping import clip_by_global_norm as clip_by_global_norm
     from distpad.collectives import gather as gather
     from distpad.collectives import pad_to_global_max as pad_to_global_max
     from distpad.counts import Counts as Counts

@@ -38,17 +38,22 @@ def gradient(tape: tf.GradientTape, loss: tf.Tensor, variables: Sequence[Any], *
     >>> [float(g) for g in gradient(tape, y, [x])]
     [6.0]
     """
+    resolved = backends.resolve(backend, function="gradient")
+    return resolved.reduce_gradients(differentiate("gradient", tape, loss, variables))
+
+
+def differentiate(function: str, tape: tf.GradientTape, loss: tf.Tensor, variables: Sequence[Any]) -> list[Any]:
+    """This replica's own gradients, for the public ``function``."""
     if not hasattr(tape, "gradient"):
-        raise TypeError(errors.sentence("gradient", "tape", repr(tape), "a tf.GradientTape"))
+        raise TypeError(errors.sentence(function, "tape", repr(tape), "a tf.GradientTape"))
     if not isinstance(variables, (list, tuple)):
-        raise TypeError(errors.sentence("gradient", "variables", type(variables).__name__, "a list of variables"))
+        raise TypeError(errors.sentence(function, "variables", type(variables).__name__, "a list of variables"))
     if hasattr(tape, "register_local_source"):
         raise TypeError(
-            "gradient: tape is Horovod's DistributedGradientTape, expected a plain tf.GradientTape: gradients would be "
-            "reduced twice. Drop hvd.DistributedGradientTape, or call tape.gradient."
+            f"{function}: tape is Horovod's DistributedGradientTape, expected a plain tf.GradientTape: gradients would "
+            "be reduced twice. Drop hvd.DistributedGradientTape, or call tape.gradient."
         )
-    resolved = backends.resolve(backend, function="gradient")
-    return resolved.reduce_gradients(tape.gradient(loss, list(variables)))
+    return tape.gradient(loss, list(variables))
 
 
 def broadcast_variables(variables: Iterable[Any], *, root: int = 0, backend: Any = None) -> None:

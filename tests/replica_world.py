@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -93,6 +94,22 @@ def counting(backend):
     counted = object.__new__(type("Counting", (type(backend),), {"all_reduce_sum": all_reduce_sum}))
     counted.__dict__.update(backend.__dict__, calls=0)
     return counted
+
+
+def collectives_of(world: World, function: Callable[..., Any], given: Callable[[int], Any]) -> list[str]:
+    """The engine's collective operations in the graph of ``function(given(r))`` on this process's replicas, sorted."""
+    if world.strategy is None:
+        arguments = tf.nest.map_structure(tf.convert_to_tensor, given(world.backend.worker_index))
+        traced = tf.function(function).get_concrete_function(arguments)
+    else:
+        arguments = world.strategy.experimental_distribute_values_from_function(
+            lambda context: tf.nest.map_structure(tf.convert_to_tensor, given(context.replica_id_in_sync_group))
+        )
+        step = tf.function(lambda values: world.strategy.run(function, args=(values,)))
+        traced = step.get_concrete_function(arguments)
+    graph = traced.graph.as_graph_def()
+    nodes = [*graph.node, *(node for part in graph.library.function for node in part.node_def)]
+    return sorted(node.op for node in nodes if re.match(r"Collective(?!Assign)|Horovod\w*(reduce|gather)", node.op))
 
 
 @functools.lru_cache(maxsize=1)

@@ -29,9 +29,9 @@ ROOMS = (
     "cli",
     "__init__",  # the facade; the command line stands above it, since it uses what users use
     "certificate pipeline",
-    "losses",
-    "collectives gradients",
-    "averages nests",
+    "accumulation losses",
+    "clipping collectives gradients",
+    "averages nests scaling",
     "masking",
     "exchange",
     "backends",
