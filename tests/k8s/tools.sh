@@ -71,13 +71,7 @@ main() {
     say "making $TOOLS with $python: half a minute, most of it downloading"
     rm -rf "$TOOLS"
     "$python" -m venv "$TOOLS" >&2
-    # a mirror of the index may know no new release for a moment
-    local again=2
-    until "$TOOLS/bin/python" -m pip install --quiet --no-deps -r "$REQUIREMENTS/checkov.txt" >&2; do
-      ((again--)) || exit 1
-      say "pip could not install: once more in half a minute"
-      sleep 30
-    done
+    "$TOOLS/bin/python" -m pip install --quiet --no-deps -r "$REQUIREMENTS/checkov.txt" >&2
     cp "$REQUIREMENTS/checkov.txt" "$TOOLS/made-from"
   fi
   if ! has_kubectl && [[ ! -x $TOOLS/bin/kubectl ]]; then
