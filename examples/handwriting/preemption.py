@@ -22,6 +22,11 @@ EXIT_CODE = 128 + signal.SIGTERM
 ONE_S = 5.0  # several within it are one: Slurm, and launchers that pass it on, may send it twice
 
 
+def end_at_sigterm() -> None:
+    """Let SIGTERM end this process, after the engine has started: TensorFlow's workers take it, and do nothing."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class Watch:
     """Takes note of SIGTERM in a ``with`` block, around the loop that saves. Elsewhere it ends the process at once.
 
@@ -46,7 +51,7 @@ class Watch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        end_at_sigterm()
         signal.set_wakeup_fd(-1)
         os.close(self._pipe)
         self._thread.join()

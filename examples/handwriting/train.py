@@ -224,6 +224,7 @@ def conclude(
 def run(options: argparse.Namespace) -> None:
     began = time.monotonic()
     engine = engines.start(options.backend, options.replicas)
+    preemption.end_at_sigterm()
     if options.batch < engine.replicas and not options.max_columns:
         raise ValueError(
             f"--batch is {options.batch}, expected at least one example for each of {engine.replicas} replicas."

@@ -1,0 +1,26 @@
+"""benchmarks/losses.md is of the losses that are tested, in both stacks, and says that each is exact."""
+
+from __future__ import annotations
+
+import pytest
+
+import every_loss
+import loss_table
+
+LIMITS = (1e-12, 1e-5)
+
+
+@pytest.mark.parametrize("stack", loss_table.STACKS)
+def test_each_loss_has_a_line_and_is_exact(stack):
+    rows = [line.strip("| ").split(" | ") for line in loss_table.parts(loss_table.FILE.read_text())[stack].splitlines()]
+    head, _, *rows = rows
+    assert tuple(head[1:]) == loss_table.WORLDS
+    assert [row[0] for row in rows] == list(every_loss.CASES), "run tests/loss_table.py with both stacks"
+    for name, *cells in rows:
+        dtypes = every_loss.CASES[name].dtypes
+        for cell in cells:
+            if name in every_loss.ADDONS and stack == "current":
+                assert cell == "Addons needs TensorFlow 2.15"
+                continue
+            for found, limit, dtype in zip(cell.split(" / "), LIMITS, ("float64", "float32")):
+                assert found == "-" if dtype not in dtypes else float(found) <= limit
