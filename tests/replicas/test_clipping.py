@@ -11,7 +11,7 @@ import oracle
 from replica_world import collectives_of
 
 TABLE = np.random.default_rng(1).normal(size=[6, 3])
-KERAS_3 = tf.keras.__version__.startswith("3")
+KERAS_3 = hasattr(tf.keras.optimizers, "LossScaleOptimizer")
 
 
 def ids_of(replica):
