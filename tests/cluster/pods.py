@@ -182,7 +182,7 @@ def _make_root(root: str, mounts: Sequence[Mount]) -> str:
             f"mkdir {root}/proc {root}/dev {root}/run {root}/var",
             f"mount --rbind /dev {root}/dev",
             f"mount --bind /proc {root}/proc",
-            *(each.command(root) for each in (*mounts, *image)),  # this checkout may lie in what is mounted, such as /tmp
+            *(each.command(root) for each in (*mounts, *image)),  # the checkout may lie in /tmp, which is mounted
             f"mount -o remount,bind,ro {root}",
         ]
     )
