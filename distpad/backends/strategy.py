@@ -91,7 +91,9 @@ class StrategyBackend(base.Backend):
         return self.strategy.reduce(tf.distribute.ReduceOp.SUM, value, axis=None)
 
     def reduce_in_optimizer(self, gradients: Sequence[Any]) -> list[Any]:
-        return self._context().all_reduce(tf.distribute.ReduceOp.SUM, list(gradients))
+        # identity: as above, and a constant has no device either
+        placed = tf.nest.map_structure(tf.identity, list(gradients), expand_composites=True)
+        return self._context().all_reduce(tf.distribute.ReduceOp.SUM, placed)
 
     def run(self, function: Callable[[Any], Any], given: Callable[[int], Any]) -> list[Any]:
         arguments = self.strategy.experimental_distribute_values_from_function(
