@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _ROOMS = {
+    "CTC": "ctc",
     "Batch": "pipeline",
     "Certificate": "certificate",
     "Counts": "counts",
@@ -64,6 +65,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
     from distpad.collectives import pad_to_global_max as pad_to_global_max
     from distpad.counts import Counts as Counts
     from distpad.counts import WeightedCounts as WeightedCounts
+    from distpad.ctc import CTC as CTC
     from distpad.errors import DistpadError as DistpadError
     from distpad.errors import PeerError as PeerError
     from distpad.gradients import broadcast_variables as broadcast_variables

@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from distpad import backends, errors, gradients, scaling
+from distpad.replicated import empty, replica_variable
 
 _NAME = "GradientAccumulator"
 
@@ -81,7 +82,7 @@ class GradientAccumulator:
             total.add(gradient)
         if counted:
             if self._count is None:
-                self._count = _replica_variable([], tf.float64)
+                self._count = replica_variable([], tf.float64)
             self._count.assign_add(tf.cast(count, tf.float64))
         self._counted = counted
 
@@ -113,7 +114,7 @@ class GradientAccumulator:
         """Forget what was added, on all replicas of this worker, to begin a step anew that an error ended midway."""
         held = [variable for total in self._totals if total is not None for variable in total.variables]
         for variable in [*held, *([] if self._count is None else [self._count])]:
-            variable.assign(_empty(variable.shape, variable.dtype), read_value=False)  # outside a replica there is none
+            variable.assign(empty(variable.shape, variable.dtype), read_value=False)  # outside a replica there is none
 
 
 class _Dense:
@@ -121,7 +122,7 @@ class _Dense:
 
     def __init__(self, like: tf.Tensor, shape: tf.TensorShape) -> None:
         self._dtype = like.dtype
-        self._sum = _replica_variable(shape, scaling.widened(like.dtype))
+        self._sum = replica_variable(shape, scaling.widened(like.dtype))
         self.variables = [self._sum]
 
     def add(self, gradient: Any) -> None:
@@ -137,8 +138,8 @@ class _Sparse:
     def __init__(self, like: tf.IndexedSlices, shape: tf.TensorShape) -> None:
         self._dtype = like.dtype
         self._shape = shape
-        self._values = _replica_variable([None, *shape[1:]], scaling.widened(like.dtype))
-        self._indices = _replica_variable([None], like.indices.dtype)
+        self._values = replica_variable([None, *shape[1:]], scaling.widened(like.dtype))
+        self._indices = replica_variable([None], like.indices.dtype)
         self.variables = [self._values, self._indices]
 
     def add(self, gradient: Any) -> None:
@@ -155,16 +156,3 @@ class _Sparse:
 def _shared(total: tf.Tensor, share: tf.Tensor | None, dtype: tf.DType) -> tf.Tensor:
     """Divided before it is narrowed: a sum may be too large for float16 where the mean is not."""
     return tf.cast(total if share is None else scaling.scaled(total, share), dtype)
-
-
-def _replica_variable(shape: Sequence[int | None], dtype: tf.DType) -> tf.Variable:
-    """Empty; each replica has its own."""
-    with tf.init_scope():  # the first to ask may be a function that is being traced
-        return tf.Variable(
-            _empty(shape, dtype), trainable=False, shape=shape, synchronization=tf.VariableSynchronization.ON_READ
-        )
-
-
-def _empty(shape: Sequence[int | None], dtype: tf.DType) -> tf.Tensor:
-    """Zeros; no rows where any number of them may come."""
-    return tf.zeros([size or 0 for size in shape], dtype)

@@ -6,6 +6,7 @@ numbers. No replica raises before the others have seen why: so nobody is left wa
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ class Rule(NamedTuple):
 
     Attributes:
       text: the argument and what is expected of it, as in "lengths hold a value that is expected to be at least 0".
-      found: the evidence on this replica, a number.
+      found: the evidence on this replica, a number or a tuple of them.
       ok: whether it holds here, a bool; None: ``found`` must be the same on all replicas.
     """
 
@@ -63,7 +64,8 @@ def exchange(
             raise complaint
         enforce(function, [rule for rule in rules if isinstance(rule.ok, bool)])
     good = [True if rule.ok is None else rule.ok for rule in rules]
-    numbers = [complaint is None, *good, *(rule.found for rule in rules), *payload]
+    evidence = [rule.found if isinstance(rule.found, tuple) else (rule.found,) for rule in rules]
+    numbers = [complaint is None, *good, *itertools.chain(*evidence), *payload]
     # Nothing here is differentiated: a gradient through the collective would be one more, on some replicas perhaps.
     packed = tf.stop_gradient(tf.stack([tf.cast(number, tf.float64) for number in numbers]))
     try:
@@ -77,21 +79,25 @@ def exchange(
                 f"({len(payload)} here)."
             ) from error
         raise
-    split = 1 + len(rules)
-    checks = [_agreed(rule, table[:, 1 + i], table[:, split + i]) for i, rule in enumerate(rules)]
+    ends = list(itertools.accumulate(map(len, evidence), initial=1 + len(rules)))
+    checks = [
+        _agreed(rule, table[:, 1 + i], table[:, start:end] if end - start > 1 else table[:, start])
+        for i, (rule, start, end) in enumerate(zip(rules, ends, ends[1:]))
+    ]
     if tf.executing_eagerly():
         _raise_complaint(backend, function, table[:, 0], complaint)
     else:
         text = "a replica refused its arguments (0 below)" + (f", here: {complaint}" if complaint else "")
         checks.insert(0, _Check(tf.reduce_all(table[:, 0] > 0), text, table[:, 0]))
-    _require(function, checks)
-    return table[:, split + len(rules) :]
+    _require(function, checks, backend)
+    return table[:, ends[-1] :]
 
 
 @tf.autograph.experimental.do_not_convert
 def enforce(function: str, rules: Sequence[Rule]) -> None:
     """Check rules on this replica alone, where a step has no exchange."""
-    _require(function, [_Check(rule.ok, rule.text, rule.found) for rule in rules if rule.ok is not None])
+    held = [rule._replace(found=[rule.found]) if isinstance(rule.found, tuple) else rule for rule in rules]
+    _require(function, [_Check(rule.ok, rule.text, rule.found) for rule in held if rule.ok is not None])
 
 
 class _Check(NamedTuple):
@@ -108,16 +114,18 @@ def _agreed(rule: Rule, good: tf.Tensor, found: tf.Tensor) -> _Check:
     return _Check(ok, rule.text, found)
 
 
-def _require(function: str, checks: Sequence[_Check]) -> None:
+def _require(function: str, checks: Sequence[_Check], backend: backends.Backend | None = None) -> None:
     """Raise ValueError for the first check that is known to fail, or let the graph fail when it runs."""
+    several = backend is not None and backend.num_workers > 1
+    by = f"by replica, {backend.replicas_here} a worker" if backend and several else "by replica"
     for check in checks:
         known = tf.executing_eagerly() or isinstance(check.ok, bool)
         if known and not bool(check.ok):
-            raise ValueError(f"{function}: {check.text}; found by replica: {_listed(np.asarray(check.found))}.")
+            raise ValueError(f"{function}: {check.text}; found {by}: {_listed(np.asarray(check.found))}.")
     if tf.executing_eagerly() or not checks:
         return
     # One assertion for all, since each costs tracing time; what it prints must be constants and numbers.
-    printed: list[Any] = [f"{function}: one of these does not hold (0); what was found, by replica, stands behind it:"]
+    printed: list[Any] = [f"{function}: one of these does not hold (0); what was found, {by}, stands behind it:"]
     for check in checks:
         printed += [f"; {check.text}", tf.cast(check.ok, tf.int32), tf.convert_to_tensor(check.found)]
     tf.debugging.Assert(tf.reduce_all([check.ok for check in checks]), printed, summarize=64)
@@ -142,4 +150,7 @@ def _traced_alone(backend: backends.Backend) -> bool:
 
 
 def _listed(found: np.ndarray) -> str:
-    return ", ".join(f"{replica}→{value:g}" for replica, value in enumerate(np.atleast_1d(found)))
+    def shown(value: np.ndarray) -> str:
+        return f"({', '.join(f'{part:g}' for part in value)})" if value.ndim else f"{value:g}"
+
+    return ", ".join(f"{replica}→{shown(value)}" for replica, value in enumerate(np.atleast_1d(found)))

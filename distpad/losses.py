@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from distpad import averages, backends, errors, exchange, gradients, masking
+from distpad import averages, backends, errors, exchange, fitting, gradients, masking
 from distpad.counts import Counts, WeightedCounts
 
 _NAME = "DistributedLoss"
@@ -147,7 +147,7 @@ class DistributedLoss(tf.keras.losses.Loss):
 
     def _average_globally(self, backend: backends.Backend, y_true: Any, y_pred: Any, sources: dict) -> tf.Tensor:
         complaint = None
-        sums, rules = averages.Sums(0.0, 0.0, 0.0), [*masking.length_rules(), masking.fit_rule()]
+        sums, rules = averages.Sums(0.0, 0.0, 0.0), [*masking.length_rules(), *self._own_rules(), masking.fit_rule()]
         try:
             sums, rules = self._sums(y_true, y_pred, sources)
         except Exception as error:  # whatever the loss raised travels with the numbers: no other replica waits for them
@@ -168,7 +168,7 @@ class DistributedLoss(tf.keras.losses.Loss):
 
     def _rehearse(self, y_true: Any, y_pred: Any, sources: dict) -> tf.Tensor:
         """Shapes and dtypes for Keras 3, which traces a model once outside any replica, and never runs that trace."""
-        sums, _ = self._sums(y_true, y_pred, sources)
+        sums, _ = self._sums(y_true, y_pred, sources, counting=False)
         text = f"{_NAME}: called outside strategy.run, expected inside it, where a replica's code runs."
         with tf.control_dependencies([tf.debugging.Assert(False, [text])]):
             return tf.cast(sums.total, sums.dtype)
@@ -190,6 +190,11 @@ class DistributedLoss(tf.keras.losses.Loss):
             )
         if isinstance(denominator, Counts):
             _check_counted(denominator, sources, self.padding_value)
+            if getattr(self.loss, "leaves_out", False):
+                raise ValueError(
+                    f"{_NAME}: denominator holds Counts, but the loss leaves sequences out by itself, which the "
+                    "pipeline counted. Leave denominator away, or give the number of those that are left."
+                )
             denominator = denominator.tokens if self.average == "token" else denominator.sequences
         elif isinstance(denominator, collections.abc.Mapping):
             raise TypeError(
@@ -204,7 +209,9 @@ class DistributedLoss(tf.keras.losses.Loss):
             )
         return tf.cast(count, tf.float64)
 
-    def _sums(self, y_true: Any, y_pred: Any, sources: dict) -> tuple[averages.Sums, list[exchange.Rule]]:
+    def _sums(
+        self, y_true: Any, y_pred: Any, sources: dict, counting: bool = True
+    ) -> tuple[averages.Sums, list[exchange.Rule]]:
         """This replica's numerator and counts."""
         y_true = _wide(masking.as_tensor(y_true))
         y_pred = tf.nest.map_structure(_wide, masking.as_tensor(y_pred))
@@ -215,7 +222,8 @@ class DistributedLoss(tf.keras.losses.Loss):
         try:
             if self.per == "sequence":
                 valid, positions, rules = masking.of_sequences(y_true, **sources)
-                valid = self._with_tokens(valid)
+                valid, own_rules = self._screened(y_true, self._with_tokens(valid), counting)
+                rules += own_rules
             else:
                 valid, rules = masking.of_positions(y_true, y_pred, **sources)
                 positions = valid.looked_at
@@ -228,6 +236,20 @@ class DistributedLoss(tf.keras.losses.Loss):
         _check_rank(losses, self.per)
         sums = averages.sum_up(losses, valid, self.average if self.per == "position" else "sequence_sum")
         return sums, [*rules, masking.fit_rule(sums.rows, sums.fits)]
+
+    def _own_rules(self) -> list[exchange.Rule]:
+        """Those of a loss that looks at its labels beforehand, as distpad.CTC does, where all is well."""
+        return [self.loss.rule] if hasattr(self.loss, "screen") else []
+
+    def _screened(self, y_true: Any, valid: masking.Valid, counting: bool) -> tuple[masking.Valid, list[exchange.Rule]]:
+        """Without the sequences that such a loss leaves out, and its rule."""
+        if not hasattr(self.loss, "screen"):
+            return valid, []
+        kept, rule = self.loss.screen(y_true, valid.looked_at, counting=counting)
+        if kept is None:
+            return valid, [rule]
+        sources = [fitting.Source("mask", mask) for mask in (valid.mask, kept) if mask is not None]
+        return valid._replace(mask=fitting.all_of(sources)[0]), [rule]
 
     def _losses(self, y_true: Any, y_pred: Any) -> tf.Tensor:
         """The unreduced losses. One a sequence is not asked about no rows, since tf.nn.ctc_loss fails on them."""

@@ -103,6 +103,10 @@ class Backend(abc.ABC):
         """How many replicas this worker has."""
         return self.num_replicas // self.num_workers
 
+    def held(self, variable: tf.Variable) -> list[np.ndarray]:
+        """What each replica of this worker holds in a variable of which it has its own. No collective."""
+        return [variable.numpy()]
+
     def hand_over(self, values: Sequence[Any]) -> Any:
         """One nest of NumPy arrays for each replica of this worker, as tensors on its device, in the form that the
         engine's step takes. No collective: any thread may call it."""

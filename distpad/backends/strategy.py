@@ -137,6 +137,9 @@ class StrategyBackend(base.Backend):
         with contextlib.suppress(tf.errors.OpError):
             self._host_stack(np.zeros(1), LEAVE_WITHIN_S)
 
+    def held(self, variable: tf.Variable) -> list[np.ndarray]:
+        return [mine.numpy() for mine in self.strategy.experimental_local_results(variable)]
+
     def hand_over(self, values: Sequence[Any]) -> Any:
         devices, local = self.strategy.extended.worker_devices, iter(range(len(values)))
 

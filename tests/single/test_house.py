@@ -30,8 +30,8 @@ ROOMS = (
     "__init__",  # the facade; the command line stands above it, since it uses what users use
     "certificate pipeline",
     "accumulation losses",
-    "clipping collectives gradients",
-    "averages nests scaling",
+    "clipping collectives ctc gradients",
+    "averages nests replicated scaling",
     "masking",
     "exchange",
     "backends",
