@@ -1,0 +1,215 @@
+#!/usr/bin/env python
+"""How far the weights depend on the number of replicas: TensorFlow's and Keras's own masks and means, beside distpad's.
+
+Each way of averaging trains the same model on the same global batches, by plain gradient descent, on 1, 2 and 4 replicas of
+a MirroredStrategy. Two things can be wrong: on one replica already, what is minimised may not be the mean over valid
+positions; and on several, it may be another than on one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+EXAMPLES = """\
+examples:
+  python benchmarks/drift.py
+  python benchmarks/drift.py --steps 3 --replicas 1 2
+"""
+ROWS, FEATURES, UNITS, CLASSES = 16, 8, 16, 5  # of the global batch, and of the model
+RATE, POSITIONS = 0.5, 190  # of gradient descent; about as many are valid in a batch
+TARGET = "the mean over valid positions"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help="default 10")
+    parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="default 1 2 4")
+    parser.add_argument("--one", type=Path, metavar="FILE", help=argparse.SUPPRESS)  # one number of replicas, here
+    options = parser.parse_args()
+    if 1 not in options.replicas:
+        parser.error(f"--replicas is {options.replicas}, expected 1 among them: the others are held against it")
+    if options.one:
+        options.one.write_text(json.dumps(train_all(options.replicas[-1], options.steps)))
+        return
+    found = {n: in_a_process(n, options.steps) for n in tqdm(options.replicas, unit="run", desc="replicas")}
+    show(found, options.steps)
+
+
+def in_a_process(replicas: int, steps: int) -> dict[str, list[float]]:
+    """Of its own: one process holds one number of devices."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "weights.json"
+        argv = [sys.executable, __file__, "--one", file, "--steps", steps, "--replicas", 1, replicas]
+        subprocess.run([str(part) for part in argv], check=True)
+        return json.loads(file.read_text())
+
+
+def show(found: dict[int, dict[str, list[float]]], steps: int) -> None:
+    """Distances of weights, over how far those of the target have moved."""
+    start, target = (np.array(found[1][name]) for name in ("start", TARGET))
+    moved = np.linalg.norm(target - start)
+    several = [n for n in found if n != 1]
+    title = f"distance of the weights after {steps} steps, over the way that they went; exact: {TARGET}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("what is averaged by")
+    for heading in ("on 1, from exact", *(f"on {n}, from on 1" for n in several)):
+        table.add_column(heading, justify="right")
+    for name, weights in found[1].items():
+        if name in ("start", TARGET):
+            continue
+        own = np.array(weights)
+        gaps = [own - target, *(np.array(found[n][name]) - own for n in several)]
+        table.add_row(name, *(f"{np.linalg.norm(gap) / moved:.1e}" for gap in gaps))
+    Console(width=110).print(table)
+
+
+# -- one number of replicas -------------------------------------------------------------------------------------------
+
+
+def train_all(replicas: int, steps: int) -> dict[str, list[float]]:
+    """Each contender's weights after training, flat; and those that all of them start with."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    import tensorflow as tf
+
+    tf.get_logger().setLevel("ERROR")
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * replicas)
+    strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)])
+    assert strategy.num_replicas_in_sync == replicas
+    flat = lambda model: np.concatenate([weight.ravel() for weight in model.get_weights()]).tolist()
+    results = {"start": flat(build(False))}
+    for name, train in contenders(strategy).items():
+        with contextlib.nullcontext() if name == TARGET else strategy.scope():
+            model = build("Keras mask" in name)
+        train(model, list(batches(steps)))
+        results[name] = flat(model)
+    return results
+
+
+def build(masked: bool) -> Any:
+    """A model, with a Keras mask or without, and weights that are always the same."""
+    import tensorflow as tf
+
+    layers = [tf.keras.layers.Dense(UNITS, activation="tanh"), tf.keras.layers.Dense(CLASSES)]
+    masking = [tf.keras.layers.Masking()] if masked else []
+    model = tf.keras.Sequential([tf.keras.Input([None, FEATURES]), *masking, *layers])
+    random = np.random.default_rng(0)
+    model.set_weights([random.normal(size=weight.shape) / 2 for weight in model.get_weights()])
+    return model
+
+
+def batches(steps: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Features, labels and mask of global batches, lengths lognormal(2, 1) up to 64."""
+    for step in range(steps):
+        random = np.random.default_rng([1, step])
+        lengths = np.clip(random.lognormal(2, 1, ROWS).astype(int), 1, 64)
+        mask = np.arange(64) < lengths[:, None]
+        x = random.normal(size=[ROWS, 64, FEATURES]) * mask[..., None]
+        y = np.where(mask, random.integers(0, CLASSES, [ROWS, 64]), 0)
+        yield x.astype("float32"), y.astype("int32"), mask.astype("float32")
+
+
+def contenders(strategy: Any) -> dict[str, Callable[[Any, list], None]]:
+    """How each of them trains a model on batches."""
+    import tensorflow as tf
+
+    import distpad
+
+    def keras(name: str) -> Any:
+        return tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=name)
+
+    default = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    each = keras("none")
+
+    def fit(loss: Any, weighted: bool, rate: float = RATE) -> Callable[[Any, list], None]:
+        def train(model: Any, given: list) -> None:
+            with strategy.scope():
+                model.compile(loss=loss, optimizer=tf.keras.optimizers.SGD(rate), jit_compile=False)
+            columns = [np.concatenate(column) for column in zip(*given)][: 3 if weighted else 2]
+            data = tf.data.Dataset.from_tensor_slices(tuple(columns)).batch(ROWS)
+            model.fit(data, verbose=0, shuffle=False)
+
+        return train
+
+    def loop(share: Callable[[Any, Any, Any], Any], rate: float = RATE) -> Callable[[Any, list], None]:
+        """A custom loop, in which each replica's loss is ``share(y_true, logits, mask)``."""
+
+        def train(model: Any, given: list) -> None:
+            with strategy.scope():
+                optimizer = tf.keras.optimizers.SGD(rate)
+                optimizer.build(model.trainable_variables)
+
+            def step(x: Any, y: Any, mask: Any) -> None:
+                with tf.GradientTape() as tape:
+                    loss = share(y, model(x, training=True), mask)
+                gradients = tape.gradient(loss, model.trainable_variables)
+                optimizer.apply_gradients(zip(gradients, model.trainable_variables))
+
+            run = tf.function(lambda *batch: strategy.run(step, args=batch))
+            data = tf.data.Dataset.from_tensor_slices(tuple(map(np.concatenate, zip(*given)))).batch(ROWS)
+            for batch in strategy.experimental_distribute_dataset(data):
+                run(*batch)
+
+        return train
+
+    def mean_of_valid(y: Any, logits: Any, mask: Any) -> Any:
+        return tf.reduce_mean(tf.boolean_mask(each(y, logits), mask > 0)) / strategy.num_replicas_in_sync
+
+    def over_batch(y: Any, logits: Any, mask: Any) -> Any:
+        return tf.reduce_sum(tf.nn.compute_average_loss(each(y, logits), sample_weight=mask, global_batch_size=ROWS))
+
+    def over_positions(y: Any, logits: Any, mask: Any) -> Any:
+        positions = tf.size(mask) * strategy.num_replicas_in_sync
+        return tf.nn.compute_average_loss(each(y, logits) * mask, global_batch_size=positions)
+
+    def exact(model: Any, given: list) -> None:
+        """Row by row, on one device."""
+        for x, y, mask in given:
+            total = [0.0] * len(model.trainable_variables)
+            for row, labels, length in zip(x, y, mask.sum(1).astype(int)):
+                with tf.GradientTape() as tape:
+                    loss = tf.reduce_sum(each(labels[None, :length], model(row[None, :length], training=True)))
+                total = [a + b for a, b in zip(total, tape.gradient(loss, model.trainable_variables))]
+            for variable, gradient in zip(model.trainable_variables, total):
+                variable.assign_sub(RATE * gradient / mask.sum())
+
+    found = {
+        TARGET: exact,
+        "fit: Keras mask, default reduction": fit(default, False),
+        "fit: Keras mask, reduction sum": fit(keras("sum"), False, RATE / POSITIONS),
+        "fit: mask as sample_weight, default reduction": fit(default, True),
+    }
+    with contextlib.suppress(ValueError):  # Keras 2 does not know it
+        found["fit: mask as sample_weight, mean_with_sample_weight"] = fit(keras("mean_with_sample_weight"), True)
+    return {
+        **found,
+        "loop: mean of tf.boolean_mask, over the replicas": loop(mean_of_valid),
+        "loop: tf.nn.compute_average_loss over rows": loop(over_batch, RATE * ROWS / POSITIONS),
+        "loop: tf.nn.compute_average_loss over positions": loop(over_positions),
+        "fit: distpad.DistributedLoss, Keras mask": fit(distpad.DistributedLoss(each), False),
+        "fit: distpad.DistributedLoss, mask as sample_weight": fit(distpad.DistributedLoss(each), True),
+        "loop: distpad.DistributedLoss": loop(
+            lambda y, logits, mask: distpad.DistributedLoss(each)(y, logits, mask=mask > 0)
+        ),
+    }
+
+
+if __name__ == "__main__":
+    main()
