@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """How far the weights depend on the number of replicas: TensorFlow's and Keras's own masks and means, beside distpad's.
 
-Each way of averaging trains the same model on the same global batches, by plain gradient descent, on 1, 2 and 4 replicas of
-a MirroredStrategy. Two things can be wrong: on one replica already, what is minimised may not be the mean over valid
-positions; and on several, it may be another than on one.
+Each way of averaging trains the same model on the same global batches, by plain gradient descent, on 1, 2 and 4
+replicas of a MirroredStrategy. Two things can be wrong: on one replica already, what is minimised may not be the mean
+over valid positions; and on several, it may be another than on one. Sums, and means over rows, take a learning rate by
+so much smaller.
 """
 
 from __future__ import annotations
