@@ -55,14 +55,16 @@ class Trainer:
             self.optimizer = tf.keras.optimizers.SGD(1e-3)
             self.optimizer.build(self.model.trainable_variables)
 
-        @tf.function(autograph=False, jit_compile=jit_compile)
         def differentiate(batch: Any) -> tuple[tf.Tensor, list[tf.Tensor]]:
             with tf.GradientTape() as tape:
                 value = loss(self.model, batch)
             return value, tape.gradient(value, self.model.trainable_variables)
 
+        # a function of its own only where it must be: a loss with a collective cannot be in one under MirroredStrategy
+        differ = tf.function(differentiate, autograph=False, jit_compile=True) if jit_compile else differentiate
+
         def step(batch: Any) -> tf.Tensor:
-            value, gradients = differentiate(batch)
+            value, gradients = differ(batch)
             reduced = backend.reduce_gradients(gradients)
             self.optimizer.apply_gradients(zip(reduced, self.model.trainable_variables))
             return value

@@ -7,6 +7,9 @@ BENCHMARKS='
 overhead    | horovod multiworker | overhead.py
 tokens      | horovod multiworker | tokens.py --set lognormal
 docstrings  | horovod             | tokens.py --set docstrings
+wrapper     | horovod             | wrapper.py
+mirrored    | local               | wrapper.py --replicas 4
+drift       | local               | drift.py
 shapes      | local horovod       | shapes.py --count
 planning    | local               | planning.py
 convergence | local               | convergence.py
@@ -18,7 +21,7 @@ Runs the benchmarks: ratios between contenders that take turns in one process, o
 All of them take about an hour on two cores that have nothing else to do. What they print also goes to runs/benchmarks.
 
 Usage: benchmarks/run.sh [--stack current|classic] [NAME...]
-  NAME        overhead, tokens, docstrings, shapes, planning, convergence (default: all)
+  NAME        overhead, tokens, docstrings, wrapper, mirrored, drift, shapes, planning, convergence (default: all)
   --stack     default: current
   -h, --help  this text
 

@@ -115,3 +115,27 @@ def test_convergence():
     output = run("local", "convergence.py", "--seeds", 1, "--steps", 1, "--eval-strings", 4)
     for batches in ("full shuffle", "similar widths", "a budget of columns"):
         assert re.search(rf"{batches}.*\d\.\d\d", output), output
+
+
+@pytest.mark.parametrize(("world", "replicas"), [("local", 1), ("local", 2), ("horovod:2", 2)])
+def test_wrapper(world, replicas):
+    asked = ["--replicas", replicas] if world == "local" else []
+    output = run(world, "wrapper.py", "--rounds", 1, "--steps", 2, "--units", 8, *asked)
+    assert f"{replicas} replicas" in output
+    for contender in ("by hand", "denominator given", "counting in the step"):
+        assert len(re.findall(rf"│ {contender} +│ +\d", output)) == 1, output
+
+
+def test_drift():
+    """On 2 replicas: local means go elsewhere than on one, distpad's does not."""
+    output = run("local", "drift.py", "--steps", 3, "--replicas", 1, 2)
+    found = {
+        name.strip(): (float(one), float(two))
+        for name, one, two in re.findall(r"│ (\w+: .*?) │ +(\d\S+) │ +(\d\S+) │", output)
+    }
+    assert len(found) >= 9, output
+    for name, (one, two) in found.items():
+        if "distpad" in name:
+            assert one <= 1e-5 and two <= 1e-5, output
+        else:
+            assert one > 1e-2 or two > 1e-2, output

@@ -1,0 +1,117 @@
+#!/usr/bin/env python
+"""What DistributedLoss costs a step, against a masked sum over a constant that is written by hand.
+
+With the count given, as PaddedBatches gives it, the step has no collective but the gradients'. Counting in the step is
+one small all-reduce more, which by hand would be needed too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import engine
+import numpy as np
+import rounds
+import tensorflow as tf
+
+import distpad
+from distpad import backends
+
+EXAMPLES = """\
+examples:
+  python benchmarks/wrapper.py
+  python benchmarks/wrapper.py --replicas 4
+  horovodrun -np 2 python benchmarks/wrapper.py
+"""
+LENGTH, FEATURES, CLASSES = 64, 16, 32
+BY_HAND = "by hand"
+COUNT = 1000.0  # what all divide by, so that they train alike
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--replicas", type=int, metavar="N", help="of one process (default: what the launcher started)")
+    parser.add_argument("--rounds", type=int, default=rounds.ROUNDS, metavar="N", help="default 9")
+    parser.add_argument("--steps", type=int, default=100, metavar="N", help="of a run (default 100)")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="per replica (default 16)")
+    parser.add_argument("--units", type=int, default=448, metavar="N", help="of the model: the length of a step")
+    options = parser.parse_args()
+
+    backend = backends.start("mirrored", options.replicas) if options.replicas else engine.start()
+    batch = backend.hand_over([drawn(r, options.batch_size) for r in range(backend.replicas_here)])
+    contenders = {
+        name: functools.partial(run, trainer, batch, options.steps)
+        for name, trainer in trainers(backend, options.units)
+    }
+    for warm in contenders.values():
+        warm()
+    figures = rounds.take_turns(contenders, BY_HAND, options.rounds, quiet=backend.worker_index > 0)
+    if backend.worker_index == 0:
+        title = f"{backend.num_replicas} replicas ({backend.name}), {options.rounds} rounds of {options.steps} steps"
+        rounds.show(title, "ms a step", figures, scale=1000)
+
+
+def drawn(replica: int, size: int) -> dict[str, np.ndarray]:
+    """A batch of one replica: lengths of 4 to 64."""
+    random = np.random.default_rng([0, replica])
+    return {
+        "x": random.normal(size=[size, LENGTH, FEATURES]).astype(np.float32),
+        "y": random.integers(CLASSES, size=[size, LENGTH]).astype(np.int32),
+        "lengths": random.integers(4, LENGTH + 1, size=size).astype(np.int32),
+    }
+
+
+def model(units: int) -> tf.keras.Model:
+    layers = [tf.keras.layers.Dense(units, activation="relu") for _ in range(2)]
+    made = tf.keras.Sequential([*layers, tf.keras.layers.Dense(CLASSES)])
+    made.build([None, None, FEATURES])
+    return made
+
+
+def trainers(backend: backends.Backend, units: int) -> list[tuple[str, engine.Trainer]]:
+    """Each contender with a model of its own."""
+    entropy = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
+    wrapped = distpad.DistributedLoss(entropy, backend=backend)
+
+    def by_hand(trained: tf.keras.Model, batch: dict[str, Any]) -> tf.Tensor:
+        mask = tf.sequence_mask(batch["lengths"], LENGTH)
+        return tf.reduce_sum(tf.where(mask, entropy(batch["y"], trained(batch["x"])), 0.0)) / COUNT
+
+    def with_count(trained: tf.keras.Model, batch: dict[str, Any]) -> tf.Tensor:
+        return wrapped(batch["y"], trained(batch["x"]), lengths=batch["lengths"], denominator=COUNT)
+
+    def counting(trained: tf.keras.Model, batch: dict[str, Any]) -> tf.Tensor:
+        return wrapped(batch["y"], trained(batch["x"]), lengths=batch["lengths"])
+
+    losses: dict[str, Callable[[tf.keras.Model, Any], tf.Tensor]] = {
+        BY_HAND: by_hand,
+        "denominator given": with_count,
+        "counting in the step": counting,
+    }
+    return [(name, engine.Trainer(backend, functools.partial(model, units), loss)) for name, loss in losses.items()]
+
+
+def run(trainer: engine.Trainer, batch: Any, steps: int) -> float:
+    """Seconds a step, from the end of the first step on."""
+    wait_for(trainer, trainer.step(batch))
+    began = time.perf_counter()
+    for _ in range(steps):
+        value = trainer.step(batch)
+    wait_for(trainer, value)
+    return (time.perf_counter() - began) / steps
+
+
+def wait_for(trainer: engine.Trainer, value: Any) -> None:
+    strategy = getattr(trainer.backend, "strategy", None)
+    for mine in strategy.experimental_local_results(value) if strategy else [value]:
+        mine.numpy()
+
+
+if __name__ == "__main__":
+    main()
