@@ -10,10 +10,9 @@ from test_clipping import loss_scaled
 import distpad
 import oracle
 
-KERAS_3 = hasattr(tf.keras.optimizers, "LossScaleOptimizer")
 # of half precision: a matmul adds rows in another order on each number of replicas. The mean of means is 20 % off.
 LIMIT = {"mixed_float16": 4e-3, "mixed_bfloat16": 3e-2}
-STEPS, RATE, OVERFLOWS = 5, 0.25, 1  # the step that overflows
+STEPS, RATE, OVERFLOWS = 4, 0.25, 1  # the step that overflows
 
 
 def small_model(policy):
@@ -57,8 +56,7 @@ def on_one_device(world, policy, overflow):
     return made.get_weights(), skipped
 
 
-@pytest.mark.parametrize("overflow", [False, True])
-@pytest.mark.parametrize("policy", LIMIT)
+@pytest.mark.parametrize(("policy", "overflow"), [("mixed_float16", True), ("mixed_bfloat16", False)])
 def test_training_is_that_of_one_device(world, policy, overflow):
     wanted, skipped = on_one_device(world, policy, overflow)
     assert skipped == int(overflow)
