@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -69,6 +70,11 @@ class Backend(abc.ABC):
         mine = tf.reshape(mine, [-1] + [1] * tensor.shape.rank)
         return self.all_reduce_sum(tf.where(mine, tensor[tf.newaxis], tf.zeros([], tensor.dtype)))
 
+    def total_of(self, variable: Any) -> tf.Tensor:
+        """The sum of what each replica has added to a variable that it has its own part of, made in ``scope``; also
+        called where no replica's code runs, between steps. Collective: one all-reduce."""
+        return self.all_reduce_sum(tf.convert_to_tensor(variable))
+
     @property
     def share_scale(self) -> Any:
         """What a replica's share of the global mean is multiplied by, so that the engine's reduction restores it; a
@@ -129,6 +135,10 @@ class Backend(abc.ABC):
         """
 
     # -- gradients and variables --------------------------------------------------------------------------------------
+
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        """Where the engine's variables are made."""
+        return contextlib.nullcontext()
 
     def reduce_gradients(self, gradients: Sequence[Any]) -> list[Any]:
         """Gradients as the optimiser should get them. Strategies reduce inside the optimiser, so nothing is done."""

@@ -85,6 +85,14 @@ class StrategyBackend(base.Backend):
         carried = _CARRIED.get(tensor.dtype, tensor.dtype)
         return tf.cast(context.all_gather(tf.cast(tf.identity(tensor), carried), axis=0), tensor.dtype)
 
+    def total_of(self, variable: Any) -> tf.Tensor:
+        # the parts of a variable that is synchronised when it is read are summed outside replicas, and only there
+        read = tf.convert_to_tensor(variable)
+        return self.all_reduce_sum(read) if self.in_replica() else read
+
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        return self.strategy.scope()
+
     def join_shares(self, value: Any) -> tf.Tensor:
         if self.in_replica():
             return super().join_shares(value)
