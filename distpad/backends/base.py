@@ -104,6 +104,19 @@ class Backend(abc.ABC):
         """
         return self.host_max(maxima), self.host_sum(sums)
 
+    def host_stack(self, array: np.ndarray) -> np.ndarray:
+        """What each worker holds, ``[workers, *shape]``. Collective among workers."""
+        slots = np.zeros((self.num_workers, *array.shape), array.dtype)
+        slots[self.worker_index] = array
+        return self.host_sum(slots)
+
+    def host_gather(self, given: bytes) -> list[bytes]:
+        """What each worker gives, of any size, in worker order. Collective among workers."""
+        sizes = self.host_stack(np.array(len(given), np.int64))
+        words = np.zeros(-(-int(sizes.max()) // 4), np.int32)  # no engine sums bytes
+        words.view(np.uint8)[: len(given)] = np.frombuffer(given, np.uint8)
+        return [row.tobytes()[:size] for row, size in zip(self.host_stack(words), sizes)]
+
     @property
     def replicas_here(self) -> int:
         """How many replicas this worker has."""
@@ -113,6 +126,10 @@ class Backend(abc.ABC):
         """One nest of NumPy arrays for each replica of this worker, as tensors on its device, in the form that the
         engine's step takes. No collective: any thread may call it."""
         return tf.nest.map_structure(tf.convert_to_tensor, values[0])
+
+    def local_results(self, value: Any) -> list[Any]:
+        """What a step gave back, a nest for each replica of this worker."""
+        return [value]
 
     # -- for Keras's fit ----------------------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ ROOMS = (
     "certificate pipeline",
     "accumulation losses metrics",
     "clipping collectives gradients",
+    "assembly",
     "averages nests scaling",
     "masking",
     "exchange",
