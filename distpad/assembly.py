@@ -42,7 +42,8 @@ def assemble(
         raise complaint
     for worker, header in enumerate(headers):
         if header["complaint"]:
-            raise ValueError(f"{function}: worker {worker} refused its arguments: {header['complaint'].removeprefix(f'{function}: ')}")
+            said = header["complaint"].removeprefix(f"{function}: ")
+            raise ValueError(f"{function}: worker {worker} refused its arguments: {said}")
         if header["columns"] != headers[0]["columns"]:
             found = f"{header['columns']} on worker {worker}"
             expected = f"{headers[0]['columns']}, as on worker 0"

@@ -78,6 +78,9 @@ class ErrorRate(ratio.Ratio):
             counted = tf.broadcast_to(counted, tf.shape(labels))
             reference = tf.ragged.boolean_mask(labels, counted)
             predicted = tf.ragged.boolean_mask(guesses, counted) if predicted is None else predicted
+        if (predicted.dtype == tf.string) != (reference.dtype == tf.string):
+            expected = f"{reference.dtype.name}, as y_true"
+            raise TypeError(errors.sentence(self._kind, "the dtype of y_pred", predicted.dtype.name, expected))
         edits = tf.edit_distance(_sparse(predicted), _sparse(reference), normalize=False)
         edits = tf.ensure_shape(edits, [None])[:-1]  # its rank is lost where shapes of sparse tensors are not known
         valid = valid._replace(tokens=tf.cast(reference.row_lengths(), tf.float64))

@@ -27,7 +27,9 @@ class PositionMean(ratio.Ratio):
         values = tf.cast(self._values(*cleaned), tf.float64)
         if not values.shape.rank:
             found = f"of rank {values.shape.rank}"
-            raise ValueError(errors.sentence(self._kind, "the values are", found, "[batch, length, ...], unreduced"))
+            raise ValueError(
+                errors.sentence(self._kind, "the function's result", found, "[batch, length, ...], unreduced")
+            )
         return averages.sum_up(self._kind, values, valid, "token"), rules
 
 
