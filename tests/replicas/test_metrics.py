@@ -326,6 +326,18 @@ def test_counts_beyond_what_float32_holds(world):
     close(metric.result(), 11 / (11 + 2**24))
 
 
+def test_made_outside_the_scope(world):
+    """Such a metric would count what one replica saw, or none knows which."""
+    if world.kind != "mirrored" or world.num_replicas == 1:
+        pytest.skip("needs a strategy that is not detected outside its scope")
+    outside = metrics.TokenAccuracy()
+    with pytest.raises(ValueError, match=r"TokenAccuracy: made for local, expected strategy.*inside `with strategy"):
+        world.run(lambda batch: with_lengths(outside, batch), lambda r: padded(examples(r, 0, 2)), graph=False)
+    inside = metrics.TokenAccuracy(backend=world.strategy)
+    world.run(lambda batch: (with_lengths(inside, batch), batch["w"])[1], lambda r: padded(examples(r, 0, 2)))
+    close(inside.result(), mean_of([row for r in range(world.num_replicas) for row in examples(r, 0, 2)], right))
+
+
 # -- Keras's loops ----------------------------------------------------------------------------------------------------
 
 COMPILED = {
