@@ -129,6 +129,11 @@ class Backend(abc.ABC):
 
     def local_results(self, value: Any) -> list[Any]:
         """What a step gave back, a nest for each replica of this worker."""
+        for leaf in tf.nest.flatten(value):
+            if isinstance(leaf, tf.distribute.DistributedValues):
+                raise ValueError(
+                    f"gather: a step gave a {type(leaf).__name__}, but no strategy is in scope. Write backend=strategy."
+                )
         return [value]
 
     # -- for Keras's fit ----------------------------------------------------------------------------------------------

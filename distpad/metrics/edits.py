@@ -68,11 +68,10 @@ class ErrorRate(ratio.Ratio):
         try:
             valid, positions, rules = self._rows(y_true, y_pred, sources)
             predicted, more = self._predicted(y_pred, prediction_lengths)
+            reference = self._units("y_true", y_true) if y_true.shape.rank == 1 else None
         except (ValueError, TypeError) as error:
             raise type(error)(f"{self._kind}: {error}.") from error
-        if y_true.shape.rank == 1:
-            reference = self._split(y_true)
-        else:
+        if reference is None:
             labels, guesses = classes.ids_of(self._kind, y_true, y_pred) if predicted is None else (y_true, None)
             counted = tf.ones_like(labels, tf.bool) if positions is None else fitting.widen(positions, 2)
             counted = tf.broadcast_to(counted, tf.shape(labels))
@@ -107,14 +106,23 @@ class ErrorRate(ratio.Ratio):
             return y_pred, []
         if _is_scores(y_pred):
             return None, []
+        if not isinstance(y_pred, tf.Tensor):
+            raise TypeError(f"y_pred is a {type(y_pred).__name__}, expected ids, scores or strings")
         if y_pred.shape.rank == 1:
-            return self._split(y_pred), []
+            return self._units("y_pred", y_pred), []
         sources = dict.fromkeys(("mask", "keras_mask", "sample_weight"))
         padding_value = self.padding_value
         _, counted, rules = masking.of_sequences(y_pred, lengths=lengths, padding_value=padding_value, **sources)
         counted = tf.ones_like(y_pred, tf.bool) if counted is None else counted
         named = [rule._replace(text=f"prediction_{rule.text}") for rule in rules]
         return tf.ragged.boolean_mask(y_pred, counted), named
+
+    def _units(self, name: str, text: tf.Tensor) -> tf.RaggedTensor:
+        if text.dtype != tf.string:
+            raise TypeError(
+                f"{name} has shape [batch] and dtype {text.dtype.name}, expected ids [batch, length] or text"
+            )
+        return self._split(text)
 
     def get_config(self) -> dict[str, Any]:
         """As in Keras."""

@@ -168,6 +168,17 @@ def test_what_is_wrong_on_one_worker_is_raised_on_all(world, case):
     assert world.backend.worker_index == 0 or "worker 0 refused" in str(raised.value)
 
 
+def test_values_of_a_strategy_that_is_not_in_scope(world):
+    if world.kind != "mirrored" or world.num_replicas == 1:
+        pytest.skip("needs values of several replicas in one process")
+    step = world.strategy.experimental_distribute_values_from_function(lambda _: tf.ones([1, 1]))
+    with pytest.raises(ValueError, match=r"no strategy is in scope. Write backend=strategy"):
+        distpad.gather([step], indices=[step])
+    with world.strategy.scope():
+        at = world.strategy.experimental_distribute_values_from_function(lambda c: [c.replica_id_in_sync_group])
+        assert len(distpad.gather([step], indices=[at]).values) == world.num_replicas
+
+
 def test_dtypes_that_differ(world):
     if not world.several_workers:
         pytest.skip("needs several workers")

@@ -112,6 +112,9 @@ def test_a_chance_of_nothing():
             lambda: value(metrics.CharacterErrorRate(), LABELS[:, :2], SCORES),
             "CharacterErrorRate: the shape of labels and",
         ),
+        (lambda: value(metrics.WordErrorRate(), [1], ["a"]), "WordErrorRate: y_true has shape .batch. and dtype int32"),
+        (lambda: value(metrics.WordErrorRate(), ["a"], [1]), "WordErrorRate: y_pred has shape .batch. and dtype int32"),
+        (lambda: value(metrics.WordErrorRate(), ["a"], {"a": ["b"]}), "WordErrorRate: y_pred is a dict, expected ids"),
         (
             lambda: value(metrics.CharacterErrorRate(), ["a"], [[1, 2]]),
             "CharacterErrorRate: the dtype of y_pred is int32, expected string, as y_true",
