@@ -32,10 +32,11 @@ def assemble(
     function: str, backend: backends.Backend, steps: Any, axis: Any, value: Any, lengths: Any, indices: Any
 ) -> Padded:
     """``gather`` with indices. What is wrong on one worker travels in the exchange, and is raised on all."""
-    complaint, mine = None, _Rows(np.zeros(0, np.int64), [], [])
+    complaint: Exception | None = None
+    mine = _Rows(np.zeros(0, np.int64), [], [])
     try:
         mine = _rows(function, backend, steps, axis, value, lengths, indices)
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # whatever it is, no other worker waits for this one
         complaint = error
     headers, parts = zip(*map(_unpacked, backend.host_gather(_packed(mine, complaint))))
     if complaint is not None:
