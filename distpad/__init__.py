@@ -39,12 +39,13 @@ _ROOMS = {
     "scale_regularization": "gradients",
     "unpad": "padding",
 }
-__all__ = sorted([*_ROOMS, "backends"])
+_MODULES = ("backends", "metrics")
+__all__ = sorted([*_ROOMS, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
-    if name == "backends":
-        return importlib.import_module("distpad.backends")
+    if name in _MODULES:
+        return importlib.import_module(f"distpad.{name}")
     if name not in _ROOMS:
         raise AttributeError(f"module 'distpad' has no attribute {name!r}; it has: {', '.join(__all__)}")
     return getattr(importlib.import_module(f"distpad.{_ROOMS[name]}"), name)
@@ -56,6 +57,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds the two lists together
     from distpad import backends as backends
+    from distpad import metrics as metrics
     from distpad.accumulation import GradientAccumulator as GradientAccumulator
     from distpad.backends import ElasticState as ElasticState
     from distpad.certificate import Certificate as Certificate

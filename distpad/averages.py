@@ -22,9 +22,12 @@ class Sums(NamedTuple):
     fits: Any = True
 
 
-def sum_up(losses: tf.Tensor, valid: masking.Valid, average: str | float) -> Sums:
-    """Weigh, mask and sum: within rows in the loss's dtype (float32 at least), over rows in float64."""
-    mask, weight, rank, fits = _fit(losses, valid)
+def sum_up(function: str, losses: tf.Tensor, valid: masking.Valid, average: str | float) -> Sums:
+    """Weigh, mask and sum: within rows in the loss's dtype (float32 at least), over rows in float64.
+
+    Raises ValueError, in the name of the public ``function``, for a mask or weight that does not fit the loss.
+    """
+    mask, weight, rank, fits = _fit(function, losses, valid)
     losses = tf.reduce_mean(losses, axis=list(range(rank, losses.shape.rank)))
     ones = tf.ones_like(losses)
     if weight is not None:
@@ -45,7 +48,7 @@ def sum_up(losses: tf.Tensor, valid: masking.Valid, average: str | float) -> Sum
     return Sums(total, tf.reduce_sum(row_tokens), sequences, losses.dtype, tf.shape(losses)[0], fits)
 
 
-def _fit(losses: tf.Tensor, valid: masking.Valid) -> tuple[tf.Tensor | None, tf.Tensor | None, int, Any]:
+def _fit(function: str, losses: tf.Tensor, valid: masking.Valid) -> tuple[tf.Tensor | None, tf.Tensor | None, int, Any]:
     """Mask and weight as they are applied, how many axes of the loss are positions, and whether the shapes fit.
 
     What weighs nothing is masked, whatever its loss.
@@ -57,7 +60,7 @@ def _fit(losses: tf.Tensor, valid: masking.Valid) -> tuple[tf.Tensor | None, tf.
         weight, rank = tf.squeeze(weight, -1), rank - 1
     if rank > losses.shape.rank:
         raise ValueError(
-            f"DistributedLoss: mask or sample_weight has rank {rank}, expected at most {losses.shape.rank}, the rank "
+            f"{function}: mask or sample_weight has rank {rank}, expected at most {losses.shape.rank}, the rank "
             f"of the loss {tuple(losses.shape)}."
         )
     sizes, fits = fitting.sizes_of(losses, rank), valid.fits
@@ -69,7 +72,7 @@ def _fit(losses: tf.Tensor, valid: masking.Valid) -> tuple[tf.Tensor | None, tf.
             given, fit = fitting.fitted(fitting.Source(name, given, name == "sample_weight"), sizes)
         except ValueError as error:
             raise ValueError(
-                f"DistributedLoss: {name} has shape {tuple(given.shape)}, expected {tuple(losses.shape[:rank])}, the "
+                f"{function}: {name} has shape {tuple(given.shape)}, expected {tuple(losses.shape[:rank])}, the "
                 f"leading axes of the loss {tuple(losses.shape)}."
             ) from error
         fits = fit if fits is True else tf.logical_and(fits, fit)

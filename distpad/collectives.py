@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from distpad import backends, errors, exchange, fitting, masking, nests
+from distpad import assembly, backends, errors, exchange, fitting, masking, nests
 from distpad.ladder import Ladder
 from distpad.padding import Padded
 
@@ -70,26 +70,48 @@ def gather(
     value: Any = 0,
     lengths: Any = None,
     rows: Any = None,
+    indices: Any = None,
     backend: Any = None,
 ) -> Padded:
-    """Gather all replicas' rows, padded alike, in replica order.
+    """Gather all replicas' rows, padded alike; with ``indices``, those of many steps in the order of the data set.
+
+    Without ``indices`` it is called in the step, and returns the step's rows in replica order. With them it is called
+    by each worker behind its loop, with lists of what the steps took and returned: steps need no collective of their
+    own, and may differ in length.
 
     Args:
-      tensors, axis, value, lengths, backend: as in ``pad_to_global_max``; ``axis`` is at least 1.
+      tensors: as in ``pad_to_global_max``; with ``indices`` a list of them, one a step, as ``strategy.run`` returned
+        them. Tensors ``[batch]`` may then be among them, which nothing is padded of: their lengths are 1.
+      axis, value, backend: as in ``pad_to_global_max``; ``axis`` is at least 1.
+      lengths: as in ``pad_to_global_max``; with ``indices`` a list of them, one a step.
       rows: how many leading rows of this replica are real, a whole number; the others are dropped. None: all.
+      indices: a list of ``[batch]`` whole numbers, one a step, such as ``Batch.indices``: the place of each row in the
+        data set. Rows of index -1 are filling, and are dropped. Rows that several workers hold at the same place come
+        in worker order, so that a data set that was dealt by ``dataset.shard(num_workers, worker_index)`` is in its own
+        order again. Where all workers read all of it (``replicated=True``), write ``backend="local"``.
 
     Returns: ``Padded(values, lengths, mask)`` of nests like ``tensors``, ``[rows of all replicas, ...]``, the same on
-      all replicas.
+      all replicas. With ``indices`` padded to the longest row, the same on all workers.
 
-    Raises: as ``pad_to_global_max``, and when ``rows`` is negative or above the rows that are there.
+    Raises: as ``pad_to_global_max``, and when ``rows`` is negative or above the rows that are there. With ``indices``
+      ValueError or TypeError on all workers, when on one of them there are no steps, or not as many of tensors, lengths
+      and indices; an index twice; or other dtypes or inner axes than elsewhere.
 
-    Collective: one all-reduce for the lengths, then a gather of values and one of lengths for each tensor.
+    Collective: one all-reduce for the lengths, then a gather of values and one of lengths for each tensor. With
+    ``indices``, among workers: an exchange of sizes, and one of all rows.
 
     >>> gather(tf.constant([[1, 2], [3, 4]]), rows=1).values.numpy().tolist()
     [[1, 2]]
+    >>> steps = [tf.constant([[5, 5, 5], [6, 0, 0]]), tf.constant([[7, 8], [0, 0]])]
+    >>> gather(steps, lengths=[[3, 1], [2, 0]], indices=[[2, 0], [1, -1]]).values.numpy().tolist()
+    [[6, 0, 0], [7, 8, 0], [5, 5, 5]]
     """
     function = "gather"
     resolved = backends.resolve(backend, function=function)
+    if indices is not None:
+        if rows is not None:
+            raise ValueError(errors.sentence(function, "rows", "given", "none with indices, where -1 is filling"))
+        return assembly.assemble(function, resolved, tensors, axis, value, lengths, indices)
     leaves, complaint = nests.leaves_of(function, tensors, axis, value, lengths)
     if complaint is None and any(leaf.axis == 0 for leaf in leaves):
         expected = "an axis behind the first, which holds the rows that are gathered"

@@ -112,8 +112,8 @@ class CTC:
         Collective among workers; called outside the step.
         """
         resolved = backends.resolve(backend, function=f"{_NAME}.left_out")
-        mine = [] if self._left_out is None else resolved.held(self._left_out)
-        return int(resolved.host_sum(np.array(sum(mine), np.int64)))
+        mine = [] if self._left_out is None else resolved.local_results(self._left_out)
+        return int(resolved.host_sum(np.array(sum(map(int, mine)), np.int64)))
 
     def get_config(self) -> dict[str, Any]:
         """As in Keras."""

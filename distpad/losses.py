@@ -118,7 +118,8 @@ class DistributedLoss(tf.keras.losses.Loss):
         """
         backend = backends.resolve(self._backend, function=_NAME)
         self._ran_on = backend
-        sources = {"sample_weight": sample_weight, "lengths": lengths, "mask": mask, "keras_mask": _keras_mask(y_pred)}
+        sources = {"sample_weight": sample_weight, "lengths": lengths, "mask": mask}
+        sources["keras_mask"] = masking.keras_mask(y_pred)
         if denominator is not None:
             count = self._count_from(denominator, sources)
             sums, rules = self._sums(y_true, y_pred, sources)
@@ -234,7 +235,7 @@ class DistributedLoss(tf.keras.losses.Loss):
             masking.clean(y_true, positions, prediction=False), masking.clean(y_pred, rows, prediction=True)
         )
         _check_rank(losses, self.per)
-        sums = averages.sum_up(losses, valid, self.average if self.per == "position" else "sequence_sum")
+        sums = averages.sum_up(_NAME, losses, valid, self.average if self.per == "position" else "sequence_sum")
         return sums, [*rules, masking.fit_rule(sums.rows, sums.fits)]
 
     def _own_rules(self) -> list[exchange.Rule]:
@@ -315,15 +316,6 @@ def _as_keras_casts(loss: Any, y_true: Any, y_pred: Any) -> Any:
     own = type(loss).__module__.split(".")[0] in ("keras", "tf_keras", "tensorflow_addons")
     wanted = y_true.dtype.is_floating or (y_true.dtype.is_integer and hasattr(loss, "dtype") and not own)
     return tf.cast(y_true, y_pred.dtype) if wanted else y_true
-
-
-def _keras_mask(y_pred: Any) -> tf.Tensor | None:
-    """The mask that Keras layers hand along with their output.
-
-    Private: neither Keras 2 nor 3 has a public way to read it; tests/replicas/test_keras.py notices when it changes.
-    """
-    mask = getattr(y_pred, "_keras_mask", None)
-    return mask if isinstance(mask, tf.Tensor) else None
 
 
 def _check_unreduced(loss: Any) -> None:

@@ -51,6 +51,15 @@ def as_tensor(value: Any) -> Any:
     return value if is_nest else tf.convert_to_tensor(value)
 
 
+def keras_mask(y_pred: Any) -> tf.Tensor | None:
+    """The mask that Keras layers hand along with their output.
+
+    Private: neither Keras 2 nor 3 has a public way to read it; tests/replicas/test_keras.py notices when it changes.
+    """
+    mask = getattr(y_pred, "_keras_mask", None)
+    return mask if isinstance(mask, tf.Tensor) else None
+
+
 @tf.autograph.experimental.do_not_convert
 def of_positions(
     y_true: Any, y_pred: Any, *, mask: Any, lengths: Any, padding_value: Any, keras_mask: Any, sample_weight: Any

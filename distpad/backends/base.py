@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -69,6 +70,11 @@ class Backend(abc.ABC):
         mine = tf.reshape(mine, [-1] + [1] * tensor.shape.rank)
         return self.all_reduce_sum(tf.where(mine, tensor[tf.newaxis], tf.zeros([], tensor.dtype)))
 
+    def total_of(self, variable: Any) -> tf.Tensor:
+        """The sum of what each replica has added to a variable that it has its own part of, made in ``scope``; also
+        called where no replica's code runs, between steps. Collective: one all-reduce."""
+        return self.all_reduce_sum(tf.convert_to_tensor(variable))
+
     @property
     def share_scale(self) -> Any:
         """What a replica's share of the global mean is multiplied by, so that the engine's reduction restores it; a
@@ -98,19 +104,37 @@ class Backend(abc.ABC):
         """
         return self.host_max(maxima), self.host_sum(sums)
 
+    def host_stack(self, array: np.ndarray) -> np.ndarray:
+        """What each worker holds, ``[workers, *shape]``. Collective among workers."""
+        slots = np.zeros((self.num_workers, *array.shape), array.dtype)
+        slots[self.worker_index] = array
+        return self.host_sum(slots)
+
+    def host_gather(self, given: bytes) -> list[bytes]:
+        """What each worker gives, of any size, in worker order. Collective among workers."""
+        sizes = self.host_stack(np.array(len(given), np.int64))
+        words = np.zeros(-(-int(sizes.max()) // 4), np.int32)  # no engine sums bytes
+        words.view(np.uint8)[: len(given)] = np.frombuffer(given, np.uint8)
+        return [row.tobytes()[:size] for row, size in zip(self.host_stack(words), sizes)]
+
     @property
     def replicas_here(self) -> int:
         """How many replicas this worker has."""
         return self.num_replicas // self.num_workers
 
-    def held(self, variable: tf.Variable) -> list[np.ndarray]:
-        """What each replica of this worker holds in a variable of which it has its own. No collective."""
-        return [variable.numpy()]
-
     def hand_over(self, values: Sequence[Any]) -> Any:
         """One nest of NumPy arrays for each replica of this worker, as tensors on its device, in the form that the
         engine's step takes. No collective: any thread may call it."""
         return tf.nest.map_structure(tf.convert_to_tensor, values[0])
+
+    def local_results(self, value: Any) -> list[Any]:
+        """What a step gave back, a nest for each replica of this worker."""
+        for leaf in tf.nest.flatten(value):
+            if isinstance(leaf, tf.distribute.DistributedValues):
+                raise ValueError(
+                    f"gather: a step gave a {type(leaf).__name__}, but no strategy is in scope. Write backend=strategy."
+                )
+        return [value]
 
     # -- for Keras's fit ----------------------------------------------------------------------------------------------
 
@@ -133,6 +157,10 @@ class Backend(abc.ABC):
         """
 
     # -- gradients and variables --------------------------------------------------------------------------------------
+
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        """Where the engine's variables are made."""
+        return contextlib.nullcontext()
 
     def reduce_gradients(self, gradients: Sequence[Any]) -> list[Any]:
         """Gradients as the optimiser should get them. Strategies reduce inside the optimiser, so nothing is done."""

@@ -102,6 +102,13 @@ class HorovodBackend(base.Backend):
     def host_max(self, array: np.ndarray) -> np.ndarray:
         return self._on_host(array, self._hvd.Max, "distpad_host_max")
 
+    def host_gather(self, given: bytes) -> list[bytes]:
+        sizes = self.host_stack(np.array(len(given), np.int64))
+        with tf.device("CPU:0"):
+            mine = tf.constant(np.frombuffer(given, np.uint8))
+            rows = self._hvd.allgather(mine, name="distpad_host_rows", process_set=self.process_set).numpy()
+        return [part.tobytes() for part in np.split(rows, np.cumsum(sizes)[:-1])]
+
     def host_merge(
         self, maxima: np.ndarray, sums: np.ndarray, limit_s: float, channel: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:

@@ -85,6 +85,14 @@ class StrategyBackend(base.Backend):
         carried = _CARRIED.get(tensor.dtype, tensor.dtype)
         return tf.cast(context.all_gather(tf.cast(tf.identity(tensor), carried), axis=0), tensor.dtype)
 
+    def total_of(self, variable: Any) -> tf.Tensor:
+        # the parts of a variable that is synchronised when it is read are summed outside replicas, and only there
+        read = tf.convert_to_tensor(variable)
+        return self.all_reduce_sum(read) if self.in_replica() else read
+
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        return self.strategy.scope()
+
     def join_shares(self, value: Any) -> tf.Tensor:
         if self.in_replica():
             return super().join_shares(value)
@@ -100,21 +108,24 @@ class StrategyBackend(base.Backend):
             lambda context: tf.nest.map_structure(tf.convert_to_tensor, given(context.replica_id_in_sync_group))
         )
         results = tf.function(lambda values: self.strategy.run(function, args=(values,)))(arguments)
-        columns = [self.strategy.experimental_local_results(leaf) for leaf in tf.nest.flatten(results)]
-        return [tf.nest.pack_sequence_as(results, list(row)) for row in zip(*columns)]
+        return self.local_results(results)
+
+    def local_results(self, value: Any) -> list[Any]:
+        columns = [self.strategy.experimental_local_results(leaf) for leaf in tf.nest.flatten(value)]
+        return [tf.nest.pack_sequence_as(value, list(row)) for row in zip(*columns)]
 
     def host_sum(self, array: np.ndarray) -> np.ndarray:
-        return self._host_stack(array).sum(axis=0)
+        return self.host_stack(array).sum(axis=0)
 
     def host_max(self, array: np.ndarray) -> np.ndarray:
-        return self._host_stack(array).max(axis=0)
+        return self.host_stack(array).max(axis=0)
 
     def host_merge(
         self, maxima: np.ndarray, sums: np.ndarray, limit_s: float, channel: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
         # strategies know no maximum: one sum of slots serves both
         try:
-            table = self._host_stack(np.concatenate([maxima, sums]), limit_s)
+            table = self.host_stack(np.concatenate([maxima, sums]), limit_s)
         except tf.errors.OpError as error:
             raise TimeoutError(str(error)) from error
         return table[:, : len(maxima)].max(axis=0), table[:, len(maxima) :].sum(axis=0)
@@ -135,10 +146,7 @@ class StrategyBackend(base.Backend):
         # theirs. Nobody gets through this exchange before all have come to it, that is, have all results but this one:
         # so an error in it says only that somebody has left already.
         with contextlib.suppress(tf.errors.OpError):
-            self._host_stack(np.zeros(1), LEAVE_WITHIN_S)
-
-    def held(self, variable: tf.Variable) -> list[np.ndarray]:
-        return [mine.numpy() for mine in self.strategy.experimental_local_results(variable)]
+            self.host_stack(np.zeros(1), LEAVE_WITHIN_S)
 
     def hand_over(self, values: Sequence[Any]) -> Any:
         devices, local = self.strategy.extended.worker_devices, iter(range(len(values)))
@@ -150,11 +158,11 @@ class StrategyBackend(base.Backend):
 
         return self.strategy.experimental_distribute_values_from_function(of_next)
 
-    def _host_stack(self, array: np.ndarray, limit_s: float | None = None) -> np.ndarray:
-        """``[workers, *shape]``: a worker's first replica adds its worker's slot, the others add zeros."""
+    def host_stack(self, array: np.ndarray, limit_s: float | None = None) -> np.ndarray:
         array = np.asarray(array)
         if self.num_workers == 1:
             return array[np.newaxis]
+        # a worker's first replica adds its worker's slot, the others add zeros
         slots = np.zeros((self.num_workers, *array.shape), array.dtype)
         slots[self.worker_index] = array
         local = iter([slots])

@@ -29,8 +29,9 @@ ROOMS = (
     "cli",
     "__init__",  # the facade; the command line stands above it, since it uses what users use
     "certificate pipeline",
-    "accumulation losses",
+    "accumulation losses metrics",
     "clipping collectives ctc gradients",
+    "assembly",
     "averages nests replicated scaling",
     "masking",
     "exchange",
@@ -42,7 +43,7 @@ ROOMS = (
     "errors",
 )
 # The private names of others that are read: what Python documents in spite of the underscore (NamedTuple's methods,
-# os._exit), and Keras's mask, for which there is no other way (losses.py says why).
+# os._exit), and Keras's mask, for which there is no other way (masking.py says why).
 PRIVATE_NAMES = {"_asdict", "_exit", "_fields", "_keras_mask", "_replace"}
 SETTINGS = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
 

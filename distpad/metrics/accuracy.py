@@ -1,0 +1,64 @@
+"""TokenAccuracy and SequenceAccuracy: how many positions, and how many whole sequences, are right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+from distpad import averages, exchange, fitting, masking
+from distpad.metrics import classes, means, ratio
+
+
+@tf.keras.utils.register_keras_serializable("distpad")
+class TokenAccuracy(means.PositionMean):
+    """The share of valid positions whose label is predicted.
+
+    ``y_true`` holds ids ``[batch, length]`` (or one-hot vectors beside scores), ``y_pred`` scores
+    ``[batch, length, classes]``, logits or probabilities, of which the largest is taken, or whole numbers: ids.
+
+    Args:
+      padding_value, backend, name: see ``distpad.metrics``.
+
+    >>> metric = TokenAccuracy()
+    >>> metric.update_state([[1, 2, 3], [1, -1, -1]], [[1, 2, 0], [0, -1, -1]], lengths=[3, 1])
+    >>> float(metric.result())
+    0.5
+    """
+
+    def _values(self, y_true: Any, y_pred: Any) -> tf.Tensor:
+        return tf.equal(*classes.ids_of(self._kind, y_true, y_pred))
+
+
+@tf.keras.utils.register_keras_serializable("distpad")
+class SequenceAccuracy(ratio.Ratio):
+    """The share of sequences of which all valid positions are right; those without any do not count.
+
+    ``y_true`` and ``y_pred`` are as in ``TokenAccuracy``. Sample weights of ``[batch]`` weigh sequences; of those with
+    more axes it only matters which are 0: such positions need not be right.
+
+    Args:
+      padding_value, backend, name: see ``distpad.metrics``.
+
+    >>> metric = SequenceAccuracy(padding_value=-1)
+    >>> metric.update_state([[1, 2], [3, -1], [-1, -1]], [[1, 2], [4, 0], [0, 0]])
+    >>> float(metric.result())
+    0.5
+    """
+
+    def _sums(self, y_true: Any, y_pred: Any, sources: dict[str, Any]) -> tuple[averages.Sums, list[exchange.Rule]]:
+        sources = {**sources, "keras_mask": masking.keras_mask(y_pred)}
+        y_true, y_pred = self._tensor("y_true", y_true), self._tensor("y_pred", y_pred)
+        valid, rules = self._valid(y_true, y_pred, sources)
+        right = tf.equal(*classes.ids_of(self._kind, y_true, y_pred))
+        counted, fits, rank = valid.looked_at, valid.fits, right.shape.rank
+        inner = list(range(1, rank))
+        if counted is None:
+            counted = tf.ones_like(right)
+        else:
+            counted, fit = fitting.fitted(fitting.Source("mask", counted, True), fitting.sizes_of(right, rank))
+            counted = tf.broadcast_to(fitting.widen(counted, rank), tf.shape(right))
+            fits = tf.logical_and(fits, fit)
+        whole = tf.reduce_all(tf.logical_or(right, tf.logical_not(counted)), axis=inner)
+        rows = masking.Valid(tf.reduce_any(counted, axis=inner), ratio.row_weight(valid.weight), 1, fits=fits)
+        return averages.sum_up(self._kind, tf.cast(whole, tf.float64), rows, "token"), rules

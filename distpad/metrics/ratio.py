@@ -1,0 +1,123 @@
+"""Ratio: what all metrics are, a sum over a count, each over all valid positions of all replicas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+from distpad import averages, backends, errors, exchange, masking
+
+
+class Ratio(tf.keras.metrics.Metric):
+    """A sum and the count that it is divided by, held by each replica in float64: exact for whole numbers to 2**53.
+
+    A metric belongs to the engine where it was made, as its variables do: make it inside ``with strategy.scope():``.
+    Subclasses say what is summed up (``_sums``) and what becomes of the ratio (``_final``).
+
+    Args:
+      padding_value: labels equal to it do not count (vectors: where all components are).
+      backend: see ``distpad.backends.resolve``; left out, it is detected when the metric is made. "local" makes
+        a metric of this worker alone.
+      name: as in Keras.
+    """
+
+    def __init__(self, *, padding_value: Any = None, backend: Any = None, name: str | None = None) -> None:
+        super().__init__(name=name, dtype="float64")
+        if padding_value is not None and tf.nest.is_nested(padding_value):
+            raise TypeError(errors.sentence(self._kind, "padding_value", repr(padding_value), "one number or string"))
+        self.padding_value = padding_value
+        self._given = backend
+        self._engine = backends.resolve(backend, function=self._kind)
+        with self._engine.scope():  # one variable, so that a result costs one all-reduce
+            self._parts = self.add_weight(name="parts", shape=(2,), initializer="zeros", dtype="float64")
+
+    @property
+    def _kind(self) -> str:
+        return type(self).__name__
+
+    @tf.autograph.experimental.do_not_convert
+    def update_state(
+        self, y_true: Any, y_pred: Any, sample_weight: Any = None, *, lengths: Any = None, mask: Any = None
+    ) -> None:
+        """Add a batch to this replica's part. What stands at positions that do not count changes nothing.
+
+        Args:
+          y_true: labels; y_pred: predictions ``[batch, length, ...]``; see the class.
+          sample_weight: ``[batch]`` or more leading axes; what weighs 0 is treated like padding.
+          lengths: ``[batch]`` whole numbers, the valid positions of each row (the rest is padding behind them).
+          mask: bool, leading axes of the positions. A mask that Keras's layers attached to ``y_pred`` counts, too;
+            several sources are combined with AND.
+
+        Raises:
+          ValueError, TypeError: arguments that do not go together (inside a ``tf.function``, what only shows while it
+            runs is a ``tf.errors.InvalidArgumentError``); a metric that was made outside the scope of the strategy.
+
+        Not collective: replicas may be updated unequally often.
+        """
+        self._update(y_true, y_pred, sample_weight=sample_weight, lengths=lengths, mask=mask)
+
+    def _update(self, y_true: Any, y_pred: Any, **sources: Any) -> None:
+        here = backends.resolve(self._given, function=self._kind)
+        if here.num_replicas > 1 and here.name != self._engine.name:
+            raise ValueError(
+                f"{self._kind}: made for {self._engine.name}, expected {here.name}, where it is updated. Make it "
+                "inside `with strategy.scope():`, or behind hvd.init()."
+            )
+        sums, rules = self._sums(y_true, y_pred, sources)
+        exchange.enforce(self._kind, [*rules, masking.fit_rule(sums.rows, sums.fits)])
+        self._parts.assign_add(tf.stack([tf.cast(part, tf.float64) for part in (sums.total, sums.tokens)]))
+
+    def _sums(self, y_true: Any, y_pred: Any, sources: dict[str, Any]) -> tuple[averages.Sums, list[exchange.Rule]]:
+        raise NotImplementedError
+
+    def _final(self, ratio: tf.Tensor) -> tf.Tensor:
+        return ratio
+
+    @tf.autograph.experimental.do_not_convert
+    def result(self) -> tf.Tensor:
+        """The metric over all that all replicas of all workers were given, a float64 scalar, the same on all of them.
+
+        Nothing valid gives a ratio of 0.
+
+        Collective, inside ``strategy.run`` and outside: all replicas, or all workers, call it. Keras asks for it in
+        every step of ``fit`` and ``evaluate``: under Horovod, all ranks must have as many steps.
+        """
+        total, count = tf.unstack(self._engine.total_of(self._parts))
+        return self._final(tf.math.divide_no_nan(total, count))
+
+    def reset_state(self) -> None:
+        """Begin anew, on all replicas of this worker. Not collective."""
+        self._parts.assign(tf.zeros([2], tf.float64))
+
+    def get_config(self) -> dict[str, Any]:
+        """As in Keras. A backend that is no string is detected anew."""
+        given = self._given if isinstance(self._given, str) else None
+        return {"name": self.name, "padding_value": self.padding_value, "backend": given}
+
+    def _tensor(self, name: str, given: Any) -> Any:
+        """Labels or predictions as tensors, half precision widened."""
+        tensor = masking.as_tensor(given)
+        if isinstance(tensor, (tf.RaggedTensor, tf.SparseTensor)):
+            kind = type(tensor).__name__
+            raise TypeError(errors.sentence(self._kind, name, f"a {kind}", "a padded tensor", "Use distpad.pad."))
+        return tf.nest.map_structure(_wide, tensor)
+
+    def _valid(self, y_true: Any, y_pred: Any, sources: dict[str, Any]) -> tuple[masking.Valid, list[exchange.Rule]]:
+        """The positions that count, from all sources."""
+        try:
+            return masking.of_positions(y_true, y_pred, **sources, padding_value=self.padding_value)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{self._kind}: {error}.") from error
+
+
+def _wide(leaf: Any) -> Any:
+    is_half = isinstance(leaf, tf.Tensor) and leaf.dtype in (tf.float16, tf.bfloat16)
+    return tf.cast(leaf, tf.float32) if is_half else leaf
+
+
+def row_weight(weight: tf.Tensor | None) -> tf.Tensor | None:
+    """Sample weights that are one a sequence; those of positions weigh no sequence."""
+    if weight is None or any(size != 1 for size in weight.shape[1:]):
+        return None
+    return tf.reshape(weight, [-1])
