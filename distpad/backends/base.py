@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -120,7 +121,16 @@ class Backend(abc.ABC):
 
         Returns the results in replica order. Collective where ``function`` is.
         """
-        return [tf.function(function)(given(self.worker_index))]
+        return self.graph(function)(given)
+
+    def graph(self, function: Callable[[Any], Any]) -> Callable[[Callable[[int], Any]], list[Any]]:
+        """``run`` for a function that is run often: traced once for each structure and shape of what is given."""
+        traced = tf.function(function)
+        return lambda given: [traced(tf.nest.map_structure(tf.convert_to_tensor, given(self.worker_index)))]
+
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        """Where models are made: their variables are then the engine's, and the engine is found by detection."""
+        return contextlib.nullcontext()
 
     def close(self) -> None:  # noqa: B027 (nothing is right)
         """End what the engine keeps running here, before the process exits: all workers come to it, and leave together.

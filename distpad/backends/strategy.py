@@ -95,13 +95,21 @@ class StrategyBackend(base.Backend):
         placed = tf.nest.map_structure(tf.identity, list(gradients), expand_composites=True)
         return self._context().all_reduce(tf.distribute.ReduceOp.SUM, placed)
 
-    def run(self, function: Callable[[Any], Any], given: Callable[[int], Any]) -> list[Any]:
-        arguments = self.strategy.experimental_distribute_values_from_function(
-            lambda context: tf.nest.map_structure(tf.convert_to_tensor, given(context.replica_id_in_sync_group))
-        )
-        results = tf.function(lambda values: self.strategy.run(function, args=(values,)))(arguments)
-        columns = [self.strategy.experimental_local_results(leaf) for leaf in tf.nest.flatten(results)]
-        return [tf.nest.pack_sequence_as(results, list(row)) for row in zip(*columns)]
+    def graph(self, function: Callable[[Any], Any]) -> Callable[[Callable[[int], Any]], list[Any]]:
+        traced = tf.function(lambda values: self.strategy.run(function, args=(values,)))
+
+        def run(given: Callable[[int], Any]) -> list[Any]:
+            arguments = self.strategy.experimental_distribute_values_from_function(
+                lambda context: tf.nest.map_structure(tf.convert_to_tensor, given(context.replica_id_in_sync_group))
+            )
+            results = traced(arguments)
+            columns = [self.strategy.experimental_local_results(leaf) for leaf in tf.nest.flatten(results)]
+            return [tf.nest.pack_sequence_as(results, list(row)) for row in zip(*columns)]
+
+        return run
+
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        return self.strategy.scope()
 
     def host_sum(self, array: np.ndarray) -> np.ndarray:
         return self._host_stack(array).sum(axis=0)
