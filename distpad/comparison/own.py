@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from distpad import backends, errors, gradients, losses
+from distpad.comparison import batch as batches
 from distpad.comparison import figures, layers, rows, steps
 
 
@@ -55,10 +56,10 @@ class Comparison:
     """
 
     def __init__(
-        self, model: Any, loss: Any, step: Any, given: rows.Given, training: bool, backend: backends.Backend
+        self, model: Any, loss: Any, step: Any, given: batches.Given, training: bool, backend: backends.Backend
     ) -> None:
         self.model, self.loss, self.backend = model, loss, backend
-        self.fields, self.is_step = given.fields, step is not None
+        self.fields, self.counted, self.is_step = given.fields, given.counted, step is not None
         self.alone = (
             steps.own_on_one_device(step, given.form) if model is None else steps.on_one_device(model, loss, training)
         )
@@ -72,7 +73,7 @@ class Comparison:
     def _takes_no_rows(self) -> bool:
         """Whether a replica may have no rows at all: some layers of Keras fail on them."""
         try:
-            self.alone(rows.first(self.fields, 0))
+            self.alone(self.counted(rows.first(self.fields, 0)))
         except Exception:
             return False
         return True
@@ -96,10 +97,11 @@ class Comparison:
         if empty and self.takes_none:
             sizes[-1] = 0
         drawn = rows.draw(self.fields, self.loss, kind, sum(sizes), [*seed, len(kind)], is_step=self.is_step)
-        dealt = rows.split(drawn, sizes)
         if empty and not self.takes_none:
-            dealt[-1] = rows.filling(dealt[-1])
-            drawn = rows.joined(dealt)
+            dealt = rows.split(drawn, sizes)
+            drawn, sizes[-1] = rows.joined([*dealt[:-1], rows.filling(dealt[-1])]), 1
+        drawn = self.counted(drawn)
+        dealt = rows.split(drawn, sizes)
         parts = [dealt[r * micro : (r + 1) * micro] for r in range(replicas)]
         if micro > 1 and not isinstance(self.loss.average, float):
             device = self.alone(drawn)
@@ -110,7 +112,7 @@ class Comparison:
     def explained(self, case: _Case) -> str:
         """What is wrong in a case whose gradients are off."""
         joined = [rows.joined(micro_batches) for micro_batches in case.parts]
-        own = [self.alone(batch).gradients for batch in joined if rows.number_of(batch)]
+        own = [self.alone(self.counted(batch)).gradients for batch in joined if rows.number_of(batch)]
         of_own = [sum(column) / self.backend.num_replicas for column in zip(*own)]
         names = [f"gradient {i}, of shape {gradient.shape}" for i, gradient in enumerate(case.device.gradients)]
         if self.model is not None:
@@ -123,7 +125,7 @@ class Comparison:
         if further is None:
             return None
         try:
-            device, other = self.alone(rows.first(self.fields)), self.alone(rows.first(further))
+            device, other = (self.alone(self.counted(rows.first(fields))) for fields in (self.fields, further))
         except Exception:
             return None  # the model takes no other length
         error = float(figures.off_by(other.gradients, device.gradients).max())
@@ -132,7 +134,7 @@ class Comparison:
 
 def compare(model: Any, loss: Any, step: Any, batch: Any, cases: int, seed: int, backend: backends.Backend) -> Result:
     """Compare the reduced gradients of dealt batches with those of one device. Collective among workers."""
-    given = rows.checked(batch, ("x", "y") if model is not None else (), backend)
+    given = batches.checked(batch, ("x", "y") if model is not None else (), backend)
     notes = _prepared(model, given, backend) if model is not None else []
     training = not notes
     if notes and step is None:
@@ -163,7 +165,7 @@ def compare(model: Any, loss: Any, step: Any, batch: Any, cases: int, seed: int,
     return Result(lines, comparison.padded(), notes, diagnosis)
 
 
-def _prepared(model: Any, given: rows.Given, backend: backends.Backend) -> list[str]:
+def _prepared(model: Any, given: batches.Given, backend: backends.Backend) -> list[str]:
     """Build the model where it is not, and look for layers whose training is not that of one device."""
     with backend.scope():
         if not getattr(model, "built", True) or not model.trainable_variables:

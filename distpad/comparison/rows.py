@@ -1,100 +1,19 @@
-"""The batch that a user certifies with: checked, the same on all workers, and its rows dealt out in many ways."""
+"""Rows of a batch, dealt out in many ways: unevenly, with what counts of them drawn at random."""
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from distpad import backends, errors, losses, masking
+from distpad import losses
 
 _A_REPLICA = 3  # so many rows a replica has in a case, on average
 _FURTHER = 5  # positions of padding that are added to see what the model makes of them
-_KERAS = ("x", "y", "sample_weight")  # the places of a tuple, as in fit
 
-Fields = dict[str, Any]
-
-
-class Given(NamedTuple):
-    """A batch as arrays by name, rows along the first axis of each; ``form`` gives fields the form it had."""
-
-    fields: Fields
-    form: Callable[[Fields], Any]
-
-
-def checked(batch: Any, needed: Sequence[str], backend: backends.Backend) -> Given:
-    """``batch`` as a ``Given``; ValueError or TypeError on all workers where one of them has no such batch, or another.
-
-    Collective among workers: one maximum.
-    """
-    complaint: Exception | None = None
-    given, mark = None, 0
-    try:
-        given = _read(batch, needed)
-        for leaf in tf.nest.flatten(given.fields):
-            mark = zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8).tobytes(), mark)
-        mark = zlib.crc32(repr(tf.nest.map_structure(lambda a: (a.shape, a.dtype), given.fields)).encode(), mark)
-    except (ValueError, TypeError) as error:
-        complaint = error
-    refused, most, least = backend.host_max(np.array([complaint is not None, mark, -mark], np.int64))
-    if complaint is not None:
-        raise complaint
-    if refused or given is None:
-        raise ValueError(errors.sentence("certify", "batch", "refused by another worker", "one that all can use"))
-    if most != -least:
-        remedy = "Draw it from one seed, or give the same rows to all: certify deals them out."
-        raise ValueError(errors.sentence("certify", "batch", "not the same on all workers", "the same", remedy))
-    return given
-
-
-def _read(batch: Any, needed: Sequence[str]) -> Given:
-    fields: Fields
-    form: Callable[[Fields], Any] = dict
-    if isinstance(batch, Mapping):
-        fields = dict(batch)
-    elif hasattr(batch, "_asdict"):
-        fields, form = batch._asdict(), lambda fields: type(batch)(**fields)
-    elif isinstance(batch, (tuple, list)) and len(batch) in (2, 3):
-        fields, form = dict(zip(_KERAS, batch)), lambda fields: tuple(fields[name] for name in _KERAS if name in fields)
-    else:
-        remedy = 'Write {"x": ..., "y": ..., "lengths": ...}.'
-        raise TypeError(errors.sentence("certify", "batch", type(batch).__name__, "arrays by name", remedy))
-    fields = {name: _arrays(name, value) for name, value in fields.items() if value is not None}
-    missing = [name for name in needed if name not in fields]
-    if missing:
-        known = ", ".join(fields)
-        raise ValueError(errors.sentence("certify", "batch", f"without {missing[0]!r} (it has {known})", "x and y"))
-    sizes = {name: {leaf.shape[:1] for leaf in tf.nest.flatten(value)} for name, value in fields.items()}
-    if len(set().union(*sizes.values())) != 1 or () in set().union(*sizes.values()):
-        found = ", ".join(f"{name} {sorted(map(str, shapes))}" for name, shapes in sizes.items())
-        raise ValueError(
-            errors.sentence("certify", "batch", f"of leading axes {found}", "the same number of rows in all")
-        )
-    given = Given(fields, form)
-    if not number_of(fields):
-        raise ValueError(errors.sentence("certify", "batch", "of no rows", "at least one row"))
-    for name, check in (("lengths", masking.check_lengths), ("mask", masking.check_mask)):
-        if name in fields:
-            try:
-                check(fields[name])
-            except (ValueError, TypeError) as error:
-                raise type(error)(f"certify: batch: {error}.") from error
-    return given
-
-
-def _arrays(name: str, value: Any) -> Any:
-    if isinstance(value, (tf.RaggedTensor, tf.SparseTensor)):
-        kind = type(value).__name__
-        raise TypeError(errors.sentence("certify", f"batch[{name!r}]", f"a {kind}", "an array", "Use distpad.pad."))
-    arrays = tf.nest.map_structure(np.asarray, masking.as_tensor(value))
-    for array in tf.nest.flatten(arrays):
-        if array.dtype == object and not all(isinstance(item, (str, bytes)) for item in array.flat):
-            remedy = "Under a strategy, give what all replicas have together."
-            raise TypeError(errors.sentence("certify", f"batch[{name!r}]", type(value).__name__, "an array", remedy))
-    return arrays
+Fields = dict[str, Any]  # arrays or nests of them by name, rows along the first axis of each
 
 
 def kinds(fields: Fields, loss: Any, *, is_step: bool) -> list[str]:
