@@ -155,15 +155,21 @@ def certify(
         lines = [Line(*line) for line in result.lines]
         padded = Line(*result.padded) if result.padded else None
         return _certificate(resolved, lines, padded, tuple(result.notes), result.diagnosis)
-    lines = []
+    lines, diagnosis = [], ""
     for kind, dtype in itertools.product(_KINDS, _DTYPES):
         if loss is not None and kind == "accumulation":
             continue  # a denominator is something that only DistributedLoss takes
         repeats = -(-cases // (len(_KINDS) * len(_DTYPES)))
-        found = [_error(resolved, loss, kind, dtype, [seed, number], number) for number in range(repeats)]
-        error = resolved.host_max(np.array([np.nan_to_num(found, nan=np.inf).max()]))[0]  # of the worst worker
-        lines.append(Line(kind, dtype, repeats, float(error), figures.LIMITS[dtype]))
-    return _certificate(resolved, lines)
+        steps = [_compared(resolved, loss, kind, dtype, [seed, number], number) for number in range(repeats)]
+        mine = [max(figures.off_by([one], [step.expected])[0] for one in step.found) for step in steps]
+        each = resolved.host_max(np.array(mine))  # of the worst worker
+        lines.append(Line(kind, dtype, repeats, float(each.max()), figures.LIMITS[dtype]))
+        if not lines[-1].passed and not diagnosis:
+            worst = steps[int(each.argmax())]
+            found = [[one] for one in worst.found]
+            text = figures.diagnosis(resolved, found, [worst.expected], [worst.of_own], ["the kernel"], value=0.0)
+            diagnosis = f"{kind}: {text}"
+    return _certificate(resolved, lines, None, (), diagnosis)
 
 
 def _certificate(backend: backends.Backend, lines: list[Line], *more: Any) -> Certificate:
@@ -184,8 +190,16 @@ def _check_own(model: Any, loss: Any, step: Any, batch: Any) -> None:
         raise TypeError(errors.sentence("certify", "model", type(model).__name__, "a Keras model"))
 
 
-def _error(backend: backends.Backend, loss: Any, kind: str, dtype: str, seed: list[int], number: int) -> float:
-    """The largest relative error of this worker's replicas in one random step."""
+class _Compared(NamedTuple):
+    """The gradient on each replica of this worker, that of one device, and the mean of one for each replica's rows."""
+
+    found: list[np.ndarray]
+    expected: np.ndarray
+    of_own: np.ndarray
+
+
+def _compared(backend: backends.Backend, loss: Any, kind: str, dtype: str, seed: list[int], number: int) -> _Compared:
+    """One random step."""
     turn = number + _KINDS.index(kind)  # so that few cases ask for all averages, too
     average = _AVERAGES[turn % 4 if loss is None and kind != "accumulation" else 0]
     micro = 2 if kind == "accumulation" else 1
@@ -198,9 +212,9 @@ def _error(backend: backends.Backend, loss: Any, kind: str, dtype: str, seed: li
     loss_fn = loss or losses.DistributedLoss(_cross_entropy, average=average, backend=backend)
     step = _step(backend, loss_fn, kernel.astype(dtype), kind, tokens)
     expected = _reference(every, kernel, average, kind)
-    scale = np.abs(expected).max() or 1.0
+    of_own = np.mean([_reference(batches, kernel, average, kind) for batches in drawn], axis=0)
     results = backend.run(step, lambda r: [_cast(batch, dtype) for batch in drawn[r]])
-    return max(float(np.max(np.abs(result.numpy() - expected)) / scale) for result in results)
+    return _Compared([result.numpy() for result in results], expected, of_own)
 
 
 def _draw(kind: str, replica: int, replicas: int, seed: list[int]) -> dict[str, np.ndarray]:

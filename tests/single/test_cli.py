@@ -139,6 +139,7 @@ def test_the_mean_of_means_does_not_pass(run):
     assert code == 1
     off = re.search(r"^NOT PASSED: gradients are off by ([\d.]+)% of their size$", output, re.MULTILINE)
     assert off and 5 < float(off[1]) < 1000
+    assert "diagnosis: random lengths: gradients are the mean of each replica's own mean" in output
 
 
 def test_an_unknown_backend_lists_the_known(run):
