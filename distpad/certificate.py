@@ -106,7 +106,8 @@ def certify(
     no ``DistributedLoss`` is taken at its word: what it gives on one device for all rows, it must give on many.
 
     With a ``step`` and a ``batch``, the step is run on the replicas, and beside the engine on one device; or, given
-    ``model`` and ``loss`` too, it is held against those. Penalties and clipping must be left out of it then.
+    ``model`` and ``loss`` too, it is held against those. Penalties and clipping must be left out of it then. With the
+    ``model`` alone, layers and variables are named.
 
     Without model and step, a linear model under a masked softmax cross-entropy is run: random lengths, masks and
     sample weights, NaN in padded predictions, an empty replica, a step of padding alone, and two accumulated
@@ -181,8 +182,10 @@ def _check_own(model: Any, loss: Any, step: Any, batch: Any) -> None:
         raise ValueError(errors.sentence("certify", "batch", "given alone", "with a model and a loss, or with a step"))
     if batch is None:
         raise ValueError(errors.sentence("certify", "batch", "None", "one, since a model or step is given"))
-    if (model is None) != (loss is None):
-        raise ValueError(errors.sentence("certify", "loss" if loss is None else "model", "None", "both or neither"))
+    if loss is None and step is None:
+        raise ValueError(errors.sentence("certify", "loss", "None", "one, or a step, since a model is given"))
+    if model is None and loss is not None:
+        raise ValueError(errors.sentence("certify", "model", "None", "one, since a loss and a batch are given"))
     for name, given in (("model", model), ("loss", loss), ("step", step)):
         if given is not None and (not callable(given) or isinstance(given, type)):
             raise TypeError(errors.sentence("certify", name, repr(given), "a callable"))

@@ -49,7 +49,8 @@ class Comparison:
     """What is compared, how: the user's step on the replicas, and one device's.
 
     Args:
-      model, loss: or None, where ``step`` is held against itself on one device.
+      model: or None, where ``step`` alone knows it.
+      loss: or None, where ``step`` is held against itself on one device.
       step: or None, where ``model`` and ``loss`` make the step.
       given: the batch.
       training: how the model is called.
@@ -60,14 +61,14 @@ class Comparison:
     ) -> None:
         self.model, self.loss, self.backend = model, loss, backend
         self.fields, self.counted, self.is_step = given.fields, given.counted, step is not None
-        self.alone = (
-            steps.own_on_one_device(step, given.form) if model is None else steps.on_one_device(model, loss, training)
-        )
-        self.together = (
-            steps.on_replicas(model, loss, training, backend)
-            if step is None
-            else steps.own_on_replicas(step, given.form, backend)
-        )
+        if loss is None:
+            self.alone = steps.own_on_one_device(step, given.form, model)
+        else:
+            self.alone = steps.on_one_device(model, loss, training)
+        if step is None:
+            self.together = steps.on_replicas(model, loss, training, backend)
+        else:
+            self.together = steps.own_on_replicas(step, given.form, model, backend)
         self.takes_none = self._takes_no_rows()
 
     def _takes_no_rows(self) -> bool:
@@ -134,10 +135,10 @@ class Comparison:
 
 def compare(model: Any, loss: Any, step: Any, batch: Any, cases: int, seed: int, backend: backends.Backend) -> Result:
     """Compare the reduced gradients of dealt batches with those of one device. Collective among workers."""
-    given = batches.checked(batch, ("x", "y") if model is not None else (), backend)
+    given = batches.checked(batch, ("x", "y") if loss is not None else (), backend)
     notes = _prepared(model, given, backend) if model is not None else []
-    training = not notes
-    if notes and step is None:
+    training = not notes or step is not None
+    if not training:
         notes.append("compared with training=False, where these layers do neither")
     notes += _alike(model, backend) if model is not None else []
     comparison = Comparison(model, loss, step, given, training, backend)
@@ -152,7 +153,7 @@ def compare(model: Any, loss: Any, step: Any, batch: Any, cases: int, seed: int,
             )
         )
     if backend.num_replicas > 1 and not isinstance(loss, losses.DistributedLoss):
-        what = "step" if model is None else "loss"
+        what = "step" if loss is None else "loss"
         notes.append(f"the {what} is held against itself on one device: a factor that it has there too is not seen")
     lines, diagnosis = [], ""
     for kind in kinds:
@@ -168,7 +169,7 @@ def compare(model: Any, loss: Any, step: Any, batch: Any, cases: int, seed: int,
 def _prepared(model: Any, given: batches.Given, backend: backends.Backend) -> list[str]:
     """Build the model where it is not, and look for layers whose training is not that of one device."""
     with backend.scope():
-        if not getattr(model, "built", True) or not model.trainable_variables:
+        if "x" in given.fields and not (getattr(model, "built", True) and model.trainable_variables):
             steps.predict(model, rows.first(given.fields)["x"], False)
     if not model.trainable_variables:
         raise ValueError(errors.sentence("certify", "model", "one without trainable variables", "at least one"))

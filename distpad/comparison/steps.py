@@ -47,11 +47,11 @@ def on_replicas(
 
 
 def own_on_replicas(
-    step: Callable[[Any], Any], form: Callable[[rows.Fields], Any], backend: backends.Backend
+    step: Callable[[Any], Any], form: Callable[[rows.Fields], Any], model: Any, backend: backends.Backend
 ) -> Callable[[Callable[[int], Any]], list[Gradients]]:
     """The user's own step, which takes its batch in the form that it was given to ``certify``."""
     called = _plain(step)
-    return _in_numpy(backend.graph(lambda given: _returned(called(form(given[0][0])))))
+    return _in_numpy(backend.graph(lambda given: _returned(called(form(given[0][0])), model)))
 
 
 def on_one_device(model: Any, loss: Any, training: bool) -> Callable[[rows.Fields], Device]:
@@ -75,22 +75,27 @@ def on_one_device(model: Any, loss: Any, training: bool) -> Callable[[rows.Field
 
     def run(batch: rows.Fields) -> Device:
         found, value, count, predicted = backends.run_alone(lambda: traced(_tensors(batch)))
-        return Device(
-            [gradient.numpy() for gradient in found], float(value), float(count), _narrowest([*found, *predicted])
-        )
+        dtype = _narrowest([*(tensor.dtype for tensor in (*found, *predicted)), *_computed_in(model)])
+        return Device([gradient.numpy() for gradient in found], float(value), float(count), dtype)
 
     return run
 
 
 def own_on_one_device(
-    step: Callable[[Any], Any], form: Callable[[rows.Fields], Any]
+    step: Callable[[Any], Any], form: Callable[[rows.Fields], Any], model: Any
 ) -> Callable[[rows.Fields], Device]:
     """The user's own step, where this process is all there is."""
-    traced = tf.function(lambda batch: _returned(_plain(step)(form(batch))))
+    called = _plain(step)
+    traced = tf.function(lambda batch: _returned(called(form(batch)), model))
 
     def run(batch: rows.Fields) -> Device:
         found = backends.run_alone(lambda: traced(_tensors(batch)))
-        return Device([gradient.numpy() for gradient in found], 0.0, 0.0, _narrowest(found))
+        return Device(
+            [gradient.numpy() for gradient in found],
+            0.0,
+            0.0,
+            _narrowest([*(gradient.dtype for gradient in found), *_computed_in(model)]),
+        )
 
     return run
 
@@ -147,12 +152,19 @@ def _plain(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return getattr(step, "python_function", step)
 
 
-def _returned(result: Any) -> list[tf.Tensor]:
-    """What a user's step returned, as a list of dense gradients; None, which has no shape, is left out."""
-    leaves = [leaf for leaf in tf.nest.flatten(result) if leaf is not None]
-    if not leaves:
+def _returned(result: Any, model: Any) -> list[tf.Tensor]:
+    """What a user's step returned, as a list of dense gradients: of the model's variables, where it is known."""
+    leaves = tf.nest.flatten(result)
+    if model is not None and len(leaves) != len(model.trainable_variables):
+        number = len(model.trainable_variables)
+        expected = f"{number}, one for each trainable variable of the model"
+        raise ValueError(errors.sentence("certify", "step", f"one that returns {len(leaves)} gradients", expected))
+    if all(leaf is None for leaf in leaves):
         raise ValueError(errors.sentence("certify", "step", "one that returns nothing", "the reduced gradients"))
-    return [tf.identity(tf.convert_to_tensor(leaf)) for leaf in leaves]
+    if model is not None:
+        leaves = _dense(leaves, model.trainable_variables)
+    # without a model nothing tells the shape of None, on one device and on many
+    return [tf.identity(tf.convert_to_tensor(leaf)) for leaf in leaves if leaf is not None]
 
 
 def _dense(found: Sequence[Any], variables: Sequence[Any]) -> list[tf.Tensor]:
@@ -176,6 +188,12 @@ def _tensors(batch: rows.Fields) -> rows.Fields:
     return tf.nest.map_structure(tf.convert_to_tensor, batch)
 
 
-def _narrowest(tensors: Sequence[tf.Tensor]) -> str:
-    floats = [tensor.dtype for tensor in tensors if tensor.dtype.is_floating]
+def _narrowest(dtypes: Sequence[tf.DType]) -> str:
+    floats = [dtype for dtype in dtypes if dtype.is_floating]
     return min(floats, key=lambda dtype: (dtype.size, dtype.name)).name if floats else "float32"
+
+
+def _computed_in(model: Any) -> list[tf.DType]:
+    """Half precision that a model computes in, whatever its variables and predictions are."""
+    named = {getattr(layer, "compute_dtype", None) for layer in (model, *getattr(model, "layers", []))}
+    return [tf.as_dtype(name) for name in named & {"float16", "bfloat16"}]

@@ -261,6 +261,23 @@ def test_a_model_that_sees_padding_and_takes_no_empty_batch(world, monkeypatch):
     assert "an empty replica" in [line.kind for line in certificate.lines]
 
 
+def test_a_subclassed_model_that_is_not_built_yet(world, one_kind):
+    class Model(tf.keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer = tf.keras.layers.Dense(3, activation="tanh"), tf.keras.layers.Dense(CLASSES)
+
+        def call(self, x):
+            return self.outer(self.inner(x))
+
+    with world.scope():
+        model = Model()
+    certificate = certified(world, model, distpad.DistributedLoss(each, backend=world.backend), batch=batch_of())
+    assert certificate.passed, str(certificate)
+    if world.kind in ("horovod", "mpirun"):  # each had drawn its own
+        assert "workers had different variables" in str(certificate)
+
+
 def test_workers_with_different_variables_are_told(world, one_kind):
     model, loss = model_in(world), distpad.DistributedLoss(each, backend=world.backend)
     if world.kind not in ("horovod", "mpirun"):

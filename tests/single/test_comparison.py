@@ -162,7 +162,8 @@ def test_batches_that_are_refused(batch, error, message):
     ("arguments", "error", "message"),
     [
         ({"batch": BATCH}, ValueError, "batch is given alone"),
-        ({"step": lambda batch: [], "model": lambda x: x, "batch": BATCH}, ValueError, "loss is None"),
+        ({"model": lambda x: x, "batch": BATCH}, ValueError, "loss is None"),
+        ({"step": lambda batch: [], "loss": lambda t, p: p, "batch": BATCH}, ValueError, "model is None"),
         ({"model": lambda x: x, "loss": lambda t, p: p, "batch": BATCH}, TypeError, "model is function"),
         ({"step": 3, "batch": BATCH}, TypeError, "step is 3"),
         ({"step": lambda batch: [], "batch": BATCH}, ValueError, "step is one that returns nothing"),
@@ -200,3 +201,24 @@ def test_whatever_form_a_batch_has_a_step_gets_it_so():
         seen.clear()
         distpad.certify(step=step, batch=form, cases=1, backend=LOCAL)
         assert set(seen) == {type(form)}
+
+
+def test_a_step_gives_a_gradient_for_each_variable_of_the_model():
+    """One that is None is zeros; a list that is too short is no agreement."""
+    model = tf.keras.Sequential([tf.keras.Input([None, 2]), tf.keras.layers.Dense(2)])
+    loss = distpad.DistributedLoss(lambda t, p: p[..., 0] * 0, backend=LOCAL)
+    none = distpad.certify(model, loss, step=lambda batch: [None, tf.zeros([2])], batch=BATCH, cases=1, backend=LOCAL)
+    assert none.passed
+    with pytest.raises(ValueError, match=r"returns 1 gradients, expected 2, one for each"):
+        distpad.certify(model, loss, step=lambda batch: [tf.zeros([2, 2])], batch=BATCH, cases=1, backend=LOCAL)
+    named = distpad.certify(model, step=lambda batch: [tf.ones([2, 2]), None], batch=BATCH, cases=1, backend=LOCAL)
+    assert named.passed
+
+
+@pytest.mark.parametrize(("half", "limit"), [("float16", 1e-2), ("bfloat16", 1e-1)])
+def test_half_precision_has_its_own_limit(half, limit):
+    dense = tf.keras.layers.Dense(8, dtype=f"mixed_{half}", activation="tanh")
+    model = tf.keras.Sequential([tf.keras.Input([None, 2]), dense, tf.keras.layers.Dense(2)])
+    loss = distpad.DistributedLoss(tf.nn.sparse_softmax_cross_entropy_with_logits, backend=LOCAL)
+    certificate = distpad.certify(model, loss, batch=BATCH, cases=1, backend=LOCAL)
+    assert certificate.passed and {(line.dtype, line.limit) for line in certificate.lines} == {(half, limit)}
