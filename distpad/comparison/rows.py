@@ -19,15 +19,15 @@ Fields = dict[str, Any]  # arrays or nests of them by name, rows along the first
 def kinds(fields: Fields, loss: Any, *, is_step: bool) -> list[str]:
     """What is varied, as far as the batch and the loss allow it: a DistributedLoss always takes masks and weights."""
     shape = None if is_step else _mask_shape(fields, loss)
-    masked = "mask" in fields or shape is not None
-    weighted = "sample_weight" in fields or shape is not None
+    masked = "mask" in _said(fields) or shape is not None
+    weighted = "sample_weight" in _said(fields) or shape is not None
     there = {
         "uneven rows": True,
-        "random lengths": "lengths" in fields,
+        "random lengths": "lengths" in _said(fields),
         "random masks": masked,
         "sample weights": weighted,
         "an empty replica": True,
-        "all padding": masked or weighted or "lengths" in fields,
+        "all padding": masked or weighted or "lengths" in _said(fields),
         "accumulation": not is_step and isinstance(loss, losses.DistributedLoss),
     }
     return [kind for kind, can_be in there.items() if can_be]
@@ -87,7 +87,7 @@ def _nothing(rows: Fields) -> Fields:
 
 def _said(rows: Fields) -> list[str]:
     """What there is that can say of rows that they do not count."""
-    return [name for name in ("lengths", "mask", "sample_weight") if name in rows]
+    return [name for name in ("lengths", "mask", "sample_weight") if isinstance(rows.get(name), np.ndarray)]
 
 
 def split(rows: Fields, sizes: Sequence[int]) -> list[Fields]:

@@ -222,3 +222,23 @@ def test_half_precision_has_its_own_limit(half, limit):
     loss = distpad.DistributedLoss(tf.nn.sparse_softmax_cross_entropy_with_logits, backend=LOCAL)
     certificate = distpad.certify(model, loss, batch=BATCH, cases=1, backend=LOCAL)
     assert certificate.passed and {(line.dtype, line.limit) for line in certificate.lines} == {(half, limit)}
+
+
+def test_a_batch_in_which_nothing_counts_is_told():
+    model = tf.keras.Sequential([tf.keras.Input([None, 2]), tf.keras.layers.Dense(2)])
+    loss = distpad.DistributedLoss(tf.nn.sparse_softmax_cross_entropy_with_logits, backend=LOCAL)
+    batch = {**BATCH, "lengths": [0, 0, 0, 0]}
+    assert "nothing was compared" in str(distpad.certify(model, loss, batch=batch, cases=1, backend=LOCAL))
+
+
+def test_a_step_may_call_its_arrays_what_it_likes():
+    variable = tf.Variable(1.0)
+    step = lambda batch: [variable * tf.reduce_sum(batch["mask"]) + tf.cast(batch["lengths"]["a"][0], tf.float32) * 0]
+    batch = {"mask": np.ones([4, 3], "float32"), "lengths": {"a": np.array([1, 2, 3, 4]), "b": np.ones([4, 2])}}
+    certificate = distpad.certify(step=step, batch=batch, cases=1, backend=LOCAL)
+    assert [line.kind for line in certificate.lines] == [
+        "uneven rows",
+        "random masks",
+        "an empty replica",
+        "all padding",
+    ]
