@@ -67,8 +67,8 @@ class Certificate(NamedTuple):
     def max_relative_error(self) -> float:
         """The largest max|g - g*| / max|g*| of any variable in any case.
 
-        A variable whose gradient cancels out, such as the bias of attention's keys, has nothing but rounding for g*: in a
-        model, max|g*| is taken for a hundredth of that of all variables, at least.
+        A variable whose gradient cancels out, such as the bias of attention's keys, has nothing but rounding for g*: in
+        a model, max|g*| is taken for a hundredth of that of all variables, at least.
         """
         return max((line.error for line in self.lines), key=lambda error: np.inf if np.isnan(error) else error)
 
