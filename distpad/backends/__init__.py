@@ -1,5 +1,6 @@
 """The engines. Whoever adds one adds one file here; nothing outside this room knows an engine."""
 
+from distpad.backends.alone import run_alone
 from distpad.backends.base import Backend
 from distpad.backends.detection import resolve
 from distpad.backends.elastic import ElasticState
@@ -17,6 +18,7 @@ __all__ = [
     "StrategyBackend",
     "check_alike",
     "resolve",
+    "run_alone",
     "start",
     "tensorflow_variable",
 ]

@@ -148,7 +148,16 @@ class Backend(abc.ABC):
 
         Returns the results in replica order. Collective where ``function`` is.
         """
-        return [tf.function(function)(given(self.worker_index))]
+        return self.graph(function)(given)
+
+    def graph(self, function: Callable[[Any], Any]) -> Callable[[Callable[[int], Any]], list[Any]]:
+        """``run`` for a function that is run often: traced once for each structure and shape of what is given."""
+        traced = tf.function(function)
+        return lambda given: [traced(tf.nest.map_structure(tf.convert_to_tensor, given(self.worker_index)))]
+
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        """Where models are made: their variables are then the engine's, and the engine is found by detection."""
+        return contextlib.nullcontext()
 
     def close(self) -> None:  # noqa: B027 (nothing is right)
         """End what the engine keeps running here, before the process exits: all workers come to it, and leave together.
@@ -157,10 +166,6 @@ class Backend(abc.ABC):
         """
 
     # -- gradients and variables --------------------------------------------------------------------------------------
-
-    def scope(self) -> contextlib.AbstractContextManager[Any]:
-        """Where the engine's variables are made."""
-        return contextlib.nullcontext()
 
     def reduce_gradients(self, gradients: Sequence[Any]) -> list[Any]:
         """Gradients as the optimiser should get them. Strategies reduce inside the optimiser, so nothing is done."""

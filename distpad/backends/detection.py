@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from distpad import errors
-from distpad.backends import base, horovod, local, promises, strategy
+from distpad.backends import alone, base, horovod, local, promises, strategy
 
 
 def resolve(backend: Any = None, *, function: str = "distpad") -> base.Backend:
@@ -29,6 +29,8 @@ def resolve(backend: Any = None, *, function: str = "distpad") -> base.Backend:
     >>> resolve("local").num_replicas
     1
     """
+    if alone.is_alone():  # whatever the engine is, and whoever names it
+        return local.LocalBackend()
     if isinstance(backend, base.Backend):
         return backend
     if isinstance(backend, tf.distribute.Strategy):

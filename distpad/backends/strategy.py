@@ -103,12 +103,16 @@ class StrategyBackend(base.Backend):
         placed = tf.nest.map_structure(tf.identity, list(gradients), expand_composites=True)
         return self._context().all_reduce(tf.distribute.ReduceOp.SUM, placed)
 
-    def run(self, function: Callable[[Any], Any], given: Callable[[int], Any]) -> list[Any]:
-        arguments = self.strategy.experimental_distribute_values_from_function(
-            lambda context: tf.nest.map_structure(tf.convert_to_tensor, given(context.replica_id_in_sync_group))
-        )
-        results = tf.function(lambda values: self.strategy.run(function, args=(values,)))(arguments)
-        return self.local_results(results)
+    def graph(self, function: Callable[[Any], Any]) -> Callable[[Callable[[int], Any]], list[Any]]:
+        traced = tf.function(lambda values: self.strategy.run(function, args=(values,)))
+
+        def run(given: Callable[[int], Any]) -> list[Any]:
+            arguments = self.strategy.experimental_distribute_values_from_function(
+                lambda context: tf.nest.map_structure(tf.convert_to_tensor, given(context.replica_id_in_sync_group))
+            )
+            return self.local_results(traced(arguments))
+
+        return run
 
     def local_results(self, value: Any) -> list[Any]:
         columns = [self.strategy.experimental_local_results(leaf) for leaf in tf.nest.flatten(value)]

@@ -11,6 +11,7 @@ import sys
 import pytest
 
 import distpad
+from distpad.cli import certify
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LIMIT_S = 280  # on a machine that others use too; alone it takes 15 s
@@ -25,20 +26,62 @@ COMMANDS = {
     "nonsense": ["certify", "--backend", "nonsense"],
     "too many": ["certify", "--backend", "local", "--replicas", "3"],
     "bad option": ["certify", "--case", "3"],
+    "own": ["certify", "to_certify:right", "--replicas", "2", "--cases", "4"],
+    "own wrong": ["certify", "to_certify:wrong", "--replicas", "2", "--cases", "4"],
+    "own refused": ["certify", "to_certify:refused", "--replicas", "2", "--cases", "4"],
+    "own without a colon": ["certify", "to_certify"],
+    "own naive": ["certify", "to_certify:right", "--naive"],
+    "own module": ["certify", "nowhere.at_all:right"],
 }
+OWN = """
+import numpy as np
+import tensorflow as tf
+import distpad
+
+def each(y_true, y_pred):
+    return tf.nn.sparse_softmax_cross_entropy_with_logits(y_true, y_pred)
+
+def mean(y_true, y_pred, lengths):
+    valid = tf.sequence_mask(lengths, tf.shape(y_pred)[1], y_pred.dtype)
+    return tf.reduce_sum(each(y_true, y_pred) * valid) / tf.reduce_sum(valid)
+
+def _arguments(loss):
+    random = np.random.default_rng(1)
+    batch = {"x": random.normal(size=[6, 4, 3]), "y": random.integers(0, 2, [6, 4]), "lengths": [4, 1, 2, 1, 4, 1]}
+    model = tf.keras.Sequential([tf.keras.Input([None, 3]), tf.keras.layers.Dense(2)])
+    return {"model": model, "loss": loss, "batch": batch}
+
+def right():
+    return _arguments(distpad.DistributedLoss(each))
+
+def wrong():
+    return _arguments(mean)
+
+def refused():
+    return _arguments(distpad.DistributedLoss(lambda t, p: tf.reduce_mean(each(t, p))))
+
+def failing():
+    return 1 / 0
+
+def nothing():
+    return {"modle": None}
+"""
 
 
 pytestmark = pytest.mark.timeout(LIMIT_S + 20)
 
 
 @pytest.fixture(scope="module")
-def started():
+def started(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "to_certify.py").write_text(OWN)
     environment = {name: value for name, value in os.environ.items() if name not in KNOWS_AN_ENGINE}
     environment |= {"PYTHONPATH": str(ROOT), "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
     processes = {
         name: subprocess.Popen(
             [sys.executable, "-m", "distpad", *arguments],
             env=environment,
+            cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -96,6 +139,7 @@ def test_the_mean_of_means_does_not_pass(run):
     assert code == 1
     off = re.search(r"^NOT PASSED: gradients are off by ([\d.]+)% of their size$", output, re.MULTILINE)
     assert off and 5 < float(off[1]) < 1000
+    assert "diagnosis: random lengths: gradients are the mean of each replica's own mean" in output
 
 
 def test_an_unknown_backend_lists_the_known(run):
@@ -113,3 +157,47 @@ def test_another_number_of_replicas_than_asked_for(run):
 def test_a_misspelt_option(run):
     code, output, complaints = run("bad option")
     assert (code, output) == (2, "") and "--case" in complaints
+
+
+def test_own_model_and_loss(run):
+    code, output, complaints = run("own")
+    assert code == 0, complaints
+    assert "2 replicas" in output.splitlines()[0] and "uneven rows" in output and output.splitlines()[-1] == "passed"
+
+
+def test_own_loss_that_averages_locally(run):
+    code, output, _ = run("own wrong")
+    assert code == 1 and "NOT PASSED" in output and "own mean" in output
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("own refused", "the loss has rank 0"),
+        ("own without a colon", "'to_certify' is no MODULE:FUNCTION"),
+        ("own naive", "--naive is of the built-in model"),
+        ("own module", "module 'nowhere.at_all' is not found"),
+    ],
+)
+def test_what_cannot_be_certified(run, name, message):
+    code, output, complaints = run(name)
+    assert (code, output) == (2, "") and message in complaints
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("broken_one:right", r"broken_one does not import\. .*No module named 'nowhere_else'"),
+        ("to_certify:left", "has no function 'left', expected one of: each, mean, right, wrong"),
+        ("to_certify:failing", "to_certify:failing failed.*ZeroDivisionError"),
+        ("to_certify:nothing", "returned a dict with modle, expected a dict of model, loss and batch"),
+    ],
+)
+def test_what_is_said_of_a_function_that_is_of_no_use(tmp_path, monkeypatch, target, message):
+    (tmp_path / "to_certify.py").write_text(OWN)
+    (tmp_path / "broken_one.py").write_text("import nowhere_else")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.delitem(sys.modules, "to_certify", raising=False)
+    with pytest.raises(certify._Unusable, match=f"(?s){message}"):
+        certify._made_by(target)

@@ -29,6 +29,7 @@ ROOMS = (
     "cli",
     "__init__",  # the facade; the command line stands above it, since it uses what users use
     "certificate pipeline",
+    "comparison",
     "accumulation losses metrics",
     "clipping collectives ctc gradients",
     "assembly",
