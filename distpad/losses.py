@@ -275,7 +275,11 @@ class DistributedLoss(tf.keras.losses.Loss):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DistributedLoss:
-        return cls(**{**config, "loss": tf.keras.utils.deserialize_keras_object(config["loss"])})
+        loss = config["loss"]
+        # in its older formats, Keras 2 names no module: its losses are known to keras.losses alone
+        named = isinstance(loss, dict) and "module" in loss
+        restore = tf.keras.utils.deserialize_keras_object if named else tf.keras.losses.deserialize
+        return cls(**{**config, "loss": restore(loss)})
 
 
 def _wide(tensor: Any) -> Any:
