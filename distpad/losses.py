@@ -276,9 +276,9 @@ class DistributedLoss(tf.keras.losses.Loss):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DistributedLoss:
         loss = config["loss"]
-        # in its older formats, Keras 2 names no module: its losses are known to keras.losses alone
-        named = isinstance(loss, dict) and "module" in loss
-        restore = tf.keras.utils.deserialize_keras_object if named else tf.keras.losses.deserialize
+        # from its older formats, Keras 2 finds losses by losses.deserialize alone, and functions by the other alone
+        function = isinstance(loss, dict) and loss["class_name"] == "function"
+        restore = tf.keras.utils.deserialize_keras_object if function else tf.keras.losses.deserialize
         return cls(**{**config, "loss": restore(loss)})
 
 

@@ -32,12 +32,3 @@ def steps_dataset(world: World, steps: list[Any]) -> tf.data.Dataset:
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
     return tf.data.Dataset.from_tensor_slices(columns).batch(rows).with_options(options)
-
-
-def custom_objects(world: World, optimizer_class: type) -> dict[str, Any]:
-    """What load_model must be told in this world: Horovod makes a class of its own of an optimiser's (Keras 2)."""
-    if world.kind not in ("horovod", "mpirun") or KERAS >= 3:
-        return {}
-    import horovod.tensorflow.keras as hvd
-
-    return {optimizer_class.__name__: lambda **config: hvd.DistributedOptimizer(optimizer_class(**config))}

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 import distpad
 import oracle
-from keras_world import KERAS, MULTIWORKER_FITS, custom_objects, fit_optimizer, steps_dataset
+from keras_world import KERAS, MULTIWORKER_FITS, fit_optimizer, steps_dataset
 
 RANDOM = np.random.default_rng(8)
 X = RANDOM.normal(size=[8, 4, oracle.FEATURES]).astype("float32")
@@ -33,6 +33,7 @@ def inner_loss(kind):
 def test_a_loaded_model_trains_on(world, tmp_path, suffix, kind):
     if world.kind == "multiworker" and not MULTIWORKER_FITS:
         pytest.skip("Keras 3's own fit fails there, which test_keras_multiworker.py shows")
+    recompiled = KERAS < 3 and world.kind in ("horovod", "mpirun")  # whose own optimisers are saved as Keras's
     options = {"average": "sequence_mean", "per": "position", "padding_value": -99, "name": "mine"}
     data = steps_dataset(world, [(X, Y)])
 
@@ -44,13 +45,16 @@ def test_a_loaded_model_trains_on(world, tmp_path, suffix, kind):
         inputs = tf.keras.Input([None, oracle.FEATURES])
         model = tf.keras.Model(inputs, tf.keras.layers.Dense(oracle.CLASSES)(inputs))
         model.set_weights(oracle.weights())
-        momentum = 0.9 if suffix == ".keras" else 0.0  # the older formats of Keras 2 lose it, with any loss
+        # lost by the older formats of Keras 2, and where Horovod makes another optimiser
+        momentum = 0.9 if suffix == ".keras" and not recompiled else 0.0
         optimizer = fit_optimizer(world, tf.keras.optimizers.SGD(0.5, momentum=momentum))
         model.compile(loss=distpad.DistributedLoss(inner_loss(kind), **options), optimizer=optimizer)
     path = str(tmp_path / f"model{suffix}")
     fitted(model).save(path)
     with world.scope():
-        loaded = tf.keras.models.load_model(path, custom_objects=custom_objects(world, tf.keras.optimizers.SGD))
+        loaded = tf.keras.models.load_model(path)
+        if recompiled:
+            loaded.compile(loss=loaded.loss, optimizer=fit_optimizer(world, loaded.optimizer))
     assert isinstance(loaded.loss, distpad.DistributedLoss)
     config = loaded.loss.get_config()
     assert config == model.loss.get_config() and config.items() >= options.items()
