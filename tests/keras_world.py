@@ -6,6 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
+import distpad
 from replica_world import World
 
 KERAS = int(getattr(tf.keras, "__version__", "2").split(".")[0])
@@ -16,6 +17,8 @@ def fit_optimizer(world: World, optimizer: Any) -> Any:
     """The optimiser that makes fit distributed in this world: only Horovod needs one of its own."""
     if world.kind not in ("horovod", "mpirun"):
         return optimizer
+    if KERAS >= 3:
+        return distpad.DistributedOptimizer(optimizer)
     import horovod.tensorflow.keras as hvd
 
     return hvd.DistributedOptimizer(optimizer)

@@ -30,7 +30,7 @@ ROOMS = (
     "__init__",  # the facade; the command line stands above it, since it uses what users use
     "certificate pipeline",
     "accumulation losses",
-    "clipping collectives gradients",
+    "clipping collectives gradients optimizers",
     "averages nests scaling",
     "masking",
     "exchange",
