@@ -17,7 +17,8 @@ _KERAS = int(getattr(tf.keras, "__version__", "2").split(".")[0])
 class DistributedOptimizer(tf.keras.optimizers.Optimizer):
     """Give a Keras optimiser the gradient of the global batch, in ``compile`` and ``fit``.
 
-    - Under Horovod, gradients are reduced as the loss expects. (Horovod's own wrapper knows no Keras 3.)
+    - Under Horovod, gradients are reduced as the loss expects. (Horovod's own wrapper reduces nothing in
+      Keras 3, without a word.)
     - Under strategies, Keras 3 clips (``clipnorm``, ``global_clipnorm``, ``clipvalue``) each replica's share of the
       gradient before it sums them, and its ``LossScaleOptimizer`` looks for infinities in the first replica's share
       alone. Here the shares are summed first: the first replica's optimiser gets the sum, the others get zeros times
@@ -94,9 +95,10 @@ class DistributedOptimizer(tf.keras.optimizers.Optimizer):
         return self.inner_optimizer.scale_loss(loss)
 
     @property
-    def loss_scale_factor(self) -> None:
-        """None: scaling is the inner optimiser's. Keras's LossScaleOptimizer sets it of what it is put around, which is
-        how it is found out."""
+    def loss_scale_factor(self) -> float:
+        """None of its own: scaling is the inner optimiser's. Keras's LossScaleOptimizer sets it to None in what it is
+        put around, which is how that is found out (and why it is not None before)."""
+        return 1.0
 
     @loss_scale_factor.setter
     def loss_scale_factor(self, value: Any) -> None:

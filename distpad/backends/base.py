@@ -144,7 +144,7 @@ class Backend(abc.ABC):
         return self.reduce_gradients(gradients)
 
     def keras_2_optimizer(self, optimizer: Any) -> Any:
-        """An optimiser of Keras 2 that reduces as the engine does: Keras's own does, for strategies, before all else."""
+        """An optimiser of Keras 2 that reduces as the engine does; its own do that for strategies, before all else."""
         return optimizer
 
     def broadcast(self, variables: Sequence[tf.Variable], root: int) -> None:  # noqa: B027 (nothing is right)

@@ -161,7 +161,8 @@ def test_loss_scaling_around_it_is_refused():
         ValueError, match=r"DistributedOptimizer: a LossScaleOptimizer is put around it.*auto_scale_loss"
     ):
         loss_scale_optimizer(distpad.DistributedOptimizer(tf.keras.optimizers.SGD()))
-    model = tf.keras.Sequential([tf.keras.Input([1]), tf.keras.layers.Dense(1)])
+    inputs = tf.keras.Input([1])
+    model = tf.keras.Model(inputs, tf.keras.layers.Dense(1)(inputs))
     model.dtype_policy = tf.keras.mixed_precision.Policy("mixed_float16")
     with pytest.raises(ValueError, match="a LossScaleOptimizer is put around it"):
         model.compile(loss="mse", optimizer=distpad.DistributedOptimizer(tf.keras.optimizers.SGD()))
@@ -206,7 +207,7 @@ def test_sparse_gradients(world):
 
 def test_wrong_arguments():
     for wrong in ("sgd", tf.keras.optimizers.SGD):
-        with pytest.raises(TypeError, match="DistributedOptimizer: optimizer is .*, expected a Keras optimiser"):
+        with pytest.raises(TypeError, match=r"DistributedOptimizer: optimizer is .*, expected a Keras optimiser"):
             distpad.DistributedOptimizer(wrong)
 
 
@@ -219,9 +220,10 @@ def test_it_passes_on_what_is_the_optimizers(world):
         made = distpad.DistributedOptimizer(tf.keras.optimizers.Adam(0.25, clipvalue=2.0), name="mine")
         variable = tf.Variable([1.0])
         made.build([variable])
-    assert float(schedule.learning_rate) == 0.5 and float(made.learning_rate) == 0.25
+    rate = lambda optimizer: np.asarray(tf.convert_to_tensor(optimizer.learning_rate)).item()
+    assert rate(schedule) == 0.5 and rate(made) == 0.25
     made.learning_rate = 0.125
-    assert float(made.inner_optimizer.learning_rate) == 0.125
+    assert rate(made.inner_optimizer) == 0.125
     assert len(made.variables) == len(made.inner_optimizer.variables) > 3
     again = distpad.DistributedOptimizer.from_config(made.get_config())
     assert again.get_config() == made.get_config() and again.inner_optimizer.clipvalue == 2.0
@@ -234,7 +236,7 @@ def test_it_passes_on_what_is_the_optimizers(world):
 
 @pytest.mark.skipif(KERAS < 3, reason="off by default in Keras 2")
 def test_compilation_by_xla(world):
-    """Where nothing is reduced it may be on; what fails with Keras's own loss fails with ours, and nothing is silent."""
+    """Where nothing is reduced it may be on; else it fails, and not in silence."""
     make = lambda: fit_optimizer(world, tf.keras.optimizers.SGD(RATE))
     if world.num_replicas == 1:
         found, _ = fitted(world, make, jit_compile=True)
@@ -245,10 +247,10 @@ def test_compilation_by_xla(world):
 
 
 @pytest.mark.skipif(KERAS < 3, reason="Horovod's own wrapper is right in Keras 2")
-def test_horovods_own_wrapper_knows_no_keras_3(world):
+def test_horovods_own_wrapper_reduces_nothing_in_keras_3(world):
     if world.kind not in ("horovod", "mpirun"):
         pytest.skip("Horovod's matter")
     import horovod.tensorflow.keras as hvd
 
-    with pytest.raises((AttributeError, TypeError)):
-        fitted(world, lambda: hvd.DistributedOptimizer(tf.keras.optimizers.SGD(RATE)))
+    found, _ = fitted(world, lambda: hvd.DistributedOptimizer(tf.keras.optimizers.SGD(RATE)))
+    assert error_of(found, expected(None)[0]) > 0.05, "each rank trains alone"
