@@ -8,16 +8,10 @@ import tensorflow as tf
 
 import distpad
 import oracle
-from keras_world import MULTIWORKER_FITS, fit_optimizer, steps_dataset
+from keras_world import around_model, fit_optimizer, model_class, steps_dataset
 
 ROWS, STEPS, RATE = 8, 3, 0.5  # rows of the global batch
 WORDS = np.random.default_rng(5).normal(size=[9, oracle.FEATURES])  # an embedding; word 0 is padding
-
-
-@pytest.fixture(autouse=True)
-def _fit_works(world):
-    if world.kind == "multiworker" and not MULTIWORKER_FITS:
-        pytest.skip("Keras 3's own fit fails there, which test_keras_multiworker.py shows")
 
 
 def batches():
@@ -47,17 +41,29 @@ def padded(rows, names):
     return [c.astype("float32") if c.dtype == np.float64 else c for c in (columns[name] for name in names)]
 
 
-class Subclassed(tf.keras.Model):
-    def __init__(self, front, dense):
-        super().__init__()
-        self.front, self.dense = front, dense
+def subclassed(world, layers, call):
+    class Subclassed(model_class(world)):
+        def __init__(self):
+            super().__init__()
+            self.parts = layers
 
-    def call(self, inputs):
-        return self.dense(self.front(inputs))
+        def call(self, inputs):
+            return call(inputs)
+
+    return Subclassed()
 
 
-def model_of(style, mask_by, dense):
+def model_of(world, style, mask_by, dense):
     """A linear model; what masks comes in front of its one trained layer."""
+    with world.scope():
+        inputs, front, outputs = layers_of(mask_by, dense)
+    with around_model(world):
+        if style == "functional":
+            return model_class(world)(inputs, outputs)
+        return subclassed(world, [front, dense], lambda given: dense(front(given)))
+
+
+def layers_of(mask_by, dense):
     if mask_by == "embedding":
         embedding = tf.keras.layers.Embedding(*WORDS.shape, mask_zero=True, trainable=False)
         inputs = tf.keras.Input([None], dtype="int64")
@@ -67,10 +73,7 @@ def model_of(style, mask_by, dense):
     else:
         inputs = tf.keras.Input([None, oracle.FEATURES])
         front = tf.keras.layers.Masking() if mask_by == "masking" else tf.keras.layers.Activation("linear")
-    if style == "functional":
-        return tf.keras.Model(inputs, dense(front(inputs)))
-    dense.build([None, None, oracle.FEATURES])
-    return Subclassed(front, dense)
+    return inputs, front, dense(front(inputs))
 
 
 def expected(average, weighted=False):
@@ -112,26 +115,19 @@ def test_fit_and_evaluate_give_what_one_device_does(world, style, mask_by, avera
     names = ["words" if mask_by == "embedding" else "x", "y", *["w"] * (mask_by == "sample_weight")]
     with world.scope():
         dense = tf.keras.layers.Dense(oracle.CLASSES)
-        model = model_of(style, mask_by, dense)
+    model = model_of(world, style, mask_by, dense)
+    with world.scope():
         dense.set_weights(oracle.weights())
         padding_value = -99 if mask_by == "padding_value" else None
         loss = distpad.DistributedLoss(entropy(), average=average, padding_value=padding_value)
         model.compile(loss=loss, optimizer=fit_optimizer(world, tf.keras.optimizers.SGD(RATE)))
-    data = steps_dataset(world, [padded(rows, names) for rows in batches()])
-    history = model.fit(data, verbose=0, shuffle=False)
+        data = steps_dataset(world, [padded(rows, names) for rows in batches()])
+        history = model.fit(data, verbose=0, shuffle=False)
+        found_later = model.evaluate(data, verbose=0)
     value, later, weights = expected(average, weighted=mask_by == "sample_weight")
     assert oracle.relative_error(history.history["loss"], value) <= 1e-5
     check_weights(dense, weights, oracle.weights())
-    assert oracle.relative_error(model.evaluate(data, verbose=0), later) <= 1e-5
-
-
-class TwoHeads(tf.keras.Model):
-    def __init__(self, heads):
-        super().__init__()
-        self.first, self.second = heads
-
-    def call(self, inputs):
-        return {"y": self.first(inputs), "z": self.second(inputs)}
+    assert oracle.relative_error(found_later, later) <= 1e-5
 
 
 @pytest.mark.parametrize("style", ["functional", "subclassed"])
@@ -141,13 +137,14 @@ def test_several_outputs_each_over_its_own_positions(world, style):
     averages, weights = {"y": "token", "z": "sequence_mean"}, {"y": 2.0, "z": 0.5}
     with world.scope():
         heads = {name: tf.keras.layers.Dense(oracle.CLASSES, name=name) for name in starts}
+        inputs = tf.keras.Input([None, oracle.FEATURES])
+        outputs = {name: head(inputs) for name, head in heads.items()}
+    with around_model(world):
         if style == "functional":
-            inputs = tf.keras.Input([None, oracle.FEATURES])
-            model = tf.keras.Model(inputs, {name: head(inputs) for name, head in heads.items()})
+            model = model_class(world)(inputs, outputs)
         else:
-            for head in heads.values():
-                head.build([None, None, oracle.FEATURES])
-            model = TwoHeads(list(heads.values()))
+            model = subclassed(world, list(heads.values()), lambda given: {n: head(given) for n, head in heads.items()})
+    with world.scope():
         for name, head in heads.items():
             head.set_weights(starts[name])
         losses = {
@@ -161,7 +158,8 @@ def test_several_outputs_each_over_its_own_positions(world, style):
         x, y, z = padded(rows, ["x", "y", "z"])
         z[:, 1::2] = -99
         steps.append((x, {"y": y, "z": z}))
-    history = model.fit(steps_dataset(world, steps), verbose=0, shuffle=False).history
+    with world.scope():
+        history = model.fit(steps_dataset(world, steps), verbose=0, shuffle=False).history
 
     total = np.zeros(STEPS)
     for name in starts:
