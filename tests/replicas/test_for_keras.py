@@ -179,6 +179,53 @@ def test_fit_with_uneven_workers_and_weights(world):
     check(model, history, *expected([weighed] * 2, weighted=True))
 
 
+def test_fit_and_evaluate_with_a_loss_for_each_output(world):
+    """The labels of the second output are fewer; each loss is over its own, and weighs for itself."""
+    data = [{**e, "z": (e["y"][::2] + 1) % oracle.CLASSES} for e in examples()]
+    sampler = distpad.LengthSampler([len(e["y"]) for e in data], global_batch_size=8, seed=1)
+    padding = {**PADDING, "z": distpad.Pad(value=-99)}
+    batches = made(world, (data, sampler), padding=padding, tokens={"y": "y", "z": "z"})
+    starts, parts = {"y": oracle.weights(1), "z": oracle.weights(2)}, {"y": 1, "z": 2}
+    with world.scope():
+        inputs = tf.keras.Input([None, oracle.FEATURES])
+        heads = {name: tf.keras.layers.Dense(oracle.CLASSES, name=name) for name in parts}
+        every_second = tf.keras.layers.Lambda(lambda x: x[:, ::2])(inputs)
+        model = tf.keras.Model(inputs, {"y": heads["y"](inputs), "z": heads["z"](every_second)})
+        for name, head in heads.items():
+            head.set_weights(starts[name])
+        entropy = lambda: tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
+        losses = {name: distpad.DistributedLoss(entropy()) for name in parts}
+        optimizer = fit_optimizer(world, tf.keras.optimizers.SGD(RATE))
+        model.compile(loss=losses, loss_weights={"y": 1.0, "z": 3.0}, optimizer=optimizer)
+    fed = batches.for_keras(x="x", y={"y": "y", "z": "z"})
+    history = model.fit(fed, verbose=0).history
+    evaluated = model.evaluate(fed, return_dict=True, verbose=0)
+
+    total, later = 0, 0
+    for name, every in parts.items():
+        kernel, bias = starts[name]
+
+        def rows_of(epoch, name=name, every=every):
+            for step in sampler.plan(epoch):
+                chosen = [{"x": data[i]["x"][::every], "y": data[i][name]} for i in step]
+                yield [{**row, "w": np.ones(len(row["y"]))} for row in chosen]
+
+        values = []
+        for rows in rows_of(0):
+            value, d_kernel, d_bias = oracle.cross_entropy(rows, kernel, bias, "token", False)
+            rate = RATE * (3 if name == "z" else 1)
+            kernel, bias = kernel - rate * d_kernel, bias - rate * d_bias
+            values.append(value)
+        after = np.mean([oracle.cross_entropy(rows, kernel, bias, "token", False)[0] for rows in rows_of(1)])
+        total, later = total + np.mean(values) * rate / RATE, later + after * rate / RATE
+        assert oracle.relative_error(history[f"{name}_loss"], np.mean(values)) <= 1e-5
+        assert oracle.relative_error(evaluated[f"{name}_loss"], after) <= 1e-5
+        for found, wanted, start in zip(heads[name].get_weights(), (kernel, bias), starts[name]):
+            assert oracle.relative_error(found - start, wanted - start) <= 1e-5
+    assert oracle.relative_error(history["loss"], total) <= 1e-5
+    assert oracle.relative_error(evaluated["loss"], later) <= 1e-5
+
+
 def test_epochs_of_different_numbers_of_steps(world):
     """A token budget; nothing is left out where the dataset is repeated."""
     data, sampler, batches = sampled(world, max_tokens=40, randomness=0.3)
