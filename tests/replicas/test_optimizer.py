@@ -141,6 +141,26 @@ def test_an_overflow_on_one_replica_skips_the_step_on_all(world):
     assert scale == SCALE / 2
 
 
+@pytest.mark.parametrize("wrong", [np.inf, np.nan])
+def test_an_infinity_of_one_replica_is_seen_by_all(world, wrong):
+    """And what is finite is, after the engine's own reduction, one device's: dense and sparse."""
+
+    def step(x):
+        sparse = tf.IndexedSlices(tf.ones([1, 2]) * x[1], tf.cast(x[1:], tf.int64), tf.constant([9, 2], tf.int64))
+        wrong, dense, sparse = world.backend.whole_gradients([x[:1], x[1:], sparse])
+        return wrong, *world.reduce([dense, tf.convert_to_tensor(sparse)])
+
+    replicas = world.num_replicas
+    given = lambda r: np.float32([wrong if r == replicas - 1 else 1.0, r + 1.0])
+    scale = 1 if world.backend.gradient_reduction == "sum" else replicas
+    table = np.zeros([9, 2])
+    table[1 : replicas + 1] = np.arange(1, replicas + 1)[:, None] / scale
+    for seen, dense, sparse in world.run(step, given).values():
+        assert not np.isfinite(seen).any()
+        assert oracle.relative_error(dense, np.array([sum(range(replicas + 1)) / scale])) <= 1e-6
+        assert oracle.relative_error(sparse, table) <= 1e-6
+
+
 def test_keras_alone_misses_an_overflow_on_another_replica(world):
     if world.strategy is None:
         pytest.skip("a strategy's matter")
