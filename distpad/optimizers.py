@@ -127,7 +127,7 @@ class DistributedOptimizer(tf.keras.optimizers.Optimizer):
 
 
 def _check(optimizer: Any) -> None:
-    if not isinstance(optimizer, tf.keras.optimizers.Optimizer) or isinstance(optimizer, DistributedOptimizer):
+    if not hasattr(optimizer, "apply_gradients") or isinstance(optimizer, (type, DistributedOptimizer)):
         raise TypeError(errors.sentence(_NAME, "optimizer", repr(optimizer), "a Keras optimiser, not distributed yet"))
     base = getattr(optimizer, "inner_optimizer", optimizer)
     steps = getattr(base, "gradient_accumulation_steps", None)
