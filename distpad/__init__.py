@@ -18,6 +18,7 @@ _ROOMS = {
     "Counts": "counts",
     "DistpadError": "errors",
     "DistributedLoss": "losses",
+    "DistributedOptimizer": "optimizers",
     "ElasticState": "backends",
     "GradientAccumulator": "accumulation",
     "Ladder": "ladder",
@@ -76,6 +77,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
     from distpad.gradients import scale_regularization as scale_regularization
     from distpad.ladder import Ladder as Ladder
     from distpad.losses import DistributedLoss as DistributedLoss
+    from distpad.optimizers import DistributedOptimizer as DistributedOptimizer
     from distpad.padding import Padded as Padded
     from distpad.padding import pad as pad
     from distpad.padding import pad_sequences as pad_sequences

@@ -298,7 +298,11 @@ class DistributedLoss(tf.keras.losses.Loss):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DistributedLoss:
-        return cls(**{**config, "loss": tf.keras.utils.deserialize_keras_object(config["loss"])})
+        loss = config["loss"]
+        # from its older formats, Keras 2 finds losses by losses.deserialize alone, and functions by the other alone
+        function = isinstance(loss, dict) and loss["class_name"] == "function"
+        restore = tf.keras.utils.deserialize_keras_object if function else tf.keras.losses.deserialize
+        return cls(**{**config, "loss": restore(loss)})
 
 
 def _wide(tensor: Any) -> Any:

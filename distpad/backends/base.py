@@ -175,6 +175,15 @@ class Backend(abc.ABC):
         """What the engine's optimiser then does with the gradients that ``reduce_gradients`` returned."""
         return list(gradients)
 
+    def whole_gradients(self, gradients: Sequence[Any]) -> list[Any]:
+        """The global gradient, for an optimiser that looks at it before the engine's own reduction, which must leave it
+        as it is. Collective."""
+        return self.reduce_gradients(gradients)
+
+    def keras_2_optimizer(self, optimizer: Any) -> Any:
+        """An optimiser of Keras 2 that reduces as the engine does; its own do that for strategies, before all else."""
+        return optimizer
+
     def broadcast(self, variables: Sequence[tf.Variable], root: int) -> None:  # noqa: B027 (nothing is right)
         """Give all workers the values of worker ``root``. Strategies keep copies alike by themselves."""
 

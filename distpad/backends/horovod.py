@@ -165,6 +165,12 @@ class HorovodBackend(base.Backend):
                 reduced[i] = self._hvd.allreduce(sparse, op=op, process_set=self.process_set)
         return reduced
 
+    def keras_2_optimizer(self, optimizer: Any) -> Any:
+        import horovod.tensorflow.keras as hvd
+
+        op = hvd.Average if self.gradient_reduction == "mean" else hvd.Sum
+        return hvd.DistributedOptimizer(optimizer, op=op, process_set=self.process_set, compression=self.compression)
+
     def broadcast(self, variables: Sequence[tf.Variable], root: int) -> None:
         root_rank = self.process_set.ranks[root] if self.process_set.ranks else root
 

@@ -103,6 +103,19 @@ class StrategyBackend(base.Backend):
         placed = tf.nest.map_structure(tf.identity, list(gradients), expand_composites=True)
         return self._context().all_reduce(tf.distribute.ReduceOp.SUM, placed)
 
+    def whole_gradients(self, gradients: Sequence[Any]) -> list[Any]:
+        """The sum on the first replica; on the others zeros, or NaN where it is not finite, so that all see that."""
+        if self.num_replicas == 1:
+            return list(gradients)
+        first = self.replica_index() == 0
+
+        def of_first(gradient: Any) -> Any:
+            if isinstance(gradient, tf.IndexedSlices):
+                return tf.IndexedSlices(of_first(gradient.values), gradient.indices, gradient.dense_shape)
+            return gradient * tf.cast(first, gradient.dtype)
+
+        return [of_first(gradient) for gradient in self.reduce_in_optimizer(gradients)]
+
     def graph(self, function: Callable[[Any], Any]) -> Callable[[Callable[[int], Any]], list[Any]]:
         traced = tf.function(lambda values: self.strategy.run(function, args=(values,)))
 

@@ -10,9 +10,10 @@ import tensorflow as tf
 
 import distpad
 import oracle
+from keras_world import fit_optimizer
 
 PADDING = {"x": distpad.Pad(), "y": distpad.Pad(value=-99)}
-RATE, KERAS = 0.5, int(getattr(tf.keras, "__version__", "2").split(".")[0])
+RATE = 0.5
 
 
 def examples(count: int = 46, seed: int = 3) -> list[dict]:
@@ -49,7 +50,7 @@ def _can_be_fed(world, request):
         pytest.skip("for_keras is refused there, as a test of its own shows")
 
 
-def model_in(world, loss=None, optimizer=None):
+def model_in(world, loss=None):
     """A linear model, compiled under the world's strategy."""
     with world.scope():
         inputs = tf.keras.Input([None, oracle.FEATURES])
@@ -58,21 +59,8 @@ def model_in(world, loss=None, optimizer=None):
         dense.set_weights(oracle.weights())
         entropy = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
         loss = distpad.DistributedLoss(entropy, **(loss or {}))
-        model.compile(loss=loss, optimizer=(optimizer or (lambda made: made))(tf.keras.optimizers.SGD(RATE)))
+        model.compile(loss=loss, optimizer=fit_optimizer(world, tf.keras.optimizers.SGD(RATE)))
     return model
-
-
-def fits(world) -> None:
-    if world.several_workers and KERAS >= 3:
-        pytest.skip("Horovod's optimiser in the fit of Keras 3 is a matter of its own")
-
-
-def optimizer_of(world):
-    if world.kind not in ("horovod", "mpirun"):
-        return None
-    import horovod.tensorflow.keras as hvd
-
-    return hvd.DistributedOptimizer
 
 
 def expected(epochs, weighted: bool = False):
@@ -161,9 +149,8 @@ def test_several_workers_of_a_strategy_are_refused(world):
 
 def test_fit_gives_the_history_and_weights_of_one_device(world):
     """Two epochs, shuffled differently, whose last step is uneven; one trace for all lengths."""
-    fits(world)
     data, sampler, batches = sampled(world)
-    model = model_in(world, optimizer=optimizer_of(world))
+    model = model_in(world)
     history = model.fit(batches.for_keras(x="x", y="y"), epochs=2, verbose=0)
     check(model, history, *expected([[[data[i] for i in step] for step in sampler.plan(e)] for e in range(2)]))
     count = getattr(model.train_function, "experimental_get_tracing_count", None)
@@ -172,36 +159,80 @@ def test_fit_gives_the_history_and_weights_of_one_device(world):
 
 def test_an_epoch_of_few_steps_is_trained_on_from_the_first(world):
     """Fewer steps than are read ahead, while Keras 3 looks at the first batch."""
-    fits(world)
     data = examples(20)
     sampler = distpad.LengthSampler([len(e["y"]) for e in data], global_batch_size=8, seed=1)
     batches = made(world, (data, sampler))
-    model = model_in(world, optimizer=optimizer_of(world))
+    model = model_in(world)
     history = model.fit(batches.for_keras(x="x", y="y"), epochs=2, verbose=0)
     check(model, history, *expected([[[data[i] for i in step] for step in sampler.plan(e)] for e in range(2)]))
 
 
 def test_fit_with_uneven_workers_and_weights(world):
-    fits(world)
     workers, a_step = world.backend.num_workers, 2 * world.backend.replicas_here
     held = [examples(13 + 5 * w, seed=w) for w in range(workers)]
     steps = max(-(-len(part) // a_step) for part in held)
     batches = made(world, held[world.backend.worker_index], 2, weights="w", window=2)
-    model = model_in(world, optimizer=optimizer_of(world))
+    model = model_in(world)
     history = model.fit(batches.for_keras(x="x", y="y"), epochs=2, verbose=0)
     rows = [[row for part in held for row in part[k * a_step : (k + 1) * a_step]] for k in range(steps)]
     weighed = [[{**row, "w": np.full(len(row["y"]), row["w"])} for row in step] for step in rows]
     check(model, history, *expected([weighed] * 2, weighted=True))
 
 
+def test_fit_and_evaluate_with_a_loss_for_each_output(world):
+    """The labels of the second output are fewer; each loss is over its own, and weighs for itself."""
+    data = [{**e, "z": (e["y"][::2] + 1) % oracle.CLASSES} for e in examples()]
+    sampler = distpad.LengthSampler([len(e["y"]) for e in data], global_batch_size=8, seed=1)
+    padding = {**PADDING, "z": distpad.Pad(value=-99)}
+    batches = made(world, (data, sampler), padding=padding, tokens={"y": "y", "z": "z"})
+    starts, parts = {"y": oracle.weights(1), "z": oracle.weights(2)}, {"y": 1, "z": 2}
+    with world.scope():
+        inputs = tf.keras.Input([None, oracle.FEATURES])
+        heads = {name: tf.keras.layers.Dense(oracle.CLASSES, name=name) for name in parts}
+        every_second = tf.keras.layers.Lambda(lambda x: x[:, ::2])(inputs)
+        model = tf.keras.Model(inputs, {"y": heads["y"](inputs), "z": heads["z"](every_second)})
+        for name, head in heads.items():
+            head.set_weights(starts[name])
+        entropy = lambda: tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
+        losses = {name: distpad.DistributedLoss(entropy()) for name in parts}
+        optimizer = fit_optimizer(world, tf.keras.optimizers.SGD(RATE))
+        model.compile(loss=losses, loss_weights={"y": 1.0, "z": 3.0}, optimizer=optimizer)
+    fed = batches.for_keras(x="x", y={"y": "y", "z": "z"})
+    history = model.fit(fed, verbose=0).history
+    evaluated = model.evaluate(fed, return_dict=True, verbose=0)
+
+    total, later = 0, 0
+    for name, every in parts.items():
+        kernel, bias = starts[name]
+
+        def rows_of(epoch, name=name, every=every):
+            for step in sampler.plan(epoch):
+                chosen = [{"x": data[i]["x"][::every], "y": data[i][name]} for i in step]
+                yield [{**row, "w": np.ones(len(row["y"]))} for row in chosen]
+
+        values = []
+        for rows in rows_of(0):
+            value, d_kernel, d_bias = oracle.cross_entropy(rows, kernel, bias, "token", False)
+            rate = RATE * (3 if name == "z" else 1)
+            kernel, bias = kernel - rate * d_kernel, bias - rate * d_bias
+            values.append(value)
+        after = np.mean([oracle.cross_entropy(rows, kernel, bias, "token", False)[0] for rows in rows_of(1)])
+        total, later = total + np.mean(values) * rate / RATE, later + after * rate / RATE
+        assert oracle.relative_error(history[f"{name}_loss"], np.mean(values)) <= 1e-5
+        assert oracle.relative_error(evaluated[f"{name}_loss"], after) <= 1e-5
+        for found, wanted, start in zip(heads[name].get_weights(), (kernel, bias), starts[name]):
+            assert oracle.relative_error(found - start, wanted - start) <= 1e-5
+    assert oracle.relative_error(history["loss"], total) <= 1e-5
+    assert oracle.relative_error(evaluated["loss"], later) <= 1e-5
+
+
 def test_epochs_of_different_numbers_of_steps(world):
     """A token budget; nothing is left out where the dataset is repeated."""
-    fits(world)
     data, sampler, batches = sampled(world, max_tokens=40, randomness=0.3)
     counts = [len(sampler.plan(e)) for e in range(6)]
     assert len(set(counts)) > 1, "of different numbers"
     dataset = batches.for_keras(x="x", y="y")
-    model = model_in(world, optimizer=optimizer_of(world))
+    model = model_in(world)
     model.fit(dataset.repeat(), steps_per_epoch=sum(counts[:3]), verbose=0)
     _, weights = expected([[[data[i] for i in step] for step in sampler.plan(e)] for e in range(3)])
     for found, wanted, start in zip(model.get_weights(), weights, oracle.weights()):
@@ -209,7 +240,6 @@ def test_epochs_of_different_numbers_of_steps(world):
 
 
 def test_an_error_of_the_source_ends_fit(world):
-    fits(world)
     mine = examples(40, seed=world.backend.worker_index)
 
     class Source:
@@ -218,7 +248,7 @@ def test_an_error_of_the_source_ends_fit(world):
             raise OSError("the disk is gone")
 
     dataset = made(world, Source(), 2, window=2).for_keras(x="x", y="y")
-    model = model_in(world, optimizer=optimizer_of(world))
+    model = model_in(world)
     with pytest.raises(tf.errors.OpError, match="the disk is gone"):
         model.fit(dataset, verbose=0)
 
@@ -230,10 +260,9 @@ class Stop(tf.keras.callbacks.Callback):
 
 
 def test_leaving_early_leaves_no_thread_and_fit_goes_on(world):
-    fits(world)
     _, _, batches = sampled(world)
     dataset = batches.for_keras(x="x", y="y")
-    model = model_in(world, optimizer=optimizer_of(world))
+    model = model_in(world)
     with pytest.raises(KeyError, match="enough"):
         model.fit(dataset, callbacks=[Stop()], verbose=0)
     if not world.strategy:

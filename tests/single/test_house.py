@@ -31,7 +31,7 @@ ROOMS = (
     "certificate pipeline",
     "comparison",
     "accumulation losses metrics",
-    "clipping collectives ctc gradients",
+    "clipping collectives ctc gradients optimizers",
     "assembly",
     "averages nests replicated scaling",
     "masking",
