@@ -8,22 +8,22 @@ set -euo pipefail
 SUITES='
 lint          | current         |  5 | ruff check . && ruff format --check . && mypy distpad && lint_scripts
 single        | current classic | 15 | pytests tests/single
-local         | current classic | 10 | world local
-onedevice     | current classic | 10 | world onedevice
-mirrored:1    | current classic | 10 | world mirrored:1
-mirrored:2    | current classic | 10 | world mirrored:2
-mirrored:4    | current classic | 12 | world mirrored:4
-multiworker:2 | current classic | 12 | world multiworker:2
-horovod:2     | current classic | 12 | world horovod:2
-horovod:3     | current classic | 12 | world horovod:3
-mpirun:2      | current classic | 12 | world mpirun:2
+local         | current classic | 22 | world local
+onedevice     | current         | 22 | world onedevice
+mirrored:1    | current         | 22 | world mirrored:1
+mirrored:2    | current classic | 22 | world mirrored:2
+mirrored:4    | current classic | 22 | world mirrored:4
+multiworker:2 | current classic | 22 | world multiworker:2
+horovod:2     | current classic | 22 | world horovod:2
+horovod:3     | current         | 22 | world horovod:3
+mpirun:2      | current classic | 22 | world mpirun:2
 launch        | current classic | 20 | pytests tests/launch --ignore tests/launch/test_launcher.py
 launcher      | current         | 20 | pytests tests/launch/test_launcher.py
 cluster       | current         | 35 | launch/environment.sh current --openmpi5 --horovod && pytests tests/cluster
 smoke         | classic         | 30 | launch/environment.sh classic --openmpi5 --horovod && tests/k8s/tools.sh && pytests -m smoke tests/cluster tests/k8s/test_running.py
-mutants       | current         | 20 | python tests/mutants.py
+mutants       | current         | 40 | python tests/mutants.py
 examples      | current classic | 30 | pytests tests/examples
-k8s           | current         | 45 | tests/k8s/tools.sh && pytests tests/k8s
+k8s           | current         | 60 | tests/k8s/tools.sh && pytests tests/k8s
 '
 
 # what tells that it is here | the Debian package that brings it

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import pytest
 
 TESTS = pathlib.Path(__file__).resolve().parent
-LIMIT_S = 600
+LIMIT_S = 1200
 GRACE_S = 15
 
 

@@ -13,6 +13,8 @@ import distpad
 import oracle
 from distpad.comparison import rows, steps
 
+WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2")
+
 ROWS, WIDTH, FEATURES, CLASSES = 10, 6, 5, 4
 EVERY = [
     "uneven rows",

@@ -17,6 +17,8 @@ import distpad
 import every_loss
 import oracle
 
+WORLDS = ("local", "mirrored:4", "multiworker:2", "horovod:2", "mpirun:2")
+
 LIMIT = {"float64": 1e-12, "float32": 1e-5}
 
 

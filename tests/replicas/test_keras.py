@@ -10,6 +10,8 @@ import distpad
 import oracle
 from keras_world import around_model, fit_optimizer, model_class, steps_dataset
 
+WORLDS = ("local", "mirrored:1", "mirrored:2", "mirrored:4", "multiworker:2", "horovod:2")
+
 ROWS, STEPS, RATE = 8, 3, 0.5  # rows of the global batch
 WORDS = np.random.default_rng(5).normal(size=[9, oracle.FEATURES])  # an embedding; word 0 is padding
 

@@ -10,6 +10,8 @@ import distpad
 import oracle
 from keras_world import KERAS, fit_optimizer, needs_help, steps_dataset
 
+WORLDS = ("local", "mirrored:2", "horovod:2")
+
 RANDOM = np.random.default_rng(8)
 X = RANDOM.normal(size=[8, 4, oracle.FEATURES]).astype("float32")
 Y = np.where(np.arange(4) < [[4], [1], [0], [2], [3], [1], [1], [2]], RANDOM.integers(0, oracle.CLASSES, [8, 4]), -99)

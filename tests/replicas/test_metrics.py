@@ -11,6 +11,8 @@ import tensorflow as tf
 import distpad
 from distpad import metrics
 
+WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2")
+
 CLASSES, STEPS = 4, 2
 KERAS_3 = hasattr(tf.keras.optimizers, "LossScaleOptimizer")
 LETTERS = ["a", "é", " ", "字"]  # one for each class

@@ -10,6 +10,8 @@ from test_clipping import loss_scaled
 import distpad
 import oracle
 
+WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2")
+
 # of half precision: a matmul adds rows in another order on each number of replicas. The mean of means is 20 % off.
 LIMIT = {"mixed_float16": 4e-3, "mixed_bfloat16": 3e-2}
 STEPS, RATE, OVERFLOWS = 4, 0.25, 1  # the step that overflows

@@ -260,3 +260,13 @@ def test_no_file_names_the_place_where_it_was_written():
         if pattern.search(line)
     ]
     assert not found, "\n".join(found)
+
+
+def test_worlds_that_slow_tests_name_are_suites():
+    """One that no suite has would never be run."""
+    suites = set(
+        re.findall(r"^(\S+) +\| current", (ROOT / "tests" / "run.sh").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    for path in (ROOT / "tests" / "replicas").glob("test_*.py"):
+        for named in re.findall(r"^WORLDS = \((.*)\)$", path.read_text(encoding="utf-8"), re.MULTILINE):
+            assert set(ast.literal_eval(f"[{named}]")) <= suites, path.name
