@@ -10,6 +10,8 @@ import distpad
 import oracle
 from replica_world import collectives_of
 
+WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2")
+
 LIMIT = {"float64": 1e-12, "float32": 1e-5}
 SCENARIOS = ("uneven", "empty replica", "padding replica")  # of the first, second and third micro-batch
 

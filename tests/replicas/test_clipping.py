@@ -10,6 +10,8 @@ import distpad
 import oracle
 from replica_world import collectives_of
 
+WORLDS = ("local", "mirrored:1", "mirrored:2", "multiworker:2", "horovod:2")
+
 TABLE = np.random.default_rng(1).normal(size=[6, 3])
 KERAS_3 = hasattr(tf.keras.optimizers, "LossScaleOptimizer")
 

@@ -9,7 +9,7 @@ import tensorflow as tf
 import distpad
 import oracle
 
-WORLDS = ("local", "mirrored:4", "multiworker:2", "horovod:2")
+WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2")
 
 FEATURES, CLASSES = 5, 4
 KERAS_3 = getattr(tf.keras, "__version__", "2").startswith("3")

@@ -17,7 +17,7 @@ import distpad
 import every_loss
 import oracle
 
-WORLDS = ("local", "mirrored:4", "multiworker:2", "horovod:2", "mpirun:2")
+WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2", "mpirun:2")
 
 LIMIT = {"float64": 1e-12, "float32": 1e-5}
 

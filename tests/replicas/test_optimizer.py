@@ -10,7 +10,7 @@ import distpad
 import oracle
 from keras_world import KERAS, around_model, fit_optimizer, model_class, needs_help, steps_dataset
 
-WORLDS = ("local", "mirrored:2", "mirrored:4", "multiworker:2", "horovod:2")
+WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2")
 
 ROWS, STEPS, RATE = 8, 3, 0.5
 LIMITS = {"clipnorm": 0.05, "global_clipnorm": 0.07, "clipvalue": 0.02}  # below what the gradients have

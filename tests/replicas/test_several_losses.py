@@ -9,6 +9,8 @@ import tensorflow as tf
 import distpad
 import oracle
 
+WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2")
+
 FEATURES, CLASSES, WEIGHT = 5, 4, 0.3
 
 
