@@ -16,13 +16,14 @@ mirrored:4    | current classic | 22 | world mirrored:4
 multiworker:2 | current classic | 22 | world multiworker:2
 horovod:2     | current classic | 22 | world horovod:2
 horovod:3     | current         | 22 | world horovod:3
-mpirun:2      | current classic | 22 | world mpirun:2
+mpirun:2      | current         | 22 | world mpirun:2
 launch        | current classic | 20 | pytests tests/launch --ignore tests/launch/test_launcher.py
 launcher      | current         | 20 | pytests tests/launch/test_launcher.py
 cluster       | current         | 35 | launch/environment.sh current --openmpi5 --horovod && pytests tests/cluster
 smoke         | classic         | 30 | launch/environment.sh classic --openmpi5 --horovod && tests/k8s/tools.sh && pytests -m smoke tests/cluster tests/k8s/test_running.py
 mutants       | current         | 40 | python tests/mutants.py
-examples      | current classic | 30 | pytests tests/examples
+examples      | current classic | 30 | pytests tests/examples --ignore tests/examples/test_benchmarks.py
+benchmarks    | current         | 30 | pytests tests/examples/test_benchmarks.py
 k8s           | current         | 60 | tests/k8s/tools.sh && pytests tests/k8s
 '
 

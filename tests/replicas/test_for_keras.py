@@ -12,7 +12,7 @@ import distpad
 import oracle
 from keras_world import fit_optimizer
 
-WORLDS = ("local", "mirrored:1", "mirrored:2", "mirrored:4", "multiworker:2", "horovod:2")
+WORLDS = ("local", "mirrored:2", "mirrored:4", "multiworker:2", "horovod:2")
 
 PADDING = {"x": distpad.Pad(), "y": distpad.Pad(value=-99)}
 RATE = 0.5
