@@ -59,7 +59,9 @@ def _said_of(layer: Any) -> str:
     if type(layer).__name__.startswith("Random") and type(layer).__module__.split(".")[0] in ("keras", "tf_keras"):
         return _RANDOM
     for name, kind in _RATES.items():
-        rate = getattr(layer, name, 0)
+        rate = getattr(layer, name, None)
+        if rate is None and "MultiHeadAttention" in kinds:  # Keras 2 tells it in its configuration alone
+            rate = layer.get_config().get(name)
         if isinstance(rate, (int, float)) and rate > 0 and any(kind in known for known in kinds):
             return _RANDOM
     return ""
