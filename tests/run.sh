@@ -12,7 +12,8 @@ local         | current classic | 22 | world local
 onedevice     | current         | 22 | world onedevice
 mirrored:1    | current         | 22 | world mirrored:1
 mirrored:2    | current classic | 22 | world mirrored:2
-mirrored:4    | current classic | 22 | world mirrored:4
+mirrored:4    | current         | 22 | world mirrored:4
+keras:4       | classic         | 22 | world mirrored:4 -k "test_fit_and_evaluate or test_several_outputs"
 multiworker:2 | current classic | 22 | world multiworker:2
 horovod:2     | current classic | 22 | world horovod:2
 horovod:3     | current         | 22 | world horovod:3
@@ -100,7 +101,7 @@ set_up_variables() {
 
 pytests() { python -m pytest --junitxml="$report" "$@"; }
 lint_scripts() { git ls-files | grep -E '\.(sh|sbatch)$|^\.ci/run$' | xargs shellcheck -x -P SCRIPTDIR; }
-world() { python tests/worlds.py "$1" --junitxml="$report"; }
+world() { python tests/worlds.py "$@" --junitxml="$report"; }
 
 # Passed, failed and skipped tests of one suite: count REPORT STATUS. A suite without pytest is one test.
 count() {
