@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from distpad import averages, backends, errors, exchange, fitting, gradients, masking
+from distpad import averages, backends, errors, exchange, fitting, gradients, masking, scaling
 from distpad.counts import Counts, WeightedCounts
 
 _NAME = "DistributedLoss"
@@ -214,8 +214,8 @@ class DistributedLoss(tf.keras.losses.Loss):
         self, y_true: Any, y_pred: Any, sources: dict, counting: bool = True
     ) -> tuple[averages.Sums, list[exchange.Rule]]:
         """This replica's numerator and counts."""
-        y_true = _wide(masking.as_tensor(y_true))
-        y_pred = tf.nest.map_structure(_wide, masking.as_tensor(y_pred))
+        y_true = scaling.wide(masking.as_tensor(y_true))
+        y_pred = tf.nest.map_structure(scaling.wide, masking.as_tensor(y_pred))
         for name, given in (("y_true", y_true), ("y_pred", y_pred)):
             if isinstance(given, tf.RaggedTensor):
                 raise TypeError(f"{_NAME}: {name} is a RaggedTensor, expected a padded tensor. Use distpad.pad.")
@@ -278,7 +278,7 @@ class DistributedLoss(tf.keras.losses.Loss):
         return tf.cond(tf.shape(first)[0] > 0, lambda: tf.cast(self._asked(y_true, y_pred), first.dtype), none)
 
     def _asked(self, y_true: Any, y_pred: Any) -> tf.Tensor:
-        return _wide(tf.convert_to_tensor(self.call(y_true, y_pred)))
+        return scaling.wide(tf.convert_to_tensor(self.call(y_true, y_pred)))
 
     def _with_tokens(self, valid: masking.Valid) -> masking.Valid:
         if valid.tokens is None and self.average == "token":
@@ -303,13 +303,6 @@ class DistributedLoss(tf.keras.losses.Loss):
         function = isinstance(loss, dict) and loss["class_name"] == "function"
         restore = tf.keras.utils.deserialize_keras_object if function else tf.keras.losses.deserialize
         return cls(**{**config, "loss": restore(loss)})
-
-
-def _wide(tensor: Any) -> Any:
-    """Half precision widened before anything is computed: float16 squares overflow at 256."""
-    if isinstance(tensor, tf.Tensor) and tensor.dtype in (tf.float16, tf.bfloat16):
-        return tf.cast(tensor, tf.float32)
-    return tensor
 
 
 def _as_keras_casts(loss: Any, y_true: Any, y_pred: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A gradient times a number, in no less than float32."""
+"""No less than float32: tensors widened, and a gradient times a number."""
 
 from __future__ import annotations
 
@@ -18,3 +18,10 @@ def scaled(gradient: Any, factor: Any) -> Any:
 def widened(dtype: tf.DType) -> tf.DType:
     """float32 for half precision, in which squares overflow at 256 and sums lose their last digits."""
     return tf.float32 if dtype.size < 4 else dtype
+
+
+def wide(tensor: Any) -> Any:
+    """Half precision widened before anything is computed: float16 squares overflow at 256."""
+    if isinstance(tensor, tf.Tensor) and tensor.dtype in (tf.float16, tf.bfloat16):
+        return tf.cast(tensor, tf.float32)
+    return tensor

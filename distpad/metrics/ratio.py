@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from distpad import averages, backends, errors, exchange, masking
+from distpad import averages, backends, errors, exchange, masking, scaling
 
 
 class Ratio(tf.keras.metrics.Metric):
@@ -101,7 +101,7 @@ class Ratio(tf.keras.metrics.Metric):
         if isinstance(tensor, (tf.RaggedTensor, tf.SparseTensor)):
             kind = type(tensor).__name__
             raise TypeError(errors.sentence(self._kind, name, f"a {kind}", "a padded tensor", "Use distpad.pad."))
-        return tf.nest.map_structure(_wide, tensor)
+        return tf.nest.map_structure(scaling.wide, tensor)
 
     def _valid(self, y_true: Any, y_pred: Any, sources: dict[str, Any]) -> tuple[masking.Valid, list[exchange.Rule]]:
         """The positions that count, from all sources."""
@@ -109,11 +109,6 @@ class Ratio(tf.keras.metrics.Metric):
             return masking.of_positions(y_true, y_pred, **sources, padding_value=self.padding_value)
         except (ValueError, TypeError) as error:
             raise type(error)(f"{self._kind}: {error}.") from error
-
-
-def _wide(leaf: Any) -> Any:
-    is_half = isinstance(leaf, tf.Tensor) and leaf.dtype in (tf.float16, tf.bfloat16)
-    return tf.cast(leaf, tf.float32) if is_half else leaf
 
 
 def row_weight(weight: tf.Tensor | None) -> tf.Tensor | None:
