@@ -128,11 +128,11 @@ class Backend(abc.ABC):
         return tf.nest.map_structure(tf.convert_to_tensor, values[0])
 
     def local_results(self, value: Any) -> list[Any]:
-        """What a step gave back, a nest for each replica of this worker."""
+        """What each replica of this worker holds of what a step gave back, or of a variable; a nest each."""
         for leaf in tf.nest.flatten(value):
             if isinstance(leaf, tf.distribute.DistributedValues):
                 raise ValueError(
-                    f"gather: a step gave a {type(leaf).__name__}, but no strategy is in scope. Write backend=strategy."
+                    f"distpad: a value is a {type(leaf).__name__}, but no strategy is in scope. Write backend=strategy."
                 )
         return [value]
 
