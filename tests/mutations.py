@@ -550,7 +550,7 @@ MUTANTS = (
     Mutant(
         name="optimizer-applies-the-sum-on-each-replica",
         file="backends/strategy.py",
-        old="return gradient * tf.cast(first, gradient.dtype)",
+        old="return tf.where(first, gradient, nothing)",
         new="return gradient",
         world="mirrored:2",
         selection="test_clips_the_global_gradient and None",
@@ -558,7 +558,7 @@ MUTANTS = (
     Mutant(
         name="optimizer-hides-an-infinity",
         file="backends/strategy.py",
-        old="return gradient * tf.cast(first, gradient.dtype)",
+        old="return tf.where(first, gradient, nothing)",
         new="return tf.where(first, gradient, tf.zeros_like(gradient))",
         world="mirrored:2",
         selection="test_an_infinity_of_one_replica",

@@ -112,7 +112,9 @@ class StrategyBackend(base.Backend):
         def of_first(gradient: Any) -> Any:
             if isinstance(gradient, tf.IndexedSlices):
                 return tf.IndexedSlices(of_first(gradient.values), gradient.indices, gradient.dense_shape)
-            return gradient * tf.cast(first, gradient.dtype)
+            # by choice, not times 0, which TensorFlow 2.15 folds to 0 whatever the other factor is
+            nothing = tf.where(tf.math.is_finite(gradient), tf.cast(0, gradient.dtype), tf.cast(np.nan, gradient.dtype))
+            return tf.where(first, gradient, nothing)
 
         return [of_first(gradient) for gradient in self.reduce_in_optimizer(gradients)]
 
