@@ -23,14 +23,15 @@ class DistributedOptimizer(tf.keras.optimizers.Optimizer):
       gradient before it sums them, and its ``LossScaleOptimizer`` looks for infinities in the first replica's share
       alone. Here the shares are summed first: the first replica's optimiser gets the sum, the others get zeros times
       it, so that Keras's own sum leaves it as it is and NaN and infinities are seen by all.
-    - Keras 2 does this right: what is returned there is ``optimizer`` itself, or Horovod's wrapper of it.
+    - Keras 2 does this right: what is returned there is ``optimizer`` itself, or under Horovod its wrapper, inside the
+      ``LossScaleOptimizer`` if there is one.
 
     All else is the optimiser's: learning rate, schedules, slots, saving. It is needed under Horovod, and under
     strategies for clipping and loss scaling. ``tape.gradient`` is what it takes in a loop of one's own.
 
     Args:
       optimizer: a Keras optimiser; for mixed precision ``LossScaleOptimizer(optimizer)``, and then
-        ``compile(auto_scale_loss=False)``, since Keras would wrap what is wrapped already.
+        in Keras 3 ``compile(auto_scale_loss=False)``, since it would wrap what is wrapped already.
       backend: the loss's backend; left out, it is detected at each step.
       name: as in Keras.
 

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+import distpad
+
 FEATURES, CLASSES = 5, 4
 IS_KERAS_3 = getattr(tf.keras, "__version__", "2").startswith("3")
 FRAMES = 17  # of CTC's logits, more than any of its labels needs
@@ -29,6 +31,7 @@ class Case(NamedTuple):
         per: as in DistributedLoss.
         dtypes: what it computes in.
         shortest: the fewest labels of a row that it takes.
+        reference: what one device is shown instead of a loss of distpad's own.
     """
 
     make: Callable[[], Any]
@@ -37,6 +40,7 @@ class Case(NamedTuple):
     per: str = "position"
     dtypes: tuple[str, ...] = ("float64", "float32")
     shortest: int = 0
+    reference: Callable[[], Any] | None = None
 
 
 def classes(random: np.random.Generator, n: int) -> np.ndarray:
@@ -123,6 +127,9 @@ def letters(random: np.random.Generator, n: int) -> np.ndarray:
 CTC = {
     "tf.nn.ctc_loss, dense labels": Case(lambda: ctc, letters, per="sequence", dtypes=("float32",)),
     "tf.nn.ctc_loss, sparse labels": Case(lambda: sparse_ctc, letters, per="sequence", dtypes=("float32",), shortest=1),
+    "distpad.CTC": Case(
+        lambda: distpad.CTC(blank_index=0), letters, per="sequence", dtypes=("float32",), reference=lambda: ctc
+    ),
 }
 
 
@@ -208,7 +215,7 @@ def expected(case: Case, rows: Sequence[Row]) -> list[np.ndarray]:
     dtype = case.dtypes[0]
     kernel, bias = (tf.Variable(value.astype(dtype)) for value in weights())
     total, count = [np.zeros(variable.shape) for variable in (kernel, bias)], 0
-    loss = case.make()
+    loss = (case.reference or case.make)()
     for row in rows:
         n = len(row["y"])
         if not n:

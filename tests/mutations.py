@@ -248,7 +248,7 @@ MUTANTS = (
         old="self._sum.assign_add(",
         new="self._sum.assign(",
         world="local",
-        selection="test_micro_batches_are_one_big_batch and float64-denominator-2-token",
+        selection="test_micro_batches_are_one_big_batch and float64-denominator-2-sequence_sum",
     ),
     Mutant(
         name="accumulation-never-reset",
@@ -256,7 +256,7 @@ MUTANTS = (
         old="        self.reset()\n",
         new="",
         world="local",
-        selection="test_micro_batches_are_one_big_batch and float64-denominator-2-token",
+        selection="test_micro_batches_are_one_big_batch and float64-denominator-2-sequence_sum",
     ),
     Mutant(
         name="accumulation-by-the-local-count",
@@ -264,7 +264,7 @@ MUTANTS = (
         old="resolved.all_reduce_sum(self._count.read_value())",
         new="self._count.read_value()",
         world="mirrored:2",
-        selection="test_micro_batches_are_one_big_batch and float64-counts-2-token",
+        selection="test_micro_batches_are_one_big_batch and float64-counts-2-sequence_sum",
     ),
     Mutant(
         name="accumulation-mean-of-micro-batches",
@@ -272,7 +272,7 @@ MUTANTS = (
         old="self._count.assign_add(tf.cast(count, tf.float64))",
         new="self._count.assign(tf.cast(count, tf.float64))",
         world="local",
-        selection="test_micro_batches_are_one_big_batch and float64-counts-2-token",
+        selection="test_micro_batches_are_one_big_batch and float64-counts-2-sequence_sum",
     ),
     Mutant(
         name="accumulation-shared-by-replicas",
@@ -280,7 +280,7 @@ MUTANTS = (
         old="synchronization=tf.VariableSynchronization.ON_READ",
         new="synchronization=tf.VariableSynchronization.AUTO, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA",
         world="mirrored:2",
-        selection="test_micro_batches_are_one_big_batch and float64-denominator-2-token",
+        selection="test_micro_batches_are_one_big_batch and float64-denominator-2-sequence_sum",
     ),
     Mutant(
         name="clipping-by-the-local-norm",

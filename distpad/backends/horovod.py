@@ -168,6 +168,11 @@ class HorovodBackend(base.Backend):
     def keras_2_optimizer(self, optimizer: Any) -> Any:
         import horovod.tensorflow.keras as hvd
 
+        scaling = tf.keras.mixed_precision.LossScaleOptimizer
+        if isinstance(optimizer, scaling):  # goes around Horovod's wrapper, which it asks to reduce before it looks
+            settings = ("dynamic", "initial_scale", "dynamic_growth_steps")
+            inner = self.keras_2_optimizer(optimizer.inner_optimizer)
+            return scaling(inner, **{name: getattr(optimizer, name) for name in settings})
         op = hvd.Average if self.gradient_reduction == "mean" else hvd.Sum
         return hvd.DistributedOptimizer(optimizer, op=op, process_set=self.process_set, compression=self.compression)
 

@@ -131,8 +131,6 @@ def fit_with_an_overflow(world, make, **compiled):
 
 
 def test_an_overflow_on_one_replica_skips_the_step_on_all(world):
-    if KERAS < 3 and world.strategy is None and world.num_replicas > 1:
-        pytest.skip("Horovod's wrapper in Keras 2 takes no LossScaleOptimizer")
     off = {"auto_scale_loss": False} if KERAS >= 3 else {}
     found, wanted, optimizer = fit_with_an_overflow(
         world, lambda sgd: distpad.DistributedOptimizer(loss_scale_optimizer(sgd)), **off
