@@ -1,31 +1,31 @@
 #!/usr/bin/env bash
-# Sets everything up and runs all test suites on both stacks. CI runs this, too.
+# Sets everything up and runs all test suites on both stacks; CI runs it with --short.
 set -euo pipefail
 
-# name | stacks | time limit in minutes | command, run in the checkout with the environment's programs first
-# on PATH. `pytests` is pytest with the report that the counts at the end are taken from, `world` the same tests in an
-# engine with so many replicas (tests/worlds.py).
+# name | stacks | those of them that --short takes | time limit in minutes | command, run in the checkout with the
+# environment's programs first on PATH. The longest stands before what runs beside it. `pytests` is pytest with the report
+# that the counts at the end are taken from, `world` the same tests in an engine with so many replicas (tests/worlds.py).
 SUITES='
-lint          | current         |  5 | ruff check . && ruff format --check . && mypy distpad && lint_scripts
-single        | current classic | 15 | pytests tests/single
-local         | current classic | 22 | world local
-onedevice     | current         | 22 | world onedevice
-mirrored:1    | current         | 22 | world mirrored:1
-mirrored:2    | current classic | 22 | world mirrored:2
-mirrored:4    | current         | 22 | world mirrored:4
-keras:4       | classic         | 22 | world mirrored:4 -k "test_fit_and_evaluate or test_several_outputs"
-multiworker:2 | current classic | 22 | world multiworker:2
-horovod:2     | current classic | 22 | world horovod:2
-horovod:3     | current         | 22 | world horovod:3
-mpirun:2      | current         | 22 | world mpirun:2
-launch        | current classic | 20 | pytests tests/launch --ignore tests/launch/test_launcher.py
-launcher      | current         | 20 | pytests tests/launch/test_launcher.py
-cluster       | current         | 35 | launch/environment.sh current --openmpi5 --horovod && pytests tests/cluster
-smoke         | classic         | 30 | launch/environment.sh classic --openmpi5 --horovod && tests/k8s/tools.sh && pytests -m smoke tests/cluster tests/k8s/test_running.py
-mutants       | current         | 40 | python tests/mutants.py
-examples      | current classic | 30 | pytests tests/examples --ignore tests/examples/test_benchmarks.py
-benchmarks    | current         | 30 | pytests tests/examples/test_benchmarks.py
-k8s           | current         | 60 | tests/k8s/tools.sh && pytests tests/k8s
+lint          | current         | current         |  5 | ruff check . && ruff format --check . && mypy distpad && lint_scripts
+single        | current classic | current classic | 15 | pytests tests/single
+local         | current classic |                 | 22 | world local
+onedevice     | current         |                 | 22 | world onedevice
+mirrored:1    | current         |                 | 22 | world mirrored:1
+mirrored:2    | current classic | current classic | 22 | world mirrored:2
+mirrored:4    | current         | current         | 22 | world mirrored:4
+keras:4       | classic         |                 | 22 | world mirrored:4 -k "test_fit_and_evaluate or test_several_outputs"
+multiworker:2 | current classic | current classic | 22 | world multiworker:2
+horovod:2     | current classic | current classic | 22 | world horovod:2
+horovod:3     | current         |                 | 22 | world horovod:3
+mpirun:2      | current         | current         | 22 | world mpirun:2
+k8s           | current         | current         | 60 | tests/k8s/tools.sh && pytests tests/k8s
+launch        | current classic | current         | 20 | pytests tests/launch --ignore tests/launch/test_launcher.py
+launcher      | current         | current         | 20 | pytests tests/launch/test_launcher.py
+cluster       | current         | current         | 35 | launch/environment.sh current --openmpi5 --horovod && pytests tests/cluster
+smoke         | classic         | classic         | 30 | launch/environment.sh classic --openmpi5 --horovod && tests/k8s/tools.sh && pytests -m smoke tests/cluster tests/k8s/test_running.py
+mutants       | current         |                 | 40 | python tests/mutants.py
+examples      | current classic | current         | 30 | pytests tests/examples --ignore tests/examples/test_benchmarks.py
+benchmarks    | current         |                 | 30 | pytests tests/examples/test_benchmarks.py
 '
 
 # what tells that it is here | the Debian package that brings it
@@ -49,7 +49,9 @@ usage() {
 Makes the environments, builds Horovod (3 to 10 minutes a stack, the first time) and runs the test suites, several at
 once; what one prints is shown when it ends. Goes on after a failed suite. Exit code 1 where any failed.
 
-Usage: tests/run.sh [--stack current|classic|all] [--suite NAME...] [--jobs N] [--list]
+Usage: tests/run.sh [--short] [--stack current|classic|all] [--suite NAME...] [--jobs N] [--list]
+  --short     what CI runs: each engine, launcher and feature, on classic what is about TensorFlow; an hour on two
+              cores instead of an hour and a half
   --stack     which of the two stacks (default: all)
   --suite     only these suites
   --jobs      suites that run at once (default: 2, or 1 on a single core)
@@ -58,6 +60,7 @@ Usage: tests/run.sh [--stack current|classic|all] [--suite NAME...] [--jobs N] [
 
 Examples:
   tests/run.sh
+  tests/run.sh --short
   tests/run.sh --stack current --suite lint single
   tests/run.sh --stack classic --suite horovod:2 mirrored:4
 
@@ -156,9 +159,10 @@ finish_one() {
 }
 
 run_stack() {
-  local stack=$1 name stacks minutes command wanted=() start=$SECONDS
-  while IFS='|' read -r name stacks minutes command; do
+  local stack=$1 name stacks short minutes command wanted=() start=$SECONDS
+  while IFS='|' read -r name stacks short minutes command; do
     name=$(trim "$name")
+    [[ -z $SHORT ]] || stacks=$short
     [[ -n $name && " $stacks " == *" $stack "* && " $CHOSEN " == *" $name "* ]] || continue
     wanted+=("$name|$(trim "$minutes")|$(trim "$command")")
   done <<<"$SUITES"
@@ -189,6 +193,7 @@ cleanup() {
 main() {
   local stacks="current classic" chosen=()
   declare -gA RUNNING=() # process: STACK-SUITE|COMMAND
+  SHORT=
   JOBS=$(nproc)
   ((JOBS <= 2)) || JOBS=2 # worlds of several processes fill more than one core each
   while (($#)); do
@@ -207,6 +212,7 @@ main() {
         [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || die "--jobs is ${2:-missing}, expected a number from 1"
         JOBS=$2
         shift ;;
+      --short) SHORT=yes ;;
       --list) printf '%s\n' "${SUITES#$'\n'}"; exit 0 ;;
       -h | --help) usage; exit 0 ;;
       *) die "unknown argument $1. See tests/run.sh --help" ;;

@@ -156,5 +156,5 @@ def _draw_read(figure: SubFigure, test: Sequence[Example], texts: Sequence[str],
         picture.set_xlim(0, widest)
         picture.set_anchor("W")
         right = text == example.text
-        shown = text if right else f"{text} ≠ {example.text}"
-        beside.text(0, 0.5, shown, va="center", family="monospace", fontsize=9.5, color=INK if right else NAIVE[0])
+        shown = text if right else f"{text}\n≠ {example.text}"
+        beside.text(0, 0.5, shown, va="center", family="monospace", fontsize=9, color=INK if right else NAIVE[0])

@@ -262,11 +262,26 @@ def test_no_file_names_the_place_where_it_was_written():
     assert not found, "\n".join(found)
 
 
+def suites() -> dict[str, tuple[str, str]]:
+    """Name: stacks, and those of them that --short takes."""
+    text = (ROOT / "tests" / "run.sh").read_text(encoding="utf-8")
+    rows = re.findall(r"^(\S+) +\|([\w ]+)\|([\w ]+)\| +\d+ \|", text, re.MULTILINE)
+    return {name: (stacks, short) for name, stacks, short in rows}
+
+
+@pytest.mark.parametrize("stack", ["current", "classic"])
+def test_ci_runs_every_engine_and_every_kind_of_test(stack):
+    """What --short leaves out of a stack is another number of replicas, or runs on the other stack."""
+    chosen = {name for name, (_, short) in suites().items() if stack in short}
+    assert {"single", "mirrored:2", "multiworker:2", "horovod:2"} <= chosen
+    if stack == "current":
+        assert {"lint", "mpirun:2", "launch", "launcher", "cluster", "examples", "k8s"} <= chosen
+    assert all(set(short.split()) <= set(stacks.split()) for stacks, short in suites().values())
+
+
 def test_worlds_that_slow_tests_name_are_suites():
     """One that no suite has would never be run."""
-    suites = set(
-        re.findall(r"^(\S+) +\| current", (ROOT / "tests" / "run.sh").read_text(encoding="utf-8"), re.MULTILINE)
-    )
+    named_in_run = {name for name, (stacks, _) in suites().items() if "current" in stacks}
     for path in (ROOT / "tests" / "replicas").glob("test_*.py"):
         for named in re.findall(r"^WORLDS = \((.*)\)$", path.read_text(encoding="utf-8"), re.MULTILINE):
-            assert set(ast.literal_eval(f"[{named}]")) <= suites, path.name
+            assert set(ast.literal_eval(f"[{named}]")) <= named_in_run, path.name
