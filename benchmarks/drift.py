@@ -77,7 +77,7 @@ def show(found: dict[int, dict[str, list[float]]], steps: int) -> None:
         own = np.array(weights)
         gaps = [own - target, *(np.array(found[n][name]) - own for n in several)]
         table.add_row(name, *(f"{np.linalg.norm(gap) / moved:.1e}" for gap in gaps))
-    Console(width=110).print(table)
+    Console(width=120).print(table)
 
 
 # -- one number of replicas -------------------------------------------------------------------------------------------
@@ -191,14 +191,13 @@ def contenders(strategy: Any) -> dict[str, Callable[[Any, list], None]]:
             for variable, gradient in zip(model.trainable_variables, total):
                 variable.assign_sub(RATE * gradient / mask.sum())
 
-    found = {
-        TARGET: exact,
-        "fit: Keras mask, default reduction": fit(default, False),
-        "fit: Keras mask, reduction sum": fit(keras("sum"), False, RATE / POSITIONS),
-        "fit: mask as sample_weight, default reduction": fit(default, True),
-    }
-    with contextlib.suppress(ValueError):  # Keras 2 does not know it
-        found["fit: mask as sample_weight, mean_with_sample_weight"] = fit(keras("mean_with_sample_weight"), True)
+    found = {TARGET: exact}
+    for by, weighted in (("Keras mask", False), ("mask as sample_weight", True)):
+        found[f"fit: {by}, default reduction"] = fit(default, weighted)
+        found[f"fit: {by}, reduction sum"] = fit(keras("sum"), weighted, RATE / POSITIONS)
+        for reduction in ("mean", "mean_with_sample_weight"):
+            with contextlib.suppress(ValueError):  # Keras 2 does not know them
+                found[f"fit: {by}, reduction {reduction}"] = fit(keras(reduction), weighted)
     return {
         **found,
         "loop: mean of tf.boolean_mask, over the replicas": loop(mean_of_valid),

@@ -73,7 +73,12 @@ def _rows(
     leaves: list[nests.Leaf] = []
     for each in zip(steps, lengths, indices):
         tensors, lengths_here, indices_here = (_on_replicas(backend, item) for item in each)
-        for nest, counts, place in zip(tensors, lengths_here or [None] * len(tensors), indices_here):
+        lengths_here = lengths_here or [None] * len(tensors)
+        if not len(tensors) == len(lengths_here) == len(indices_here):
+            these = f"of {len(tensors)}, {len(lengths_here)} and {len(indices_here)} replicas"
+            remedy = "Give what strategy.run returned, and the batch's own lengths and indices."
+            raise ValueError(errors.sentence(function, "tensors, lengths and indices", these, "of as many", remedy))
+        for nest, counts, place in zip(tensors, lengths_here, indices_here):
             leaves, complaint = nests.leaves_of(function, nest, axis, value, counts)
             if complaint is not None:
                 raise complaint

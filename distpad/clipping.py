@@ -53,7 +53,7 @@ def clip_by_global_norm(
         raise TypeError(errors.sentence(_NAME, "gradients", type(gradients).__name__, "a list of gradients"))
     resolved = backends.resolve(backend, function=_NAME)
     clip_norm = clip_norm if tf.is_tensor(clip_norm) else errors.real_number(_NAME, "clip_norm", clip_norm)
-    exchange.enforce(_NAME, [exchange.Rule("clip_norm is expected to be above 0", clip_norm, clip_norm > 0)])
+    exchange.enforce(resolved, _NAME, [exchange.Rule("clip_norm is expected to be above 0", clip_norm, clip_norm > 0)])
     held = [i for i, gradient in enumerate(gradients) if gradient is not None]
     norm = _norm(resolved.reduce_in_optimizer([gradients[i] for i in held]))
     limit = tf.cast(tf.convert_to_tensor(clip_norm, dtype_hint=norm.dtype), norm.dtype)  # a number is no float32 first

@@ -164,7 +164,7 @@ def _agree(
         rows, complaint = first, complaint or error
     rules.append(exchange.Rule("rows are expected to be from 0 to the rows that are there", rows, _within(rows, first)))
     table = exchange.exchange(backend, function, payload, rules, complaint)
-    longest = [_on_ladder(function, tf.reduce_max(table[:, i]), ladder) for i in range(len(leaves))]
+    longest = [_on_ladder(backend, function, tf.reduce_max(table[:, i]), ladder) for i in range(len(leaves))]
     return longest, rows
 
 
@@ -197,7 +197,7 @@ def _within(rows: Any, limit: Any) -> tf.Tensor:
     return tf.logical_and(rows >= 0, rows <= tf.cast(limit, tf.int64))
 
 
-def _on_ladder(function: str, length: tf.Tensor, ladder: Ladder | None) -> tf.Tensor:
+def _on_ladder(backend: backends.Backend, function: str, length: tf.Tensor, ladder: Ladder | None) -> tf.Tensor:
     """The rung at or above an agreed length, in the graph too."""
     length = tf.cast(length, tf.int32)
     if ladder is None:
@@ -208,7 +208,7 @@ def _on_ladder(function: str, length: tf.Tensor, ladder: Ladder | None) -> tf.Te
         rule = exchange.Rule(
             f"length is above the last rung of the ladder, expected at most {last}", length, length <= last
         )
-        exchange.enforce(function, [rule])
+        exchange.enforce(backend, function, [rule])
     at = tf.minimum(tf.searchsorted(rungs, [length])[0], len(ladder.boundaries) - 1)
     return tf.where(length <= last, rungs[at], above)
 

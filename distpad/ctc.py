@@ -21,6 +21,7 @@ class CTC:
     A label of n classes, k of them like the one before, needs n + k frames. Where a sequence has fewer,
     ``tf.nn.ctc_loss`` gives 700 for dense labels; for sparse ones it fails, on the one replica that has such a label,
     for which the others then wait. Here all replicas raise alike, or leave the sequence out.
+    (Under ``denominator`` a step has no exchange in which they could agree: there the worker that has it raises alone.)
 
     Args:
       blank_index: the class that stands for no label; -1 is the last.

@@ -62,7 +62,7 @@ def exchange(
         # nobody waits for this replica: what is known to be wrong can be raised where it is
         if complaint is not None:
             raise complaint
-        enforce(function, [rule for rule in rules if isinstance(rule.ok, bool)])
+        enforce(backend, function, [rule for rule in rules if isinstance(rule.ok, bool)])
     good = [True if rule.ok is None else rule.ok for rule in rules]
     evidence = [rule.found if isinstance(rule.found, tuple) else (rule.found,) for rule in rules]
     numbers = [complaint is None, *good, *itertools.chain(*evidence), *payload]
@@ -89,15 +89,18 @@ def exchange(
     else:
         text = "a replica refused its arguments (0 below)" + (f", here: {complaint}" if complaint else "")
         checks.insert(0, _Check(tf.reduce_all(table[:, 0] > 0), text, table[:, 0]))
-    _require(function, checks, backend)
+    several = f", {backend.replicas_here} a worker" if backend.num_workers > 1 else ""
+    _require(function, checks, f"by replica{several}")
     return table[:, ends[-1] :]
 
 
 @tf.autograph.experimental.do_not_convert
-def enforce(function: str, rules: Sequence[Rule]) -> None:
-    """Check rules on this replica alone, where a step has no exchange."""
-    held = [rule._replace(found=[rule.found]) if isinstance(rule.found, tuple) else rule for rule in rules]
-    _require(function, [_Check(rule.ok, rule.text, rule.found) for rule in held if rule.ok is not None])
+def enforce(backend: backends.Backend, function: str, rules: Sequence[Rule]) -> None:
+    """Check rules on this replica alone, where a step has no exchange: it raises, and ends the step of its worker."""
+    worker = f", worker {backend.worker_index}" if backend.num_workers > 1 else ""
+    replica = backend.replica_index() if backend.in_replica() else None
+    checks = [_Check(rule.ok, rule.text, rule.found) for rule in rules if rule.ok is not None]
+    _require(function, checks, f"here{worker}" if replica is None else f"on this replica{worker}", replica)
 
 
 class _Check(NamedTuple):
@@ -114,21 +117,21 @@ def _agreed(rule: Rule, good: tf.Tensor, found: tf.Tensor) -> _Check:
     return _Check(ok, rule.text, found)
 
 
-def _require(function: str, checks: Sequence[_Check], backend: backends.Backend | None = None) -> None:
-    """Raise ValueError for the first check that is known to fail, or let the graph fail when it runs."""
-    several = backend is not None and backend.num_workers > 1
-    by = f"by replica, {backend.replicas_here} a worker" if backend and several else "by replica"
+def _require(function: str, checks: Sequence[_Check], by: str, replica: Any = None) -> None:
+    """Raise ValueError for the first check that is known to fail, or let the graph fail when it runs. The evidence is
+    that of all replicas, or of the one that ``replica`` is the number of."""
     for check in checks:
         known = tf.executing_eagerly() or isinstance(check.ok, bool)
         if known and not bool(check.ok):
-            raise ValueError(f"{function}: {check.text}; found {by}: {_listed(np.asarray(check.found))}.")
+            raise ValueError(f"{function}: {check.text}; found {by}: {_listed(check.found, replica)}.")
     if tf.executing_eagerly() or not checks:
         return
     # One assertion for all, since each costs tracing time; what it prints must be constants and numbers.
-    printed: list[Any] = [f"{function}: one of these does not hold (0); what was found, {by}, stands behind it:"]
+    printed: list[Any] = [f"{function}: one of these does not hold (0); what was found, {by}, stands behind it"]
+    printed += [":"] if replica is None else [", which is number", replica, ":"]
     for check in checks:
         printed += [f"; {check.text}", tf.cast(check.ok, tf.int32), tf.convert_to_tensor(check.found)]
-    tf.debugging.Assert(tf.reduce_all([check.ok for check in checks]), printed, summarize=64)
+    tf.debugging.Assert(tf.reduce_all([check.ok for check in checks]), printed, summarize=-1)  # of all replicas
 
 
 def _raise_complaint(backend: backends.Backend, function: str, fine: tf.Tensor, complaint: Exception | None) -> None:
@@ -149,8 +152,11 @@ def _traced_alone(backend: backends.Backend) -> bool:
     return backend.num_workers == 1 and not tf.executing_eagerly()
 
 
-def _listed(found: np.ndarray) -> str:
+def _listed(found: Any, replica: Any) -> str:
     def shown(value: np.ndarray) -> str:
         return f"({', '.join(f'{part:g}' for part in value)})" if value.ndim else f"{value:g}"
 
-    return ", ".join(f"{replica}→{shown(value)}" for replica, value in enumerate(np.atleast_1d(found)))
+    if replica is None:
+        return ", ".join(f"{number}→{shown(value)}" for number, value in enumerate(np.atleast_1d(np.asarray(found))))
+    number = tf.get_static_value(replica)  # unknown only while a step is traced
+    return f"{'' if number is None else f'{int(number)}→'}{shown(np.asarray(found))}"

@@ -67,6 +67,7 @@ class DistributedLoss(tf.keras.losses.Loss):
         # "sum" is what Keras leaves alone: it neither divides such a loss by the replicas nor its history
         super().__init__(reduction="sum", name=name)
         _check_unreduced(loss)
+        _check_ignored(loss, padding_value)
         if isinstance(average, bool) or not isinstance(average, (str, numbers.Real)):
             raise TypeError(errors.sentence(_NAME, "average", repr(average), "a string or a positive number"))
         if isinstance(average, str):
@@ -117,14 +118,17 @@ class DistributedLoss(tf.keras.losses.Loss):
         Collective without ``denominator``: one all-reduce, of the numerator, the count and the evidence for errors.
         """
         backend = backends.resolve(self._backend, function=_NAME)
-        self._ran_on = backend
+        if not backends.is_alone():  # beside the engine, for a certificate
+            self._ran_on = backend
         sources = {"sample_weight": sample_weight, "lengths": lengths, "mask": mask}
         sources["keras_mask"] = masking.keras_mask(y_pred)
         if denominator is not None:
-            count = self._count_from(denominator, sources)
+            count, counted = self._count_from(denominator, sources), []
+            if isinstance(denominator, Counts) and self.per == "position":
+                counted = [masking.counted_rule(y_true, y_pred, **sources, padding_value=self.padding_value)]
             sums, rules = self._sums(y_true, y_pred, sources)
             positive = exchange.Rule("denominator is below 0, expected a count", count, count >= 0)
-            exchange.enforce(_NAME, [*rules, positive])
+            exchange.enforce(backend, _NAME, [*rules, *counted, positive])
             return self._share(backend, sums, count)
         if not backend.in_replica() and not tf.executing_eagerly():
             return self._rehearse(y_true, y_pred, sources)
@@ -278,7 +282,14 @@ class DistributedLoss(tf.keras.losses.Loss):
         return tf.cond(tf.shape(first)[0] > 0, lambda: tf.cast(self._asked(y_true, y_pred), first.dtype), none)
 
     def _asked(self, y_true: Any, y_pred: Any) -> tf.Tensor:
-        return scaling.wide(tf.convert_to_tensor(self.call(y_true, y_pred)))
+        losses = self.call(y_true, y_pred)
+        if losses is None:
+            remedy = (
+                "Call it yourself: for tfa.seq2seq.SequenceLoss without averages and sums, "
+                "lambda y_true, y_pred: loss(y_true, y_pred, tf.ones_like(y_pred[..., 0]))"
+            )
+            raise TypeError(errors.sentence(_NAME, "the loss's result", None, "a tensor [batch, ...]", remedy + "."))
+        return scaling.wide(tf.convert_to_tensor(losses))
 
     def _with_tokens(self, valid: masking.Valid) -> masking.Valid:
         if valid.tokens is None and self.average == "token":
@@ -336,6 +347,14 @@ def _check_unreduced(loss: Any) -> None:
                 f"Write {_line(type(loss))}.",
             )
         )
+
+
+def _check_ignored(loss: Any, padding_value: Any) -> None:
+    """Keras's ignore_class makes losses 0 that would then be counted."""
+    ignored = getattr(loss, "ignore_class", None)
+    if ignored is not None and ignored != padding_value:
+        remedy = f"Write padding_value={ignored!r}: what is ignored is not counted either."
+        raise ValueError(errors.sentence(_NAME, "the loss's ignore_class", ignored, "the padding value", remedy))
 
 
 def _line(loss_class: type) -> str:

@@ -92,6 +92,27 @@ def of_positions(
 
 
 @tf.autograph.experimental.do_not_convert
+def counted_rule(
+    y_true: Any, y_pred: Any, *, mask: Any, lengths: Any, padding_value: Any, keras_mask: Any, sample_weight: Any
+) -> Rule:
+    """What was counted by lengths beforehand is all valid: no other source may leave more out."""
+    text = (
+        "denominator holds Counts, but Keras's mask or padding_value leaves out positions within lengths, which were "
+        "counted. Give the number instead (found: how many)"
+    )
+    if lengths is None or (padding_value is None and keras_mask is None):
+        return Rule(text, 0, True)
+    nothing = {"mask": None, "sample_weight": None, "padding_value": None, "keras_mask": None}
+    counted, _ = of_positions(y_true, y_pred, **{**nothing, "lengths": lengths})
+    rest = {"padding_value": padding_value, "keras_mask": keras_mask}
+    valid, _ = of_positions(y_true, y_pred, **{**nothing, **rest, "lengths": lengths})
+    if counted.mask is None or valid.mask is None or counted.mask.shape.rank != valid.mask.shape.rank:
+        return Rule(text, 0, True)
+    left_out = tf.math.count_nonzero(counted.mask) - tf.math.count_nonzero(valid.mask)
+    return Rule(text, left_out, left_out == 0)
+
+
+@tf.autograph.experimental.do_not_convert
 def of_sequences(
     y_true: Any, *, mask: Any, lengths: Any, padding_value: Any, keras_mask: Any, sample_weight: Any
 ) -> tuple[Valid, tf.Tensor | None, list[Rule]]:

@@ -84,9 +84,15 @@ KERAS = {
     "CategoricalCrossentropy, smoothed": Case(
         _keras("CategoricalCrossentropy", label_smoothing=0.1, **_LOGITS), one_hot
     ),
+    "CategoricalCrossentropy, smoothed, of probabilities": Case(
+        _keras("CategoricalCrossentropy", label_smoothing=0.1), one_hot, tf.nn.softmax
+    ),
     "BinaryCrossentropy": Case(_keras("BinaryCrossentropy"), bits, tf.nn.sigmoid),
     "BinaryCrossentropy, logits": Case(_keras("BinaryCrossentropy", **_LOGITS), bits),
     "BinaryCrossentropy, smoothed": Case(_keras("BinaryCrossentropy", label_smoothing=0.2, **_LOGITS), bits),
+    "BinaryCrossentropy, smoothed, of probabilities": Case(
+        _keras("BinaryCrossentropy", label_smoothing=0.2), bits, tf.nn.sigmoid
+    ),
     "BinaryFocalCrossentropy": Case(_keras("BinaryFocalCrossentropy", gamma=2.0), bits, tf.nn.sigmoid),
     "BinaryFocalCrossentropy, logits": Case(_keras("BinaryFocalCrossentropy", **_LOGITS), bits),
     "CategoricalFocalCrossentropy": Case(_keras("CategoricalFocalCrossentropy"), one_hot, tf.nn.softmax),
@@ -120,6 +126,18 @@ def sparse_ctc(y_true: Any, y_pred: tf.Tensor) -> tf.Tensor:
     return tf.nn.ctc_loss(sparse, y_pred, None, frames, logits_time_major=False, blank_index=0)
 
 
+def _keras_ctc() -> Callable[[Any, Any], tf.Tensor]:
+    """It takes every frame for real: those that are padded are made certain blanks, which is what its users must do."""
+    loss = tf.keras.losses.CTC(reduction="none")
+
+    def of_sequences(y_true: Any, y_pred: tf.Tensor) -> tf.Tensor:
+        labels, _, frames = y_true
+        real = tf.sequence_mask(frames, tf.shape(y_pred)[1])[..., tf.newaxis]
+        return loss.call(labels, tf.where(real, y_pred, tf.constant([0.0, *[-1e9] * (CLASSES - 1)], y_pred.dtype)))
+
+    return of_sequences
+
+
 def letters(random: np.random.Generator, n: int) -> np.ndarray:
     return random.integers(1, CLASSES, n)  # 0 is the blank
 
@@ -143,14 +161,12 @@ def _addons(name: str, **settings: Any) -> Callable[[], Any]:
 
 
 def _sequence_loss() -> Callable[[Any, Any], tf.Tensor]:
-    """SequenceLoss divides by the weights that this replica has; in this form it divides by nothing."""
+    """It divides by the weights that this replica has; in this form it divides by nothing."""
     import tensorflow_addons as tfa
 
-    def of_positions(y_true: Any, y_pred: tf.Tensor) -> tf.Tensor:
-        ones = tf.ones_like(y_pred[..., 0])
-        return tfa.seq2seq.sequence_loss(y_pred, y_true, ones, False, False)
-
-    return of_positions
+    sums = {"sum_over_timesteps": False, "sum_over_batch": False}
+    loss = tfa.seq2seq.SequenceLoss(average_across_timesteps=False, average_across_batch=False, **sums)
+    return lambda y_true, y_pred: loss(y_true, y_pred, tf.ones_like(y_pred[..., 0]))
 
 
 def _crf() -> Callable[[Any, Any], tf.Tensor]:
@@ -169,10 +185,22 @@ def _crf() -> Callable[[Any, Any], tf.Tensor]:
 ADDONS = {
     "tfa SigmoidFocalCrossEntropy": Case(_addons("SigmoidFocalCrossEntropy", from_logits=True), bits),
     "tfa PinballLoss": Case(_addons("PinballLoss", tau=0.3), values),
-    "tfa sequence_loss, unreduced": Case(_sequence_loss, classes, dtypes=("float32",)),
+    "tfa SequenceLoss, unreduced": Case(_sequence_loss, classes, dtypes=("float32",)),
     "tfa crf_log_likelihood": Case(_crf, classes, per="sequence", dtypes=("float32",)),
 }
-CASES = {**KERAS, **CTC, **ADDONS}
+KERAS_3 = {
+    "keras.losses.CTC, padded frames blank": Case(
+        _keras_ctc, letters, per="sequence", dtypes=("float32",), reference=lambda: ctc
+    ),
+}
+CASES = {**KERAS, **CTC, **KERAS_3, **ADDONS}
+
+
+def missing(name: str, is_keras_3: bool = IS_KERAS_3) -> str:
+    """Why a stack has no such loss; empty where it has."""
+    if is_keras_3:
+        return "Addons needs TensorFlow 2.15" if name in ADDONS else ""
+    return "Keras 2 has none" if name in KERAS_3 else ""
 
 
 def rows_of(case: Case, replica: int) -> list[Row]:

@@ -18,7 +18,7 @@ import every_loss
 import worlds
 
 FILE = pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "losses.md"
-WORLDS = ("local", "mirrored:4", "multiworker:2", "horovod:2", "mpirun:2")
+WORLDS = ("local", "onedevice", "mirrored:4", "multiworker:2", "horovod:2", "mpirun:2")
 STACK = "current" if every_loss.IS_KERAS_3 else "classic"
 STACKS = {"current": "TensorFlow 2.21, Keras 3", "classic": "TensorFlow 2.15, Keras 2, TensorFlow Addons 0.23"}
 HEAD = """# Losses, each exact
@@ -51,7 +51,7 @@ def section(errors: dict[str, dict[str, float]]) -> str:
         for found in errors.values():
             both = [found.get(f"{name}|{dtype}") for dtype in ("float64", "float32")]
             shown = ["-" if error is None else f"{error:.0e}" for error in both]
-            cells.append(" / ".join(shown) if any(both) else "Addons needs TensorFlow 2.15")
+            cells.append(" / ".join(shown) if any(both) else every_loss.missing(name))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

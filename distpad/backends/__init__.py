@@ -1,6 +1,6 @@
 """The engines. Whoever adds one adds one file here; nothing outside this room knows an engine."""
 
-from distpad.backends.alone import run_alone
+from distpad.backends.alone import is_alone, run_alone
 from distpad.backends.base import Backend
 from distpad.backends.detection import resolve
 from distpad.backends.elastic import ElasticState
@@ -17,6 +17,7 @@ __all__ = [
     "LocalBackend",
     "StrategyBackend",
     "check_alike",
+    "is_alone",
     "resolve",
     "run_alone",
     "start",

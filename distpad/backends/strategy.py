@@ -130,7 +130,14 @@ class StrategyBackend(base.Backend):
         return run
 
     def local_results(self, value: Any) -> list[Any]:
-        columns = [self.strategy.experimental_local_results(leaf) for leaf in tf.nest.flatten(value)]
+        leaves = tf.nest.flatten(value)
+        columns = [self.strategy.experimental_local_results(leaf) for leaf in leaves]
+        columns = [column * self.replicas_here if leaf is None else column for leaf, column in zip(leaves, columns)]
+        if len({len(column) for column in columns}) > 1:
+            raise ValueError(
+                f"distpad: some of these values are one for each of {self.replicas_here} replicas, others one for all, "
+                "expected what strategy.run returned."
+            )
         return [tf.nest.pack_sequence_as(value, list(row)) for row in zip(*columns)]
 
     def host_sum(self, array: np.ndarray) -> np.ndarray:

@@ -31,6 +31,8 @@ def of_rows(loss: losses.DistributedLoss, rows: dict[str, Any], y_pred: Any) -> 
     sequences = loss.per == "sequence"
     find = _of_sequences if sequences else _of_positions
     weight, rank, tokens, labels = find(rows, y_true, y_pred, loss.padding_value)
+    if getattr(loss.loss, "leaves_out", False):
+        weight *= _can_be_aligned(number, *y_true)
     y_true = _clean(y_true, labels, 0)
     y_pred = tf.nest.map_structure(lambda leaf: _clean(_wide(leaf), weight, _NEUTRAL), y_pred)
     totals, counts = [], []
@@ -111,6 +113,16 @@ def _of_sequences(rows: dict[str, Any], y_true: Any, y_pred: Any, padding_value:
         factors.append(given[:, 0] if given.shape.rank == 2 else given)
     weight = _product(factors, rows)
     return _Found(weight, 1, tokens, labels * _trail(weight, labels.shape.rank))
+
+
+def _can_be_aligned(number: int, labels: Any, lengths: Any, frames: Any) -> tf.Tensor:
+    """CTC: 1 for each row whose label has a frame for each class, and one more between two that are alike."""
+    fits = []
+    for i in range(number):
+        text = labels[i, : lengths[i]]
+        needed = tf.size(text) + tf.math.count_nonzero(text[1:] == text[:-1], dtype=tf.int32)
+        fits.append(needed <= tf.cast(frames[i], tf.int32))
+    return tf.cast(tf.stack(fits), tf.float64)
 
 
 def _product(factors: list[Any], rows: dict[str, Any]) -> tf.Tensor:

@@ -65,7 +65,7 @@ class Ratio(tf.keras.metrics.Metric):
                 "inside `with strategy.scope():`, or behind hvd.init()."
             )
         sums, rules = self._sums(y_true, y_pred, sources)
-        exchange.enforce(self._kind, [*rules, masking.fit_rule(sums.rows, sums.fits)])
+        exchange.enforce(here, self._kind, [*rules, masking.fit_rule(sums.rows, sums.fits)])
         self._parts.assign_add(tf.stack([tf.cast(part, tf.float64) for part in (sums.total, sums.tokens)]))
 
     def _sums(self, y_true: Any, y_pred: Any, sources: dict[str, Any]) -> tuple[averages.Sums, list[exchange.Rule]]:

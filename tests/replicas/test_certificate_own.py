@@ -303,6 +303,55 @@ def test_batches_that_differ_between_workers_are_refused_by_all(world):
         certified(world, model, loss, batch=broken)
 
 
+def test_a_global_value_after_a_certificate_is_that_of_the_engine(world, one_kind):
+    """What ran beside the engine, as one device, leaves no trace in the loss."""
+    model, loss = model_in(world), distpad.DistributedLoss(lambda t, p: p, backend=world.backend)
+    share = lambda x: loss(x, x, denominator=1.0 * world.num_replicas)
+    given = lambda r: np.full([1, 1], r + 1.0, "float32")
+
+    def value(step):
+        if world.strategy is None:
+            return float(loss.global_value(step(tf.constant(given(world.backend.worker_index)))))
+        values = world.strategy.experimental_distribute_values_from_function(
+            lambda context: tf.constant(given(context.replica_id_in_sync_group))
+        )
+        return float(loss.global_value(step(values)))
+
+    step = tf.function(share if world.strategy is None else lambda x: world.strategy.run(share, args=(x,)))
+    before = value(step)
+    assert before == pytest.approx((world.num_replicas + 1) / 2)
+    own = distpad.DistributedLoss(each, backend=world.backend)
+    right = step_of(world, model, own)
+
+    def with_both(batch):
+        loss(batch["x"][..., 0], batch["x"][..., 0], denominator=1.0)
+        return right(batch)
+
+    assert certified(world, step=with_both, model=model, loss=own, batch=batch_of()).passed
+    assert value(step) == before
+
+
+@pytest.mark.parametrize("average", ["sequence_sum", "token"])
+def test_ctc_that_leaves_out_what_cannot_be_aligned(world, average):
+    """Rows of three frames, some with texts that need more."""
+    with world.scope():
+        dense = tf.keras.layers.Dense(CLASSES, name="dense")
+        model = tf.keras.Sequential([tf.keras.Input([None, FEATURES]), dense])
+        model.set_weights([np.random.default_rng(5).normal(size=weight.shape) for weight in model.get_weights()])
+    labels = np.array([[1, 2, 0], [1, 1, 1], [3, 0, 0], [2, 2, 1], [1, 2, 3]], np.int32)
+    lengths, frames = np.array([2, 3, 1, 2, 3], np.int32), np.array([3, 3, 3, 3, 2], np.int32)
+    batch = {
+        "x": np.random.default_rng(3).normal(size=[5, 3, FEATURES]).astype("float32"),
+        "y": (labels, lengths, frames),
+        "lengths": lengths,
+    }
+    ctc = distpad.CTC(blank_index=0, too_long="leave_out")
+    loss = distpad.DistributedLoss(ctc, per="sequence", average=average, backend=world.backend)
+    certificate = certified(world, model, loss, batch=batch)
+    assert certificate.passed, str(certificate)
+    assert ctc.left_out(backend=world.backend) > 0
+
+
 def test_numpy_agrees(world, one_kind):
     """The one device that gradients are compared with is itself NumPy's."""
     model, loss = model_in(world, dtype="float64"), distpad.DistributedLoss(each, backend=world.backend)

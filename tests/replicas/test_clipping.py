@@ -136,6 +136,30 @@ def test_a_step_that_overflowed_on_one_replica_is_skipped_on_all(world):
     assert w.numpy().tolist() == [0.5, 1.5] and scale() == 512.0  # momentum, too, has seen one step only
 
 
+def test_clipping_under_a_loss_scale(world):
+    """Keras 3 unscales only when it applies: until then the limit is the scale's multiple."""
+    with world.scope():
+        w = tf.Variable([0.0, 0.0])
+        optimizer, scale_loss, unscale, scale = loss_scaled(tf.keras.optimizers.SGD(1.0), 1024.0)
+        optimizer.build([w])
+    loss_fn = distpad.DistributedLoss(lambda t, p: p, backend=world.backend)
+    limit = lambda: optimizer.dynamic_scale if KERAS_3 else 1.0
+
+    def step(x):
+        with tf.GradientTape() as tape:
+            loss = loss_fn(x, x * w, denominator=1.0 * world.num_replicas)
+            scaled = scale_loss(loss)
+        gradients = unscale(distpad.gradient(tape, scaled, [w], backend=world.backend))
+        gradients, norm = distpad.clip_by_global_norm(gradients, limit(), backend=world.backend)
+        optimizer.apply_gradients(zip(gradients, [w]))
+        return norm / limit()
+
+    for norm in world.run(step, lambda r: np.float32([[3.0, 4.0]])).values():
+        assert norm == pytest.approx(5.0, rel=1e-5)
+    np.testing.assert_allclose(w.numpy(), [-0.6, -0.8], rtol=1e-5)
+    assert scale() == 1024.0
+
+
 def test_wrong_arguments_are_refused():
     gradients = [tf.constant([1.0])]
     for wrong in (0, -1.0, float("nan"), tf.constant(0.0)):

@@ -133,11 +133,29 @@ def test_a_label_too_long_is_refused_on_all_replicas(world):
     assert run(world, loss_fn, lambda r: padded(rows_of(r, 0)))  # all go on
 
 
-def test_a_label_too_long_where_the_step_has_no_exchange(world):
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_label_too_long_where_the_step_has_no_exchange(world, graph):
+    """Its own replica is named, by whoever raises: in one process that is the step of all."""
+    if world.several_workers:
+        pytest.skip("the other workers would wait for the one that raises, until their launcher ends them")
+    last = world.num_replicas - 1
+    loss_fn = distpad.DistributedLoss(distpad.CTC(blank_index=0), per="sequence", backend=world.backend)
+
+    def step(batch):
+        logits = tf.zeros([*batch["x"].shape[:2], CLASSES])
+        return loss_fn((batch["y"], batch["lengths"], batch["frames"]), logits, lengths=batch["lengths"], denominator=7)
+
+    given = lambda r: padded(rows_of(1 if r == last else 0, 0, short=r == last))
+    named = rf"which is number\] \[?{last}\]?.*1 4 3" if graph else rf"found on this replica: {last}→\(1, 4, 3\)\."
+    with pytest.raises(tf.errors.InvalidArgumentError if graph else ValueError, match=named):
+        world.run(step, given, graph=graph)
+
+
+def test_rows_that_do_not_count_may_be_too_long_without_an_exchange(world):
     loss_fn = distpad.DistributedLoss(distpad.CTC(blank_index=0), per="sequence", backend=world.local_backend)
     batch = padded(rows_of(1, 0, short=True))
     y_true, logits = (batch["y"], batch["lengths"], batch["frames"]), tf.zeros([*batch["x"].shape[:2], CLASSES])
-    with pytest.raises(ValueError, match=r"found by replica: 0→\(1, 4, 3\)\."):
+    with pytest.raises(ValueError, match=r"found on this replica: 0→\(1, 4, 3\)\."):
         loss_fn(y_true, logits, lengths=batch["lengths"], denominator=7)
     assert loss_fn(y_true, logits, lengths=np.array([2, 0, 0, 2]), denominator=7) > 0  # rows that do not count
 

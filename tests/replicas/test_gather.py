@@ -144,6 +144,37 @@ def test_without_lengths_all_of_a_row_is_real(world):
     assert gathered.lengths.numpy().tolist() == [1, 2] * world.num_replicas
 
 
+def test_a_nest_with_lengths_of_one_tensor_alone(world):
+    """None in a nest of lengths is one for all replicas; no replica is lost over it."""
+    rows = lambda r: {"ids": np.full([1, 2], r), "score": np.full([1, 2], -r), "lengths": np.array([1]), "at": [r]}
+    step = world.backend.graph(lambda batch: batch)(rows)
+    if world.strategy is None:
+        (step,) = step
+    else:
+        queue = iter(step)
+        step = world.strategy.experimental_distribute_values_from_function(
+            lambda _: tf.nest.map_structure(tf.identity, next(queue))
+        )
+    gathered = distpad.gather(
+        [{"ids": step["ids"], "score": step["score"]}],
+        lengths=[{"ids": step["lengths"], "score": None}],
+        indices=[step["at"]],
+        value=9,
+        backend=world.backend,
+    )
+    every = range(world.num_replicas)
+    assert gathered.values["ids"].numpy().tolist() == [[r] for r in every]
+    assert gathered.values["score"].numpy().tolist() == [[-r, -r] for r in every]
+
+
+def test_values_of_one_replica_beside_those_of_several(world):
+    if world.strategy is None or world.backend.replicas_here == 1:
+        pytest.skip("needs several replicas in one process")
+    step = world.strategy.experimental_distribute_values_from_function(lambda _: tf.ones([1, 1]))
+    with pytest.raises(ValueError, match="tensors, lengths and indices is of 2, 2 and 1 replicas, expected of as many"):
+        distpad.gather([step], indices=[tf.constant([0])], backend=world.backend)
+
+
 WRONG = {
     "no step": ({"tensors": [], "indices": []}, "number of tensors is 0, expected at least one"),
     "twice": ({"tensors": [np.ones([2, 1])], "indices": [[0, 0]]}, "indices is 0 in several rows of worker 0"),

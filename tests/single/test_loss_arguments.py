@@ -45,6 +45,35 @@ def test_a_reducing_loss_is_refused_with_the_line_to_write(reduction):
     assert f"of reduction {reduction!r}" in str(raised.value)
 
 
+def test_a_class_that_keras_ignores_is_padding_here():
+    """Keras makes its losses 0, which would then be counted."""
+    ignoring = tf.keras.losses.SparseCategoricalCrossentropy(ignore_class=-1, from_logits=True, reduction="none")
+    with pytest.raises(ValueError, match=r"ignore_class is -1, expected the padding value. Write padding_value=-1"):
+        distpad.DistributedLoss(ignoring, backend="local")
+    loss_fn = distpad.DistributedLoss(ignoring, padding_value=-1, backend="local")
+    assert float(loss_fn([[1, -1, -1, -1]], tf.zeros([1, 4, 3]))) == pytest.approx(np.log(3), rel=1e-6)
+
+
+def test_a_loss_of_nothing_is_refused_with_the_remedy():
+    with pytest.raises(TypeError, match=r"result is None, expected a tensor .*SequenceLoss.*tf\.ones_like"):
+        distpad.DistributedLoss(lambda t, p: None, backend="local")(tf.zeros([1, 2]), tf.zeros([1, 2]))
+
+
+@pytest.mark.parametrize("source", ["Keras's mask", "padding_value"])
+def test_counts_of_positions_that_another_source_leaves_out(source):
+    y_pred, options = tf.ones([1, 3]), {}
+    if source == "padding_value":
+        options = {"padding_value": 7}
+    else:
+        y_pred._keras_mask = tf.constant([[True, True, False]])
+    loss_fn = distpad.DistributedLoss(lambda t, p: p, backend="local", **options)
+    counts = distpad.Counts(tf.constant(3.0, tf.float64), tf.constant(1.0, tf.float64))
+    with pytest.raises(ValueError, match=r"leaves out positions within lengths, which were counted.*0→1"):
+        loss_fn(tf.constant([[1, 2, 7]]), y_pred, lengths=[3], denominator=counts)
+    counts = distpad.Counts(tf.constant(2.0, tf.float64), tf.constant(1.0, tf.float64))
+    assert float(loss_fn(tf.constant([[1, 2, 7]]), y_pred, lengths=[2], denominator=counts)) == 1.0
+
+
 def test_the_default_reduction_is_refused():
     with pytest.raises(ValueError, match='reduction="none"'):
         distpad.DistributedLoss(tf.keras.losses.CategoricalCrossentropy())

@@ -19,8 +19,8 @@ def test_each_loss_has_a_line_and_is_exact(stack):
     for name, *cells in rows:
         dtypes = every_loss.CASES[name].dtypes
         for cell in cells:
-            if name in every_loss.ADDONS and stack == "current":
-                assert cell == "Addons needs TensorFlow 2.15"
+            if every_loss.missing(name, stack == "current"):
+                assert cell == every_loss.missing(name, stack == "current")
                 continue
             for found, limit, dtype in zip(cell.split(" / "), LIMITS, ("float64", "float32")):
                 assert found == "-" if dtype not in dtypes else float(found) <= limit
