@@ -197,7 +197,7 @@ MUTANTS = (
     Mutant(
         name="denominator-with-a-collective",
         file="losses.py",
-        old="exchange.enforce(_NAME, [*rules, positive])",
+        old="exchange.enforce(backend, _NAME, [*rules, *counted, positive])",
         new="exchange.exchange(backend, _NAME, [], rules)",
         world="mirrored:2",
         selection="test_collectives_of_the_loss_are_counted",
@@ -538,6 +538,22 @@ MUTANTS = (
         new="_LEAST = 1e9",
         world="mirrored:2",
         selection="test_certificate_own and test_own_means_do_not_pass",
+    ),
+    Mutant(
+        name="certificate-averages-what-ctc-leaves-out",
+        file="comparison/average.py",
+        old="weight *= _can_be_aligned(number, *y_true)",
+        new="pass",
+        world="local",
+        selection="test_ctc_that_leaves_out and token",
+    ),
+    Mutant(
+        name="certificate-leaves-its-engine-in-the-loss",
+        file="losses.py",
+        old="if not backends.is_alone():",
+        new="if self.name:",
+        world="horovod:2",
+        selection="test_a_global_value_after_a_certificate",
     ),
     Mutant(
         name="optimizer-clips-each-share",

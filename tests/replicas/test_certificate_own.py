@@ -327,7 +327,7 @@ def test_a_global_value_after_a_certificate_is_that_of_the_engine(world, one_kin
         loss(batch["x"][..., 0], batch["x"][..., 0], denominator=1.0)
         return right(batch)
 
-    assert certified(world, step=with_both, model=model, loss=own, batch=batch_of()).passed
+    assert certified(world, step=with_both, batch=batch_of()).passed  # held against itself on one device
     assert value(step) == before
 
 
