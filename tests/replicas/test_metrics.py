@@ -10,11 +10,11 @@ import tensorflow as tf
 
 import distpad
 from distpad import metrics
+from keras_world import around_model, model_class
 
 WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2")
 
 CLASSES, STEPS = 4, 2
-KERAS_3 = hasattr(tf.keras.optimizers, "LossScaleOptimizer")
 LETTERS = ["a", "é", " ", "字"]  # one for each class
 
 
@@ -122,6 +122,10 @@ def largest(row):
     return [int(np.argmax(z)) for z in row["z"]]
 
 
+def largest_by_labels(rows):
+    return error_rate((largest(row), row["y"], 1) for row in rows)
+
+
 def value(y_true, y_pred):
     return y_pred[..., 0] * tf.cast(y_true + 1, y_pred.dtype)
 
@@ -222,7 +226,7 @@ CASES = {
     "characters, scores": (
         metrics.CharacterErrorRate,
         with_lengths,
-        lambda rows: error_rate((largest(row), row["y"], 1) for row in rows),
+        largest_by_labels,
     ),
     "characters, ids": (metrics.CharacterErrorRate, with_guesses, lambda rows: error_rate(guesses(rows))),
     "characters, sparse ids, weighted": (
@@ -346,16 +350,18 @@ def test_made_outside_the_scope(world):
 # -- Keras's loops ----------------------------------------------------------------------------------------------------
 
 COMPILED = {
+    "mean": (
+        lambda **options: metrics.MaskedMean(value, **options),
+        lambda rows: mean_of(rows, lambda y, z: z[0] * (y + 1)),
+    ),
     "tokens": (metrics.TokenAccuracy, lambda rows: mean_of(rows, right)),
     "sequences": (metrics.SequenceAccuracy, whole_sequences),
     "perplexity": (
         lambda **options: metrics.Perplexity(from_logits=True, **options),
         lambda rows: math.exp(mean_of(rows, cross_entropy)),
     ),
-    "characters": (
-        metrics.CharacterErrorRate,
-        lambda rows: error_rate((largest(row), row["y"], 1) for row in rows),
-    ),
+    "characters": (metrics.CharacterErrorRate, largest_by_labels),
+    "words": (metrics.WordErrorRate, largest_by_labels),  # of word ids: the same labels serve all metrics here
 }
 
 
@@ -375,8 +381,6 @@ def keras_rows():
 @pytest.mark.parametrize("mask_by", ["keras mask", "sample_weight and padding_value"])
 def test_compiled(world, mask_by):
     """fit and evaluate, of which each begins anew; under Horovod each rank has rows of its own."""
-    if world.kind == "multiworker" and KERAS_3:
-        pytest.skip("fit and evaluate of Keras 3 fail under MultiWorkerMirroredStrategy (keras#20585)")
     rows = keras_rows()
     ranks = world.several_workers and not world.strategy
     dealt = rows[world.backend.worker_index :: world.num_replicas] if ranks else rows
@@ -394,8 +398,11 @@ def test_compiled(world, mask_by):
         inputs = tf.keras.Input([None, CLASSES])
         masked = tf.keras.layers.Masking()(inputs) if mask_by == "keras mask" else inputs
         dense = tf.keras.layers.Dense(CLASSES, use_bias=False)
-        model = tf.keras.Model(inputs, dense(masked))
+        outputs = dense(masked)
         dense.set_weights([np.eye(CLASSES)])
+    with around_model(world):
+        model = model_class(world)(inputs, outputs)
+    with world.scope():
         held = {name: make(name=name) for name, (make, _) in COMPILED.items()}
         given = {"metrics": [*held.values()]}
         if mask_by != "keras mask":  # weights are for weighted metrics alone
@@ -404,8 +411,8 @@ def test_compiled(world, mask_by):
         # Keras 2's own mean is NaN on a replica whose rows have no valid position
         loss = distpad.DistributedLoss(lambda y_true, y_pred: tf.reduce_sum(0 * y_pred, axis=-1))
         model.compile(loss=loss, optimizer=tf.keras.optimizers.SGD(0.0), jit_compile=False, **given)
-    history = model.fit(data, epochs=2, verbose=0, shuffle=False).history
-    found = model.evaluate(data, verbose=0, return_dict=True)
+        history = model.fit(data, epochs=2, verbose=0, shuffle=False).history
+        found = model.evaluate(data, verbose=0, return_dict=True)
     for name, (_, wanted) in COMPILED.items():
         assert len(history[name]) == 2
         for value in (*history[name], found[name]):

@@ -9,25 +9,30 @@ from test_clipping import loss_scaled
 
 import distpad
 import oracle
+from keras_world import KERAS, around_model, model_class, steps_dataset
 
 WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2")
 
-# of half precision: a matmul adds rows in another order on each number of replicas. The mean of means is 20 % off.
+# Eight roundings of half precision, 2**-11 and 2**-8: a matmul adds rows in another order on each number of replicas,
+# and rounds its sum for each of them. The mean of means is 20 % off.
 LIMIT = {"mixed_float16": 4e-3, "mixed_bfloat16": 3e-2}
 STEPS, RATE, OVERFLOWS = 4, 0.25, 1  # the step that overflows
 
 
-def small_model(policy):
-    made = tf.keras.Sequential(
-        [
-            tf.keras.Input([None, oracle.FEATURES]),
-            tf.keras.layers.Dense(8, activation="tanh", dtype=policy),
-            tf.keras.layers.Dense(oracle.CLASSES, dtype=policy),
-        ]
-    )
+def small_layers(policy):
+    inputs = tf.keras.Input([None, oracle.FEATURES])
+    hidden = tf.keras.layers.Dense(8, activation="tanh", dtype=policy)(inputs)
+    return inputs, tf.keras.layers.Dense(oracle.CLASSES, dtype=policy)(hidden)
+
+
+def begin(made):
     random = np.random.default_rng(51)
     made.set_weights([random.normal(size=weight.shape) for weight in made.get_weights()])
     return made
+
+
+def small_model(policy):
+    return begin(tf.keras.Model(*small_layers(policy)))
 
 
 def rows_of(world, replica, step, overflow):
@@ -38,29 +43,48 @@ def rows_of(world, replica, step, overflow):
     return rows
 
 
-def on_one_device(world, policy, overflow):
-    """The weights after these steps, of one device with all rows, in the same precision, by a masked sum of its own."""
-    made, skipped = small_model(policy), 0
-    for step in range(STEPS):
-        rows = [row for r in range(world.num_replicas) for row in rows_of(world, r, step, overflow)]
-        batch = oracle.padded(rows, "float32")
+def mean_of(made, rows):
+    """By a masked sum of its own."""
+    batch = oracle.padded(rows, "float32")
+    logits = tf.cast(made(batch["x"], training=True), tf.float32)
+    each = tf.nn.sparse_softmax_cross_entropy_with_logits(np.where(batch["mask"], batch["y"], 0), logits)
+    return tf.reduce_sum(tf.where(batch["mask"], each, 0.0)) / max(1, batch["mask"].sum())
+
+
+def on_one_device(policy, steps):
+    """The weights after these steps, of one device in the same precision, how many steps overflowed, and the losses'
+    mean. A step is a list of groups of rows: one group is right, one for each replica gives the mean of own means."""
+    made, skipped, losses = small_model(policy), 0, []
+    for groups in steps:
         with tf.GradientTape() as tape:
-            logits = tf.cast(made(batch["x"], training=True), tf.float32)
-            each = tf.nn.sparse_softmax_cross_entropy_with_logits(np.where(batch["mask"], batch["y"], 0), logits)
-            total = tf.reduce_sum(tf.where(batch["mask"], each, 0.0))
-            scaled = total / max(1, batch["mask"].sum()) * 1024.0
+            loss = tf.reduce_mean([mean_of(made, rows) for rows in groups])
+            scaled = loss * 1024.0
+        losses.append(loss)
         gradients = [gradient / 1024.0 for gradient in tape.gradient(scaled, made.trainable_variables)]
         if not all(np.isfinite(gradient).all() for gradient in gradients):
             skipped += 1
             continue
         for variable, gradient in zip(made.trainable_variables, gradients):
             variable.assign(variable - RATE * gradient)
-    return made.get_weights(), skipped
+    return made.get_weights(), skipped, np.mean(losses)
+
+
+def error_of(found, wanted, begun):
+    return max(oracle.relative_error(f - b, w - b) for f, w, b in zip(found, wanted, begun, strict=True))
+
+
+def check_equal_on_all_workers(world, weights):
+    for found in weights:
+        lowest, highest = -world.backend.host_max(-found), world.backend.host_max(found)
+        np.testing.assert_array_equal(lowest, highest)  # to the last bit
 
 
 @pytest.mark.parametrize(("policy", "overflow"), [("mixed_float16", True), ("mixed_bfloat16", False)])
 def test_training_is_that_of_one_device(world, policy, overflow):
-    wanted, skipped = on_one_device(world, policy, overflow)
+    every = [
+        [row for r in range(world.num_replicas) for row in rows_of(world, r, step, overflow)] for step in range(STEPS)
+    ]
+    wanted, skipped, _ = on_one_device(policy, [[rows] for rows in every])
     assert skipped == int(overflow)
     with world.scope():
         made = small_model(policy)
@@ -89,10 +113,77 @@ def test_training_is_that_of_one_device(world, policy, overflow):
     assert finite == [number != OVERFLOWS or not overflow for number in range(STEPS)]
     assert dtypes == {(policy.removeprefix("mixed_"), "float32")}
     assert scale() == (512.0 if overflow else 1024.0)
-    for found, expected, begun in zip(made.get_weights(), wanted, start):
-        assert oracle.relative_error(found - begun, expected - begun) <= LIMIT[policy]
-        lowest, highest = -world.backend.host_max(-found), world.backend.host_max(found)
-        np.testing.assert_array_equal(lowest, highest)  # to the last bit on all workers
+    assert error_of(made.get_weights(), wanted, start) <= LIMIT[policy]
+    check_equal_on_all_workers(world, made.get_weights())
+
+
+def fit_rows(step, overflow):
+    """A global batch of 8 rows. Those with most positions are odd ones of the second half, and their features point
+    elsewhere: so replicas differ however rows are dealt."""
+    random = np.random.default_rng([53, step])
+    rows = [
+        {
+            "x": random.normal(size=[n, oracle.FEATURES]) + (2 if n > 2 else -2),
+            "y": random.integers(0, oracle.CLASSES, n),
+            "w": np.ones(n),
+        }
+        for n in (1, 2, 0, 1, 1, 7, 1, 6)
+    ]
+    if overflow and step == OVERFLOWS:
+        rows[-1]["x"][0, 0] = np.inf
+    return rows
+
+
+def dealt(world, rows):
+    """By replica: under Horovod as steps_dataset does, else as strategies do."""
+    n = world.num_replicas
+    return [rows[r::n] if world.strategy is None else rows[r * len(rows) // n :][: len(rows) // n] for r in range(n)]
+
+
+@pytest.fixture
+def global_policy():
+    """As users set it: Keras's compile looks at it, too."""
+    yield tf.keras.mixed_precision.set_global_policy
+    tf.keras.mixed_precision.set_global_policy("float32")
+
+
+@pytest.mark.parametrize(("policy", "overflow"), [("mixed_float16", True), ("mixed_bfloat16", False)])
+def test_fit_is_that_of_one_device(world, global_policy, policy, overflow):
+    """compile and fit under the policy; an overflow in the last row is one replica's, and its step is skipped on all.
+    That replicas divide by counts of their own would be seen: it is ten limits off."""
+    with world.scope():
+        assert distpad.backends.resolve().num_replicas == world.num_replicas
+    steps = [fit_rows(step, overflow) for step in range(STEPS)]
+    wanted, skipped, value = on_one_device(policy, [[rows] for rows in steps])
+    assert skipped == int(overflow)
+
+    global_policy(policy)
+    with world.scope():
+        inputs, outputs = small_layers(policy)
+    with around_model(world):
+        made = model_class(world)(inputs, outputs)
+    with world.scope():
+        start = begin(made).get_weights()
+        optimizer = tf.keras.optimizers.SGD(RATE)
+        optimizer = distpad.DistributedOptimizer(loss_scaled(optimizer, 1024.0)[0] if overflow else optimizer)
+        entropy = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
+        loss = distpad.DistributedLoss(entropy, padding_value=-99)
+        made.compile(loss=loss, optimizer=optimizer, **({"auto_scale_loss": False} if KERAS >= 3 else {}))
+        batch = oracle.padded([row for rows in steps for row in rows], "float32", beyond=0)
+        columns = [(batch["x"][i : i + 8], batch["y"][i : i + 8]) for i in range(0, 8 * STEPS, 8)]
+        history = made.fit(steps_dataset(world, columns), verbose=0, shuffle=False).history["loss"]
+    found = made.get_weights()
+    assert outputs.dtype == policy.removeprefix("mixed_")
+    if overflow:
+        scale = optimizer.inner_optimizer.dynamic_scale if KERAS >= 3 else optimizer.loss_scale
+        assert float(scale.numpy()) == 512.0
+    assert error_of(found, wanted, start) <= LIMIT[policy]
+    assert oracle.relative_error(history, value) <= LIMIT[policy]
+    check_equal_on_all_workers(world, found)
+
+    if world.num_replicas > 1:
+        own_means, *_ = on_one_device(policy, [dealt(world, rows) for rows in steps])
+        assert error_of(own_means, wanted, start) > 10 * LIMIT[policy]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
