@@ -94,7 +94,8 @@ class GradientAccumulator:
           rows of all micro-batches; None where no loss depended on the variable. Counts of 0 alone give zeros.
 
         Raises:
-          ValueError: nothing was ever added.
+          ValueError: nothing was ever added on this worker, which raises alone, since it knows neither the gradients'
+            kinds nor whether counts were given. Have as many micro-batches on all workers, as ``PaddedBatches`` does.
 
         Collective under Horovod: one fused all-reduce; and one of the counts, on all engines, where they were given.
         """

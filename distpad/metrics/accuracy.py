@@ -34,8 +34,8 @@ class TokenAccuracy(means.PositionMean):
 class SequenceAccuracy(ratio.Ratio):
     """The share of sequences of which all valid positions are right; those without any do not count.
 
-    ``y_true`` and ``y_pred`` are as in ``TokenAccuracy``. Sample weights of ``[batch]`` weigh sequences; of those with
-    more axes it only matters which are 0: such positions need not be right.
+    ``y_true`` and ``y_pred`` are as in ``TokenAccuracy``. Sample weights of ``[batch]`` or ``[batch, 1]`` weigh
+    sequences; of those of positions it only matters which are 0: such positions need not be right.
 
     Args:
       padding_value, backend, name: see ``distpad.metrics``.

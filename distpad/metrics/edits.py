@@ -42,8 +42,8 @@ class ErrorRate(ratio.Ratio):
           y_pred: predicted ids ``[batch, any length]`` (padded, with ``prediction_lengths`` or the metric's
             ``padding_value``; or a SparseTensor, as ``tf.nn.ctc_greedy_decoder`` gives it, or a RaggedTensor), strings
             ``[batch]``, or scores ``[batch, length, classes]`` of the labels' positions, of which the largest is taken.
-          sample_weight: ``[batch]`` weighs sequences. With more axes it only matters which are 0: such positions are no
-            part of the reference.
+          sample_weight: ``[batch]`` or ``[batch, 1]`` weighs sequences. Of those of positions it only matters which are
+            0: such positions are no part of the reference.
           lengths: ``[batch]``, the valid positions of each reference. A row of length 0 does not count.
           mask: ``[batch, length]``, the valid positions; or ``[batch]``, which rows count: then those of length 0 do,
             too (an empty text, for which any prediction is wrong).
