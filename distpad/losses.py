@@ -351,7 +351,8 @@ def _check_unreduced(loss: Any) -> None:
 
 def _check_ignored(loss: Any, padding_value: Any) -> None:
     """Keras's ignore_class makes losses 0 that would then be counted."""
-    ignored = getattr(loss, "ignore_class", None)
+    # Keras 2 tells it in the configuration alone
+    ignored = loss.get_config().get("ignore_class") if isinstance(loss, tf.keras.losses.Loss) else None
     if ignored is not None and ignored != padding_value:
         remedy = f"Write padding_value={ignored!r}: what is ignored is not counted either."
         raise ValueError(errors.sentence(_NAME, "the loss's ignore_class", ignored, "the padding value", remedy))
