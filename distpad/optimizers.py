@@ -21,8 +21,8 @@ class DistributedOptimizer(tf.keras.optimizers.Optimizer):
       Keras 3, without a word.)
     - Under strategies, Keras 3 clips (``clipnorm``, ``global_clipnorm``, ``clipvalue``) each replica's share of the
       gradient before it sums them, and its ``LossScaleOptimizer`` looks for infinities in the first replica's share
-      alone. Here the shares are summed first: the first replica's optimiser gets the sum, the others get zeros times
-      it, so that Keras's own sum leaves it as it is and NaN and infinities are seen by all.
+      alone. Here the shares are summed first: the first replica's optimiser gets the sum, the others get zeros, or
+      NaN where it is not finite, so that Keras's own sum leaves it as it is and all see that.
     - Keras 2 does this right: what is returned there is ``optimizer`` itself, or under Horovod its wrapper, inside the
       ``LossScaleOptimizer`` if there is one.
 
