@@ -139,7 +139,12 @@ class Backend(abc.ABC):
     # -- for Keras's fit ----------------------------------------------------------------------------------------------
 
     fit_looks_at = 0  # so many batches at most are taken by an iteration that fit begins and drops before it trains
-    no_fit = ""  # why it cannot be fed from exchanges between workers
+    fit_must_repeat = False  # whether fit begins no epoch anew
+    leaves_apart = False  # whether workers that leave fit at the same step may have asked for different batches
+
+    def fit_dataset(self, dataset: tf.data.Dataset) -> Any:
+        """What fit is given for a dataset of this worker's batches, the rows of its replicas behind one another."""
+        return dataset
 
     # -- all together -------------------------------------------------------------------------------------------------
 

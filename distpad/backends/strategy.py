@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ _CARRIED = {
     tf.bfloat16: tf.float32,
 }
 
+_GROUPS = 1 << 20  # of collectives: the strategy's own are counted from 1
 LEAVE_WITHIN_S = 60.0  # how long a worker that is done waits for the others
 
 _KERAS = int(getattr(tf.keras, "__version__", "2").split(".")[0])
@@ -56,6 +58,7 @@ class StrategyBackend(base.Backend):
         self.num_replicas = strategy.num_replicas_in_sync
         self.num_workers, self.worker_index, hosts = _workers(strategy)
         _hold_promises(strategy, self.num_workers, hosts)
+        self._numbers: dict[int, Iterator[int]] = {}  # of the exchanges on each channel
         self._sums: dict[float | None, Callable[[Any], Any]] = {}  # by their time limits
 
     def in_replica(self) -> bool:
@@ -149,6 +152,8 @@ class StrategyBackend(base.Backend):
     def host_merge(
         self, maxima: np.ndarray, sums: np.ndarray, limit_s: float, channel: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
+        if channel and self.num_workers > 1:
+            return self._merged_beside(maxima, sums, limit_s, channel)
         # strategies know no maximum: one sum of slots serves both
         try:
             table = self.host_stack(np.concatenate([maxima, sums]), limit_s)
@@ -156,16 +161,59 @@ class StrategyBackend(base.Backend):
             raise TimeoutError(str(error)) from error
         return table[:, : len(maxima)].max(axis=0), table[:, len(maxima) :].sum(axis=0)
 
+    def _merged_beside(
+        self, maxima: np.ndarray, sums: np.ndarray, limit_s: float, channel: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Beside the steps, whose collectives are in groups of the strategy's: in a group of its own, from any thread.
+        They are paired by their numbers."""
+        numbers = self._numbers.setdefault(channel, itertools.count())
+        host = tf.DeviceSpec.from_string(self.strategy.extended.worker_devices[0])
+
+        def reduced(array: np.ndarray, operation: str) -> np.ndarray:
+            return tf.raw_ops.CollectiveReduceV2(
+                input=tf.constant(array, tf.float64),
+                group_size=self.num_workers,
+                group_key=_GROUPS + channel,
+                instance_key=next(numbers),
+                ordering_token=[],
+                merge_op=operation,
+                final_op="Id",
+                timeout_seconds=limit_s,
+            ).numpy()
+
+        try:
+            with tf.device(host.replace(device_type="CPU", device_index=0).to_string()):
+                return reduced(maxima, "Max"), reduced(sums, "Add")
+        except tf.errors.OpError as error:
+            raise TimeoutError(str(error)) from error
+
     @property
     def fit_looks_at(self) -> int:  # type: ignore[override]
         # Keras 3 takes one batch to build the model by, and then begins anew; the strategy reads up to three ahead
         return 4 if _KERAS >= 3 and self.num_workers == 1 else 0
 
     @property
-    def no_fit(self) -> str:  # type: ignore[override]
-        # The strategy reads two batches ahead of the steps, whatever its InputOptions say. Of workers that leave at the
-        # same step, one may have asked for an exchange that another never comes to.
-        return "tf.data reads ahead there, so that workers could not leave together" if self.num_workers > 1 else ""
+    def leaves_apart(self) -> bool:  # type: ignore[override]
+        # The strategy reads two batches ahead of the steps, whatever its InputOptions say.
+        return self.num_workers > 1
+
+    @property
+    def fit_must_repeat(self) -> bool:  # type: ignore[override]
+        return self.num_workers > 1 and _KERAS < 3  # what fit is given is no dataset that it knows the size of
+
+    def fit_dataset(self, dataset: tf.data.Dataset) -> Any:
+        if self.num_workers == 1:
+            return dataset  # whose rows fit deals out
+        # Fit would take every so many-th of its batches. As it is given here, each replica takes the next one.
+        if self.replicas_here > 1:
+            dataset = dataset.flat_map(self.dealt)
+        return self.strategy.distribute_datasets_from_function(lambda _: dataset)
+
+    def dealt(self, *batch: Any) -> tf.data.Dataset:
+        """A batch for each replica of this worker."""
+        rows_of = lambda leaf: tf.concat([[self.replicas_here, -1], tf.shape(leaf)[1:]], axis=0)
+        parts = tf.nest.map_structure(lambda leaf: tf.reshape(leaf, rows_of(leaf)), batch)
+        return tf.data.Dataset.from_tensor_slices(parts)
 
     def close(self) -> None:
         # A worker that exits as soon as it has its last result resets connections over which others still receive

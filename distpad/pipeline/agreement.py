@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable
 
@@ -12,9 +14,14 @@ from distpad import backends
 from distpad.errors import DistpadError, PeerError
 from distpad.pipeline import plan
 
+_LEAVE_WITHIN_S = 60.0  # how long a worker that leaves waits for the others
 _TEXT = 1024  # bytes of an error that peers are shown
 _LOG = logging.getLogger("distpad")
 Vectors = tuple[np.ndarray, np.ndarray]
+
+
+class Left(Exception):
+    """A worker has left the epoch, so that there is nothing more to agree on."""
 
 
 class Agreement:
@@ -23,19 +30,33 @@ class Agreement:
 
     A worker whose source is slow does not keep the others in a collective: after ``slow_after_s`` it comes and says
     that it has nothing yet. Then all know its name, warn, and meet again, until ``limit_s`` is over.
+
+    Where workers that leave at the same step may have come to different exchanges (``Backend.leaves_apart``), each
+    begins with a handshake: who leaves comes to one more of these, and whoever meets it there goes no further.
+
+    Raises (all methods): Left, where another worker has left.
     """
 
     def __init__(self, backend: backends.Backend, slow_after_s: float, limit_s: float, channel: int = 0) -> None:
         self.backend, self.slow_after_s, self.limit_s, self.channel = backend, slow_after_s, limit_s, channel
         self.seconds = 0.0  # spent in exchanges
+        self._left = False
+        self._meeting = threading.Lock()  # who leaves waits until this worker's last exchange has ended
 
-    def merge(self, sizes: tuple[int, int], ready: Callable[[float], Vectors | None], what: str) -> Vectors:
+    def merge(
+        self,
+        sizes: tuple[int, int],
+        ready: Callable[[float], Vectors | None],
+        what: str,
+        is_last: Callable[[Vectors], bool] = lambda _: False,
+    ) -> Vectors:
         """The maximum and the sum of the workers' vectors.
 
         Args:
           sizes: of the two vectors, the same on all workers.
           ready: gives this worker's vectors, or None after so many seconds.
           what: for messages, as "window 3".
+          is_last: whether there is nothing more to agree on, as these vectors tell all workers.
 
         Raises:
           PeerError: another worker was not ready within the limit, or did not come at all.
@@ -49,17 +70,18 @@ class Agreement:
             if mine is None:
                 mine = np.zeros(sizes[0]), np.zeros(sizes[1])
                 late = int(time.monotonic() - began) * workers + workers - worker
-            maxima, sums = self._reduced(np.concatenate([[late], mine[0]]), mine[1], what)
+            given = np.concatenate([[late], mine[0]]), mine[1]
+            maxima, sums = self._reduced(*given, what, lambda m, s: m[0] <= 0 and is_last((m[1:], s)))
             if maxima[0] <= 0:
                 return maxima[1:], sums
             self._wait_on(int(maxima[0]), what, time.monotonic() - began)
 
-    def tell(self, text: str | None, size: int = _TEXT) -> str:
+    def tell(self, text: str | None, size: int = _TEXT, *, is_last: bool = False) -> str:
         """What one worker says to all; the others give None."""
         said = np.zeros(size)
         if text is not None:
             said[:] = np.frombuffer(text.encode()[:size].ljust(size, b"\0"), np.uint8)
-        heard = self._reduced(np.zeros(1), said, "a message")[1]
+        heard = self._reduced(np.zeros(1), said, "a message", lambda *_: is_last)[1]
         return heard.astype(np.uint8).tobytes().rstrip(b"\0").decode(errors="replace")
 
     def gather(self, text: str) -> list[str]:
@@ -68,11 +90,37 @@ class Agreement:
         mine = self.backend.worker_index
         return [self.tell(text if worker == mine else None, longest) for worker in range(self.backend.num_workers)]
 
-    def _reduced(self, maxima: np.ndarray, sums: np.ndarray, what: str) -> Vectors:
+    def leave(self) -> None:
+        """Tell the others of it, who may have come to an exchange already; not where one of them was first."""
+        with self._meeting:
+            if self._left or not (self.channel and self.backend.leaves_apart):
+                return
+            self._left = True
+            with contextlib.suppress(TimeoutError):  # who failed never comes
+                self.backend.host_merge(np.ones(1), np.zeros(1), _LEAVE_WITHIN_S, self.channel)
+
+    def end(self) -> None:
+        """There is nothing more to agree on, and no other worker is at an exchange."""
+        self._left = True
+
+    def _reduced(
+        self, maxima: np.ndarray, sums: np.ndarray, what: str, is_last: Callable[..., bool] = lambda *_: False
+    ) -> Vectors:
+        with self._meeting:
+            if self.channel and self.backend.leaves_apart:
+                self._left = self._left or self._merged(np.zeros(1), np.zeros(1), what)[0][0] > 0
+                if self._left:
+                    raise Left
+            found = self._merged(maxima, sums, what)
+            self._left = self._left or is_last(*found)  # before a thread that waits to leave gets the lock
+            return found
+
+    def _merged(self, maxima: np.ndarray, sums: np.ndarray, what: str) -> Vectors:
         began = time.monotonic()
         try:
             return self.backend.host_merge(maxima, sums, self.limit_s + self.slow_after_s, self.channel)
         except TimeoutError as error:
+            self._left = True  # there is nobody to leave
             raise PeerError(
                 f"PaddedBatches: worker {self.backend.worker_index} waited {time.monotonic() - began:.0f} s at {what} "
                 f"for the other workers, in vain ({error}). All workers must leave a loop at the same step, and begin "

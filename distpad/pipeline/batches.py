@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
-
-import tensorflow as tf
 
 from distpad import backends, errors
 from distpad.pipeline import epoch, feeding, recipe, sources
@@ -126,6 +124,7 @@ class PaddedBatches:
             position={"source": self._belongs_to(), **self._position(), "for_keras": str(elements)},
             hand_over=elements.of if elements else None,
             channel=elements.channel if elements else 0,
+            repeats=bool(elements and elements.repeats),
         )
         self._running = running
         return running
@@ -133,7 +132,8 @@ class PaddedBatches:
     def _position(self) -> dict[str, int]:
         return {"epoch": self._epoch, "step": self._step}
 
-    def _consume(self, running: epoch.Epoch) -> Iterator[Any]:
+    def _consume(self, running: epoch.Epoch, before: tuple[int, int, bool] | None = None) -> Iterator[Any]:
+        """``before``: where all are again, if another worker left before this epoch had begun there."""
         try:
             for batch in running.batches():
                 if running is not self._running:
@@ -142,12 +142,17 @@ class PaddedBatches:
                 self._features = running.features
                 self._step += 1  # before it is handed out: who saves while training on it has consumed it
                 yield batch
-            if running is self._running:
+            if running is not self._running:
+                return
+            if not running.was_left:
                 self._epoch, self._step, self._begun = self._epoch + 1, 0, False
+                running.finish()
+            elif before and not running.has_begun:
+                self._epoch, self._step, self._begun = before
         finally:
             running.close()
 
-    def for_keras(self, *, x: Any, y: Any) -> tf.data.Dataset:
+    def for_keras(self, *, x: Any, y: Any, repeat: bool = False) -> Any:
         """A ``tf.data.Dataset`` of this worker's batches for ``fit``: ``(x, y, weights)``. Each iteration is an epoch.
 
         The weights are the mask of the ``tokens`` feature, times its ``weights``: so ``DistributedLoss`` averages over
@@ -158,27 +163,32 @@ class PaddedBatches:
 
         Args:
           x, y: a feature's name, or a list, tuple or dict of names: what the model takes and is held against.
+          repeat: go on with the next epoch, for ``fit(..., steps_per_epoch=...)``. With several workers of a
+            MultiWorkerMirroredStrategy, Keras 2 takes nothing else.
 
         Returns:
-          A dataset of ``(x, y, weights)``: features ``[rows, *shape]``, the rows of this worker's replicas behind one
-          another, as MirroredStrategy deals them out; weights ``[rows, length]`` float32, 0 on padding and in filling
+          A ``tf.data.Dataset`` of ``(x, y, weights)``; with several workers of a MultiWorkerMirroredStrategy, which
+          would deal out a dataset once more, a ``tf.distribute.DistributedDataset`` of each replica's. Features
+          ``[rows, *shape]``, the rows of this worker's replicas behind one another, as MirroredStrategy deals them out;
+          weights ``[rows, length]`` float32, 0 on padding and in filling
           rows, in a dict with the losses' names where ``tokens`` is a mapping. Its shapes are None on ragged axes and,
           with ``max_tokens``, for the rows: all lengths share one trace.
 
         Keras holds all epochs of one ``fit`` to the number of steps of the first. Where it varies (``max_tokens``),
-        write ``fit(dataset.repeat(), steps_per_epoch=len(batches))``: then nothing is left out. Leaving an epoch early
-        goes on with the next, as in a loop. But under a strategy Keras 3 looks at a first batch in an iteration of its
-        own: there one that was left within the four batches that are read for it, and the first one if it has no more
-        than three, is begun again. ``state_dict`` counts the batches that tf.data asked for: under MirroredStrategy up
-        to three more than were trained on, else those alone that ``fit`` has taken.
+        write ``repeat=True`` and ``fit(dataset, steps_per_epoch=len(batches))``: then nothing is left out. Leaving an
+        epoch early goes on with the next, as in a loop. But under MirroredStrategy Keras 3 looks at a first batch in an
+        iteration of its own: there one that was left within the four batches that are read for it, and the first one
+        if it has no more than three, is begun again. ``state_dict`` counts the batches that tf.data asked for: under
+        strategies up to three more than were trained on, on one worker perhaps more than on another (save that of one,
+        and load it on all); else those alone that ``fit`` has taken.
 
-        With several workers, do not add ``prefetch``: who leaves an epoch must have asked for the same batches.
+        Under Horovod, do not add ``prefetch``: who leaves an epoch must have asked for the same batches.
 
         What goes wrong in a source is raised by ``fit`` as a ``tf.errors.OpError`` with the original's message.
 
         Raises:
-          ValueError: ``x`` or ``y`` is no feature, no worker has an example, or MultiWorkerMirroredStrategy has several
-            workers: write a loop there. TypeError: ``x`` or ``y`` is no name.
+          ValueError: ``x`` or ``y`` is no feature, no worker has an example, or ``repeat`` is needed and was not given.
+          TypeError: ``x`` or ``y`` is no name.
           And what the first iteration would raise while its first window is read.
 
         Collective among workers: all call it, in the same order; then as iterating.
@@ -189,13 +199,11 @@ class PaddedBatches:
         ...     print(x.numpy().tolist(), y.numpy().tolist(), weights.numpy().tolist())
         [[1.0, 2.0], [3.0, 0.0]] [[1, 2], [3, 0]] [[1.0, 1.0], [1.0, 0.0]]
         """
-        if self._backend.no_fit:
-            remedy = "Write a loop: for batch in batches: strategy.run(step, args=(batch,))."
-            found = f"{self._backend.name} with {self._backend.num_workers} workers"
-            raise ValueError(
-                errors.sentence("for_keras", "backend", found, f"one worker: {self._backend.no_fit}", remedy)
-            )
-        elements = feeding.Elements(self._recipe, x, y)
+        if self._backend.fit_must_repeat and not repeat:
+            found = f"False with {self._backend.num_workers} workers of a strategy in Keras 2"
+            remedy = "Then write fit(dataset, steps_per_epoch=...)."
+            raise ValueError(errors.sentence("for_keras", "repeat", found, "True", remedy))
+        elements = feeding.Elements(self._recipe, x, y, repeat)
         if (
             self._step and self._step == self._length()
         ):  # saved behind the last step: an epoch of none is no epoch of fit
@@ -210,14 +218,17 @@ class PaddedBatches:
         except BaseException:
             first.close()
             raise
-        return feeding.dataset(self._feeder(elements, first), signature, self._steps_of_all())
+        return self._backend.fit_dataset(
+            feeding.dataset(self._feeder(elements, first), signature, self._steps_of_all(), repeats=repeat)
+        )
 
     def _feeder(self, elements: feeding.Elements, first: epoch.Epoch) -> Callable[[], Iterator[Any]]:
         """What each iteration calls, in a thread of tf.data's; ``first`` is what the first one finds begun."""
         planned, steps = self._position(), self._steps_of_all()
         looked_at = itertools.count()
 
-        def feed() -> Iterator[Any]:
+        def epoch_of() -> Generator[Any, None, bool]:
+            """Returns whether all of it was handed out."""
             is_first = next(looked_at) == 0
             if self._looked_from:
                 (self._epoch, self._step), self._begun = self._looked_from, False
@@ -225,16 +236,23 @@ class PaddedBatches:
             if steps and self._step and not self._begun:
                 found = f"at step {self._step}, when a dataset of {steps} steps an epoch was made already"
                 raise ValueError(errors.sentence("load_state_dict", "state", found, "to be loaded before for_keras"))
+            before = self._epoch, self._step, self._begun
             running = first if fresh else self._open(elements)
             self._begun = True
             self._looked_from, handed = (self._epoch, self._step), 0
-            for element in self._consume(running):
+            for element in self._consume(running, before):
                 handed += 1
                 if handed > self._backend.fit_looks_at:
                     self._looked_from = None
                 yield element
             if not (is_first and handed < self._backend.fit_looks_at):  # so short that looking reads all of it
                 self._looked_from = None
+            return not running.was_left
+
+        def feed() -> Iterator[Any]:
+            # Not by Dataset.repeat: where a worker is stopped between two epochs, nobody would tell the others.
+            while (yield from epoch_of()) and elements.repeats:
+                pass
 
         return feed
 

@@ -30,6 +30,7 @@ class Epoch:
       position: where it begins, and what of: to be the same on all workers.
       hand_over: makes what is handed out of the replicas' batches in NumPy; left out, the backend does.
       channel: see ``Backend.host_merge``.
+      repeats: whether the next epoch begins as soon as this one ends, perhaps on one worker before another.
     """
 
     def __init__(
@@ -43,11 +44,14 @@ class Epoch:
         position: dict,
         hand_over: Callable[[Features, Sequence[padder.Batch]], Any] | None = None,
         channel: int = 0,
+        repeats: bool = False,
     ) -> None:
         self.features = features
+        self.was_left = False  # by another worker, before its end
         self._backend, self._recipe, self._ledger, self._first = backend, recipe, ledger, position["step"]
         versions = {"tensorflow": tf.__version__, "numpy": np.__version__}
         self._configuration = json.dumps({**recipe.as_json(), **position, "versions": versions}, sort_keys=True)
+        self._repeats = repeats
         self._agreement = agreement.Agreement(backend, recipe.slow_after_s, recipe.limit_s, channel)
         self._reader = reading.Reader(steps, recipe, features)
         self._padder = padder.Padder(backend, recipe, ledger, hand_over or _as_steps_take(backend))
@@ -57,17 +61,37 @@ class Epoch:
         self._error: BaseException | None = None  # of the last window that was planned
         self._failed_at: int | None = None
         self._begun: plan.Merged | None = None  # the first window
+        self._begun_at_all = False  # whether the others know of it
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether all workers have agreed on its first window."""
+        return self._begun is not None
 
     def close(self) -> None:
-        """End both threads. No collective."""
+        """End both threads. A collective where the epoch was left early, if ``Backend.leaves_apart``; else none."""
+        if self._begun_at_all:
+            self._agreement.leave()
         self._reader.close()
         self._padder.close()
+
+    def finish(self) -> None:
+        """Close it behind its last batch. No collective."""
+        self._agreement.end()
+        self.close()
 
     def begin(self) -> Features | None:
         """The first exchanges, which ``batches`` makes where nobody did: what examples are like, None without any.
 
         Raises what the workers' examples, or reading the first of them, raised. Collective among workers.
         """
+        try:
+            return self._begin()
+        except agreement.Left as left:
+            raise errors.PeerError(f"{_NAME}: another worker left before the first step.") from left
+
+    def _begin(self) -> Features | None:
+        self._begun_at_all = True
         self._compare()
         self._begun = self._plan()
         if self.features is None and self._begun.failure:
@@ -75,9 +99,15 @@ class Epoch:
         return self.features
 
     def batches(self) -> Iterator[Any]:
-        """Collective among workers, as the class says."""
+        """Collective among workers, as the class says. Ends early where another worker has left."""
+        try:
+            yield from self._agreed()
+        except agreement.Left:
+            self.was_left = True
+
+    def _agreed(self) -> Iterator[Any]:
         if self._begun is None:
-            self.begin()
+            self._begin()
         window = self._begun
         assert window is not None, "begin has planned it"
         while True:
@@ -144,20 +174,26 @@ class Epoch:
 
         steps = f"steps {self._first + self._planned} to {self._first + self._planned + recipe.window - 1}"
         sizes = 1 + recipe.window * axes, recipe.window * (1 + 2 * losses)
-        maxima, sums = self._agreement.merge(sizes, report, steps)
-        self._ledger.plan_seconds, self._agreement.seconds = self._ledger.plan_seconds + self._agreement.seconds, 0.0
         full = (recipe.batch_size or 0) * self._backend.num_replicas if recipe.drop_remainder else None
-        merged = plan.merge(
-            maxima,
-            sums,
-            window=recipe.window,
-            axes=axes,
-            losses=losses,
-            workers=workers,
-            ladders=recipe.axis_ladders,
-            accumulate=recipe.accumulate,
-            full_rows=full,
-        )
+
+        def merged_of(vectors: agreement.Vectors) -> plan.Merged:
+            return plan.merge(
+                *vectors,
+                window=recipe.window,
+                axes=axes,
+                losses=losses,
+                workers=workers,
+                ladders=recipe.axis_ladders,
+                accumulate=recipe.accumulate,
+                full_rows=full,
+            )
+
+        def is_last(vectors: agreement.Vectors) -> bool:
+            merged = merged_of(vectors)
+            return merged.is_last and not merged.failure and not self._repeats
+
+        merged = merged_of(self._agreement.merge(sizes, report, steps, is_last))
+        self._ledger.plan_seconds, self._agreement.seconds = self._ledger.plan_seconds + self._agreement.seconds, 0.0
         read, self._read = self._read, None
         assert read is not None, "the report was made from it"
         self._planned += recipe.window
@@ -188,7 +224,7 @@ class Epoch:
         """On all workers: those that failed there raise their own error, the others learn what the first one said."""
         error = self._error
         is_first = failure.worker == self._backend.worker_index
-        said = self._agreement.tell(f"{type(error).__name__}: {error}" if is_first else None)
+        said = self._agreement.tell(f"{type(error).__name__}: {error}" if is_first else None, is_last=True)
         if error is not None and self._failed_at == failure.step:
             raise error
         step = self._first + self._planned - self._recipe.window + failure.step

@@ -23,12 +23,13 @@ class Elements:
 
     Args:
       x, y: names of features, or nests of them.
+      repeats: whether the dataset goes on with the next epoch.
 
     Raises TypeError for what is no name, ValueError for an empty nest.
     """
 
-    def __init__(self, recipe: Recipe, x: Any, y: Any) -> None:
-        self._recipe = recipe
+    def __init__(self, recipe: Recipe, x: Any, y: Any, repeats: bool) -> None:
+        self._recipe, self.repeats = recipe, repeats
         self.channel = next(_CHANNELS)
         self._names = tuple(_as_nest(argument, given) for argument, given in (("x", x), ("y", y)))
 
@@ -76,11 +77,14 @@ class Elements:
         return np.where(mask, weights, np.float32(0))  # chosen, not multiplied: a weight's padding may be NaN
 
 
-def dataset(epochs: Callable[[], Iterator[Any]], signature: Any, steps: int | None) -> tf.data.Dataset:
+def dataset(
+    epochs: Callable[[], Iterator[Any]], signature: Any, steps: int | None, *, repeats: bool
+) -> tf.data.Dataset:
     """Each iteration goes through ``epochs()``; ``steps`` are those of every epoch, where they are known."""
     made = tf.data.Dataset.from_generator(epochs, output_signature=signature)
-    if steps:
-        made = made.apply(tf.data.experimental.assert_cardinality(steps))
+    if steps or repeats:
+        number = tf.data.INFINITE_CARDINALITY if repeats else steps
+        made = made.apply(tf.data.experimental.assert_cardinality(number))
     options = tf.data.Options()
     options.experimental_optimization.inject_prefetch = False  # what was handed out is what was asked for
     return made.with_options(options)

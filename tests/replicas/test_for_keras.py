@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ import tensorflow as tf
 
 import distpad
 import oracle
-from keras_world import fit_optimizer
+from distpad.pipeline import feeding
+from keras_world import KERAS, around_model, fit_optimizer, model_class
 
 WORLDS = ("local", "mirrored:2", "mirrored:4", "multiworker:2", "horovod:2")
 
@@ -42,14 +45,15 @@ def made(world, source, *args, **options):
     return distpad.PaddedBatches(source, *args, backend=world.backend, **{"padding": PADDING, "tokens": "y", **options})
 
 
-def epoch_of(dataset) -> list:
-    return [tf.nest.map_structure(lambda leaf: leaf.numpy(), batch) for batch in dataset]
+def epoch_of(world, dataset, steps) -> list:
+    """Of this worker; where the dataset repeats, its next steps."""
 
+    def rows(leaf):
+        parts = world.strategy.experimental_local_results(leaf) if world.strategy else [leaf]
+        return np.concatenate([part.numpy() for part in parts])
 
-@pytest.fixture(autouse=True)
-def _can_be_fed(world, request):
-    if world.kind == "multiworker" and "refused" not in request.node.name:
-        pytest.skip("for_keras is refused there, as a test of its own shows")
+    found = itertools.islice(dataset, steps) if must_repeat(world) else dataset
+    return [tf.nest.map_structure(rows, batch) for batch in found]
 
 
 def model_in(world, loss=None):
@@ -57,12 +61,31 @@ def model_in(world, loss=None):
     with world.scope():
         inputs = tf.keras.Input([None, oracle.FEATURES])
         dense = tf.keras.layers.Dense(oracle.CLASSES)
-        model = tf.keras.Model(inputs, dense(inputs))
+        outputs = dense(inputs)
+    with around_model(world):
+        model = model_class(world)(inputs, outputs)
+    with world.scope():
         dense.set_weights(oracle.weights())
         entropy = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
         loss = distpad.DistributedLoss(entropy, **(loss or {}))
         model.compile(loss=loss, optimizer=fit_optimizer(world, tf.keras.optimizers.SGD(RATE)))
     return model
+
+
+def must_repeat(world) -> bool:
+    return world.kind == "multiworker" and KERAS < 3
+
+
+def fed_by(world, batches, steps, **features):
+    """A dataset, and the steps of an epoch where fit must be told them."""
+    repeat = must_repeat(world)
+    return batches.for_keras(**features, repeat=repeat), {"steps_per_epoch": steps} if repeat else {}
+
+
+def fit(world, model, fed, **options):
+    dataset, steps = fed
+    with world.scope():  # as Keras 3 needs it with several workers of a strategy
+        return model.fit(dataset, verbose=0, **{**steps, **options})
 
 
 def expected(epochs, weighted: bool = False):
@@ -91,10 +114,12 @@ def check(model, history, means, weights) -> None:
 def test_each_epoch_holds_the_rows_of_this_workers_replicas(world):
     data, sampler, batches = sampled(world)
     here, replicas, worker = world.backend.replicas_here, world.num_replicas, world.backend.worker_index
-    dataset = batches.for_keras(x="x", y=["y", "id"])
+    dataset, _ = fed_by(world, batches, 0, x="x", y=["y", "id"])
+    every = iter(dataset)  # where it does not repeat, one epoch
     for number in range(2):
-        found = epoch_of(dataset)
-        assert len(found) == len(sampler.plan(number))
+        steps = len(sampler.plan(number))
+        found = epoch_of(world, every if must_repeat(world) else dataset, steps)
+        assert len(found) == steps
         shards = [sampler.shard(worker * here + r, replicas) for r in range(here)]
         for shard in shards:
             shard.set_epoch(number)
@@ -120,7 +145,8 @@ def test_uneven_ends_and_weights(world):
     held = [examples(3 + 4 * w, seed=w) for w in range(workers)]
     steps = max(-(-len(part) // (2 * here)) for part in held)
     batches = made(world, held[worker], 2, tokens={"text": "y"}, weights="w")
-    found = epoch_of(batches.for_keras(x={"in": "x"}, y={"text": "y"}))
+    fed, _ = fed_by(world, batches, steps, x={"in": "x"}, y={"text": "y"})
+    found = epoch_of(world, fed, steps)
     assert len(found) == steps
     assert all(x["in"].shape[:2] == y["text"].shape == w["text"].shape for x, y, w in found)
     total = sum(w["text"].sum() for _, _, w in found)
@@ -128,22 +154,37 @@ def test_uneven_ends_and_weights(world):
 
 
 def test_wrong_names_and_no_examples(world):
-    source = examples(4, seed=world.backend.worker_index)
+    source, options = examples(4, seed=world.backend.worker_index), {"repeat": must_repeat(world)}
     with pytest.raises(ValueError, match=r"for_keras: y is 'label', expected a feature of an example: \['id', "):
-        made(world, source, 2).for_keras(x="x", y="label")
+        made(world, source, 2).for_keras(x="x", y="label", **options)
     with pytest.raises(TypeError, match=r"for_keras: x is 1\.5, expected the name of a feature"):
-        made(world, source, 2).for_keras(x=1.5, y="y")
+        made(world, source, 2).for_keras(x=1.5, y="y", **options)
     with pytest.raises(ValueError, match=r"for_keras: x is \(\), expected at least one"):
-        made(world, source, 2).for_keras(x=(), y="y")
+        made(world, source, 2).for_keras(x=(), y="y", **options)
     with pytest.raises(ValueError, match="for_keras: source is empty on all workers"):
-        made(world, [], 2).for_keras(x="x", y="y")
+        made(world, [], 2).for_keras(x="x", y="y", **options)
 
 
-def test_several_workers_of_a_strategy_are_refused(world):
-    if world.kind != "multiworker":
-        pytest.skip("one worker, or Horovod's")
-    with pytest.raises(ValueError, match=r"for_keras: backend is strategy with 2 workers, .* Write a loop"):
+def test_keras_2_takes_only_what_repeats_with_several_workers_of_a_strategy(world):
+    if not must_repeat(world):
+        pytest.skip("there it may end")
+    with pytest.raises(
+        ValueError, match=r"for_keras: repeat is False with 2 workers .* expected True. .*steps_per_epoch"
+    ):
         made(world, examples(4), 2).for_keras(x="x", y="y")
+
+
+def test_rows_of_several_replicas_of_a_worker_are_dealt_out(world):
+    """As where a MultiWorkerMirroredStrategy has several devices a worker, which needs GPUs; the dealing does not."""
+    if world.strategy is None or world.backend.replicas_here == 1:
+        pytest.skip("needs several replicas in one process")
+    here = world.backend.replicas_here
+    batch = {"x": np.arange(6 * here).reshape([2 * here, 3]), "y": np.arange(2 * here)}
+    found = list(world.backend.dealt(batch, batch["y"]))
+    assert len(found) == here
+    for r, (features, y) in enumerate(found):
+        np.testing.assert_array_equal(features["x"], batch["x"][2 * r : 2 * r + 2])
+        assert features["y"].numpy().tolist() == y.numpy().tolist() == [2 * r, 2 * r + 1]
 
 
 # -- fit --------------------------------------------------------------------------------------------------------------
@@ -153,7 +194,8 @@ def test_fit_gives_the_history_and_weights_of_one_device(world):
     """Two epochs, shuffled differently, whose last step is uneven; one trace for all lengths."""
     data, sampler, batches = sampled(world)
     model = model_in(world)
-    history = model.fit(batches.for_keras(x="x", y="y"), epochs=2, verbose=0)
+    fed = fed_by(world, batches, len(sampler.plan(0)), x="x", y="y")
+    history = fit(world, model, fed, epochs=2)
     check(model, history, *expected([[[data[i] for i in step] for step in sampler.plan(e)] for e in range(2)]))
     count = getattr(model.train_function, "experimental_get_tracing_count", None)
     assert count is None or count() <= 2  # Keras 2 traces once more, while variables are made
@@ -165,7 +207,8 @@ def test_an_epoch_of_few_steps_is_trained_on_from_the_first(world):
     sampler = distpad.LengthSampler([len(e["y"]) for e in data], global_batch_size=8, seed=1)
     batches = made(world, (data, sampler))
     model = model_in(world)
-    history = model.fit(batches.for_keras(x="x", y="y"), epochs=2, verbose=0)
+    fed = fed_by(world, batches, len(sampler.plan(0)), x="x", y="y")
+    history = fit(world, model, fed, epochs=2)
     check(model, history, *expected([[[data[i] for i in step] for step in sampler.plan(e)] for e in range(2)]))
 
 
@@ -175,7 +218,7 @@ def test_fit_with_uneven_workers_and_weights(world):
     steps = max(-(-len(part) // a_step) for part in held)
     batches = made(world, held[world.backend.worker_index], 2, weights="w", window=2)
     model = model_in(world)
-    history = model.fit(batches.for_keras(x="x", y="y"), epochs=2, verbose=0)
+    history = fit(world, model, fed_by(world, batches, steps, x="x", y="y"), epochs=2)
     rows = [[row for part in held for row in part[k * a_step : (k + 1) * a_step]] for k in range(steps)]
     weighed = [[{**row, "w": np.full(len(row["y"]), row["w"])} for row in step] for step in rows]
     check(model, history, *expected([weighed] * 2, weighted=True))
@@ -192,16 +235,25 @@ def test_fit_and_evaluate_with_a_loss_for_each_output(world):
         inputs = tf.keras.Input([None, oracle.FEATURES])
         heads = {name: tf.keras.layers.Dense(oracle.CLASSES, name=name) for name in parts}
         every_second = tf.keras.layers.Lambda(lambda x: x[:, ::2])(inputs)
-        model = tf.keras.Model(inputs, {"y": heads["y"](inputs), "z": heads["z"](every_second)})
+        outputs = {"y": heads["y"](inputs), "z": heads["z"](every_second)}
+    with around_model(world):
+        model = model_class(world)(inputs, outputs)
+    with world.scope():
         for name, head in heads.items():
             head.set_weights(starts[name])
         entropy = lambda: tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
         losses = {name: distpad.DistributedLoss(entropy()) for name in parts}
         optimizer = fit_optimizer(world, tf.keras.optimizers.SGD(RATE))
         model.compile(loss=losses, loss_weights={"y": 1.0, "z": 3.0}, optimizer=optimizer)
-    fed = batches.for_keras(x="x", y={"y": "y", "z": "z"})
-    history = model.fit(fed, verbose=0).history
-    evaluated = model.evaluate(fed, return_dict=True, verbose=0)
+    steps, epoch = len(sampler.plan(0)), 1
+    fed = fed_by(world, batches, steps, x="x", y={"y": "y", "z": "z"})
+    history = fit(world, model, fed).history
+    if must_repeat(world):  # the next epoch may have been begun, and dropped
+        batches, epoch = made(world, (data, sampler), padding=padding, tokens={"y": "y", "z": "z"}), 0
+        fed = fed_by(world, batches, steps, x="x", y={"y": "y", "z": "z"})
+    with world.scope():
+        counted = {"steps": steps} if must_repeat(world) else {}
+        evaluated = model.evaluate(fed[0], return_dict=True, verbose=0, **counted)
 
     total, later = 0, 0
     for name, every in parts.items():
@@ -218,7 +270,7 @@ def test_fit_and_evaluate_with_a_loss_for_each_output(world):
             rate = RATE * (3 if name == "z" else 1)
             kernel, bias = kernel - rate * d_kernel, bias - rate * d_bias
             values.append(value)
-        after = np.mean([oracle.cross_entropy(rows, kernel, bias, "token", False)[0] for rows in rows_of(1)])
+        after = np.mean([oracle.cross_entropy(rows, kernel, bias, "token", False)[0] for rows in rows_of(epoch)])
         total, later = total + np.mean(values) * rate / RATE, later + after * rate / RATE
         assert oracle.relative_error(history[f"{name}_loss"], np.mean(values)) <= 1e-5
         assert oracle.relative_error(evaluated[f"{name}_loss"], after) <= 1e-5
@@ -233,9 +285,9 @@ def test_epochs_of_different_numbers_of_steps(world):
     data, sampler, batches = sampled(world, max_tokens=40, randomness=0.3)
     counts = [len(sampler.plan(e)) for e in range(6)]
     assert len(set(counts)) > 1, "of different numbers"
-    dataset = batches.for_keras(x="x", y="y")
+    dataset = batches.for_keras(x="x", y="y", repeat=True)
     model = model_in(world)
-    model.fit(dataset.repeat(), steps_per_epoch=sum(counts[:3]), verbose=0)
+    fit(world, model, (dataset, {"steps_per_epoch": sum(counts[:3])}))
     _, weights = expected([[[data[i] for i in step] for step in sampler.plan(e)] for e in range(3)])
     for found, wanted, start in zip(model.get_weights(), weights, oracle.weights()):
         assert oracle.relative_error(found - start, wanted - start) <= 1e-5
@@ -249,26 +301,65 @@ def test_an_error_of_the_source_ends_fit(world):
             yield from mine[:24]
             raise OSError("the disk is gone")
 
-    dataset = made(world, Source(), 2, window=2).for_keras(x="x", y="y")
+    fed = fed_by(world, made(world, Source(), 2, window=2), 20, x="x", y="y")
     model = model_in(world)
     with pytest.raises(tf.errors.OpError, match="the disk is gone"):
-        model.fit(dataset, verbose=0)
+        fit(world, model, fed)
 
 
 class Stop(tf.keras.callbacks.Callback):
+    """Leaves an epoch on all workers at the same step."""
+
+    def __init__(self, last=2):
+        super().__init__()
+        self.last = last
+
     def on_train_batch_end(self, batch, logs=None):
-        if batch == 2:
+        if batch == self.last:
             raise KeyError("enough")
 
 
 def test_leaving_early_leaves_no_thread_and_fit_goes_on(world):
-    _, _, batches = sampled(world)
-    dataset = batches.for_keras(x="x", y="y")
+    _, sampler, batches = sampled(world)
+    fed = fed_by(world, batches, len(sampler.plan(0)), x="x", y="y")
     model = model_in(world)
     with pytest.raises(KeyError, match="enough"):
-        model.fit(dataset, callbacks=[Stop()], verbose=0)
+        fit(world, model, fed, callbacks=[Stop()])
     if not world.strategy:
         assert batches.state_dict()["step"] == 3, "nothing is read ahead, so that workers leave together"
-    model.fit(dataset, steps_per_epoch=2, verbose=0)
-    assert len(model.fit(dataset, verbose=0).history["loss"]) == 1
+    fit(world, model, fed, steps_per_epoch=2)
+    assert len(fit(world, model, fed).history["loss"]) == 1
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("distpad-")]
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_workers_that_left_at_any_step_go_on_together(world, slow, monkeypatch):
+    """An exchange every other step, and a worker that is slow to pad: when all leave at the same step, the others have
+    come to exchanges that it never comes to."""
+    made_of = feeding.Elements.of
+
+    def slowly(*arguments):
+        time.sleep(0.15 if world.backend.worker_index == slow % world.backend.num_workers else 0)
+        return made_of(*arguments)
+
+    monkeypatch.setattr(feeding.Elements, "of", slowly)
+    data, sampler, _ = sampled(world)
+    batches = made(world, (data, sampler), window=2)
+    fed, model = fed_by(world, batches, len(sampler.plan(0)), x="x", y="y"), model_in(world)
+    began = time.monotonic()
+    for last in range(len(sampler.plan(0))):
+        with pytest.raises(KeyError, match="enough"):
+            fit(world, model, fed, callbacks=[Stop(last)])
+    start = [weight.copy() for weight in model.get_weights()]
+    fit(world, model, fed)
+    assert time.monotonic() - began < 60, "nobody waited for somebody who never came"
+
+    def error_of(number):
+        kernel, bias = start
+        for step in sampler.plan(number):
+            _, d_kernel, d_bias = oracle.cross_entropy([data[i] for i in step], kernel, bias, "token", False)
+            kernel, bias = kernel - RATE * d_kernel, bias - RATE * d_bias
+        return max(map(oracle.relative_error, model.get_weights(), (kernel, bias)))
+
+    errors = [error_of(number) for number in range(len(sampler.plan(0)) * 2 + 2)]
+    assert sum(error <= 1e-5 for error in errors) == 1, "one of the epochs, and all of it"
