@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -178,7 +179,7 @@ class StrategyBackend(base.Backend):
                 ordering_token=[],
                 merge_op=operation,
                 final_op="Id",
-                timeout_seconds=limit_s,
+                timeout_seconds=0 if limit_s == math.inf else limit_s,  # 0: none
             ).numpy()
 
         try:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import dataclasses
 import logging
+import math
 import threading
 import time
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +19,7 @@ from distpad import backends
 from distpad.errors import DistpadError, PeerError
 from distpad.pipeline import plan
 
-_LEAVE_WITHIN_S = 60.0  # how long a worker that leaves waits for the others
+_EXIT_WITHIN_S = 10.0  # how long a process that ends waits for others to hear that it has left
 _TEXT = 1024  # bytes of an error that peers are shown
 _LOG = logging.getLogger("distpad")
 Vectors = tuple[np.ndarray, np.ndarray]
@@ -22,6 +27,14 @@ Vectors = tuple[np.ndarray, np.ndarray]
 
 class Left(Exception):
     """A worker has left the epoch, so that there is nothing more to agree on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Channel:
+    """Where workers meet, one exchange after the other, whichever epoch it is of."""
+
+    number: int = 0  # see Backend.host_merge
+    meeting: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
 
 class Agreement:
@@ -32,16 +45,19 @@ class Agreement:
     that it has nothing yet. Then all know its name, warn, and meet again, until ``limit_s`` is over.
 
     Where workers that leave at the same step may have come to different exchanges (``Backend.leaves_apart``), each
-    begins with a handshake: who leaves comes to one more of these, and whoever meets it there goes no further.
+    begins with a handshake: who leaves comes to one more of these, and whoever meets it there goes no further. It does
+    so in a thread: others may leave much later, when Python's garbage collector gets to the iterator there. Only then
+    does anything else begin on this channel.
 
     Raises (all methods): Left, where another worker has left.
     """
 
-    def __init__(self, backend: backends.Backend, slow_after_s: float, limit_s: float, channel: int = 0) -> None:
+    def __init__(self, backend: backends.Backend, slow_after_s: float, limit_s: float, channel: Channel) -> None:
         self.backend, self.slow_after_s, self.limit_s, self.channel = backend, slow_after_s, limit_s, channel
+        self.parts = bool(channel.number) and backend.leaves_apart  # whether who leaves is to tell the others
         self.seconds = 0.0  # spent in exchanges
         self._left = False
-        self._meeting = threading.Lock()  # who leaves waits until this worker's last exchange has ended
+        self._telling: threading.Thread | None = None
 
     def merge(
         self,
@@ -91,13 +107,29 @@ class Agreement:
         return [self.tell(text if worker == mine else None, longest) for worker in range(self.backend.num_workers)]
 
     def leave(self) -> None:
-        """Tell the others of it, who may have come to an exchange already; not where one of them was first."""
-        with self._meeting:
-            if self._left or not (self.channel and self.backend.leaves_apart):
-                return
-            self._left = True
+        """Tell the others of it, who may have come to an exchange already; not where one of them was first. Waits for
+        the exchange that this worker is at, not for the others to leave."""
+        if self not in _MET:
+            return
+        self.channel.meeting.acquire()
+        if self._left:
+            self.channel.meeting.release()
+            return
+        self._left = True
+        self._telling = threading.Thread(target=self._tell_that_it_left, daemon=True, name="distpad-leave")
+        self._telling.start()
+
+    def join(self, limit_s: float) -> None:
+        """Wait until the others have heard that this worker has left."""
+        if self._telling:
+            self._telling.join(limit_s)
+
+    def _tell_that_it_left(self) -> None:
+        try:
             with contextlib.suppress(TimeoutError):  # who failed never comes
-                self.backend.host_merge(np.ones(1), np.zeros(1), _LEAVE_WITHIN_S, self.channel)
+                self.backend.host_merge(np.ones(1), np.zeros(1), math.inf, self.channel.number)
+        finally:
+            self.channel.meeting.release()
 
     def end(self) -> None:
         """There is nothing more to agree on, and no other worker is at an exchange."""
@@ -106,28 +138,41 @@ class Agreement:
     def _reduced(
         self, maxima: np.ndarray, sums: np.ndarray, what: str, is_last: Callable[..., bool] = lambda *_: False
     ) -> Vectors:
-        with self._meeting:
-            if self.channel and self.backend.leaves_apart:
+        if self.parts:
+            _MET.add(self)
+        if not self.channel.meeting.acquire(timeout=min(self._patience_s, threading.TIMEOUT_MAX)):
+            raise self._in_vain(what, self._patience_s, "they have not left the epoch before")
+        try:
+            if self.parts:
                 self._left = self._left or self._merged(np.zeros(1), np.zeros(1), what)[0][0] > 0
                 if self._left:
                     raise Left
             found = self._merged(maxima, sums, what)
             self._left = self._left or is_last(*found)  # before a thread that waits to leave gets the lock
             return found
+        finally:
+            self.channel.meeting.release()
 
     def _merged(self, maxima: np.ndarray, sums: np.ndarray, what: str) -> Vectors:
         began = time.monotonic()
         try:
-            return self.backend.host_merge(maxima, sums, self.limit_s + self.slow_after_s, self.channel)
+            return self.backend.host_merge(maxima, sums, self._patience_s, self.channel.number)
         except TimeoutError as error:
             self._left = True  # there is nobody to leave
-            raise PeerError(
-                f"PaddedBatches: worker {self.backend.worker_index} waited {time.monotonic() - began:.0f} s at {what} "
-                f"for the other workers, in vain ({error}). All workers must leave a loop at the same step, and begin "
-                "epochs together; limit_s says how long to wait."
-            ) from error
+            raise self._in_vain(what, time.monotonic() - began, error) from error
         finally:
             self.seconds += time.monotonic() - began
+
+    @property
+    def _patience_s(self) -> float:
+        return self.limit_s + self.slow_after_s
+
+    def _in_vain(self, what: str, waited: float, why: Any) -> PeerError:
+        return PeerError(
+            f"PaddedBatches: worker {self.backend.worker_index} waited {waited:.0f} s at {what} "
+            f"for the other workers, in vain ({why}). All workers must leave a loop at the same step, and begin "
+            "epochs together; limit_s says how long to wait."
+        )
 
     def _wait_on(self, code: int, what: str, waited: float) -> None:
         """Warn of a worker that is not ready; raise where it took too long."""
@@ -145,3 +190,16 @@ def raise_differences(agreement: Agreement, text: str, what: str) -> None:
     """Where fingerprints differ: show all workers' texts to all, and raise what differs and where. Collective."""
     found = plan.differences(agreement.gather(text))
     raise ValueError(f"PaddedBatches: the workers' {what} differ, expected the same: {'; '.join(found)}.")
+
+
+_MET: weakref.WeakSet[Agreement] = weakref.WeakSet()  # those that other workers may wait for
+
+
+@atexit.register
+def _leave_all() -> None:
+    """As a process ends, where no iterator was closed."""
+    met = list(_MET)
+    for agreement in met:
+        agreement.leave()
+    for agreement in met:
+        agreement.join(_EXIT_WITHIN_S)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 from distpad import backends, errors
-from distpad.pipeline import epoch, feeding, recipe, sources
+from distpad.pipeline import agreement, epoch, feeding, recipe, sources
 from distpad.pipeline.features import Features, Name, Pad
 from distpad.pipeline.ledger import Ledger
 from distpad.pipeline.padder import Batch
@@ -99,6 +100,7 @@ class PaddedBatches:
         self._epoch = self._step = self._opened = 0
         self._begun = False
         self._running: epoch.Epoch | None = None
+        self._counting = threading.Lock()
         self._looked_from: tuple[int, int] | None = None  # where fit looked at batches that it may have dropped
 
     def __iter__(self) -> Iterator[Batch]:
@@ -110,8 +112,7 @@ class PaddedBatches:
     def _open(self, elements: feeding.Elements | None = None) -> epoch.Epoch:
         """Begin the next epoch, of batches or of what fit is fed."""
         self._looked_from = None
-        if self._running is not None:  # all workers have left that loop
-            self._running.close()
+        self._stop()  # all workers have left that loop
         if self._begun:
             self._epoch, self._step = self._epoch + 1, 0
         self._begun = True
@@ -123,11 +124,18 @@ class PaddedBatches:
             ledger=self.ledger,
             position={"source": self._belongs_to(), **self._position(), "for_keras": str(elements)},
             hand_over=elements.of if elements else None,
-            channel=elements.channel if elements else 0,
+            channel=elements.channel if elements else agreement.Channel(),
             repeats=bool(elements and elements.repeats),
         )
         self._running = running
         return running
+
+    def _stop(self) -> None:
+        """Close what is running; a thread of tf.data's that is still in it counts no more steps."""
+        with self._counting:
+            running, self._running = self._running, None
+        if running is not None:
+            running.close()
 
     def _position(self) -> dict[str, int]:
         return {"epoch": self._epoch, "step": self._step}
@@ -136,11 +144,12 @@ class PaddedBatches:
         """``before``: where all are again, if another worker left before this epoch had begun there."""
         try:
             for batch in running.batches():
-                if running is not self._running:
-                    remedy = "Give each loop a PaddedBatches of its own."
-                    raise errors.DistpadError(f"{_NAME}: this loop was left, and another has begun. {remedy}")
-                self._features = running.features
-                self._step += 1  # before it is handed out: who saves while training on it has consumed it
+                with self._counting:
+                    if running is not self._running:
+                        remedy = "Give each loop a PaddedBatches of its own."
+                        raise errors.DistpadError(f"{_NAME}: this loop was left, and another has begun. {remedy}")
+                    self._features = running.features
+                    self._step += 1  # before it is handed out: who saves while training on it has consumed it
                 yield batch
             if running is not self._running:
                 return
@@ -230,9 +239,11 @@ class PaddedBatches:
         def epoch_of() -> Generator[Any, None, bool]:
             """Returns whether all of it was handed out."""
             is_first = next(looked_at) == 0
+            fresh = is_first and first is self._running and planned == self._position()
+            if not fresh:
+                self._stop()
             if self._looked_from:
                 (self._epoch, self._step), self._begun = self._looked_from, False
-            fresh = is_first and first is self._running and planned == self._position()
             if steps and self._step and not self._begun:
                 found = f"at step {self._step}, when a dataset of {steps} steps an epoch was made already"
                 raise ValueError(errors.sentence("load_state_dict", "state", found, "to be loaded before for_keras"))
@@ -326,9 +337,8 @@ class PaddedBatches:
         if self._sampler is not None and step > -(-len(self._sampler.plan(number)) // group) * group:
             rule = f"at most the {len(self._sampler.plan(number))} of epoch {number}"
             raise ValueError(errors.sentence(_NAME, "state's step", step, rule))
-        if self._running is not None:
-            self._running.close()
-        self._running, self._epoch, self._step = None, number, step
+        self._stop()
+        self._epoch, self._step = number, step
         self._begun, self._looked_from = False, None
 
     def _belongs_to(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class Epoch:
     Args:
       position: where it begins, and what of: to be the same on all workers.
       hand_over: makes what is handed out of the replicas' batches in NumPy; left out, the backend does.
-      channel: see ``Backend.host_merge``.
+      channel: where the workers meet.
       repeats: whether the next epoch begins as soon as this one ends, perhaps on one worker before another.
     """
 
@@ -43,7 +43,7 @@ class Epoch:
         ledger: Ledger,
         position: dict,
         hand_over: Callable[[Features, Sequence[padder.Batch]], Any] | None = None,
-        channel: int = 0,
+        channel: agreement.Channel,
         repeats: bool = False,
     ) -> None:
         self.features = features
@@ -61,7 +61,6 @@ class Epoch:
         self._error: BaseException | None = None  # of the last window that was planned
         self._failed_at: int | None = None
         self._begun: plan.Merged | None = None  # the first window
-        self._begun_at_all = False  # whether the others know of it
 
     @property
     def has_begun(self) -> bool:
@@ -70,8 +69,7 @@ class Epoch:
 
     def close(self) -> None:
         """End both threads. A collective where the epoch was left early, if ``Backend.leaves_apart``; else none."""
-        if self._begun_at_all:
-            self._agreement.leave()
+        self._agreement.leave()
         self._reader.close()
         self._padder.close()
 
@@ -91,7 +89,6 @@ class Epoch:
             raise errors.PeerError(f"{_NAME}: another worker left before the first step.") from left
 
     def _begin(self) -> Features | None:
-        self._begun_at_all = True
         self._compare()
         self._begun = self._plan()
         if self.features is None and self._begun.failure:

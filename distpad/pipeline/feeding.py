@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from distpad import errors
+from distpad.pipeline.agreement import Channel
 from distpad.pipeline.features import Feature, Features, Name
 from distpad.pipeline.padder import Batch
 from distpad.pipeline.recipe import Recipe
@@ -30,7 +31,7 @@ class Elements:
 
     def __init__(self, recipe: Recipe, x: Any, y: Any, repeats: bool) -> None:
         self._recipe, self.repeats = recipe, repeats
-        self.channel = next(_CHANNELS)
+        self.channel = Channel(next(_CHANNELS))
         self._names = tuple(_as_nest(argument, given) for argument, given in (("x", x), ("y", y)))
 
     def __str__(self) -> str:
