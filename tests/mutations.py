@@ -388,6 +388,14 @@ MUTANTS = (
         selection="test_a_forgotten_shard",
     ),
     Mutant(
+        name="fit-lengths-of-one-worker",
+        file="backends/strategy.py",
+        old='return reduced(maxima, "Max"), reduced(sums, "Add")',
+        new='return maxima, reduced(sums, "Add")',
+        world="multiworker:2",
+        selection="test_each_epoch_holds",
+    ),
+    Mutant(
         name="ctc-repeats-need-no-blank",
         file="ctc.py",
         old="return lengths + tf.math.count_nonzero(alike, axis=1, dtype=tf.int32)",
