@@ -109,25 +109,30 @@ class Agreement:
     def leave(self) -> None:
         """Tell the others of it, who may have come to an exchange already; not where one of them was first. Waits for
         the exchange that this worker is at, not for the others to leave."""
-        if self not in _MET:
-            return
-        self.channel.meeting.acquire()
-        if self._left:
-            self.channel.meeting.release()
-            return
-        self._left = True
-        self._telling = threading.Thread(target=self._tell_that_it_left, daemon=True, name="distpad-leave")
-        self._telling.start()
+        if self._is_leaving():
+            self._telling = threading.Thread(target=self._tell_all, args=(math.inf,), daemon=True, name="distpad-leave")
+            self._telling.start()
 
-    def join(self, limit_s: float) -> None:
-        """Wait until the others have heard that this worker has left."""
-        if self._telling:
+    def exit(self, limit_s: float) -> None:
+        """As ``leave``, where the process ends: wait so long for the others to hear of it."""
+        if self._is_leaving():
+            self._tell_all(limit_s)
+        elif self._telling:
             self._telling.join(limit_s)
 
-    def _tell_that_it_left(self) -> None:
+    def _is_leaving(self) -> bool:
+        """Whether the others are to be told. Then the channel is this worker's, until they were."""
+        if self not in _MET or self._left or not self._alone():
+            return False
+        leaving, self._left = not self._left, True
+        if not leaving:
+            self.channel.meeting.release()
+        return leaving
+
+    def _tell_all(self, limit_s: float) -> None:
         try:
             with contextlib.suppress(TimeoutError):  # who failed never comes
-                self.backend.host_merge(np.ones(1), np.zeros(1), math.inf, self.channel.number)
+                self.backend.host_merge(np.ones(1), np.zeros(1), limit_s, self.channel.number)
         finally:
             self.channel.meeting.release()
 
@@ -140,7 +145,8 @@ class Agreement:
     ) -> Vectors:
         if self.parts:
             _MET.add(self)
-        if not self.channel.meeting.acquire(timeout=min(self._patience_s, threading.TIMEOUT_MAX)):
+        if not self._alone():
+            self._left = True  # there is nobody to leave
             raise self._in_vain(what, self._patience_s, "they have not left the epoch before")
         try:
             if self.parts:
@@ -162,6 +168,10 @@ class Agreement:
             raise self._in_vain(what, time.monotonic() - began, error) from error
         finally:
             self.seconds += time.monotonic() - began
+
+    def _alone(self) -> bool:
+        """Whether the channel is this thread's now, and not still another's when the limit was over."""
+        return self.channel.meeting.acquire(timeout=min(self._patience_s, threading.TIMEOUT_MAX))
 
     @property
     def _patience_s(self) -> float:
@@ -197,9 +207,5 @@ _MET: weakref.WeakSet[Agreement] = weakref.WeakSet()  # those that other workers
 
 @atexit.register
 def _leave_all() -> None:
-    """As a process ends, where no iterator was closed."""
-    met = list(_MET)
-    for agreement in met:
-        agreement.leave()
-    for agreement in met:
-        agreement.join(_EXIT_WITHIN_S)
+    for agreement in list(_MET):  # where no iterator was closed
+        agreement.exit(_EXIT_WITHIN_S)
