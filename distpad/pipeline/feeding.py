@@ -88,6 +88,9 @@ def dataset(
         made = made.apply(tf.data.experimental.assert_cardinality(number))
     options = tf.data.Options()
     options.experimental_optimization.inject_prefetch = False  # what was handed out is what was asked for
+    # There is nothing to tune. And the thread that would do so may sleep through the iterator's end, for up to a minute:
+    # TensorFlow wakes it before it says that all is cancelled. Whoever collects the iterator waits, with Python's lock.
+    options.autotune.enabled = False
     return made.with_options(options)
 
 

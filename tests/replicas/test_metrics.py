@@ -392,6 +392,7 @@ def test_compiled(world, mask_by):
         columns.append((batch["y"] >= 0).astype("float32"))
     data = tf.data.Dataset.from_tensor_slices(tuple(columns)).batch(-(-len(dealt) // 2) if ranks else 4)
     options = tf.data.Options()
+    options.autotune.enabled = False  # see distpad/pipeline/feeding.py
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
     data = data.with_options(options)
     with world.scope():
