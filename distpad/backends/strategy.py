@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,8 @@ class StrategyBackend(base.Backend):
     """The replicas of a ``tf.distribute.Strategy``; its optimisers sum their gradients.
 
     Args:
-      strategy: a synchronous strategy. All of a worker's collectives must come from one thread.
+      strategy: a synchronous strategy. All of a worker's collectives must come from one thread, but for
+        what feeds Keras's fit.
 
     Raises:
       TypeError: no strategy. ValueError: a parameter server strategy, whose steps are not synchronous.
@@ -59,7 +59,6 @@ class StrategyBackend(base.Backend):
         self.num_replicas = strategy.num_replicas_in_sync
         self.num_workers, self.worker_index, hosts = _workers(strategy)
         _hold_promises(strategy, self.num_workers, hosts)
-        self._numbers: dict[int, Iterator[int]] = {}  # of the exchanges on each channel
         self._sums: dict[float | None, Callable[[Any], Any]] = {}  # by their time limits
 
     def in_replica(self) -> bool:
@@ -166,27 +165,37 @@ class StrategyBackend(base.Backend):
         self, maxima: np.ndarray, sums: np.ndarray, limit_s: float, channel: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Beside the steps, whose collectives are in groups of the strategy's: in a group of its own, from any thread.
-        They are paired by their numbers."""
-        numbers = self._numbers.setdefault(channel, itertools.count())
+        It waits in a thread of its own: TensorFlow spends one that sleeps on each limit, until that is over, and
+        then aborts all collectives of the process."""
         host = tf.DeviceSpec.from_string(self.strategy.extended.worker_devices[0])
+        done: list[Any] = []
 
         def reduced(array: np.ndarray, operation: str) -> np.ndarray:
             return tf.raw_ops.CollectiveReduceV2(
                 input=tf.constant(array, tf.float64),
                 group_size=self.num_workers,
                 group_key=_GROUPS + channel,
-                instance_key=next(numbers),
+                instance_key=2 * len(array) + (operation == "Max"),  # TensorFlow keeps what it knows of each
                 ordering_token=[],
                 merge_op=operation,
                 final_op="Id",
-                timeout_seconds=0 if limit_s == math.inf else limit_s,  # 0: none
             ).numpy()
 
-        try:
-            with tf.device(host.replace(device_type="CPU", device_index=0).to_string()):
-                return reduced(maxima, "Max"), reduced(sums, "Add")
-        except tf.errors.OpError as error:
-            raise TimeoutError(str(error)) from error
+        def exchange() -> None:
+            try:
+                with tf.device(host.replace(device_type="CPU", device_index=0).to_string()):
+                    done.append((reduced(maxima, "Max"), reduced(sums, "Add")))
+            except Exception as error:
+                done.append(error)
+
+        waiting = threading.Thread(target=exchange, daemon=True, name="distpad-exchange")
+        waiting.start()
+        waiting.join(min(limit_s, threading.TIMEOUT_MAX))
+        if not done:
+            raise TimeoutError(f"the other workers did not come within {limit_s:g} s")
+        if isinstance(done[0], Exception):
+            raise TimeoutError(str(done[0])) from done[0]
+        return done[0]
 
     @property
     def fit_looks_at(self) -> int:  # type: ignore[override]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import dataclasses
 import logging
@@ -19,7 +18,6 @@ from distpad import backends
 from distpad.errors import DistpadError, PeerError
 from distpad.pipeline import plan
 
-_EXIT_WITHIN_S = 10.0  # how long a process that ends waits for others to hear that it has left
 _TEXT = 1024  # bytes of an error that peers are shown
 _LOG = logging.getLogger("distpad")
 Vectors = tuple[np.ndarray, np.ndarray]
@@ -108,21 +106,22 @@ class Agreement:
 
     def leave(self) -> None:
         """Tell the others of it, who may have come to an exchange already; not where one of them was first. Waits for
-        the exchange that this worker is at, not for the others to leave."""
-        if self._is_leaving():
+        the exchange that this worker is at, not for the others to leave; and not where the channel is not free within
+        the limit."""
+        if self._is_leaving(self._patience_s):
             self._telling = threading.Thread(target=self._tell_all, args=(math.inf,), daemon=True, name="distpad-leave")
             self._telling.start()
 
-    def exit(self, limit_s: float) -> None:
-        """As ``leave``, where the process ends: wait so long for the others to hear of it."""
-        if self._is_leaving():
-            self._tell_all(limit_s)
+    def exit(self, until: float) -> None:
+        """As ``leave``, when the process ends: wait for the others to hear of it until then, by the monotonic clock."""
+        if self._is_leaving(max(0.0, until - time.monotonic())):
+            self._tell_all(max(0.0, until - time.monotonic()))
         elif self._telling:
-            self._telling.join(limit_s)
+            self._telling.join(max(0.0, until - time.monotonic()))
 
-    def _is_leaving(self) -> bool:
+    def _is_leaving(self, limit_s: float) -> bool:
         """Whether the others are to be told. Then the channel is this worker's, until they were."""
-        if self not in _MET or self._left or not self._alone():
+        if self not in _MET or self._left or not self._alone(limit_s):
             return False
         leaving, self._left = not self._left, True
         if not leaving:
@@ -131,7 +130,8 @@ class Agreement:
 
     def _tell_all(self, limit_s: float) -> None:
         try:
-            with contextlib.suppress(TimeoutError):  # who failed never comes
+            # who failed never comes; and a Python that ends may start no thread any more
+            with contextlib.suppress(TimeoutError, RuntimeError):
                 self.backend.host_merge(np.ones(1), np.zeros(1), limit_s, self.channel.number)
         finally:
             self.channel.meeting.release()
@@ -145,7 +145,7 @@ class Agreement:
     ) -> Vectors:
         if self.parts:
             _MET.add(self)
-        if not self._alone():
+        if not self._alone(self._patience_s):
             self._left = True  # there is nobody to leave
             raise self._in_vain(what, self._patience_s, "they have not left the epoch before")
         try:
@@ -169,9 +169,9 @@ class Agreement:
         finally:
             self.seconds += time.monotonic() - began
 
-    def _alone(self) -> bool:
+    def _alone(self, limit_s: float) -> bool:
         """Whether the channel is this thread's now, and not still another's when the limit was over."""
-        return self.channel.meeting.acquire(timeout=min(self._patience_s, threading.TIMEOUT_MAX))
+        return self.channel.meeting.acquire(timeout=min(limit_s, threading.TIMEOUT_MAX))
 
     @property
     def _patience_s(self) -> float:
@@ -205,7 +205,7 @@ def raise_differences(agreement: Agreement, text: str, what: str) -> None:
 _MET: weakref.WeakSet[Agreement] = weakref.WeakSet()  # those that other workers may wait for
 
 
-@atexit.register
-def _leave_all() -> None:
-    for agreement in list(_MET):  # where no iterator was closed
-        agreement.exit(_EXIT_WITHIN_S)
+def leave_all(until: float) -> None:
+    """Where the process ends and iterators were not closed: tell the others, until then by the monotonic clock."""
+    for agreement in sorted(_MET, key=lambda met: met.channel.number):  # in the same order on all workers
+        agreement.exit(until)

@@ -101,6 +101,7 @@ class PaddedBatches:
         self._begun = False
         self._running: epoch.Epoch | None = None
         self._counting = threading.Lock()
+        self._before: tuple[int, int, bool] | None = None  # where fit was, before what is running
         self._looked_from: tuple[int, int] | None = None  # where fit looked at batches that it may have dropped
 
     def __iter__(self) -> Iterator[Batch]:
@@ -134,14 +135,20 @@ class PaddedBatches:
         """Close what is running; a thread of tf.data's that is still in it counts no more steps."""
         with self._counting:
             running, self._running = self._running, None
+            self._restore(running)
         if running is not None:
             running.close()
+
+    def _restore(self, running: epoch.Epoch | None) -> None:
+        """Where all are again, if another worker left before this epoch had begun there."""
+        if running is not None and self._before and not running.has_begun:
+            self._epoch, self._step, self._begun = self._before
+        self._before = None
 
     def _position(self) -> dict[str, int]:
         return {"epoch": self._epoch, "step": self._step}
 
-    def _consume(self, running: epoch.Epoch, before: tuple[int, int, bool] | None = None) -> Iterator[Any]:
-        """``before``: where all are again, if another worker left before this epoch had begun there."""
+    def _consume(self, running: epoch.Epoch) -> Iterator[Any]:
         try:
             for batch in running.batches():
                 with self._counting:
@@ -151,13 +158,14 @@ class PaddedBatches:
                     self._features = running.features
                     self._step += 1  # before it is handed out: who saves while training on it has consumed it
                 yield batch
-            if running is not self._running:
-                return
-            if not running.was_left:
+            with self._counting:
+                if running is not self._running:
+                    return
+                if running.was_left:
+                    self._restore(running)
+                    return
                 self._epoch, self._step, self._begun = self._epoch + 1, 0, False
-                running.finish()
-            elif before and not running.has_begun:
-                self._epoch, self._step, self._begun = before
+            running.finish()
         finally:
             running.close()
 
@@ -249,13 +257,15 @@ class PaddedBatches:
                 raise ValueError(errors.sentence("load_state_dict", "state", found, "to be loaded before for_keras"))
             before = self._epoch, self._step, self._begun
             running = first if fresh else self._open(elements)
-            self._begun = True
+            self._begun, self._before = True, before
             self._looked_from, handed = (self._epoch, self._step), 0
-            for element in self._consume(running, before):
+            for element in self._consume(running):
                 handed += 1
                 if handed > self._backend.fit_looks_at:
                     self._looked_from = None
                 yield element
+            if running is not self._running:
+                return False
             if not (is_first and handed < self._backend.fit_looks_at):  # so short that looking reads all of it
                 self._looked_from = None
             return not running.was_left

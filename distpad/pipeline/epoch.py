@@ -61,11 +61,12 @@ class Epoch:
         self._error: BaseException | None = None  # of the last window that was planned
         self._failed_at: int | None = None
         self._begun: plan.Merged | None = None  # the first window
+        self._agreed_on_first = False
 
     @property
     def has_begun(self) -> bool:
-        """Whether all workers have agreed on its first window."""
-        return self._begun is not None
+        """Whether all workers have agreed on its first window, as they all know at the same exchange."""
+        return self._agreed_on_first
 
     def close(self) -> None:
         """End both threads. A collective where the epoch was left early, if ``Backend.leaves_apart``; else none."""
@@ -186,6 +187,7 @@ class Epoch:
             )
 
         def is_last(vectors: agreement.Vectors) -> bool:
+            self._agreed_on_first = True
             merged = merged_of(vectors)
             return merged.is_last and not merged.failure and not self._repeats
 
