@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import tensorflow as tf
+
+_Result = TypeVar("_Result")
 
 
 class Backend(abc.ABC):
@@ -201,3 +204,26 @@ class Backend(abc.ABC):
             )
         total = self.all_reduce_sum(tf.convert_to_tensor(value))
         return total / tf.cast(self.share_scale, total.dtype)
+
+
+def within(limit_s: float, exchange: Callable[[], _Result]) -> _Result:
+    """What a collective of an engine without limits gives: it waits in a thread of its own, and the caller beside it.
+
+    Raises TimeoutError where the others did not come in time, or the collective failed.
+    """
+    done: list[Any] = []
+
+    def run() -> None:
+        try:
+            done.append(exchange())
+        except Exception as error:
+            done.append(error)
+
+    waiting = threading.Thread(target=run, daemon=True, name="distpad-exchange")
+    waiting.start()
+    waiting.join(min(limit_s, threading.TIMEOUT_MAX))
+    if not done:
+        raise TimeoutError(f"the other workers did not come within {limit_s:g} s")
+    if isinstance(done[0], Exception):
+        raise TimeoutError(str(done[0])) from done[0]
+    return done[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -112,25 +111,12 @@ class HorovodBackend(base.Backend):
     def host_merge(
         self, maxima: np.ndarray, sums: np.ndarray, limit_s: float, channel: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
-        # Horovod waits for ever where a rank does not come: so it waits in a thread of its own, and we beside it.
-        # Its collectives are paired by name, whichever thread they come from.
-        done: list[Any] = []
+        def exchange() -> tuple[np.ndarray, np.ndarray]:
+            merged = self._merged(tf.constant(maxima), tf.constant(sums), f"plan_{channel}")
+            return merged[0].numpy(), merged[1].numpy()
 
-        def exchange() -> None:
-            try:
-                merged = self._merged(tf.constant(maxima), tf.constant(sums), f"plan_{channel}")
-                done.append([tensor.numpy() for tensor in merged])
-            except Exception as error:
-                done.append(error)
-
-        waiting = threading.Thread(target=exchange, daemon=True, name="distpad-exchange")
-        waiting.start()
-        waiting.join(min(limit_s, threading.TIMEOUT_MAX))
-        if not done:
-            raise TimeoutError(f"the other ranks did not come within {limit_s:g} s")
-        if isinstance(done[0], Exception):
-            raise TimeoutError(str(done[0])) from done[0]
-        return done[0]
+        # Horovod waits for ever where a rank does not come. Its collectives are paired by name, from whichever thread.
+        return base.within(limit_s, exchange)
 
     @functools.cached_property
     def _merged(self) -> Any:

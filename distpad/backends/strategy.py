@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -164,11 +163,8 @@ class StrategyBackend(base.Backend):
     def _merged_beside(
         self, maxima: np.ndarray, sums: np.ndarray, limit_s: float, channel: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Beside the steps, whose collectives are in groups of the strategy's: in a group of its own, from any thread.
-        It waits in a thread of its own: TensorFlow spends one that sleeps on each limit, until that is over, and
-        then aborts all collectives of the process."""
+        """Beside the steps, whose collectives are in groups of the strategy: in a group of its own, from any thread."""
         host = tf.DeviceSpec.from_string(self.strategy.extended.worker_devices[0])
-        done: list[Any] = []
 
         def reduced(array: np.ndarray, operation: str) -> np.ndarray:
             return tf.raw_ops.CollectiveReduceV2(
@@ -181,21 +177,12 @@ class StrategyBackend(base.Backend):
                 final_op="Id",
             ).numpy()
 
-        def exchange() -> None:
-            try:
-                with tf.device(host.replace(device_type="CPU", device_index=0).to_string()):
-                    done.append((reduced(maxima, "Max"), reduced(sums, "Add")))
-            except Exception as error:
-                done.append(error)
+        def exchange() -> tuple[np.ndarray, np.ndarray]:
+            with tf.device(host.replace(device_type="CPU", device_index=0).to_string()):
+                return reduced(maxima, "Max"), reduced(sums, "Add")
 
-        waiting = threading.Thread(target=exchange, daemon=True, name="distpad-exchange")
-        waiting.start()
-        waiting.join(min(limit_s, threading.TIMEOUT_MAX))
-        if not done:
-            raise TimeoutError(f"the other workers did not come within {limit_s:g} s")
-        if isinstance(done[0], Exception):
-            raise TimeoutError(str(done[0])) from done[0]
-        return done[0]
+        # TensorFlow's own limit costs a sleeping thread until it is over, and aborts all collectives of the process.
+        return base.within(limit_s, exchange)
 
     @property
     def fit_looks_at(self) -> int:  # type: ignore[override]

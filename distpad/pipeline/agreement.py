@@ -52,7 +52,7 @@ class Agreement:
 
     def __init__(self, backend: backends.Backend, slow_after_s: float, limit_s: float, channel: Channel) -> None:
         self.backend, self.slow_after_s, self.limit_s, self.channel = backend, slow_after_s, limit_s, channel
-        self.parts = bool(channel.number) and backend.leaves_apart  # whether who leaves is to tell the others
+        self._parts = bool(channel.number) and backend.leaves_apart  # whether who leaves is to tell the others
         self.seconds = 0.0  # spent in exchanges
         self._left = False
         self._telling: threading.Thread | None = None
@@ -143,13 +143,13 @@ class Agreement:
     def _reduced(
         self, maxima: np.ndarray, sums: np.ndarray, what: str, is_last: Callable[..., bool] = lambda *_: False
     ) -> Vectors:
-        if self.parts:
+        if self._parts:
             _MET.add(self)
         if not self._alone(self._patience_s):
             self._left = True  # there is nobody to leave
             raise self._in_vain(what, self._patience_s, "they have not left the epoch before")
         try:
-            if self.parts:
+            if self._parts:
                 self._left = self._left or self._merged(np.zeros(1), np.zeros(1), what)[0][0] > 0
                 if self._left:
                     raise Left

@@ -101,8 +101,8 @@ class PaddedBatches:
         self._begun = False
         self._running: epoch.Epoch | None = None
         self._counting = threading.Lock()
-        self._before: tuple[int, int, bool] | None = None  # where fit was, before what is running
-        self._looked_from: tuple[int, int] | None = None  # where fit looked at batches that it may have dropped
+        self._began_at = 0, 0  # epoch and step, of what was opened last
+        self._only_looked = False  # whether fit may have dropped all that it was handed since
 
     def __iter__(self) -> Iterator[Batch]:
         yield from self._consume(self._open())  # opened by the first batch: an iterator that nobody uses has no threads
@@ -112,11 +112,11 @@ class PaddedBatches:
 
     def _open(self, elements: feeding.Elements | None = None) -> epoch.Epoch:
         """Begin the next epoch, of batches or of what fit is fed."""
-        self._looked_from = None
+        self._only_looked = False
         self._stop()  # all workers have left that loop
         if self._begun:
             self._epoch, self._step = self._epoch + 1, 0
-        self._begun = True
+        self._begun, self._began_at = True, (self._epoch, self._step)
         running = epoch.Epoch(
             self._backend,
             self._recipe,
@@ -135,15 +135,13 @@ class PaddedBatches:
         """Close what is running; a thread of tf.data's that is still in it counts no more steps."""
         with self._counting:
             running, self._running = self._running, None
-            self._restore(running)
+            if running is not None and not running.has_begun:  # on another worker perhaps it was not even opened
+                self._rewind()
         if running is not None:
             running.close()
 
-    def _restore(self, running: epoch.Epoch | None) -> None:
-        """Where all are again, if another worker left before this epoch had begun there."""
-        if running is not None and self._before and not running.has_begun:
-            self._epoch, self._step, self._begun = self._before
-        self._before = None
+    def _rewind(self) -> None:
+        (self._epoch, self._step), self._begun = self._began_at, False
 
     def _position(self) -> dict[str, int]:
         return {"epoch": self._epoch, "step": self._step}
@@ -162,7 +160,8 @@ class PaddedBatches:
                 if running is not self._running:
                     return
                 if running.was_left:
-                    self._restore(running)
+                    if not running.has_begun:
+                        self._rewind()
                     return
                 self._epoch, self._step, self._begun = self._epoch + 1, 0, False
             running.finish()
@@ -250,24 +249,22 @@ class PaddedBatches:
             fresh = is_first and first is self._running and planned == self._position()
             if not fresh:
                 self._stop()
-            if self._looked_from:
-                (self._epoch, self._step), self._begun = self._looked_from, False
+            if self._only_looked:
+                self._rewind()
             if steps and self._step and not self._begun:
                 found = f"at step {self._step}, when a dataset of {steps} steps an epoch was made already"
                 raise ValueError(errors.sentence("load_state_dict", "state", found, "to be loaded before for_keras"))
-            before = self._epoch, self._step, self._begun
             running = first if fresh else self._open(elements)
-            self._begun, self._before = True, before
-            self._looked_from, handed = (self._epoch, self._step), 0
+            self._begun, self._only_looked, handed = True, True, 0
             for element in self._consume(running):
                 handed += 1
                 if handed > self._backend.fit_looks_at:
-                    self._looked_from = None
+                    self._only_looked = False
                 yield element
             if running is not self._running:
                 return False
             if not (is_first and handed < self._backend.fit_looks_at):  # so short that looking reads all of it
-                self._looked_from = None
+                self._only_looked = False
             return not running.was_left
 
         def feed() -> Iterator[Any]:
@@ -349,7 +346,7 @@ class PaddedBatches:
             raise ValueError(errors.sentence(_NAME, "state's step", step, rule))
         self._stop()
         self._epoch, self._step = number, step
-        self._begun, self._looked_from = False, None
+        self._begun = self._only_looked = False
 
     def _belongs_to(self) -> dict[str, Any]:
         """What a position is a position of: the plan of a sampler, or so many examples of each worker a step."""

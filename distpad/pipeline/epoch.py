@@ -61,12 +61,7 @@ class Epoch:
         self._error: BaseException | None = None  # of the last window that was planned
         self._failed_at: int | None = None
         self._begun: plan.Merged | None = None  # the first window
-        self._agreed_on_first = False
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether all workers have agreed on its first window, as they all know at the same exchange."""
-        return self._agreed_on_first
+        self.has_begun = False  # whether all workers have agreed on it, as they all know at the same exchange
 
     def close(self) -> None:
         """End both threads. A collective where the epoch was left early, if ``Backend.leaves_apart``; else none."""
@@ -174,8 +169,11 @@ class Epoch:
         sizes = 1 + recipe.window * axes, recipe.window * (1 + 2 * losses)
         full = (recipe.batch_size or 0) * self._backend.num_replicas if recipe.drop_remainder else None
 
-        def merged_of(vectors: agreement.Vectors) -> plan.Merged:
-            return plan.merge(
+        merged: plan.Merged | None = None
+
+        def is_last(vectors: agreement.Vectors) -> bool:
+            nonlocal merged
+            merged = plan.merge(
                 *vectors,
                 window=recipe.window,
                 axes=axes,
@@ -185,13 +183,11 @@ class Epoch:
                 accumulate=recipe.accumulate,
                 full_rows=full,
             )
-
-        def is_last(vectors: agreement.Vectors) -> bool:
-            self._agreed_on_first = True
-            merged = merged_of(vectors)
+            self.has_begun = True
             return merged.is_last and not merged.failure and not self._repeats
 
-        merged = merged_of(self._agreement.merge(sizes, report, steps, is_last))
+        self._agreement.merge(sizes, report, steps, is_last)
+        assert merged is not None, "all were ready"
         self._ledger.plan_seconds, self._agreement.seconds = self._ledger.plan_seconds + self._agreement.seconds, 0.0
         read, self._read = self._read, None
         assert read is not None, "the report was made from it"

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
 import itertools
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +11,8 @@ import numpy as np
 import tensorflow as tf
 
 from distpad import errors
-from distpad.pipeline.agreement import Channel, leave_all
+from distpad.pipeline import ending
+from distpad.pipeline.agreement import Channel
 from distpad.pipeline.features import Feature, Features, Name
 from distpad.pipeline.padder import Batch
 from distpad.pipeline.recipe import Recipe
@@ -86,7 +84,7 @@ def dataset(
     epochs: Callable[[], Iterator[Any]], signature: Any, steps: int | None, *, repeats: bool
 ) -> tf.data.Dataset:
     """Each iteration goes through ``epochs()``; ``steps`` are those of every epoch, where they are known."""
-    made = tf.data.Dataset.from_generator(functools.partial(_while_python_runs, epochs), output_signature=signature)
+    made = tf.data.Dataset.from_generator(functools.partial(ending.until_exit, epochs), output_signature=signature)
     if steps or repeats:
         number = tf.data.INFINITE_CARDINALITY if repeats else steps
         made = made.apply(tf.data.experimental.assert_cardinality(number))
@@ -96,48 +94,6 @@ def dataset(
     # TensorFlow wakes it before it says that all is cancelled. Whoever collects the iterator waits, with Python's lock.
     options.autotune.enabled = False
     return made.with_options(options)
-
-
-_EXIT_WITHIN_S = 10.0  # how long a process that ends waits for what feeds fit, and for others to hear that it has left
-_ending = threading.Event()
-_asked = threading.Condition()  # held for an instant, where a thread of tf.data's comes or goes
-_inside = 0  # so many of them are in Python
-_fed = False  # whether any came
-
-
-def _while_python_runs(epochs: Callable[[], Iterator[Any]]) -> Iterator[Any]:
-    """``epochs()``, until the process ends: a thread of tf.data's that is in Python then never gets out of it, and who
-    ends the iterator would wait for it for ever."""
-    global _inside, _fed
-    feed = epochs()
-    try:
-        while True:
-            with _asked:
-                if _ending.is_set():
-                    return
-                _inside, _fed = _inside + 1, True
-            try:
-                element = next(feed)
-            except StopIteration:
-                return
-            finally:
-                with _asked:
-                    _inside -= 1
-                    _asked.notify_all()
-            yield element
-    finally:
-        feed.close()  # type: ignore[attr-defined]
-
-
-@atexit.register
-def _end() -> None:
-    until = time.monotonic() + _EXIT_WITHIN_S
-    _ending.set()
-    leave_all(until)
-    with _asked:
-        _asked.wait_for(lambda: not _inside, timeout=max(0.0, until - time.monotonic()))
-    if _fed:
-        time.sleep(0.2)  # for the way back to TensorFlow
 
 
 def _as_nest(argument: str, given: Any) -> Any:
