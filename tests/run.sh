@@ -2,30 +2,31 @@
 # Sets everything up and runs all test suites on both stacks; CI runs it with --short.
 set -euo pipefail
 
-# name | stacks | those of them that --short takes | time limit in minutes | command, run in the checkout with the
-# environment's programs first on PATH. The longest stands before what runs beside it. `pytests` is pytest with the report
-# that the counts at the end are taken from, `world` the same tests in an engine with so many replicas (tests/worlds.py).
+# name | stacks | those of them that --short takes, and which third of the tests there (none: all) | time limit in minutes |
+# command, run in the checkout with the environment's programs first on PATH. The longest stands before what runs beside
+# it. `pytests` is pytest with the report that the counts at the end are taken from, `world` the same tests in an engine
+# with so many replicas (tests/worlds.py).
 SUITES='
-lint          | current         | current         |  5 | ruff check . && ruff format --check . && mypy distpad && lint_scripts
-single        | current classic | current classic | 15 | pytests tests/single
-local         | current classic |                 | 22 | world local
-onedevice     | current         |                 | 22 | world onedevice
-mirrored:1    | current         |                 | 22 | world mirrored:1
-mirrored:2    | current classic | current classic | 22 | world mirrored:2
-mirrored:4    | current         | current         | 22 | world mirrored:4
-keras:4       | classic         |                 | 22 | world mirrored:4 -k "test_fit_and_evaluate or test_several_outputs"
-multiworker:2 | current classic | current classic | 22 | world multiworker:2
-horovod:2     | current classic | current classic | 22 | world horovod:2
-horovod:3     | current         |                 | 22 | world horovod:3
-mpirun:2      | current         | current         | 22 | world mpirun:2
-k8s           | current         | current         | 60 | tests/k8s/tools.sh && pytests tests/k8s
-launch        | current classic | current         | 20 | pytests tests/launch --ignore tests/launch/test_launcher.py
-launcher      | current         | current         | 20 | pytests tests/launch/test_launcher.py
-cluster       | current         | current         | 35 | launch/environment.sh current --openmpi5 --horovod && pytests tests/cluster
-smoke         | classic         | classic         | 30 | launch/environment.sh classic --openmpi5 --horovod && tests/k8s/tools.sh && pytests -m smoke tests/cluster tests/k8s/test_running.py
-mutants       | current         |                 | 40 | python tests/mutants.py
-examples      | current classic | current         | 30 | pytests tests/examples --ignore tests/examples/test_benchmarks.py
-benchmarks    | current         |                 | 30 | pytests tests/examples/test_benchmarks.py
+lint          | current         | current             |  5 | ruff check . && ruff format --check . && mypy distpad && lint_scripts
+single        | current classic | current classic     | 15 | pytests tests/single
+local         | current classic |                     | 22 | world local
+onedevice     | current         |                     | 22 | world onedevice
+mirrored:1    | current         |                     | 22 | world mirrored:1
+mirrored:2    | current classic | current:1 classic:2 | 22 | world mirrored:2
+mirrored:4    | current         | current:2           | 22 | world mirrored:4
+keras:4       | classic         |                     | 22 | world mirrored:4 -k "test_fit_and_evaluate or test_several_outputs"
+multiworker:2 | current classic | current:2 classic:3 | 22 | world multiworker:2
+horovod:2     | current classic | current:3 classic:1 | 22 | world horovod:2
+horovod:3     | current         |                     | 22 | world horovod:3
+mpirun:2      | current         | current:2           | 22 | world mpirun:2
+k8s           | current         | current:1           | 60 | tests/k8s/tools.sh && pytests tests/k8s
+launch        | current classic | current:1           | 20 | pytests tests/launch --ignore tests/launch/test_launcher.py
+launcher      | current         | current             | 20 | pytests tests/launch/test_launcher.py
+cluster       | current         | current:1           | 35 | launch/environment.sh current --openmpi5 --horovod && pytests tests/cluster
+smoke         | classic         | classic             | 30 | launch/environment.sh classic --openmpi5 --horovod && tests/k8s/tools.sh && pytests -m smoke tests/cluster tests/k8s/test_running.py
+mutants       | current         |                     | 40 | python tests/mutants.py
+examples      | current classic | current             | 30 | pytests tests/examples --ignore tests/examples/test_benchmarks.py
+benchmarks    | current         |                     | 30 | pytests tests/examples/test_benchmarks.py
 '
 
 # what tells that it is here | the Debian package that brings it
@@ -50,8 +51,8 @@ Makes the environments, builds Horovod (3 to 10 minutes a stack, the first time)
 once; what one prints is shown when it ends. Goes on after a failed suite. Exit code 1 where any failed.
 
 Usage: tests/run.sh [--short] [--stack current|classic|all] [--suite NAME...] [--jobs N] [--list]
-  --short     what CI runs: each engine, launcher and feature, on classic what is about TensorFlow; an hour on two
-              cores instead of an hour and a half
+  --short     what CI runs: every engine, launcher and feature, each test of an engine once a stack, in MirroredStrategy,
+              MultiWorkerMirroredStrategy or Horovod; a third of the jobs in clusters, and one by each launcher
   --stack     which of the two stacks (default: all)
   --suite     only these suites
   --jobs      suites that run at once (default: 2, or 1 on a single core)
@@ -159,12 +160,17 @@ finish_one() {
 }
 
 run_stack() {
-  local stack=$1 name stacks short minutes command wanted=() start=$SECONDS
+  local stack=$1 name stacks short minutes command share wanted=() start=$SECONDS
   while IFS='|' read -r name stacks short minutes command; do
     name=$(trim "$name")
-    [[ -z $SHORT ]] || stacks=$short
-    [[ -n $name && " $stacks " == *" $stack "* && " $CHOSEN " == *" $name "* ]] || continue
-    wanted+=("$name|$(trim "$minutes")|$(trim "$command")")
+    [[ -n $name ]] || continue
+    share=
+    if [[ -n $SHORT ]]; then
+      [[ $short =~ $stack(:([123]))? ]] || continue
+      share=${BASH_REMATCH[2]:+${BASH_REMATCH[2]}/3}
+    fi
+    [[ " $stacks " == *" $stack "* && " $CHOSEN " == *" $name "* ]] || continue
+    wanted+=("$name|$(trim "$minutes")|$share|$(trim "$command")")
   done <<<"$SUITES"
   ((${#wanted[@]})) || return 0
   local flags=(--tests)
@@ -176,10 +182,10 @@ run_stack() {
   fi
   row "$stack" setup passed $((SECONDS - start)) 0 0 0 >"$REPORTS/$stack-.row"
   for wanted in "${wanted[@]}"; do
-    IFS='|' read -r name minutes command <<<"$wanted"
+    IFS='|' read -r name minutes share command <<<"$wanted"
     ((${#RUNNING[@]} < JOBS)) || finish_one
-    say "$stack $name: started"
-    run_suite "$stack" "$name" "$minutes" "$command" >"$REPORTS/$stack-$name.out" 2>&1 &
+    say "$stack $name: started${share:+, share $share of its tests}"
+    DISTPAD_SHARE=$share run_suite "$stack" "$name" "$minutes" "$command" >"$REPORTS/$stack-$name.out" 2>&1 &
     RUNNING[$!]="$stack-$name|$command"
   done
   while ((${#RUNNING[@]})); do finish_one; done

@@ -89,7 +89,8 @@ def test_processes_are_found_on_every_host_by_what_they_carry(trio):
     with contextlib.ExitStack() as stack:
         for host, argv, env in [
             (trio[0], ["sleep", "321"], {**os.environ, "JOB": marker}),
-            (trio[1], ["sh", "-c", f"sleep 321; : {marker}"], None),
+            # a single process: a shell's child carries what its shell does until it is another program
+            (trio[1], [sys.executable, "-c", "import time; time.sleep(321)", marker], None),
         ]:
             process = stack.enter_context(host.popen(argv, env=env))
             stack.callback(process.kill)

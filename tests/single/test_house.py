@@ -16,6 +16,7 @@ import sys
 import pytest
 
 import distpad
+import shares
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SOURCES = {
@@ -263,20 +264,39 @@ def test_no_file_names_the_place_where_it_was_written():
 
 
 def suites() -> dict[str, tuple[str, str]]:
-    """Name: stacks, and those of them that --short takes."""
+    """Name: stacks, and those of them that --short takes, each with the third that it takes, if not all."""
     text = (ROOT / "tests" / "run.sh").read_text(encoding="utf-8")
-    rows = re.findall(r"^(\S+) +\|([\w ]+)\|([\w ]+)\| +\d+ \|", text, re.MULTILINE)
+    rows = re.findall(r"^(\S+) +\|([\w ]+)\|([\w: ]+)\| +\d+ \|", text, re.MULTILINE)
     return {name: (stacks, short) for name, stacks, short in rows}
+
+
+def thirds(stack: str) -> dict[str, str]:
+    """Name: the third that --short takes on this stack, "" for all of it."""
+    words = ((name, word.partition(":")) for name, (_, short) in suites().items() for word in short.split())
+    return {name: share for name, (named, _, share) in words if named == stack}
 
 
 @pytest.mark.parametrize("stack", ["current", "classic"])
 def test_ci_runs_every_engine_and_every_kind_of_test(stack):
     """What --short leaves out of a stack is another number of replicas, or runs on the other stack."""
-    chosen = {name for name, (_, short) in suites().items() if stack in short}
-    assert {"single", "mirrored:2", "multiworker:2", "horovod:2"} <= chosen
+    chosen = thirds(stack)
+    assert chosen["single"] == ""
+    assert {chosen[engine] for engine in ("mirrored:2", "multiworker:2", "horovod:2")} == {"1", "2", "3"}
     if stack == "current":
-        assert {"lint", "mpirun:2", "launch", "launcher", "cluster", "examples", "k8s"} <= chosen
-    assert all(set(short.split()) <= set(stacks.split()) for stacks, short in suites().values())
+        assert {"lint", "mpirun:2", "launch", "launcher", "cluster", "examples", "k8s"} <= set(chosen)
+    assert all(set(re.sub(r":\d", "", short).split()) <= set(stacks.split()) for stacks, short in suites().values())
+
+
+def test_an_engine_takes_another_share_on_the_other_stack():
+    for engine in ("mirrored:2", "multiworker:2", "horovod:2"):
+        assert thirds("current")[engine] != thirds("classic")[engine]
+
+
+def test_each_test_is_in_one_share():
+    names = [f"tests/replicas/test_loss.py::test_{number}" for number in range(300)]
+    taken = [[shares.has(f"{number}/3", name) for number in (1, 2, 3)] for name in names]
+    assert all(sum(row) == 1 for row in taken)
+    assert all(70 < sum(column) < 130 for column in zip(*taken))
 
 
 def test_worlds_that_slow_tests_name_are_suites():
