@@ -19,13 +19,13 @@ multiworker:2 | current classic | current:2 classic:3 | 22 | world multiworker:2
 horovod:2     | current classic | current:3 classic:1 | 22 | world horovod:2
 horovod:3     | current         |                     | 22 | world horovod:3
 mpirun:2      | current         | current:2           | 22 | world mpirun:2
-k8s           | current         | current:1           | 60 | tests/k8s/tools.sh && pytests tests/k8s
-launch        | current classic | current:1           | 20 | pytests tests/launch --ignore tests/launch/test_launcher.py
+examples      | current classic | current:2 classic:1 | 30 | pytests tests/examples --ignore tests/examples/test_benchmarks.py
+k8s           | current         | current:3           | 60 | tests/k8s/tools.sh && pytests tests/k8s
+launch        | current classic | current:3           | 20 | pytests tests/launch --ignore tests/launch/test_launcher.py
 launcher      | current         | current             | 20 | pytests tests/launch/test_launcher.py
 cluster       | current         | current:1           | 35 | launch/environment.sh current --openmpi5 --horovod && pytests tests/cluster
 smoke         | classic         | classic             | 30 | launch/environment.sh classic --openmpi5 --horovod && tests/k8s/tools.sh && pytests -m smoke tests/cluster tests/k8s/test_running.py
 mutants       | current         |                     | 40 | python tests/mutants.py
-examples      | current classic | current             | 30 | pytests tests/examples --ignore tests/examples/test_benchmarks.py
 benchmarks    | current         |                     | 30 | pytests tests/examples/test_benchmarks.py
 '
 
@@ -52,7 +52,8 @@ once; what one prints is shown when it ends. Goes on after a failed suite. Exit 
 
 Usage: tests/run.sh [--short] [--stack current|classic|all] [--suite NAME...] [--jobs N] [--list]
   --short     what CI runs: every engine, launcher and feature, each test of an engine once a stack, in MirroredStrategy,
-              MultiWorkerMirroredStrategy or Horovod; a third of the jobs in clusters, and one by each launcher
+              MultiWorkerMirroredStrategy or Horovod; a third of the jobs in clusters, one by each launcher among them;
+              40 minutes on two cores
   --stack     which of the two stacks (default: all)
   --suite     only these suites
   --jobs      suites that run at once (default: 2, or 1 on a single core)
