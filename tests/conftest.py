@@ -8,14 +8,16 @@ import pytest
 
 import shares
 
+WHOLE = ("smoke", "one_engine")  # marks of what is in every share
+
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is in another share. One job by each launcher (the mark smoke) is in all of them."""
+    """Leave out what is in another share."""
     share = os.environ.get("DISTPAD_SHARE")
-    if not share:
-        return
-    others = [item for item in items if not shares.has(share, item.nodeid) and not item.get_closest_marker("smoke")]
-    if others:
+    if share:
+        others = [
+            item for item in items if not (shares.has(share, item.nodeid) or any(map(item.get_closest_marker, WHOLE)))
+        ]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if item not in others]

@@ -53,7 +53,7 @@ once; what one prints is shown when it ends. Goes on after a failed suite. Exit 
 Usage: tests/run.sh [--short] [--stack current|classic|all] [--suite NAME...] [--jobs N] [--list]
   --short     what CI runs: every engine, launcher and feature, each test of an engine once a stack, in MirroredStrategy,
               MultiWorkerMirroredStrategy or Horovod; a third of the jobs in clusters, one by each launcher among them;
-              40 minutes on two cores
+              three quarters of an hour on two cores
   --stack     which of the two stacks (default: all)
   --suite     only these suites
   --jobs      suites that run at once (default: 2, or 1 on a single core)

@@ -280,6 +280,7 @@ def test_a_subclassed_model_that_is_not_built_yet(world, one_kind):
         assert "workers had different variables" in str(certificate)
 
 
+@pytest.mark.one_engine
 def test_workers_with_different_variables_are_told(world, one_kind):
     model, loss = model_in(world), distpad.DistributedLoss(each, backend=world.backend)
     if world.kind not in ("horovod", "mpirun"):
@@ -291,6 +292,7 @@ def test_workers_with_different_variables_are_told(world, one_kind):
     assert certificate.passed and "workers had different variables" in str(certificate)
 
 
+@pytest.mark.one_engine
 def test_batches_that_differ_between_workers_are_refused_by_all(world):
     if not world.several_workers:
         pytest.skip("there is one worker")

@@ -133,6 +133,7 @@ def test_a_label_too_long_is_refused_on_all_replicas(world):
     assert run(world, loss_fn, lambda r: padded(rows_of(r, 0)))  # all go on
 
 
+@pytest.mark.one_engine
 @pytest.mark.parametrize("graph", [True, False])
 def test_a_label_too_long_where_the_step_has_no_exchange(world, graph):
     """Its own replica is named, by whoever raises: in one process that is the step of all."""

@@ -100,6 +100,7 @@ def test_a_loss_of_shape_batch_needs_per_sequence(world):
         world.run(call, lambda r: np.ones([2, 2]), graph=False)
 
 
+@pytest.mark.one_engine
 def test_a_single_process_raises_while_tracing(world):
     """In a tf.function of one process what is known while tracing is a ValueError; it need not wait for a run."""
     if world.several_workers:

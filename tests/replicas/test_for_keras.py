@@ -183,6 +183,7 @@ def test_keras_2_takes_only_what_repeats_with_several_workers_of_a_strategy(worl
         made(world, examples(4), 2).for_keras(x="x", y="y")
 
 
+@pytest.mark.one_engine
 def test_rows_of_several_replicas_of_a_worker_are_dealt_out(world):
     """As where a MultiWorkerMirroredStrategy has several devices a worker, which needs GPUs; the dealing does not."""
     if world.strategy is None or world.backend.replicas_here == 1:

@@ -9,6 +9,7 @@ import tensorflow as tf
 import distpad
 
 WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:3", "mpirun:2")
+pytestmark = pytest.mark.one_engine
 
 LENGTHS = [3, 0, 5, 1, 2, 7, 1, 4, 0, 2, 6]
 

@@ -335,6 +335,7 @@ def test_counts_beyond_what_float32_holds(world):
     close(metric.result(), 11 / (11 + 2**24))
 
 
+@pytest.mark.one_engine
 def test_made_outside_the_scope(world):
     """Such a metric would count what one replica saw, or none knows which."""
     if world.kind != "mirrored" or world.num_replicas == 1:

@@ -11,6 +11,7 @@ import oracle
 from keras_world import KERAS, around_model, fit_optimizer, model_class, needs_help, steps_dataset
 
 WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2")
+pytestmark = pytest.mark.one_engine
 
 ROWS, STEPS, RATE = 8, 3, 0.5
 LIMITS = {"clipnorm": 0.05, "global_clipnorm": 0.07, "clipvalue": 0.02}  # below what the gradients have
