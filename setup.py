@@ -15,7 +15,7 @@ EXTRAS = {
     "addons": ["tensorflow-addons>=0.23"],  # for TensorFlow 2.15 alone; its life ended in May 2024
     "horovod": ["horovod>=0.28.1"],  # better: launch/install_horovod.sh, which builds it for the TensorFlow at hand
     "plots": ["matplotlib>=3.7"],
-    "tensorboard": ["tensorboard>=2.15"],  # for Ledger.callback and Ledger.write
+    "tensorboard": ["tensorboard>=2.15"],  # for PaddingStats.callback and PaddingStats.write
     "examples": ["matplotlib>=3.7", "pillow>=10", "scikit-learn>=1.3", "scipy>=1.9", "tqdm>=4.65"],
     "dev": ["hypothesis>=6", "mypy>=1.8", "pytest>=7", "pytest-timeout>=2.2", "ruff>=0.4"],
 }

@@ -30,7 +30,7 @@ examples:
 """
 WINDOWS = (4, 16, 32, 128)
 FEATURES, CLASSES = 16, 32
-LADDER = distpad.Ladder([16, 32, 64])
+BUCKETS = distpad.Buckets([16, 32, 64])
 PADDING = {"x": distpad.Pad(), "y": distpad.Pad()}
 
 
@@ -48,11 +48,11 @@ def main() -> None:
     trainer = engine.Trainer(backend, functools.partial(model, options.units), functools.partial(loss, backend))
     held = examples(backend, options.steps * options.batch_size * backend.replicas_here)
     make = functools.partial(
-        distpad.PaddedBatches, held, options.batch_size, padding=PADDING, tokens="y", ladder=LADDER
+        distpad.PaddedBatches, held, options.batch_size, padding=PADDING, tokens="y", buckets=BUCKETS
     )
     oracle = knowing(backend)
     contenders: dict[str, Callable[[], Iterator[Any]]] = {"the oracle": make(backend=oracle).__iter__}
-    contenders |= {f"a window of {n}": make(window=n, backend=backend).__iter__ for n in WINDOWS}
+    contenders |= {f"a window of {n}": make(lookahead=n, backend=backend).__iter__ for n in WINDOWS}
     contenders["an exchange in each step"] = functools.partial(blocking, backend, held, options.batch_size)
     for batches in contenders.values():  # traces, and tells the oracle
         run(trainer, batches)
@@ -142,7 +142,7 @@ def blocking(backend: backends.Backend, held: list[dict[str, np.ndarray]], size:
             lengths = np.array([len(row["y"]) for row in rows], np.int32)
             maxima, sums = np.array([float(lengths.max())]), np.array([float(lengths.sum()), float(len(rows))])
             maxima, sums = backend.host_merge(maxima, sums, 600.0)
-            length = LADDER(int(maxima[0]))
+            length = BUCKETS(int(maxima[0]))
             data = {name: distpad.pad([row[name] for row in rows], length=length).values for name in ("x", "y")}
             indices = np.arange(step * size, (step + 1) * size)
             counts = distpad.Counts(np.float64(sums[0]), np.float64(sums[1]))

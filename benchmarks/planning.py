@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How long the plans take that every worker computes by itself: the best ladder, and an epoch of a LengthSampler."""
+"""How long the plans take that every worker computes by itself: the best buckets, and an epoch of a LengthSampler."""
 
 from __future__ import annotations
 
@@ -35,18 +35,20 @@ def main() -> None:
     random = np.random.default_rng(0)
     lengths = np.clip(random.lognormal(5, 1, options.examples).astype(int), 16, 1024)
     different = random.permutation(10 * 100_000)[:100_000] + 1  # no two alike: the hardest case
-    ladder = distpad.Ladder.from_lengths(lengths, 6)
+    buckets = distpad.Buckets.from_lengths(lengths, 6)
     epochs = iter(range(10**6))  # another each time: plans are kept
 
     def planned(**size: int) -> Callable[[], object]:
-        sampler = distpad.LengthSampler(lengths, ladder=ladder, **size)
+        sampler = distpad.LengthSampler(lengths, buckets=buckets, **size)
         return lambda: sampler.plan(next(epochs))
 
     table = Table(title=f"Seconds, medians of {options.rounds}", title_justify="left")
     table.add_column("what")
     table.add_column("seconds", justify="right")
     for name, work in {
-        "Ladder.from_lengths, 100,000 different lengths, 8 rungs": lambda: distpad.Ladder.from_lengths(different, 8),
+        "Buckets.from_lengths, 100,000 different lengths, 8 boundaries": lambda: distpad.Buckets.from_lengths(
+            different, 8
+        ),
         f"LengthSampler, {options.examples:,} lengths, made anew": lambda: planned(global_batch_size=256),
         f"an epoch of {options.examples:,}, 256 examples a step": planned(global_batch_size=256),
         f"an epoch of {options.examples:,}, 65,536 tokens a step": planned(max_tokens=65_536),

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The first epoch with a ladder and without: every new shape of a batch is a trace of the step, a compilation by XLA.
+"""The first epoch with buckets and without: every new shape of a batch is a trace of the step, a compilation by XLA.
 
 The batches have two ragged features, pictures and labels. Each run makes a model anew and trains it for one epoch.
 """
@@ -30,8 +30,8 @@ examples:
 """
 SIZE, HEIGHT, CLASSES, UNITS = 8, 16, 32, 64
 PADDING = {"image": distpad.Pad(), "label": distpad.Pad()}
-RUNGS = 6
-LADDER = f"a ladder of {RUNGS}"
+BOUNDARIES = 6
+BUCKETS = f"buckets of {BOUNDARIES}"
 
 
 def main() -> None:
@@ -46,15 +46,17 @@ def main() -> None:
 
     backend = engine.start()
     count = options.steps * SIZE * backend.replicas_here
-    held = [drawn(worker, count) for worker in range(backend.num_workers)]  # everyone's, so that all make one ladder
+    held = [
+        drawn(worker, count) for worker in range(backend.num_workers)
+    ]  # everyone's, so that all have the same buckets
     lengths = {name: [len(example[name]) for part in held for example in part] for name in PADDING}
-    ladders = {name: distpad.Ladder.from_lengths(found, RUNGS) for name, found in lengths.items()}
+    buckets = {name: distpad.Buckets.from_lengths(found, BOUNDARIES) for name, found in lengths.items()}
     said: dict[str, str] = {}
 
-    def first_epoch(name: str, ladder: dict[str, distpad.Ladder] | None, jit_compile: bool) -> float:
+    def first_epoch(name: str, buckets: dict[str, distpad.Buckets] | None, jit_compile: bool) -> float:
         trainer = engine.Trainer(backend, model, functools.partial(loss, backend), jit_compile=jit_compile)
         mine = held[backend.worker_index]
-        batches = distpad.PaddedBatches(mine, SIZE, padding=PADDING, tokens="label", ladder=ladder, backend=backend)
+        batches = distpad.PaddedBatches(mine, SIZE, padding=PADDING, tokens="label", buckets=buckets, backend=backend)
         began, at = time.perf_counter(), []
         for step, batch in enumerate(batches):
             before = trainer.step.experimental_get_tracing_count()
@@ -71,11 +73,11 @@ def main() -> None:
         return seconds
 
     contenders = {
-        f"{name}{how}": functools.partial(first_epoch, f"{name}{how}", ladder, jit)
+        f"{name}{how}": functools.partial(first_epoch, f"{name}{how}", buckets, jit)
         for how, jit in (("", False), (", XLA", True))
-        for name, ladder in ((LADDER, ladders), ("no ladder", None))
+        for name, buckets in ((BUCKETS, buckets), ("no buckets", None))
     }
-    figures = rounds.take_turns(contenders, LADDER, options.rounds, quiet=backend.worker_index > 0)
+    figures = rounds.take_turns(contenders, BUCKETS, options.rounds, quiet=backend.worker_index > 0)
     if backend.worker_index == 0:
         title = f"first epoch of {options.steps} steps, {backend.num_workers} workers ({backend.name})"
         rounds.show(title, "seconds", figures)

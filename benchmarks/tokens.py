@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Real positions a second: batches of similar lengths on a short ladder against the usual ways to pad.
+"""Real positions a second: batches of similar lengths in a few buckets against the usual ways to pad.
 
 All train the same model on the same examples each epoch, 16 a replica: shuffled and padded by tf.data to the longest of
-a replica's own batch, or to the longest of the data set; and by LengthSampler and PaddedBatches with a ladder of 6, by
+a replica's own batch, or to the longest of the data set; and by LengthSampler and PaddedBatches with buckets of 6, by
 number of examples and by a token budget. Then the spread of the steps' times, which is what other workers wait for: as
 timed, and with each step at the median of all steps of its shape, which leaves out what else the machine did.
 """
@@ -33,7 +33,7 @@ examples:
   launch/multiworker.sh -np 2 -- python benchmarks/tokens.py --set docstrings --rounds 3
 """
 SIZE = 16  # examples per replica
-RUNGS = 6
+BOUNDARIES = 6
 OWN, LONGEST = "padded_batch, own longest", "padded_batch, longest of all"
 
 
@@ -49,15 +49,15 @@ def main() -> None:
     backend = engine.start()
     data = sequences.SETS[options.set](options.examples)
     lengths = np.array([len(item) - 1 for item in data])  # a position predicts the character behind it
-    ladder = distpad.Ladder.from_lengths(lengths, RUNGS)
+    buckets = distpad.Buckets.from_lengths(lengths, BOUNDARIES)
     everyone = SIZE * backend.num_replicas
     budget = everyone * 256
     examples, tokens = f"LengthSampler, {everyone} examples", f"LengthSampler, {budget:,} tokens"
     sources: dict[str, Iterable[Any]] = {
         OWN: shuffled(backend, data, None),
         LONGEST: shuffled(backend, data, int(lengths.max())),
-        examples: grouped(backend, data, ladder, lengths, global_batch_size=everyone),
-        tokens: grouped(backend, data, ladder, lengths, max_tokens=budget),
+        examples: grouped(backend, data, buckets, lengths, global_batch_size=everyone),
+        tokens: grouped(backend, data, buckets, lengths, max_tokens=budget),
     }
     ours = engine.Trainer(backend, model, functools.partial(our_loss, backend))
     any_length = dict.fromkeys("xy", tf.TensorSpec([SIZE, None], tf.int64))
@@ -75,7 +75,7 @@ def main() -> None:
     if not chief:
         return
     who = f"{backend.num_workers} workers ({backend.name})"
-    title = f"{options.set}, {who}, {options.rounds} epochs of {len(data)} examples, a ladder of {RUNGS}"
+    title = f"{options.set}, {who}, {options.rounds} epochs of {len(data)} examples, buckets of {BOUNDARIES}"
     rounds.show(title, "1000 positions a second", figures, scale=1e-3)
     spread = Table(title="Times of the steps of an epoch", title_justify="left")
     for heading in ("contender", "steps", "shapes", "median, ms", "90th percentile over median", "by shape"):
@@ -139,12 +139,12 @@ def shuffled(backend: backends.Backend, data: list[np.ndarray], length: int | No
 
 
 def grouped(
-    backend: backends.Backend, data: list[np.ndarray], ladder: distpad.Ladder, lengths: np.ndarray, **size: int
+    backend: backends.Backend, data: list[np.ndarray], buckets: distpad.Buckets, lengths: np.ndarray, **size: int
 ) -> distpad.PaddedBatches:
-    sampler = distpad.LengthSampler(lengths, ladder=ladder, **size)
+    sampler = distpad.LengthSampler(lengths, buckets=buckets, **size)
     source = [{"x": item[:-1], "y": item[1:]} for item in data]
     padding = {"x": distpad.Pad(), "y": distpad.Pad()}
-    return distpad.PaddedBatches((source, sampler), padding=padding, tokens="y", ladder=ladder, backend=backend)
+    return distpad.PaddedBatches((source, sampler), padding=padding, tokens="y", buckets=buckets, backend=backend)
 
 
 def rate(step: Callable[[Any], Any], source: Iterable[Any], times: list[Any], positions: int) -> float:

@@ -21,7 +21,7 @@ _ROOMS = {
     "DistributedOptimizer": "optimizers",
     "ElasticState": "backends",
     "GradientAccumulator": "accumulation",
-    "Ladder": "ladder",
+    "Buckets": "buckets",
     "LengthSampler": "sampling",
     "Pad": "pipeline",
     "Padded": "padding",
@@ -61,6 +61,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
     from distpad import metrics as metrics
     from distpad.accumulation import GradientAccumulator as GradientAccumulator
     from distpad.backends import ElasticState as ElasticState
+    from distpad.buckets import Buckets as Buckets
     from distpad.certificate import Certificate as Certificate
     from distpad.certificate import certify as certify
     from distpad.clipping import clip_by_global_norm as clip_by_global_norm
@@ -75,7 +76,6 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
     from distpad.gradients import global_value as global_value
     from distpad.gradients import gradient as gradient
     from distpad.gradients import scale_regularization as scale_regularization
-    from distpad.ladder import Ladder as Ladder
     from distpad.losses import DistributedLoss as DistributedLoss
     from distpad.optimizers import DistributedOptimizer as DistributedOptimizer
     from distpad.padding import Padded as Padded

@@ -21,9 +21,10 @@ class GradientAccumulator:
     replica: ``add`` and ``take`` may be in one ``tf.function`` or in two, so that no more than one micro-batch is held
     in memory.
 
-    What the loss is divided by must span them all. Where it is known beforehand, as ``PaddedBatches(accumulate=...)``
-    counts it, give it to the loss: ``denominator=batch.counts``. Else let the loss sum, by ``denominator=1``, and give
-    each micro-batch's count to ``add``: ``take`` divides by the counts of all micro-batches of all replicas.
+    What the loss is divided by must span them all. Where it is known beforehand, as
+    ``PaddedBatches(accumulation_steps=...)`` counts it, give it to the loss: ``denominator=batch.counts``. Else let the
+    loss sum, by ``denominator=1``, and give each micro-batch's count to ``add``: ``take`` divides by the counts of all
+    micro-batches of all replicas.
 
     Args:
       variables: a list of TensorFlow or Keras variables.

@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from distpad import assembly, backends, errors, exchange, fitting, masking, nests
-from distpad.ladder import Ladder
+from distpad.buckets import Buckets
 from distpad.padding import Padded
 
 
@@ -18,7 +18,7 @@ def pad_to_global_max(
     axis: Any = 1,
     value: Any = 0,
     lengths: Any = None,
-    ladder: Ladder | None = None,
+    buckets: Buckets | None = None,
     backend: Any = None,
 ) -> Padded:
     """Pad each replica's tensors to the longest of all replicas, behind what is there.
@@ -32,7 +32,7 @@ def pad_to_global_max(
       value: what it is padded with, a number or a nest of them.
       lengths: the real length of each row, ``[batch]`` whole numbers, or a nest of them (None: all of that tensor is
         real).
-      ladder: rounds the agreed length up to a rung.
+      buckets: rounds the agreed length up to a boundary.
       backend: left out, it is detected (``distpad.backends.resolve``).
 
     Returns:
@@ -42,23 +42,23 @@ def pad_to_global_max(
 
     Raises:
       ValueError: on all replicas, when ranks or dtypes differ between them, an axis is out of range, a length is
-        negative or above the tensor's own, or the agreed length is above the ladder's last rung. Inside a
+        negative or above the tensor's own, or the agreed length is above the buckets' last boundary. Inside a
         ``tf.function`` the same is a ``tf.errors.InvalidArgumentError``.
       TypeError: ``value`` does not fit a tensor's dtype.
 
     Collective: all replicas call this the same number of times; one all-reduce, however many tensors.
 
     >>> labels = tf.constant([[1, 2], [3, 0]])
-    >>> padded = pad_to_global_max({"label": labels}, lengths={"label": [2, 1]}, ladder=Ladder([4]))
+    >>> padded = pad_to_global_max({"label": labels}, lengths={"label": [2, 1]}, buckets=Buckets([4]))
     >>> padded.values["label"].numpy().tolist(), padded.mask["label"].numpy().tolist()[1]
     ([[1, 2, 0, 0], [3, 0, 0, 0]], [True, False, False, False])
     """
     function = "pad_to_global_max"
     resolved = backends.resolve(backend, function=function)
-    if not isinstance(ladder, (Ladder, type(None))):
-        raise TypeError(errors.sentence(function, "ladder", repr(ladder), "a distpad.Ladder"))
+    if not isinstance(buckets, (Buckets, type(None))):
+        raise TypeError(errors.sentence(function, "buckets", repr(buckets), "a distpad.Buckets"))
     leaves, complaint = nests.leaves_of(function, tensors, axis, value, lengths)
-    longest, _ = _agree(resolved, function, leaves, complaint, ladder, rows=None, gathers=False)
+    longest, _ = _agree(resolved, function, leaves, complaint, buckets, rows=None, gathers=False)
     return _packed(tensors, [_pad(leaf, to) for leaf, to in zip(leaves, longest)])
 
 
@@ -131,7 +131,7 @@ def _agree(
     function: str,
     leaves: list[nests.Leaf],
     complaint: Exception | None,
-    ladder: Ladder | None,
+    buckets: Buckets | None,
     rows: Any,
     gathers: bool,
 ) -> tuple[list[tf.Tensor], Any]:
@@ -164,7 +164,7 @@ def _agree(
         rows, complaint = first, complaint or error
     rules.append(exchange.Rule("rows are expected to be from 0 to the rows that are there", rows, _within(rows, first)))
     table = exchange.exchange(backend, function, payload, rules, complaint)
-    longest = [_on_ladder(backend, function, tf.reduce_max(table[:, i]), ladder) for i in range(len(leaves))]
+    longest = [_bucketed(backend, function, tf.reduce_max(table[:, i]), buckets) for i in range(len(leaves))]
     return longest, rows
 
 
@@ -197,20 +197,20 @@ def _within(rows: Any, limit: Any) -> tf.Tensor:
     return tf.logical_and(rows >= 0, rows <= tf.cast(limit, tf.int64))
 
 
-def _on_ladder(backend: backends.Backend, function: str, length: tf.Tensor, ladder: Ladder | None) -> tf.Tensor:
-    """The rung at or above an agreed length, in the graph too."""
+def _bucketed(backend: backends.Backend, function: str, length: tf.Tensor, buckets: Buckets | None) -> tf.Tensor:
+    """The boundary at or above an agreed length, in the graph too."""
     length = tf.cast(length, tf.int32)
-    if ladder is None:
+    if buckets is None:
         return length
-    rungs, last = tf.constant(ladder.boundaries), ladder.boundaries[-1]
+    boundaries, last = tf.constant(buckets.boundaries), buckets.boundaries[-1]
     above = -(-length // last) * last
-    if ladder.beyond == "raise":
+    if buckets.beyond == "raise":
         rule = exchange.Rule(
-            f"length is above the last rung of the ladder, expected at most {last}", length, length <= last
+            f"length is above the last boundary of the buckets, expected at most {last}", length, length <= last
         )
         exchange.enforce(backend, function, [rule])
-    at = tf.minimum(tf.searchsorted(rungs, [length])[0], len(ladder.boundaries) - 1)
-    return tf.where(length <= last, rungs[at], above)
+    at = tf.minimum(tf.searchsorted(boundaries, [length])[0], len(buckets.boundaries) - 1)
+    return tf.where(length <= last, boundaries[at], above)
 
 
 def _pad(leaf: nests.Leaf, to: tf.Tensor) -> Padded:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from distpad import errors
-from distpad.ladder import Ladder
+from distpad.buckets import Buckets
 
 _PLANS = 2  # epochs that are kept: the one that runs, and the one that is read ahead
 
@@ -24,17 +24,17 @@ class LengthSampler:
       lengths: ``[examples]`` whole numbers from 0 on.
       global_batch_size: examples of a step, over all replicas of all workers.
       max_tokens: instead, positions of a step with their padding, over all replicas: a step has as many rows as its
-        rung allows, at least one.
-      ladder: what lengths are padded to; without it, a step is padded to its longest example. With ``max_tokens`` all
-        steps of one rung have the same shape.
+        boundary allows, at least one.
+      buckets: what lengths are padded to; without it, a step is padded to its longest example. With ``max_tokens`` all
+        steps of one boundary have the same shape.
       shuffle: False: examples and steps in the order of the data set, as an evaluation wants them.
       seed: with the epoch, all that the plan depends on.
-      randomness: from 0, sorted by rung (equal ones at random: they pad alike) or without a ladder by length, to 1,
+      randomness: from 0, sorted by boundary (equal ones at random: they pad alike) or without buckets by length, to 1,
         fully shuffled. In between, an example's place is ``(1 - randomness) * rank + randomness * chance``.
 
     Raises:
       ValueError: neither or both of ``global_batch_size`` and ``max_tokens``; a number out of range; a length above the
-        ladder or, with its padding, above ``max_tokens``. TypeError: no whole numbers.
+        buckets or, with its padding, above ``max_tokens``. TypeError: no whole numbers.
 
     Source: grouping by length and token budgets as in fairseq (M. Ott et al., NAACL 2019).
 
@@ -49,7 +49,7 @@ class LengthSampler:
         *,
         global_batch_size: int | None = None,
         max_tokens: int | None = None,
-        ladder: Ladder | None = None,
+        buckets: Buckets | None = None,
         shuffle: bool = True,
         seed: int = 0,
         randomness: float = 0.05,
@@ -61,20 +61,20 @@ class LengthSampler:
         self.global_batch_size = _whole_or_none("global_batch_size", global_batch_size)
         self.max_tokens = _whole_or_none("max_tokens", max_tokens)
         self.seed = _whole("seed", seed)
-        if not isinstance(ladder, (Ladder, type(None))):
-            raise TypeError(_sentence("ladder", repr(ladder), "a distpad.Ladder"))
+        if not isinstance(buckets, (Buckets, type(None))):
+            raise TypeError(_sentence("buckets", repr(buckets), "a distpad.Buckets"))
         self.randomness = errors.real_number("LengthSampler", "randomness", randomness)
         if not 0 <= self.randomness <= 1:
             raise ValueError(_sentence("randomness", randomness, "from 0 to 1"))
-        self.ladder = ladder
+        self.buckets = buckets
         self.shuffle = bool(shuffle)
         sizes, where = np.unique(self.lengths, return_inverse=True)
-        rungs = [ladder(int(size)) if ladder else int(size) for size in sizes]
-        self._rungs = np.array(rungs, np.int64)[where.reshape(-1)]  # of each example
-        if self.max_tokens is not None and len(self.lengths) and self._rungs.max() > self.max_tokens:
-            longest = int(self._rungs.argmax())
-            found = f"Example {longest} has {self.lengths[longest]} positions, {self._rungs[longest]} with its padding."
-            raise ValueError(_sentence("max_tokens", self.max_tokens, f"at least {self._rungs.max()}", found))
+        boundaries = [buckets(int(size)) if buckets else int(size) for size in sizes]
+        self._boundaries = np.array(boundaries, np.int64)[where.reshape(-1)]  # of each example
+        if self.max_tokens is not None and len(self.lengths) and self._boundaries.max() > self.max_tokens:
+            longest = int(self._boundaries.argmax())
+            found = f"Example {longest} has {self.lengths[longest]} positions, {self._boundaries[longest]} padded."
+            raise ValueError(_sentence("max_tokens", self.max_tokens, f"at least {self._boundaries.max()}", found))
         self._plans: dict[int, tuple[np.ndarray, ...]] = {}  # the last that were asked for
 
     def plan(self, epoch: int) -> list[np.ndarray]:
@@ -95,19 +95,19 @@ class LengthSampler:
         return Shard(self, worker_index, num_workers)
 
     def rows(self, step: np.ndarray, num_workers: int) -> int:
-        """The rows that each worker gets of a step: as many on all, so that the shape depends on the rung alone."""
-        return -(-self._rows_of(int(self._rungs[step].max())) // num_workers)
+        """The rows that each worker gets of a step: as many on all, so that the shape depends on the boundary alone."""
+        return -(-self._rows_of(int(self._boundaries[step].max())) // num_workers)
 
     def fingerprint(self) -> str:
         """What a saved position belongs to: the same lengths and options give the same plans."""
-        options = (self.global_batch_size, self.max_tokens, self.ladder, self.shuffle, self.seed, self.randomness)
+        options = (self.global_batch_size, self.max_tokens, self.buckets, self.shuffle, self.seed, self.randomness)
         return hashlib.sha256(repr(options).encode() + self.lengths.tobytes()).hexdigest()[:16]
 
-    def _rows_of(self, rung: int) -> int:
+    def _rows_of(self, boundary: int) -> int:
         """How many examples a global step of this padded length has room for."""
         if self.max_tokens is None:
             return self.global_batch_size or 0  # one of the two is given
-        return self.max_tokens // max(rung, 1)
+        return self.max_tokens // max(boundary, 1)
 
     def _make_plan(self, epoch: int) -> tuple[np.ndarray, ...]:
         random = np.random.default_rng((self.seed, epoch))
@@ -128,19 +128,19 @@ class LengthSampler:
         count = len(self.lengths)
         if not self.shuffle:
             return np.arange(count)
-        shuffled = random.permutation(count)  # first, so that equal rungs come at random
-        by_rung = shuffled[np.argsort(self._rungs[shuffled], kind="stable")]
+        shuffled = random.permutation(count)  # first, so that equal boundaries come at random
+        by_boundary = shuffled[np.argsort(self._boundaries[shuffled], kind="stable")]
         chance = random.random(count)
         place = (1 - self.randomness) * np.arange(count) / max(count, 1) + self.randomness * chance
-        return by_rung[np.argsort(place, kind="stable")]
+        return by_boundary[np.argsort(place, kind="stable")]
 
     def _rows_at(self, order: np.ndarray, begin: int) -> int:
         """How many examples from a place on fit into one step, the longest of them deciding."""
         if self.global_batch_size:
             return self.global_batch_size
-        rows = self._rows_of(int(self._rungs[order[begin]]))
-        while True:  # a longer rung has room for fewer: it ends
-            needed = self._rows_of(int(self._rungs[order[begin : begin + rows]].max()))
+        rows = self._rows_of(int(self._boundaries[order[begin]]))
+        while True:  # a longer boundary has room for fewer: it ends
+            needed = self._rows_of(int(self._boundaries[order[begin : begin + rows]].max()))
             if needed >= rows:
                 return rows
             rows = needed

@@ -364,10 +364,10 @@ MUTANTS = (
         selection="test_weights_are_counted",
     ),
     Mutant(
-        name="pipeline-every-feature-its-own-rung",
+        name="pipeline-every-feature-its-own-boundary",
         file="pipeline/plan.py",
-        old="return tuple(ladder.rung(index) for ladder in ladders)",
-        new="return tuple(ladder(size) for ladder, size in zip(ladders, agreed))",
+        old="return tuple(each.boundary(index) for each in buckets)",
+        new="return tuple(buckets(size) for buckets, size in zip(buckets, agreed))",
         world="mirrored:2",
         selection="test_ladders_make_one_shape_a_rung",
     ),

@@ -101,7 +101,7 @@ def _of_pipeline(batch: Any, needed: Sequence[str]) -> Given:
     lengths = {name: np.asarray(value) for name, value in batch.lengths.items()}
     mine = [n for n, own in lengths.items() if (own.sum(), (own > 0).sum()) == (counts.tokens, counts.sequences)]
     if not mine:
-        remedy = "Make it by PaddedBatches(..., accumulate=1, backend='local')."
+        remedy = "Make it by PaddedBatches(..., accumulation_steps=1, backend='local')."
         raise ValueError(errors.sentence("certify", "batch.counts", counts, "those of its own rows", remedy))
     tokens = mine[0]
     fields = {"data": data, "features": lengths, "lengths": lengths[tokens], "indices": np.asarray(batch.indices)}

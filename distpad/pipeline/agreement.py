@@ -39,7 +39,7 @@ class Agreement:
     """The exchanges of one pipeline. All methods are collective among workers; those of channel 0 are called from the
     training's thread.
 
-    A worker whose source is slow does not keep the others in a collective: after ``slow_after_s`` it comes and says
+    A worker whose source is slow does not keep the others in a collective: after ``warn_after_s`` it comes and says
     that it has nothing yet. Then all know its name, warn, and meet again, until ``limit_s`` is over.
 
     Where workers that leave at the same step may have come to different exchanges (``Backend.leaves_apart``), each
@@ -50,8 +50,8 @@ class Agreement:
     Raises (all methods): Left, where another worker has left.
     """
 
-    def __init__(self, backend: backends.Backend, slow_after_s: float, limit_s: float, channel: Channel) -> None:
-        self.backend, self.slow_after_s, self.limit_s, self.channel = backend, slow_after_s, limit_s, channel
+    def __init__(self, backend: backends.Backend, warn_after_s: float, limit_s: float, channel: Channel) -> None:
+        self.backend, self.warn_after_s, self.limit_s, self.channel = backend, warn_after_s, limit_s, channel
         self._parts = bool(channel.number) and backend.leaves_apart  # whether who leaves is to tell the others
         self.seconds = 0.0  # spent in exchanges
         self._left = False
@@ -79,7 +79,7 @@ class Agreement:
         workers, worker = self.backend.num_workers, self.backend.worker_index
         began = time.monotonic()
         while True:
-            mine = ready(min(self.slow_after_s, self.limit_s))
+            mine = ready(min(self.warn_after_s, self.limit_s))
             late = 0.0
             if mine is None:
                 mine = np.zeros(sizes[0]), np.zeros(sizes[1])
@@ -175,13 +175,13 @@ class Agreement:
 
     @property
     def _patience_s(self) -> float:
-        return self.limit_s + self.slow_after_s
+        return self.limit_s + self.warn_after_s
 
     def _in_vain(self, what: str, waited: float, why: Any) -> PeerError:
         return PeerError(
             f"PaddedBatches: worker {self.backend.worker_index} waited {waited:.0f} s at {what} "
             f"for the other workers, in vain ({why}). All workers must leave a loop at the same step, and begin "
-            "epochs together; limit_s says how long to wait."
+            "epochs together; timeout_s says how long to wait."
         )
 
     def _wait_on(self, code: int, what: str, waited: float) -> None:
@@ -192,7 +192,7 @@ class Agreement:
         if seconds < self.limit_s:
             _LOG.warning("%s; worker %d waits for it.", found, self.backend.worker_index)
             return
-        text = f"{found}, expected less than limit_s={self.limit_s:g} s."
+        text = f"{found}, expected less than timeout_s={self.limit_s:g} s."
         raise DistpadError(text) if slow == self.backend.worker_index else PeerError(text)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from distpad import backends, errors
 from distpad.pipeline import agreement, epoch, feeding, recipe, sources
 from distpad.pipeline.features import Features, Name, Pad
-from distpad.pipeline.ledger import Ledger
 from distpad.pipeline.padder import Batch
+from distpad.pipeline.stats import PaddingStats
 
 _NAME = "PaddedBatches"
 
@@ -19,9 +19,9 @@ _NAME = "PaddedBatches"
 class PaddedBatches:
     """Batches of this worker's examples, padded alike on all replicas of all workers, with the global counts.
 
-    A thread reads ``window`` steps ahead. Then all workers agree on these steps in one small exchange: how long each is
-    padded, how many valid positions it has on all replicas, and where the epoch ends. Another thread pads and moves to
-    the devices what comes next. The step itself then has static shapes and the exact denominator:
+    A thread reads ``lookahead`` steps ahead. Then all workers agree on these steps in one small exchange: how long each
+    is padded, how many valid positions it has on all replicas, and where the epoch ends. Another thread pads and moves
+    to the devices what comes next. The step itself then has static shapes and the exact denominator:
 
         for batch in batches:
             strategy.run(step, args=(batch,))  # loss_fn(..., lengths=..., denominator=batch.counts)
@@ -37,22 +37,22 @@ class PaddedBatches:
       tokens: the padded feature whose valid positions the loss averages over; or a mapping from losses to features.
       weights: a feature with sample weights, one a position or one an example: then counts are sums of weights, and the
         loss must be given the weights. With several losses, a mapping from those that are weighted.
-      ladder: what lengths are rounded up to, one for all features or a mapping with equally many rungs.
-      window: steps that are planned at once; rounded up to whole groups of ``accumulate``.
-      accumulate: micro-batches that make up one optimiser step; ``counts`` are over all of them. The last group of an
-        epoch is filled up with batches that do not count.
+      buckets: what lengths are rounded up to, one for all features or a mapping with equally many boundaries.
+      lookahead: steps that are planned at once; rounded up to whole groups of ``accumulation_steps``.
+      accumulation_steps: micro-batches that make up one optimiser step; ``counts`` are over all of them. The last group
+        of an epoch is filled up with batches that do not count.
       drop_remainder: end an epoch before the first optimiser step that is not full on all replicas.
       replicated: allow all workers to read the same examples; with a sampler they never do.
       backend: see ``distpad.backends.resolve``.
-      slow_after_s: seconds after which all workers are warned of one whose source is slow.
-      limit_s: seconds after which waiting for it, or for a worker that does not come, is an error.
+      warn_after_s: seconds after which all workers are warned of one whose source is slow.
+      timeout_s: seconds after which waiting for it, or for a worker that does not come, is an error.
 
     Raises:
       ValueError, TypeError: wrong arguments; while iterating, on all workers, configurations or examples that differ
         between them, and workers that all read the same examples.
       PeerError: while iterating, when another worker failed, was too slow, or left.
 
-    Iterating is collective among workers: one exchange of a few numbers a step, for ``window`` steps at once. All
+    Iterating is collective among workers: one exchange of a few numbers a step, for ``lookahead`` steps at once. All
     workers leave a loop at the same step.
 
     >>> source = [{"y": [1, 2, 3]}, {"y": [4]}, {"y": [5, 6]}]
@@ -71,14 +71,14 @@ class PaddedBatches:
         padding: Mapping[Name, Pad],
         tokens: Any,
         weights: Any = None,
-        ladder: Any = None,
-        window: int = 32,
-        accumulate: int = 1,
+        buckets: Any = None,
+        lookahead: int = 32,
+        accumulation_steps: int = 1,
         drop_remainder: bool = False,
         replicated: bool = False,
         backend: Any = None,
-        slow_after_s: float = 60.0,
-        limit_s: float = 600.0,
+        warn_after_s: float = 60.0,
+        timeout_s: float = 600.0,
     ) -> None:
         self._backend = backends.resolve(backend, function=_NAME)
         self._source, self._sampler = sources.checked(source, batch_size, drop_remainder)
@@ -87,15 +87,15 @@ class PaddedBatches:
             padding=padding,
             tokens=tokens,
             weights=weights,
-            ladder=ladder,
-            window=window,
-            accumulate=accumulate,
+            buckets=buckets,
+            lookahead=lookahead,
+            accumulation_steps=accumulation_steps,
             drop_remainder=drop_remainder,
             replicated=replicated or self._sampler is not None,  # a sampler never deals an example twice
-            slow_after_s=slow_after_s,
-            limit_s=limit_s,
+            warn_after_s=warn_after_s,
+            timeout_s=timeout_s,
         )
-        self.ledger = Ledger()
+        self.stats = PaddingStats()
         self._features: Features | None = None
         self._epoch = self._step = self._opened = 0
         self._begun = False
@@ -122,7 +122,7 @@ class PaddedBatches:
             self._recipe,
             lambda number=self._epoch, step=self._step: self._steps(number, step),  # type: ignore[misc]
             features=self._features,
-            ledger=self.ledger,
+            stats=self.stats,
             position={"source": self._belongs_to(), **self._position(), "for_keras": str(elements)},
             hand_over=elements.of if elements else None,
             channel=elements.channel if elements else agreement.Channel(),
@@ -301,7 +301,7 @@ class PaddedBatches:
         steps = self._known_steps()
         if steps is None:
             return None
-        group = self._recipe.accumulate
+        group = self._recipe.accumulation_steps
         return (steps // group if self._recipe.drop_remainder else -(-steps // group)) * group
 
     def _known_steps(self) -> int | None:
@@ -318,7 +318,7 @@ class PaddedBatches:
 
         With a sampler it holds for any number of workers; without one for as many, with sources in the same order.
         """
-        group = self._recipe.accumulate
+        group = self._recipe.accumulation_steps
         return {"epoch": self._epoch, "step": self._step // group * group, "source": self._belongs_to()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -336,10 +336,10 @@ class PaddedBatches:
             raise ValueError(errors.sentence(_NAME, "state", f"of {state['source']}", f"one of {mine}"))
         number = errors.whole_number(_NAME, "state's epoch", state["epoch"], least=0)
         step = errors.whole_number(_NAME, "state's step", state["step"], least=0)
-        group = self._recipe.accumulate
+        group = self._recipe.accumulation_steps
         if step % group:
             raise ValueError(
-                errors.sentence(_NAME, "state's step", step, f"a multiple of accumulate, which is {group}")
+                errors.sentence(_NAME, "state's step", step, f"a multiple of accumulation_steps, which is {group}")
             )
         if self._sampler is not None and step > -(-len(self._sampler.plan(number)) // group) * group:
             rule = f"at most the {len(self._sampler.plan(number))} of epoch {number}"

@@ -13,8 +13,8 @@ import tensorflow as tf
 from distpad import backends, errors
 from distpad.pipeline import agreement, padder, plan, reading
 from distpad.pipeline.features import Features
-from distpad.pipeline.ledger import Ledger
 from distpad.pipeline.recipe import Recipe
+from distpad.pipeline.stats import PaddingStats
 
 _NAME = "PaddedBatches"
 _NOTHING = -(2.0**60)  # in a maximum: this worker has nothing to say
@@ -40,7 +40,7 @@ class Epoch:
         steps: Callable[[], Iterator[reading.Step]],
         *,
         features: Features | None,
-        ledger: Ledger,
+        stats: PaddingStats,
         position: dict,
         hand_over: Callable[[Features, Sequence[padder.Batch]], Any] | None = None,
         channel: agreement.Channel,
@@ -48,13 +48,13 @@ class Epoch:
     ) -> None:
         self.features = features
         self.was_left = False  # by another worker, before its end
-        self._backend, self._recipe, self._ledger, self._first = backend, recipe, ledger, position["step"]
+        self._backend, self._recipe, self._stats, self._first = backend, recipe, stats, position["step"]
         versions = {"tensorflow": tf.__version__, "numpy": np.__version__}
         self._configuration = json.dumps({**recipe.as_json(), **position, "versions": versions}, sort_keys=True)
         self._repeats = repeats
-        self._agreement = agreement.Agreement(backend, recipe.slow_after_s, recipe.limit_s, channel)
+        self._agreement = agreement.Agreement(backend, recipe.warn_after_s, recipe.timeout_s, channel)
         self._reader = reading.Reader(steps, recipe, features)
-        self._padder = padder.Padder(backend, recipe, ledger, hand_over or _as_steps_take(backend))
+        self._padder = padder.Padder(backend, recipe, stats, hand_over or _as_steps_take(backend))
         self._read: reading.Window | None = None  # taken from the reader, not planned yet
         self._planned = 0  # steps
         self._rows = recipe.batch_size or 1  # of a replica, in the last batch that was read
@@ -110,10 +110,10 @@ class Epoch:
                     following = self._plan()
                 began = time.perf_counter()
                 batch = self._padder.take()
-                self._ledger.padding_seconds += time.perf_counter() - began
-                self._ledger.steps += 1
-                if i % self._recipe.accumulate == 0:
-                    self._ledger.add_group(float(step.tokens.sum()))
+                self._stats.padding_seconds += time.perf_counter() - began
+                self._stats.steps += 1
+                if i % self._recipe.accumulation_steps == 0:
+                    self._stats.add_group(float(step.tokens.sum()))
                 yield batch
             if window.failure:
                 self._fail(window.failure)
@@ -165,8 +165,8 @@ class Epoch:
             read = self._window(limit_s)
             return None if read is None else plan.pack(read.report, self._backend.worker_index, workers)
 
-        steps = f"steps {self._first + self._planned} to {self._first + self._planned + recipe.window - 1}"
-        sizes = 1 + recipe.window * axes, recipe.window * (1 + 2 * losses)
+        steps = f"steps {self._first + self._planned} to {self._first + self._planned + recipe.lookahead - 1}"
+        sizes = 1 + recipe.lookahead * axes, recipe.lookahead * (1 + 2 * losses)
         full = (recipe.batch_size or 0) * self._backend.num_replicas if recipe.drop_remainder else None
 
         merged: plan.Merged | None = None
@@ -175,12 +175,12 @@ class Epoch:
             nonlocal merged
             merged = plan.merge(
                 *vectors,
-                window=recipe.window,
+                window=recipe.lookahead,
                 axes=axes,
                 losses=losses,
                 workers=workers,
-                ladders=recipe.axis_ladders,
-                accumulate=recipe.accumulate,
+                buckets=recipe.axis_buckets,
+                accumulation_steps=recipe.accumulation_steps,
                 full_rows=full,
             )
             self.has_begun = True
@@ -188,10 +188,10 @@ class Epoch:
 
         self._agreement.merge(sizes, report, steps, is_last)
         assert merged is not None, "all were ready"
-        self._ledger.plan_seconds, self._agreement.seconds = self._ledger.plan_seconds + self._agreement.seconds, 0.0
+        self._stats.plan_seconds, self._agreement.seconds = self._stats.plan_seconds + self._agreement.seconds, 0.0
         read, self._read = self._read, None
         assert read is not None, "the report was made from it"
-        self._planned += recipe.window
+        self._planned += recipe.lookahead
         self._error, self._failed_at = read.error, read.report.failed_at
         for i, step in enumerate(merged.steps):
             micro = read.batches[i] if i < len(read.batches) else None
@@ -205,7 +205,7 @@ class Epoch:
         if self._read is None:
             began = time.perf_counter()
             read = self._reader.take(limit_s)
-            self._ledger.source_seconds += time.perf_counter() - began
+            self._stats.source_seconds += time.perf_counter() - began
             if read and read.features and self.features and read.features.to_text() != self.features.to_text():
                 # its first example came in a later window than the others'
                 texts = [self.features.to_text(), read.features.to_text()]
@@ -222,7 +222,7 @@ class Epoch:
         said = self._agreement.tell(f"{type(error).__name__}: {error}" if is_first else None, is_last=True)
         if error is not None and self._failed_at == failure.step:
             raise error
-        step = self._first + self._planned - self._recipe.window + failure.step
+        step = self._first + self._planned - self._recipe.lookahead + failure.step
         raise errors.PeerError(f"{_NAME}: worker {failure.worker} failed at step {step} of the epoch: {said}")
 
 

@@ -75,7 +75,9 @@ class Elements:
         weights = np.ones(mask.shape, np.float32)
         if loss in self._recipe.weights:
             given = arrays[self._recipe.weights[loss]]
-            given = given[:, np.newaxis] if given.ndim == 1 else given[:, :length]  # a rung may be longer than another
+            given = (
+                given[:, np.newaxis] if given.ndim == 1 else given[:, :length]
+            )  # a boundary may be longer than another
             weights[:, : given.shape[1] if given.shape[1] > 1 else None] = given
         return np.where(mask, weights, np.float32(0))  # chosen, not multiplied: a weight's padding may be NaN
 

@@ -13,8 +13,8 @@ from distpad import backends, errors
 from distpad.counts import Counts, WeightedCounts
 from distpad.pipeline import plan, reading
 from distpad.pipeline.features import Features, Name, Row, collate
-from distpad.pipeline.ledger import Ledger
 from distpad.pipeline.recipe import Recipe
+from distpad.pipeline.stats import PaddingStats
 
 _AHEAD = 4  # batches that are padded and on their devices before their step
 
@@ -61,10 +61,10 @@ class Padder:
         self,
         backend: backends.Backend,
         recipe: Recipe,
-        ledger: Ledger,
+        stats: PaddingStats,
         hand_over: Callable[[Features, Sequence[Batch]], Any],
     ) -> None:
-        self._backend, self._recipe, self._ledger, self._hand_over = backend, recipe, ledger, hand_over
+        self._backend, self._recipe, self._stats, self._hand_over = backend, recipe, stats, hand_over
         self._last: list[Row | None] = [None] * backend.replicas_here
         self._orders: queue.Queue[Order | None] = queue.Queue()
         self._made: queue.Queue[Any] = queue.Queue()
@@ -134,4 +134,4 @@ class Padder:
         padded = [(i, feature) for i, feature in enumerate(order.features.features) if feature.pad]
         by_name = {f.name: np.array([f.sizes(row[i]) for row in rows], np.int64) for i, f in padded}
         tables = [by_name[name].reshape(len(rows), len(pad.axes)) for name, pad in self._recipe.padding.items()]
-        self._ledger.add_replica(tables, order.step.agreed, order.step.sizes, size)
+        self._stats.add_replica(tables, order.step.agreed, order.step.sizes, size)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from distpad.ladder import Ladder
+from distpad.buckets import Buckets
 
 
 class StepPlan(NamedTuple):
@@ -22,7 +22,7 @@ class StepPlan(NamedTuple):
 
     Attributes:
       agreed: the longest size over all replicas of each ragged axis, at least 1.
-      sizes: what the axes are padded to: a rung of the ladder, or ``agreed``.
+      sizes: what the axes are padded to: a boundary of the buckets, or ``agreed``.
       rows: real rows over all replicas.
       tokens, sequences: of each loss, over all replicas and all micro-batches of the optimiser step, ``[losses]``.
     """
@@ -89,16 +89,16 @@ def merge(
     axes: int,
     losses: int,
     workers: int,
-    ladders: Sequence[Ladder] | None,
-    accumulate: int,
+    buckets: Sequence[Buckets] | None,
+    accumulation_steps: int,
     full_rows: int | None,
 ) -> Merged:
     """The plans that follow from the merged vectors: the same on all workers.
 
     Args:
       maxima, sums: over all workers, of what ``pack`` made.
-      window: micro-batches, a multiple of ``accumulate``.
-      axes: ragged axes of all features; ``ladders`` has one for each, or is None.
+      window: micro-batches, a multiple of ``accumulation_steps``.
+      axes: ragged axes of all features; ``buckets`` has one for each, or is None.
       full_rows: of a step over all replicas, where steps with fewer are dropped; None: none are.
     """
     longest = maxima[1:].reshape(window, axes)
@@ -107,24 +107,27 @@ def merge(
     failure = _failure(maxima[0], window, workers)
     usable = window if failure is None else failure.step
     if full_rows is None:
-        steps = -(-_leading(rows[:usable] > 0) // accumulate) * accumulate  # a short last group is filled up
-        steps = min(steps, usable // accumulate * accumulate) if failure else steps
-        ended = steps < usable // accumulate * accumulate
+        steps = (
+            -(-_leading(rows[:usable] > 0) // accumulation_steps) * accumulation_steps
+        )  # a short last group is filled up
+        steps = min(steps, usable // accumulation_steps * accumulation_steps) if failure else steps
+        ended = steps < usable // accumulation_steps * accumulation_steps
     else:
         full = _leading(rows[:usable] >= full_rows)
-        steps = full // accumulate * accumulate
+        steps = full // accumulation_steps * accumulation_steps
         ended = full < usable
     if ended:
         failure = None  # the epoch ends before the step that failed
     is_last = failure is None and steps < window
     plans = []
     for step in range(steps):
-        group = slice(step // accumulate * accumulate, step // accumulate * accumulate + accumulate)
+        begin = step // accumulation_steps * accumulation_steps
+        group = slice(begin, begin + accumulation_steps)
         counts = tokens[group].sum(axis=0), sequences[group].sum(axis=0)
         if rows[step]:
             agreed = tuple(max(1, int(size)) for size in longest[step])
-            plans.append(StepPlan(agreed, _rungs(agreed, ladders), int(rows[step]), *counts))
-        else:  # fills up a group: of the shape before it, since one of its own might be on no rung
+            plans.append(StepPlan(agreed, _boundaries(agreed, buckets), int(rows[step]), *counts))
+        else:  # fills up a group: of the shape before it, since one of its own might be on no boundary
             plans.append(plans[-1]._replace(rows=0))
     return Merged(plans, is_last, failure)
 
@@ -141,12 +144,12 @@ def _leading(good: np.ndarray) -> int:
     return int(np.argmin(good)) if not good.all() else len(good)
 
 
-def _rungs(agreed: tuple[int, ...], ladders: Sequence[Ladder] | None) -> tuple[int, ...]:
-    """Each axis on the same rung, the highest that one of them needs: as many shapes as rungs."""
-    if not ladders:
+def _boundaries(agreed: tuple[int, ...], buckets: Sequence[Buckets] | None) -> tuple[int, ...]:
+    """Each axis on the same boundary, the highest that one of them needs: as many shapes as boundaries."""
+    if not buckets:
         return agreed
-    index = max(ladder.index(size) for ladder, size in zip(ladders, agreed))
-    return tuple(ladder.rung(index) for ladder in ladders)
+    index = max(each.index(size) for each, size in zip(buckets, agreed))
+    return tuple(each.boundary(index) for each in buckets)
 
 
 def fingerprint(text: str | bytes) -> float:

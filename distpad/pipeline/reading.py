@@ -90,7 +90,7 @@ class Reader:
                 reading = _Reading(self._recipe, self._features)
                 try:
                     steps = steps if steps is not None else self._steps()
-                    for step in itertools.islice(steps, self._recipe.window):
+                    for step in itertools.islice(steps, self._recipe.lookahead):
                         reading.add(step)
                         if self._stopped.is_set():
                             return
@@ -111,7 +111,7 @@ class _Reading:
 
     def __init__(self, recipe: Recipe, features: Features | None) -> None:
         self.recipe, self.features = recipe, features
-        self.report = plan.Report.blank(recipe.window, len(recipe.axes), len(recipe.tokens))
+        self.report = plan.Report.blank(recipe.lookahead, len(recipe.axes), len(recipe.tokens))
         self.batches: list[MicroBatch] = []
         self.error: BaseException | None = None
         self._waiting: list[Step] = []  # whose examples do not tell yet what all are like

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distpad import errors
-from distpad.ladder import Ladder
+from distpad.buckets import Buckets
 from distpad.pipeline.features import Name, Pad
 
 _NAME = "PaddedBatches"
@@ -20,21 +20,21 @@ class Recipe:
     Attributes:
       tokens: losses and the features whose positions they count; a single loss is called None.
       weights: the losses that are weighted, and by which feature.
-      window: micro-batches, a multiple of ``accumulate``.
-      slow_after_s, limit_s: the only two that may differ between workers.
+      lookahead: micro-batches, a multiple of ``accumulation_steps``.
+      warn_after_s, timeout_s: the only two that may differ between workers.
     """
 
     batch_size: int | None
     padding: Mapping[Name, Pad]
     tokens: Mapping[Any, Name]
     weights: Mapping[Any, Name]
-    ladders: Mapping[Name, Ladder] | None
-    window: int
-    accumulate: int
+    buckets: Mapping[Name, Buckets] | None
+    lookahead: int
+    accumulation_steps: int
     drop_remainder: bool
     replicated: bool
-    slow_after_s: float
-    limit_s: float
+    warn_after_s: float
+    timeout_s: float
 
     @property
     def axes(self) -> list[tuple[Name, int]]:
@@ -42,15 +42,15 @@ class Recipe:
         return [(name, axis) for name, pad in self.padding.items() for axis in pad.axes]
 
     @property
-    def axis_ladders(self) -> list[Ladder] | None:
-        """The ladder of each of them."""
-        return [self.ladders[name] for name, _ in self.axes] if self.ladders else None
+    def axis_buckets(self) -> list[Buckets] | None:
+        """The buckets of each of them."""
+        return [self.buckets[name] for name, _ in self.axes] if self.buckets else None
 
     def check_sizes(self, sizes: Sequence[int]) -> None:
-        """Raise ValueError where one is above its ladder; ``sizes`` are of ``axes``."""
-        for ladder, (name, axis), size in zip(self.axis_ladders or (), self.axes, sizes):
+        """Raise ValueError where one is above its buckets; ``sizes`` are of ``axes``."""
+        for buckets, (name, axis), size in zip(self.axis_buckets or (), self.axes, sizes):
             try:
-                ladder.index(size)
+                buckets.index(size)
             except ValueError as error:
                 raise ValueError(f"{_NAME}: axis {axis} of {name!r}: {error}") from None
 
@@ -61,9 +61,9 @@ class Recipe:
             "padding": {str(n): {"axis": list(pad.axes), "value": str(pad.value)} for n, pad in self.padding.items()},
             "tokens": {str(loss): str(name) for loss, name in self.tokens.items()},
             "weights": {str(loss): str(name) for loss, name in self.weights.items()},
-            "ladder": {str(name): repr(ladder) for name, ladder in (self.ladders or {}).items()},
-            "window": self.window,
-            "accumulate": self.accumulate,
+            "buckets": {str(name): repr(buckets) for name, buckets in (self.buckets or {}).items()},
+            "lookahead": self.lookahead,
+            "accumulation_steps": self.accumulation_steps,
             "drop_remainder": self.drop_remainder,
             "replicated": self.replicated,
         }
@@ -75,20 +75,20 @@ def checked(
     padding: Any,
     tokens: Any,
     weights: Any,
-    ladder: Any,
-    window: Any,
-    accumulate: Any,
+    buckets: Any,
+    lookahead: Any,
+    accumulation_steps: Any,
     drop_remainder: Any,
     replicated: Any,
-    slow_after_s: float,
-    limit_s: float,
+    warn_after_s: float,
+    timeout_s: float,
 ) -> Recipe:
     """Raises ValueError or TypeError for the first argument that is wrong."""
     if batch_size is not None:
         batch_size = errors.whole_number(_NAME, "batch_size", batch_size, least=1)
-    accumulate = errors.whole_number(_NAME, "accumulate", accumulate, least=1)
-    window = errors.whole_number(_NAME, "window", window, least=1)
-    for name, seconds in (("slow_after_s", slow_after_s), ("limit_s", limit_s)):
+    accumulation_steps = errors.whole_number(_NAME, "accumulation_steps", accumulation_steps, least=1)
+    lookahead = errors.whole_number(_NAME, "lookahead", lookahead, least=1)
+    for name, seconds in (("warn_after_s", warn_after_s), ("timeout_s", timeout_s)):
         if not errors.real_number(_NAME, name, seconds) > 0:
             raise ValueError(errors.sentence(_NAME, name, seconds, "above 0 seconds"))
     padding = _checked_padding(padding)
@@ -98,13 +98,13 @@ def checked(
         padding=padding,
         tokens=tokens,
         weights=_checked_weights(weights, tokens),
-        ladders=_checked_ladders(ladder, padding),
-        window=-(-window // accumulate) * accumulate,
-        accumulate=accumulate,
+        buckets=_checked_buckets(buckets, padding),
+        lookahead=-(-lookahead // accumulation_steps) * accumulation_steps,
+        accumulation_steps=accumulation_steps,
         drop_remainder=bool(drop_remainder),
         replicated=bool(replicated),
-        slow_after_s=float(slow_after_s),
-        limit_s=float(limit_s),
+        warn_after_s=float(warn_after_s),
+        timeout_s=float(timeout_s),
     )
 
 
@@ -152,20 +152,22 @@ def _check_name(argument: str, name: Any) -> None:
         raise TypeError(errors.sentence(_NAME, argument, repr(name), rule))
 
 
-def _checked_ladders(ladder: Any, padding: Mapping[Name, Pad]) -> dict[Name, Ladder] | None:
-    if ladder is None:
+def _checked_buckets(buckets: Any, padding: Mapping[Name, Pad]) -> dict[Name, Buckets] | None:
+    if buckets is None:
         return None
-    ladders = dict(ladder) if isinstance(ladder, Mapping) else dict.fromkeys(padding, ladder)
-    for name, given in ladders.items():
-        if not isinstance(given, Ladder):
-            raise TypeError(errors.sentence(_NAME, "ladder", repr(given), "a distpad.Ladder, or a mapping to them"))
+    buckets = dict(buckets) if isinstance(buckets, Mapping) else dict.fromkeys(padding, buckets)
+    for name, given in buckets.items():
+        if not isinstance(given, Buckets):
+            raise TypeError(errors.sentence(_NAME, "buckets", repr(given), "a distpad.Buckets, or a mapping to them"))
         if name not in padding:
-            raise ValueError(errors.sentence(_NAME, "ladder", f"for {name!r}", f"padded features: {list(padding)}"))
-    missing = [name for name in padding if name not in ladders]
+            raise ValueError(errors.sentence(_NAME, "buckets", f"for {name!r}", f"padded features: {list(padding)}"))
+    missing = [name for name in padding if name not in buckets]
     if missing:
-        raise ValueError(errors.sentence(_NAME, "ladder", f"without {missing}", "one for each padded feature"))
-    rungs = {name: len(given.boundaries) for name, given in ladders.items()}
-    if len(set(rungs.values())) > 1:
-        remedy = "A step uses the same rung of each."
-        raise ValueError(errors.sentence(_NAME, "ladder", f"with rungs {rungs}", "equally many for each", remedy))
-    return ladders
+        raise ValueError(errors.sentence(_NAME, "buckets", f"without {missing}", "one for each padded feature"))
+    boundaries = {name: len(given.boundaries) for name, given in buckets.items()}
+    if len(set(boundaries.values())) > 1:
+        remedy = "A step uses the same boundary of each."
+        raise ValueError(
+            errors.sentence(_NAME, "buckets", f"with boundaries {boundaries}", "equally many for each", remedy)
+        )
+    return buckets

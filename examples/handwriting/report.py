@@ -54,7 +54,7 @@ def write_samples(test: Sequence[Example], folder: Path) -> None:
 
 def finish(
     summary: dict,
-    ledger: str,
+    stats: str,
     drifts: Sequence[dict],
     test: Sequence[Example],
     texts: Sequence[str],
@@ -74,7 +74,7 @@ def finish(
             ours, naive = f"{drift['distpad'][-1]:.1e}", f"{drift['naive'][-1]:.1e}"
             table.add_row(drift["backend"], str(drift["replicas"]), f"[green]{ours}[/]", f"[red]{naive}[/]")
         console.print(table)
-    console.print(f"\n[italic]What worker 0's replicas were given[/]\n{ledger}\n", highlight=False)
+    console.print(f"\n[italic]What worker 0's replicas were given[/]\n{stats}\n", highlight=False)
     console.print(
         f"character error rate [bold]{summary['character_error_rate']:.2%}[/] "
         f"on {summary['held_out_strings']} held-out strings, after {summary['seconds']:.0f} s"

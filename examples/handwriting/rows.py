@@ -63,19 +63,21 @@ class Chosen:
         return (self.rows[int(place)] for place in self.places)
 
 
-def batches(engine: Engine, rows: Rows, *, rungs: int | None = None, **sampling: object) -> distpad.PaddedBatches:
+def batches(engine: Engine, rows: Rows, *, boundaries: int | None = None, **sampling: object) -> distpad.PaddedBatches:
     """Batches of pictures of similar widths, the same on any number of replicas, of which each worker gets its part.
 
     Args:
         engine: who trains together.
         rows: all of them; each worker reads those of its part.
-        rungs: how many different sizes there may be, so that the step is traced as often; None: any.
+        boundaries: how many different sizes there may be, so that the step is traced as often; None: any.
         sampling: what ``distpad.LengthSampler`` takes.
     """
-    ladders = None if rungs is None else joint_ladders(rows.source.widths, rows.source.lengths + rows.end, rungs)
-    sampler = distpad.LengthSampler(rows.source.widths, ladder=ladders and ladders["image"], **sampling)
+    buckets = (
+        None if boundaries is None else joint_buckets(rows.source.widths, rows.source.lengths + rows.end, boundaries)
+    )
+    sampler = distpad.LengthSampler(rows.source.widths, buckets=buckets and buckets["image"], **sampling)
     return distpad.PaddedBatches(
-        (rows, sampler), padding=PADDING, tokens="label", ladder=ladders, backend=engine.backend
+        (rows, sampler), padding=PADDING, tokens="label", buckets=buckets, backend=engine.backend
     )
 
 
@@ -91,7 +93,7 @@ def shuffled_batches(engine: Engine, data: Rows, batch_size: int, steps: int) ->
         batch_size // engine.replicas,
         padding=PADDING,
         tokens="label",
-        ladder=joint_ladders(data.source.widths, data.source.lengths + data.end, rungs=1),
+        buckets=joint_buckets(data.source.widths, data.source.lengths + data.end, boundaries=1),
         backend=engine.backend,
     )
 
@@ -102,13 +104,13 @@ def endless(batches: distpad.PaddedBatches) -> Iterator[distpad.Batch]:
         yield from batches
 
 
-def joint_ladders(widths: np.ndarray, lengths: np.ndarray, rungs: int) -> dict[str, distpad.Ladder]:
-    """The best rungs for pictures of these ``widths``, and as many for their texts: a step takes the same rung of both.
+def joint_buckets(widths: np.ndarray, lengths: np.ndarray, boundaries: int) -> dict[str, distpad.Buckets]:
+    """The best boundaries for pictures of these ``widths``, and as many for their texts: a step takes the same of both.
 
-    A text's rung is the longest of those whose pictures fit into the rung beside it, so that no text asks for more.
+    A text's boundary is the longest text whose picture fits into the picture's, so that no text asks for more.
     """
-    image = distpad.Ladder.from_lengths(widths, rungs)
+    image = distpad.Buckets.from_lengths(widths, boundaries)
     longest = [int(lengths[widths <= width].max()) for width in image.boundaries]
     for place in range(1, len(longest)):
-        longest[place] = max(longest[place], longest[place - 1] + 1)  # rungs rise
-    return {"image": image, "label": distpad.Ladder(longest)}
+        longest[place] = max(longest[place], longest[place - 1] + 1)  # boundaries rise
+    return {"image": image, "label": distpad.Buckets(longest)}

@@ -75,7 +75,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=1000, metavar="N", help="default 1000")
     add("--batch", type=int, default=32, metavar="N", help="examples in a global batch (default 32)")
     add("--strings", type=int, default=8000, metavar="N", help="digit strings to train on (default 8000)")
-    add("--rungs", type=int, default=6, metavar="N", help="sizes that batches are padded to (default 6)")
+    add("--boundaries", type=int, default=6, metavar="N", help="sizes that batches are padded to (default 6)")
     add("--randomness", type=float, metavar="X", help="0: batches of like widths, 1: shuffled; see LengthSampler")
     add("--max-columns", type=int, metavar="N", help="instead of --batch: columns of pixels in a global batch")
     add(
@@ -102,7 +102,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--certify", action="store_true", help="before it trains: prove that gradients are one device's, or end")
     add("--no-drift", dest="drift", action="store_false", help="leave out the comparison with one device")
     options = parser.parse_args(arguments)
-    counts = "steps batch strings rungs max_columns commit_every checkpoint_every eval_strings stop_at"
+    counts = "steps batch strings boundaries max_columns commit_every checkpoint_every eval_strings stop_at"
     for name in counts.split():
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least 1")
@@ -146,7 +146,7 @@ def make_batches(engine: engines.Engine, data: rows.Rows, options: argparse.Name
         sampling["global_batch_size"] = options.batch
     if options.randomness is not None:
         sampling["randomness"] = options.randomness
-    return rows.batches(engine, data, rungs=options.rungs, **sampling)
+    return rows.batches(engine, data, boundaries=options.boundaries, **sampling)
 
 
 def train(
@@ -214,11 +214,11 @@ def conclude(
         "held_out_strings": len(test),
         "character_error_rate": round(rate, 5),
         "seconds": round(time.monotonic() - began, 1),
-        "ledger": batches.ledger.as_dict(),
+        "stats": batches.stats.as_dict(),
     }
     (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     report.write_samples(test, options.out / "samples")
-    report.finish(summary, str(batches.ledger), drift.load_all(options.out), test, texts, options.out)
+    report.finish(summary, str(batches.stats), drift.load_all(options.out), test, texts, options.out)
 
 
 def run(options: argparse.Namespace) -> None:

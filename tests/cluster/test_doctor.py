@@ -97,7 +97,7 @@ def test_another_tensorflow_and_stale_code(pair, tmp_path):
     and a copy of distpad in which a line was changed."""
     stale = tmp_path / "stale"
     shutil.copytree(ROOT / "distpad", stale / "distpad")
-    (stale / "distpad" / "ladder.py").write_text("# changed\n" + (ROOT / "distpad" / "ladder.py").read_text())
+    (stale / "distpad" / "buckets.py").write_text("# changed\n" + (ROOT / "distpad" / "buckets.py").read_text())
     name = _tensorflow_package()
     information = stale / f"{name.replace('-', '_')}-9.9.9.dist-info"
     information.mkdir()
@@ -113,7 +113,7 @@ def test_another_tensorflow_and_stale_code(pair, tmp_path):
     assert set(found) == {"versions", "distpad's code"}, output
     host, evidence = found["versions"]
     assert host == "host2" and re.fullmatch(rf"{name} differs: host1 has [\d.]+, host2 has 9\.9\.9", evidence)
-    assert found["distpad's code"] == ("host2", "distpad's own code differs from the other hosts' in ladder.py")
+    assert found["distpad's code"] == ("host2", "distpad's own code differs from the other hosts' in buckets.py")
 
 
 def test_a_host_without_distpad(pair, tmp_path):

@@ -98,10 +98,10 @@ def test_a_ladder_has_no_more_traces_and_compilations_than_rungs_at_the_same_ste
     """By XLA's own account: it writes each program that it compiles. Forward and backward are compiled."""
     output = run(world, "shapes.py", "--rounds", 1, "--steps", 10, "--count")
     line = r"worker (\d), {}, XLA: (\d+) traces of the step, at steps \[([\d, ]+)\]; (\d+) compilations"
-    with_ladder, without = (re.findall(line.format(name), output) for name in ("a ladder of 6", "no ladder"))
-    assert sorted(found[0] for found in with_ladder) == [str(worker) for worker in range(workers)], output
-    assert len({found[1:] for found in with_ladder}) == 1  # the same on all
-    traces, compilations = int(with_ladder[0][1]), int(with_ladder[0][3])
+    with_buckets, without = (re.findall(line.format(name), output) for name in ("buckets of 6", "no buckets"))
+    assert sorted(found[0] for found in with_buckets) == [str(worker) for worker in range(workers)], output
+    assert len({found[1:] for found in with_buckets}) == 1  # the same on all
+    traces, compilations = int(with_buckets[0][1]), int(with_buckets[0][3])
     assert 1 < traces == compilations <= 6
     assert all(int(found[1]) == int(found[3]) > 6 for found in without) and len(without) == workers
 

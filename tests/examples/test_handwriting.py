@@ -32,7 +32,7 @@ SHORT = (
     "8",
     "--strings",
     "24",
-    "--rungs",
+    "--boundaries",
     "2",
     "--eval-strings",
     "4",
@@ -105,13 +105,15 @@ def test_rows_are_numbers_and_end_where_asked_to():
             assert row["label"].tolist() == [int(digit) for digit in example.text] + [10] * end
 
 
-def test_a_picture_that_fits_a_rung_has_a_text_that_fits_the_rung_beside_it():
+def test_a_picture_that_fits_a_boundary_has_a_text_that_fits_the_boundary_beside_it():
     source = strings.DigitStrings("train", seed=0, count=500)
-    ladders = rows.joint_ladders(source.widths, source.lengths, rungs=6)
-    assert len(ladders["image"].boundaries) == len(ladders["label"].boundaries) == 6
+    buckets = rows.joint_buckets(source.widths, source.lengths, boundaries=6)
+    assert len(buckets["image"].boundaries) == len(buckets["label"].boundaries) == 6
     for width, length in zip(source.widths, source.lengths):
-        assert ladders["label"].index(int(length)) <= ladders["image"].index(int(width))
-    alike = rows.joint_ladders(np.array([20, 30, 40]), np.array([5, 5, 5]), rungs=3)  # rungs rise all the same
+        assert buckets["label"].index(int(length)) <= buckets["image"].index(int(width))
+    alike = rows.joint_buckets(
+        np.array([20, 30, 40]), np.array([5, 5, 5]), boundaries=3
+    )  # boundaries rise all the same
     assert alike["label"].boundaries == (5, 6, 7)
 
 
@@ -121,7 +123,7 @@ def test_a_global_batch_holds_the_same_examples_for_any_number_of_replicas(sampl
     plans = []
     for replicas in (1, 3):
         engine = engines.Engine("local", Pretended(replicas))
-        steps = [[batch.indices for batch in step] for step in rows.batches(engine, data, rungs=3, **sampling)]
+        steps = [[batch.indices for batch in step] for step in rows.batches(engine, data, boundaries=3, **sampling)]
         plans.append([sorted(i for part in step for i in part if i >= 0) for step in steps])
         assert all(len(step) == replicas for step in steps)
     assert plans[0] == plans[1] and sorted(itertools.chain(*plans[0])) == list(range(60))
@@ -347,7 +349,7 @@ def test_train_under_each_engine(tmp_path, world):
 @pytest.mark.timeout(4 * LIMIT_S)
 def test_elastic_training_goes_on_after_a_worker_was_killed(tmp_path):
     out, steps = tmp_path / "out", 500
-    small = ("--batch", 8, "--strings", 64, "--rungs", 2, "--eval-strings", 4)
+    small = ("--batch", 8, "--strings", 64, "--boundaries", 2, "--eval-strings", 4)
     often = ("--commit-every", 5, "--checkpoint-every", 10)
     arguments = ("--backend", "horovod", "--elastic", "--steps", steps, "--out", out, *small, *often)
     with elastic_job.Job(tmp_path, elastic_job.BOTH, EXAMPLE / "train.py", *arguments) as job:
@@ -395,7 +397,7 @@ def test_own_pictures_are_trained_on(tmp_path):
         (("--batch", "1", "--replicas", "2"), "--batch is 1"),
         (("--resume", "--replicas", "2"), "--resume"),
         (("--resume", "perhaps"), "choose from"),
-        (("--rungs", "0"), "--rungs is 0"),
+        (("--boundaries", "0"), "--boundaries is 0"),
         (("--elastic",), "--elastic is for --backend horovod, which is mirrored"),
         (("--max-columns", "10"), "max_tokens is 10, expected at least"),
         (("--data", "no-such-folder"), "holds no labels.csv"),

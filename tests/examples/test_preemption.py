@@ -22,7 +22,7 @@ TRAIN = pathlib.Path(__file__).resolve().parents[2] / "examples" / "handwriting"
 WRONG = pathlib.Path(__file__).with_name("wrong_train.py")
 LIMIT_S = 240
 STEPS, EVERY = 130, 13  # below the last, no checkpoint falls on a step where workers agree, a multiple of 10
-SMALL = ("--batch", 12, "--strings", 64, "--rungs", 2, "--eval-strings", 4, "--checkpoint-every", EVERY)
+SMALL = ("--batch", 12, "--strings", 64, "--boundaries", 2, "--eval-strings", 4, "--checkpoint-every", EVERY)
 ENGINES = {
     "mirrored": ("--backend", "mirrored"),
     "multiworker": ("--backend", "multiworker"),

@@ -37,7 +37,7 @@ def main(folder: pathlib.Path) -> None:
     rows = examples()
     padding = {"x": distpad.Pad(), "y": distpad.Pad()}
     batches = distpad.PaddedBatches(
-        (rows, sampler(rows)), padding=padding, tokens="y", window=4, backend=engine, limit_s=120
+        (rows, sampler(rows)), padding=padding, tokens="y", lookahead=4, backend=engine, timeout_s=120
     )
     model = tf.keras.Sequential([tf.keras.Input([None, WIDTH]), tf.keras.layers.Dense(1, use_bias=False)])
     model.set_weights([np.zeros([WIDTH, 1])])

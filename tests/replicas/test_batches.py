@@ -72,7 +72,7 @@ def test_every_example_once_and_all_alike(world, scenario, window, kind):
     if kind == "dataset":
         spec = {"x": tf.TensorSpec([None, 2]), "y": tf.TensorSpec([None], tf.int64), "id": tf.TensorSpec([], tf.int64)}
         source = tf.data.Dataset.from_generator(lambda: iter(all_held[worker]), output_signature=spec)
-    batches = made(world, source, SIZE, window=window)
+    batches = made(world, source, SIZE, lookahead=window)
     a_step = SIZE * here
     steps = max(-(-len(held) // a_step) for held in all_held)
     for _ in range(2):
@@ -115,7 +115,7 @@ def _check_rows(batch, by_id):
 def test_counts_are_those_of_the_whole_group(world, accumulate):
     all_held = [examples_of(w, 40 + 6 * w) for w in range(world.backend.num_workers)]  # several full steps everywhere
     a_step = SIZE * world.backend.replicas_here
-    batches = made(world, all_held[world.backend.worker_index], SIZE, accumulate=accumulate, window=4)
+    batches = made(world, all_held[world.backend.worker_index], SIZE, accumulation_steps=accumulate, lookahead=4)
     epoch = epoch_of(world, batches)
     assert len(epoch) % accumulate == 0
     for k, step in enumerate(epoch):
@@ -145,23 +145,23 @@ def test_drop_remainder_ends_before_the_first_step_that_is_not_full(world):
     assert all(batch.rows == SIZE for step in epoch for batch in step)
 
 
-def test_ladders_make_one_shape_a_rung(world):
-    ladders = {"x": distpad.Ladder([4, 8]), "y": distpad.Ladder([2, 6])}
-    batches = made(world, held(world, "uneven")[world.backend.worker_index], 1, ladder=ladders)
+def test_ladders_make_one_shape_a_boundary(world):
+    buckets = {"x": distpad.Buckets([4, 8]), "y": distpad.Buckets([2, 6])}
+    batches = made(world, held(world, "uneven")[world.backend.worker_index], 1, buckets=buckets)
     shapes = {(b.data["x"].shape[1], b.data["y"].shape[1]) for step in epoch_of(world, batches) for b in step}
     assert shapes <= {(4, 2), (8, 6)} and shapes
 
 
 def test_going_on_in_the_middle_of_an_epoch(world):
     source = examples_of(world.backend.worker_index, 30 + world.backend.worker_index)
-    whole = epoch_of(world, made(world, source, 1, window=2))
-    stopped = made(world, source, 1, window=2)
+    whole = epoch_of(world, made(world, source, 1, lookahead=2))
+    stopped = made(world, source, 1, lookahead=2)
     first = []
     for batch in stopped:
         first.append(mine(world, batch))
         if len(first) == 3:
             break
-    resumed = made(world, source, 1, window=2)
+    resumed = made(world, source, 1, lookahead=2)
     resumed.load_state_dict(stopped.state_dict())
     rest = epoch_of(world, resumed)
     assert seen(first) + seen(rest) == seen(whole)
@@ -171,7 +171,7 @@ def test_going_on_in_the_middle_of_an_epoch(world):
 
 def test_breaking_leaves_no_thread_and_the_next_epoch_is_whole(world):
     source = held(world, "uneven")[world.backend.worker_index]
-    batches = made(world, source, 1, window=2)
+    batches = made(world, source, 1, lookahead=2)
     before = threading.active_count()
     for _ in range(3):
         for _batch in batches:
@@ -251,13 +251,13 @@ def test_an_error_of_the_source_is_raised_behind_the_steps_before_it(world):
 
 
 def test_the_ledger_accounts_for_every_position(world):
-    batches = made(world, held(world, "uneven")[world.backend.worker_index], SIZE, ladder=distpad.Ladder([4, 16]))
+    batches = made(world, held(world, "uneven")[world.backend.worker_index], SIZE, buckets=distpad.Buckets([4, 16]))
     positions = real = 0
     for step in epoch_of(world, batches):
         for batch in step:
             positions += sum(batch.data[name].shape[0] * batch.data[name].shape[1] for name in ("x", "y"))
             real += sum(int(batch.lengths[name][: batch.rows].sum()) for name in ("x", "y"))
-    found = batches.ledger.as_dict()
-    causes = [found[cause] for cause in ("own_batch", "global_agreement", "ladder", "filling")]
+    found = batches.stats.as_dict()
+    causes = [found[cause] for cause in ("own_batch", "global_agreement", "buckets", "filling")]
     assert found["real"] == real and real + sum(causes) == positions and min(causes) >= 0
-    assert found["shapes"] <= 2 and found["steps"] > 0 and "real positions" in str(batches.ledger)
+    assert found["shapes"] <= 2 and found["steps"] > 0 and "real positions" in str(batches.stats)

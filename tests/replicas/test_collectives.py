@@ -62,22 +62,24 @@ def test_pad_to_global_max(world, graph, empty):
 
 
 def test_ladder_rounds_the_agreed_length(world):
-    ladder = distpad.Ladder([5, 16, 20])
+    buckets = distpad.Buckets([5, 16, 20])
     longest = max(batch_of(r)["label"].shape[1] for r in range(world.num_replicas))
     for graph in (True, False):
-        step = lambda batch: distpad.pad_to_global_max(batch["label"], ladder=ladder, backend=world.backend).values
+        step = lambda batch: distpad.pad_to_global_max(batch["label"], buckets=buckets, backend=world.backend).values
         for values in world.run(step, batch_of, graph=graph).values():
-            assert values.shape[1] == ladder(longest)
+            assert values.shape[1] == buckets(longest)
         step = lambda batch: (
-            distpad.pad_to_global_max(batch["label"], ladder=distpad.Ladder.multiples(4), backend=world.backend).values
+            distpad.pad_to_global_max(
+                batch["label"], buckets=distpad.Buckets.multiples(4), backend=world.backend
+            ).values
         )
         for values in world.run(step, batch_of, graph=graph).values():
             assert values.shape[1] == -(-longest // 4) * 4
 
 
 def test_a_length_above_the_ladder_raises_everywhere(world):
-    step = lambda batch: distpad.pad_to_global_max(batch["label"], ladder=distpad.Ladder([1]), backend=world.backend)
-    with pytest.raises(ValueError, match="above the last rung"):
+    step = lambda batch: distpad.pad_to_global_max(batch["label"], buckets=distpad.Buckets([1]), backend=world.backend)
+    with pytest.raises(ValueError, match="above the last boundary"):
         world.run(step, batch_of, graph=False)
 
 

@@ -71,10 +71,10 @@ def test_with_a_sampler(world):
     """The same numbers in every world, since the steps do not depend on it."""
     data = examples(240)
     lengths = [len(example["y"]) for example in data]
-    ladder = distpad.Ladder([4, 8, 12])
-    sampler = distpad.LengthSampler(lengths, global_batch_size=12, ladder=ladder, seed=1)
+    buckets = distpad.Buckets([4, 8, 12])
+    sampler = distpad.LengthSampler(lengths, global_batch_size=12, buckets=buckets, seed=1)
     batches = distpad.PaddedBatches(
-        (data, sampler), padding=PADDING, tokens="y", ladder=ladder, window=8, backend=world.backend
+        (data, sampler), padding=PADDING, tokens="y", buckets=buckets, lookahead=8, backend=world.backend
     )
     expected = curve_of_one_device([[data[i] for i in step] for step in sampler.plan(0)])
     check(curve(world, batches), expected)
@@ -87,7 +87,7 @@ def test_with_uneven_shards(world, window):
     data = examples(STEPS * size * here * workers)
     held = [data[w * STEPS * size * here :][: (STEPS - 5 * (workers - 1 - w)) * size * here] for w in range(workers)]
     batches = distpad.PaddedBatches(
-        held[world.backend.worker_index], size, padding=PADDING, tokens="y", window=window, backend=world.backend
+        held[world.backend.worker_index], size, padding=PADDING, tokens="y", lookahead=window, backend=world.backend
     )
     a_step = size * here
     steps = [[row for part in held for row in part[k * a_step : (k + 1) * a_step]] for k in range(STEPS)]

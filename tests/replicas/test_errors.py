@@ -217,8 +217,8 @@ def test_whatever_the_loss_raises_on_the_last_replica_raises_on_all(world):
 
 def test_other_wrong_arguments_are_named(world):
     x = np.ones([2, 3])
-    with pytest.raises(TypeError, match=r"ladder is \[8\], expected a distpad.Ladder"):
-        distpad.pad_to_global_max(x, ladder=[8], backend=world.backend)
+    with pytest.raises(TypeError, match=r"buckets is \[8\], expected a distpad.Buckets"):
+        distpad.pad_to_global_max(x, buckets=[8], backend=world.backend)
     with pytest.raises(TypeError, match=r"rows is of shape \(1,\)"):
         wrongly(world, *[lambda: distpad.gather(x, rows=[1], backend=world.backend).values] * 2)
     with pytest.raises((ValueError, TypeError), match="axis is -2, expected an axis behind the first"):

@@ -226,7 +226,7 @@ def test_fit_with_uneven_workers_and_weights(world):
     workers, a_step = world.backend.num_workers, 2 * world.backend.replicas_here
     held = [examples(13 + 5 * w, seed=w) for w in range(workers)]
     steps = max(-(-len(part) // a_step) for part in held)
-    batches = made(world, held[world.backend.worker_index], 2, weights="w", window=2)
+    batches = made(world, held[world.backend.worker_index], 2, weights="w", lookahead=2)
     model = model_in(world)
     history = fit(world, model, fed_by(world, batches, steps, x="x", y="y"), epochs=2)
     rows = [[row for part in held for row in part[k * a_step : (k + 1) * a_step]] for k in range(steps)]
@@ -311,7 +311,7 @@ def test_an_error_of_the_source_ends_fit(world):
             yield from mine[:24]
             raise OSError("the disk is gone")
 
-    fed = fed_by(world, made(world, Source(), 2, window=2), 20, x="x", y="y")
+    fed = fed_by(world, made(world, Source(), 2, lookahead=2), 20, x="x", y="y")
     model = model_in(world)
     with pytest.raises(tf.errors.OpError, match="the disk is gone"):
         fit(world, model, fed)
@@ -353,7 +353,7 @@ def test_a_worker_that_keeps_its_iterator_keeps_nobody_waiting(world):
     if world.num_replicas > 2:
         pytest.skip("iterators of four replicas that were left stop later tests for minutes, see feeding.py")
     data, sampler, _ = sampled(world)
-    batches = made(world, (data, sampler), window=2)
+    batches = made(world, (data, sampler), lookahead=2)
     dataset, _ = fed_by(world, batches, len(sampler.plan(0)), x="x", y="y")
     iterator = iter(dataset)
     next(iterator)
@@ -383,7 +383,7 @@ def test_workers_that_left_at_any_step_go_on_together(world, slow, monkeypatch):
 
     monkeypatch.setattr(feeding.Elements, "of", slowly)
     data, sampler, _ = sampled(world)
-    batches = made(world, (data, sampler), window=2)
+    batches = made(world, (data, sampler), lookahead=2)
     fed, model = fed_by(world, batches, len(sampler.plan(0)), x="x", y="y"), model_in(world)
     began = time.monotonic()
     for last in range(len(sampler.plan(0))):

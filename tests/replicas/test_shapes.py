@@ -1,4 +1,4 @@
-"""Traces of a step that is fed by PaddedBatches: as many as the ladder has rungs, at the same steps on all workers."""
+"""Traces of a step that is fed by PaddedBatches: as many as there are boundaries, at the same steps on all workers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import distpad
 
-RUNGS, SIZE, STEPS = 3, 2, 24
+BOUNDARIES, SIZE, STEPS = 3, 2, 24
 PADDING = {"image": distpad.Pad(), "label": distpad.Pad()}
 
 
@@ -18,7 +18,7 @@ def examples(worker: int, count: int, a_step: int) -> list[dict]:
     return [{"image": np.ones([1 + int(w), 4], np.float32), "label": np.ones([int(n)], np.int64)} for w, n in sizes]
 
 
-def epoch(world, ladder) -> tuple[list[int], int]:
+def epoch(world, buckets) -> tuple[list[int], int]:
     """The steps at which the step was traced, and how many there were."""
     worker, here = world.backend.worker_index, world.backend.replicas_here
     source = examples(worker, STEPS * SIZE * here - worker, SIZE * here)
@@ -30,7 +30,7 @@ def epoch(world, ladder) -> tuple[list[int], int]:
     run = tf.function(lambda batch: world.strategy.run(step, args=(batch,)) if world.strategy else step(batch))
     traced, steps = [], 0
     for number, batch in enumerate(
-        distpad.PaddedBatches(source, SIZE, padding=PADDING, tokens="label", ladder=ladder, backend=world.backend)
+        distpad.PaddedBatches(source, SIZE, padding=PADDING, tokens="label", buckets=buckets, backend=world.backend)
     ):
         before = run.experimental_get_tracing_count()
         run(batch)
@@ -40,11 +40,11 @@ def epoch(world, ladder) -> tuple[list[int], int]:
 
 
 def test_two_ragged_features_make_no_more_traces_than_rungs_and_at_the_same_steps(world):
-    ladder = {"image": distpad.Ladder([20, 40, 60]), "label": distpad.Ladder([4, 8, 12])}
-    traced, steps = epoch(world, ladder)
-    assert steps == STEPS and 1 < len(traced) <= RUNGS
+    buckets = {"image": distpad.Buckets([20, 40, 60]), "label": distpad.Buckets([4, 8, 12])}
+    traced, steps = epoch(world, buckets)
+    assert steps == STEPS and 1 < len(traced) <= BOUNDARIES
     at = np.zeros([STEPS])
     at[traced] = 1
     np.testing.assert_array_equal(world.backend.host_sum(at), at * world.backend.num_workers)
     free, _ = epoch(world, None)
-    assert len(free) > 2 * RUNGS  # what the ladder saves
+    assert len(free) > 2 * BOUNDARIES  # what buckets save

@@ -38,7 +38,7 @@ def test_an_empty_list_has_the_dtype_of_the_others():
 @pytest.mark.parametrize(("empty", "full", "axes"), [([], [1, 2], (0,)), ([[], []], [[1], [2]], (0, 1))])
 def test_empty_lists_wait_for_an_example_that_tells_the_dtype(empty, full, axes):
     source = [{"y": [1], "z": empty}] * 3 + [{"y": [1], "z": full}]
-    batches = list(made(source, 1, padding={"y": distpad.Pad(), "z": distpad.Pad(axes)}, window=8))
+    batches = list(made(source, 1, padding={"y": distpad.Pad(), "z": distpad.Pad(axes)}, lookahead=8))
     assert all(batch.data["z"].dtype == tf.int64 for batch in batches) and len(batches) == 4
     assert [int(batch.lengths["z"][0]) for batch in batches] == [len(empty)] * 3 + [2]
     assert [batch.indices.numpy().tolist() for batch in batches] == [[0], [1], [2], [3]]
@@ -85,8 +85,8 @@ def test_tuples_and_single_arrays_keep_their_structure():
 def test_several_ragged_axes_share_a_ladder():
     images = [{"image": np.ones([h, w, 1]), "y": [1]} for h, w in ((3, 9), (5, 2))]
     padding = {"image": distpad.Pad(axis=(1, 0)), "y": distpad.Pad()}
-    ladder = {"image": distpad.Ladder([4, 16]), "y": distpad.Ladder([1, 2])}
-    (batch,) = made(images, padding=padding, ladder=ladder)
+    buckets = {"image": distpad.Buckets([4, 16]), "y": distpad.Buckets([1, 2])}
+    (batch,) = made(images, padding=padding, buckets=buckets)
     assert batch.data["image"].shape == (2, 16, 16, 1) and batch.data["y"].shape == (2, 2)
     assert batch.lengths["image"].numpy().tolist() == [9, 2]
     assert float(tf.reduce_sum(batch.data["image"])) == 3 * 9 + 5 * 2
@@ -103,7 +103,7 @@ def test_losses_of_their_own_counts():
 
 
 def test_lengths_are_known_where_they_can_be():
-    assert len(made()) == len(list(made())) == 2 and len(made(accumulate=3)) == 3
+    assert len(made()) == len(list(made())) == 2 and len(made(accumulation_steps=3)) == 3
     assert len(made(drop_remainder=True)) == 1
     assert len(made(tf.data.Dataset.range(5).map(lambda i: {"y": tf.range(i)}))) == 3
     with pytest.raises(TypeError, match="number of steps is not known"):
@@ -120,12 +120,12 @@ def test_lengths_are_known_where_they_can_be():
         ({"padding": {"y": 0}}, TypeError, r"padding\['y'\] is 0, expected a distpad.Pad"),
         ({"padding": {}}, TypeError, "padding is {}"),
         ({"padding": {"y": distpad.Pad((0, 1))}}, ValueError, "with 2 ragged axes"),
-        ({"window": 0}, ValueError, "window is 0, expected at least 1"),
-        ({"ladder": 8}, TypeError, "ladder is 8"),
-        ({"ladder": {"x": distpad.Ladder([8])}}, ValueError, "ladder is for 'x'"),
+        ({"lookahead": 0}, ValueError, "lookahead is 0, expected at least 1"),
+        ({"buckets": 8}, TypeError, "buckets is 8"),
+        ({"buckets": {"x": distpad.Buckets([8])}}, ValueError, "buckets is for 'x'"),
         ({"weights": {"tone": "w"}}, ValueError, "weights is for"),
-        ({"limit_s": 0}, ValueError, "limit_s is 0"),
-        ({"limit_s": "5"}, TypeError, "limit_s is '5', expected a number"),
+        ({"timeout_s": 0}, ValueError, "timeout_s is 0"),
+        ({"timeout_s": "5"}, TypeError, "timeout_s is '5', expected a number"),
         ({"tokens": ["y"]}, TypeError, r"tokens is \['y'\], expected a feature's name"),
         ({"tokens": {None: "y"}}, ValueError, "tokens is {None"),
         ({"weights": ["w"]}, TypeError, r"weights is \['w'\]"),
@@ -177,7 +177,7 @@ def test_a_padding_value_must_be_one_of_the_dtype(value, dtype, fits):
         ([{"y": [1]}, {"y": [1.5]}], {}, "'y' of example 1 is of dtype float64, expected int64"),
         ([{"y": [1], "x": [1]}, {"y": [1], "x": [1, 2]}], {}, "'x' of example 1 .* Add 'x' to padding"),
         ([{"y": [1]}], {"weights": "w"}, "weights is 'w', expected a feature of an example"),
-        ([{"y": [1] * 9}], {"ladder": distpad.Ladder([8])}, r"axis 0 of 'y'.*length is 9.*\(example 0\)"),
+        ([{"y": [1] * 9}], {"buckets": distpad.Buckets([8])}, r"axis 0 of 'y'.*length is 9.*\(example 0\)"),
         ([{"y": [1, 2], "w": [1.0]}], {"padding": {**PADDING, "w": distpad.Pad()}, "weights": "w"}, "of length 1 in"),
         ([{"y": 3}], {}, "padding.'y'. is Pad.axis=0., expected no padding: it is a scalar"),
         ([{"y": [1]}, {"y": [[1], [2, 3]]}], {}, "'y' of example 1 is a list that is no array"),
@@ -213,8 +213,8 @@ def test_a_place_that_there_is_not_is_refused():
     for step, match in ((3, "at most the 2 of epoch 0"), (0.5, "a whole number"), (-1, "at least 0")):
         with pytest.raises((ValueError, TypeError), match=match):
             batches.load_state_dict({**state, "step": step})
-    with pytest.raises(ValueError, match="step is 3, expected a multiple of accumulate, which is 2"):
-        made(source, 1, accumulate=2).load_state_dict({**made(source, 1).state_dict(), "step": 3})
+    with pytest.raises(ValueError, match="step is 3, expected a multiple of accumulation_steps, which is 2"):
+        made(source, 1, accumulation_steps=2).load_state_dict({**made(source, 1).state_dict(), "step": 3})
     with pytest.raises(TypeError, match="state is None"):
         batches.load_state_dict(None)
 
@@ -278,7 +278,7 @@ class Replicas(local.LocalBackend):
 )
 def test_every_example_once_wherever_it_is_resumed(count, size, replicas, window, accumulate, stop):
     source = [{"y": np.arange(i % 5)} for i in range(count)]
-    options = {"backend": Replicas(replicas), "window": window, "accumulate": accumulate}
+    options = {"backend": Replicas(replicas), "lookahead": window, "accumulation_steps": accumulate}
     whole = list(made(source, size, **options))
     stopped = made(source, size, **options)
     first = list(itertools.islice(stopped, stop))
@@ -301,7 +301,7 @@ def test_every_example_once_wherever_it_is_resumed(count, size, replicas, window
 def test_a_sampler_goes_on_with_another_number_of_replicas(count, batch, replicas, stop):
     source = [{"y": np.arange(i % 7)} for i in range(count)]
     sampler = distpad.LengthSampler([i % 7 for i in range(count)], global_batch_size=batch, seed=1)
-    before, after = (made((source, sampler), None, backend=Replicas(n), window=3) for n in replicas)
+    before, after = (made((source, sampler), None, backend=Replicas(n), lookahead=3) for n in replicas)
     steps = list(itertools.islice(before, stop))
     after.load_state_dict(before.state_dict())
     if after.state_dict()["epoch"] == 0:
@@ -331,7 +331,7 @@ def test_memory_does_not_grow_over_10000_steps():
     tracemalloc.start()
     try:
         largest = np.zeros([2, 2], int)
-        for step, _ in enumerate(made(Source(), window=16)):
+        for step, _ in enumerate(made(Source(), lookahead=16)):
             if step % 500 == 499:
                 half = int(step >= 5000)
                 largest[half] = np.maximum(largest[half], held())
@@ -350,7 +350,7 @@ def test_no_more_is_read_than_some_windows():
                 read.append(i)
                 yield {"y": [i]}
 
-    for step, _ in enumerate(made(Source(), 1, window=8)):
+    for step, _ in enumerate(made(Source(), 1, lookahead=8)):
         time.sleep(0.005)
         assert len(read) <= step + 1 + 3 * 8
         if step == 40:

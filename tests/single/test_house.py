@@ -39,7 +39,7 @@ ROOMS = (
     "exchange",
     "backends",
     "sampling",
-    "fitting ladder padding",
+    "fitting buckets padding",
     "preflight",
     "counts launcher",
     "errors",
@@ -124,7 +124,9 @@ def test_public_names_resolve(name):
 
 
 def test_an_unknown_name_lists_the_known():
-    with pytest.raises(AttributeError, match=r"has no attribute 'pads'; it has: Batch, CTC, Certificate, .*unpad"):
+    with pytest.raises(
+        AttributeError, match=r"has no attribute 'pads'; it has: Batch, Buckets, CTC, Certificate, .*unpad"
+    ):
         distpad.pads  # noqa: B018 (the access is what is tested)
 
 

@@ -29,7 +29,7 @@ def report(window: int, rows: list[int], failed_at: int | None, seed: int) -> pl
     return made
 
 
-def merged(reports, *, window, accumulate=1, ladders=None, full_rows=None):
+def merged(reports, *, window, accumulation_steps=1, buckets=None, full_rows=None):
     packed = [plan.pack(each, worker, len(reports)) for worker, each in enumerate(reports)]
     return plan.merge(
         np.max([maxima for maxima, _ in packed], axis=0),
@@ -38,8 +38,8 @@ def merged(reports, *, window, accumulate=1, ladders=None, full_rows=None):
         axes=AXES,
         losses=LOSSES,
         workers=len(reports),
-        ladders=ladders,
-        accumulate=accumulate,
+        buckets=buckets,
+        accumulation_steps=accumulation_steps,
         full_rows=full_rows,
     )
 
@@ -55,7 +55,7 @@ def test_plans_are_what_a_loop_over_the_workers_finds(data):
         rows = data.draw(st.lists(st.integers(1, 5), min_size=count, max_size=count))
         failed_at = data.draw(st.sampled_from([None, None, len(rows)])) if len(rows) < window else None
         reports.append(report(window, rows, failed_at, seed=worker))
-    found = merged(reports, window=window, accumulate=accumulate)
+    found = merged(reports, window=window, accumulation_steps=accumulate)
 
     failures = [(each.failed_at, worker) for worker, each in enumerate(reports) if each.failed_at is not None]
     assert found.failure == (min(failures) if failures else None)
@@ -75,12 +75,12 @@ def test_plans_are_what_a_loop_over_the_workers_finds(data):
         assert step.sequences == sum(each.sequences[group].sum() for each in reports)
 
 
-def test_a_step_takes_the_highest_rung_that_a_feature_needs():
-    ladders = [distpad.Ladder([5, 30]), distpad.Ladder([7, 40])]
+def test_a_step_takes_the_highest_boundary_that_a_feature_needs():
+    buckets = [distpad.Buckets([5, 30]), distpad.Buckets([7, 40])]
     one = plan.Report.blank(2, AXES, LOSSES)
     one.longest[:] = [[5, 7], [2, 8]]
     one.rows[:] = 1
-    found = merged([one], window=2, ladders=ladders)
+    found = merged([one], window=2, buckets=buckets)
     assert [step.sizes for step in found.steps] == [(5, 7), (30, 40)]
 
 
@@ -88,24 +88,26 @@ def test_dropping_ends_before_the_first_step_that_is_not_full():
     reports = [report(4, [2, 2, 2, 2], None, 0), report(4, [2, 2, 1], None, 1)]
     found = merged(reports, window=4, full_rows=4)
     assert (len(found.steps), found.is_last) == (2, True)
-    assert len(merged(reports, window=4, full_rows=4, accumulate=2).steps) == 2
+    assert len(merged(reports, window=4, full_rows=4, accumulation_steps=2).steps) == 2
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
 def test_what_fails_behind_the_step_that_is_not_full_is_behind_the_end(accumulate):
     reports = [report(6, [2, 2, 2], 3, 0), report(6, [2, 2, 1, 2], None, 1)]
-    found = merged(reports, window=6, full_rows=4, accumulate=accumulate)
+    found = merged(reports, window=6, full_rows=4, accumulation_steps=accumulate)
     assert (len(found.steps), found.is_last, found.failure) == (2 // accumulate * accumulate, True, None)
-    found = merged([report(6, [2, 2, 2], 3, 0)], window=6, full_rows=2, accumulate=accumulate)
+    found = merged([report(6, [2, 2, 2], 3, 0)], window=6, full_rows=2, accumulation_steps=accumulate)
     assert (len(found.steps), found.failure) == (3 // accumulate * accumulate, plan.Failure(3, 0))
 
 
 def test_steps_that_fill_up_a_group_make_no_shape_of_their_own():
     one = plan.Report.blank(4, AXES, LOSSES)
     one.longest[:3], one.rows[:3] = [[9, 9], [9, 9], [2, 2]], 1
-    ladders = [distpad.Ladder([1, 4, 9])] * AXES
-    assert [step.sizes for step in merged([one], window=4, ladders=ladders, accumulate=4).steps][2:] == [(4, 4)] * 2
-    assert merged([one], window=4, ladders=ladders, accumulate=4).steps[3].rows == 0
+    buckets = [distpad.Buckets([1, 4, 9])] * AXES
+    assert [step.sizes for step in merged([one], window=4, buckets=buckets, accumulation_steps=4).steps][2:] == [
+        (4, 4)
+    ] * 2
+    assert merged([one], window=4, buckets=buckets, accumulation_steps=4).steps[3].rows == 0
 
 
 def test_a_message_does_not_grow_with_the_workers():

@@ -20,7 +20,7 @@ OPTIONS = st.one_of(
 )
 EXTRAS = st.fixed_dictionaries(
     {
-        "ladder": st.sampled_from([None, distpad.Ladder([4, 16, 64]), distpad.Ladder.multiples(8)]),
+        "buckets": st.sampled_from([None, distpad.Buckets([4, 16, 64]), distpad.Buckets.multiples(8)]),
         "shuffle": st.booleans(),
         "seed": st.integers(0, 5),
         "randomness": st.sampled_from([0.0, 0.1, 1.0]),
@@ -54,18 +54,18 @@ def test_every_example_once_and_the_same_steps_for_any_number_of_workers(lengths
 
 @relaxed
 @given(LENGTHS, OPTIONS, EXTRAS, st.integers(1, 5))
-def test_shapes_follow_from_the_rung_and_budgets_hold(lengths, options, extras, workers):
+def test_shapes_follow_from_the_boundary_and_budgets_hold(lengths, options, extras, workers):
     sampler = distpad.LengthSampler(lengths, **options, **extras)
-    ladder = extras["ladder"] or int
+    buckets = extras["buckets"] or int
     rows_of = {}
     for step, batches in zip(sampler.plan(0), dealt(sampler, 0, workers)):
-        rung = ladder(max(lengths[index] for index in step))
+        boundary = buckets(max(lengths[index] for index in step))
         if "max_tokens" in options:
-            assert len(step) * rung <= options["max_tokens"]
+            assert len(step) * boundary <= options["max_tokens"]
         else:
             assert len(step) <= options["global_batch_size"]
         rows = {len(batch) for batch in batches}
-        assert len(rows) == 1 and rows == rows_of.setdefault(rung, rows)
+        assert len(rows) == 1 and rows == rows_of.setdefault(boundary, rows)
         counts = [int((batch >= 0).sum()) for batch in batches]
         assert max(counts) - min(counts) <= 1
         assert all((batch[:count] >= 0).all() for batch, count in zip(batches, counts))  # filling is behind
@@ -145,8 +145,8 @@ def test_workers_of_a_step_have_as_much_to_do():
         ({"max_tokens": 4}, ValueError, r"max_tokens is 4, expected at least 5. Example 1 has 5 positions"),
         ({"global_batch_size": 1, "randomness": 2}, ValueError, "randomness is 2, expected from 0 to 1"),
         ({"global_batch_size": 1, "seed": -1}, ValueError, "seed is -1, expected at least 0"),
-        ({"global_batch_size": 1, "ladder": [8]}, TypeError, r"ladder is \[8\], expected a distpad.Ladder"),
-        ({"global_batch_size": 1, "ladder": distpad.Ladder([4])}, ValueError, "length is 5, expected at most 4"),
+        ({"global_batch_size": 1, "buckets": [8]}, TypeError, r"buckets is \[8\], expected a distpad.Buckets"),
+        ({"global_batch_size": 1, "buckets": distpad.Buckets([4])}, ValueError, "length is 5, expected at most 4"),
     ],
 )
 def test_wrong_arguments(arguments, error, words):

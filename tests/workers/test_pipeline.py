@@ -50,7 +50,7 @@ def test_a_peers_error_reaches_all_with_worker_step_and_message(world):
                 raise OSError("the disk is gone")
             yield from examples(worker, 10)
 
-    batches = made(world, Source(), window=2)
+    batches = made(world, Source(), lookahead=2)
     if worker == last:
         refused(world, batches, OSError, "the disk is gone")
     else:
@@ -69,9 +69,9 @@ def test_a_bad_example_of_one_worker_reaches_all(world):
 @pytest.mark.parametrize(
     ("option", "values"),
     [
-        ("window", (4, 8)),
-        ("ladder", (distpad.Ladder([8]), distpad.Ladder([16]))),
-        ("accumulate", (1, 2)),
+        ("lookahead", (4, 8)),
+        ("buckets", (distpad.Buckets([8]), distpad.Buckets([16]))),
+        ("accumulation_steps", (1, 2)),
         ("padding", ({"y": distpad.Pad()}, {"y": distpad.Pad(value=7)})),
     ],
 )
@@ -105,11 +105,11 @@ def test_a_worker_whose_first_example_comes_late_is_held_to_what_the_others_have
     """Step by step of windows of 2: worker 1 gets its first example in the second."""
     worker = world.backend.worker_index
     source = [{"y": np.ones([n], np.int64), "v": np.ones([1 if worker == 1 else 2])} for n in (2, 2, 1, 1, 1, 1)]
-    ladder = distpad.Ladder([1, 2])
-    sampler = distpad.LengthSampler([2, 2, 1, 1, 1, 1], max_tokens=2, ladder=ladder, shuffle=False)
+    buckets = distpad.Buckets([1, 2])
+    sampler = distpad.LengthSampler([2, 2, 1, 1, 1, 1], max_tokens=2, buckets=buckets, shuffle=False)
     kind = ValueError if worker == 1 else distpad.PeerError
     refused(
-        world, made(world, (source, sampler), None, window=2), kind, r"the examples of worker 1 differ.*\[1\].* here"
+        world, made(world, (source, sampler), None, lookahead=2), kind, r"the examples of worker 1 differ.*\[1\].* here"
     )
 
 
@@ -142,7 +142,7 @@ def test_a_slow_worker_is_named(world, caplog):
                 yield example
 
     with caplog.at_level(logging.WARNING, "distpad"):
-        assert sum(1 for _ in made(world, Source(), slow_after_s=0.7)) == 3
+        assert sum(1 for _ in made(world, Source(), warn_after_s=0.7)) == 3
     assert f"worker {last} is still reading" in caplog.text
 
 
@@ -156,12 +156,12 @@ def test_a_worker_that_is_too_slow_ends_all(world):
 
     kind = distpad.DistpadError if worker == last else distpad.PeerError
     refused(
-        world, made(world, Source(), slow_after_s=0.5, limit_s=2), kind, f"worker {last} is still reading .*limit_s"
+        world, made(world, Source(), warn_after_s=0.5, timeout_s=2), kind, f"worker {last} is still reading .*timeout_s"
     )
 
 
 def test_leaving_together_and_beginning_again(world):
-    batches = made(world, examples(world.backend.worker_index), window=1)
+    batches = made(world, examples(world.backend.worker_index), lookahead=1)
     for _ in range(3):
         assert isinstance(next(iter(batches)), distpad.Batch)
     assert sum(1 for _ in batches) == 3

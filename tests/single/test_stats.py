@@ -1,4 +1,4 @@
-"""The ledger of padding: what is booked under which cause, and how it is shown."""
+"""The stats of padding: what is booked under which cause, and how it is shown."""
 
 from __future__ import annotations
 
@@ -6,49 +6,49 @@ import numpy as np
 import tensorflow as tf
 
 import distpad
-from distpad.pipeline.ledger import Ledger
+from distpad.pipeline.stats import PaddingStats
 
 
 def test_each_position_is_booked_once_under_the_first_cause_that_made_it():
-    ledger = Ledger()
+    stats = PaddingStats()
     # a picture of 2 ragged axes and a label; two real rows of three; longest over all replicas (4, 5) and 6
-    ledger.add_replica(
+    stats.add_replica(
         [np.array([[2, 3], [4, 1]]), np.array([[5], [2]])], agreed=(4, 5, 6), sizes=(8, 8, 8), batch_size=3
     )
-    real, own, together, rung, all_rows = (
+    real, own, together, boundary, all_rows = (
         2 * 3 + 4 * 1 + 5 + 2,
         2 * 4 * 3 + 2 * 5,
         2 * 4 * 5 + 2 * 6,
         2 * 64 + 2 * 8,
         3 * 72,
     )
-    assert ledger.real == real
-    assert [ledger.padding[cause] for cause in ("own_batch", "global_agreement", "ladder", "filling")] == [
+    assert stats.real == real
+    assert [stats.padding[cause] for cause in ("own_batch", "global_agreement", "buckets", "filling")] == [
         own - real,
         together - own,
-        rung - together,
-        all_rows - rung,
+        boundary - together,
+        all_rows - boundary,
     ]
-    assert ledger.as_dict()["real_fraction"] == real / all_rows and ledger.shapes == {(3, 8, 8, 8)}
+    assert stats.as_dict()["real_fraction"] == real / all_rows and stats.shapes == {(3, 8, 8, 8)}
 
 
 def test_the_variation_of_the_count_is_the_standard_deviation_over_the_mean():
-    ledger, counts = Ledger(), np.random.default_rng(0).integers(1, 1000, size=50)
+    stats, counts = PaddingStats(), np.random.default_rng(0).integers(1, 1000, size=50)
     for count in counts:
-        ledger.add_group(float(count))
-    assert abs(ledger.count_variation - counts.std() / counts.mean()) < 1e-12
-    assert Ledger().count_variation == 0
+        stats.add_group(float(count))
+    assert abs(stats.count_variation - counts.std() / counts.mean()) < 1e-12
+    assert PaddingStats().count_variation == 0
 
 
 def test_the_table_shows_every_figure():
-    ledger = Ledger()
-    ledger.add_replica([np.array([[3], [1]])], agreed=(4,), sizes=(8,), batch_size=4)
-    table = str(ledger)
+    stats = PaddingStats()
+    stats.add_replica([np.array([[3], [1]])], agreed=(4,), sizes=(8,), batch_size=4)
+    table = str(stats)
     for text in (
         "real positions",
         "longest of the replica's rows",
         "longest of all",
-        "rung",
+        "boundary",
         "fill up",
         "waited for the plan",
     ):
@@ -65,13 +65,13 @@ def test_keras_writes_the_ledger_for_tensorboard(tmp_path):
     model.compile(loss="mse")
     for _ in batches:
         pass
-    model.fit(np.ones([4, 2]), np.ones([4, 1]), epochs=2, verbose=0, callbacks=[batches.ledger.callback(str(tmp_path))])
+    model.fit(np.ones([4, 2]), np.ones([4, 1]), epochs=2, verbose=0, callbacks=[batches.stats.callback(str(tmp_path))])
     written = {}
     for path in tmp_path.glob("events.*"):
         for event in tf.compat.v1.train.summary_iterator(str(path)):
             for value in event.summary.value:
                 written[value.tag, event.step] = float(tf.make_ndarray(value.tensor))
-    expected = batches.ledger.as_dict()
+    expected = batches.stats.as_dict()
     assert {tag for tag, _ in written} == {f"distpad/{name}" for name in expected}
     for name, figure in expected.items():
         assert [written[f"distpad/{name}", epoch] for epoch in (0, 1)] == [np.float32(figure)] * 2

@@ -1,25 +1,25 @@
-"""Ledger: where padding came from, and what was waited for."""
+"""PaddingStats: where padding came from, and what was waited for."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-_CAUSES = ("own_batch", "global_agreement", "ladder", "filling")
+_CAUSES = ("own_batch", "global_agreement", "buckets", "filling")
 
 
-class Ledger:
+class PaddingStats:
     """This worker's account of the positions that its replicas were given, over all ragged features.
 
     A position is an element of a feature's ragged axes. Padding is booked under the first cause that made it:
     ``own_batch``, up to the longest row of the replica; ``global_agreement``, from there to the longest row of all
-    replicas; ``ladder``, from there to the rung; ``filling``, rows that repeat others at the end of an epoch.
+    replicas; ``buckets``, from there to the boundary; ``filling``, rows that repeat others at the end of an epoch.
 
     >>> import numpy as np
-    >>> ledger = Ledger()
-    >>> ledger.add_replica([np.array([[3], [1]])], agreed=(4,), sizes=(8,), batch_size=3)
-    >>> {cause: count for cause, count in ledger.as_dict().items() if cause in ("real", "own_batch", "ladder")}
-    {'real': 4, 'own_batch': 2, 'ladder': 8}
+    >>> stats = PaddingStats()
+    >>> stats.add_replica([np.array([[3], [1]])], agreed=(4,), sizes=(8,), batch_size=3)
+    >>> {cause: count for cause, count in stats.as_dict().items() if cause in ("real", "own_batch", "buckets")}
+    {'real': 4, 'own_batch': 2, 'buckets': 8}
     """
 
     def __init__(self) -> None:
@@ -41,9 +41,9 @@ class Ledger:
             at += axes
             real = int(table.prod(axis=1).sum())
             own = rows * int(table.max(axis=0, initial=0).prod()) if rows else 0
-            together, rung = rows * math.prod(agreed[here]), rows * math.prod(sizes[here])
+            together, boundary = rows * math.prod(agreed[here]), rows * math.prod(sizes[here])
             self.real += real
-            steps = (own - real, together - own, rung - together, batch_size * math.prod(sizes[here]) - rung)
+            steps = (own - real, together - own, boundary - together, batch_size * math.prod(sizes[here]) - boundary)
             for cause, count in zip(_CAUSES, steps):
                 self.padding[cause] += count
 
@@ -83,7 +83,7 @@ class Ledger:
             "real": "real positions",
             "own_batch": "padding to the longest of the replica's rows",
             "global_agreement": "padding to the longest of all replicas",
-            "ladder": "padding to the ladder's rung",
+            "buckets": "padding to the bucket's boundary",
             "filling": "rows that fill up",
         }
         found = {"real": self.real, **self.padding}
@@ -102,13 +102,13 @@ class Ledger:
         """
         import tensorflow as tf
 
-        ledger, writer = self, tf.summary.create_file_writer(log_dir)
+        stats, writer = self, tf.summary.create_file_writer(log_dir)
 
-        class LedgerCallback(tf.keras.callbacks.Callback):
+        class StatsCallback(tf.keras.callbacks.Callback):
             def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-                ledger.write(writer, epoch)
+                stats.write(writer, epoch)
 
-        return LedgerCallback()
+        return StatsCallback()
 
     def write(self, writer: Any, step: int) -> None:
         """Write all figures as scalars, ``distpad/NAME``, with a ``tf.summary`` writer: for loops of one's own."""
