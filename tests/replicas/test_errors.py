@@ -95,7 +95,8 @@ def test_rows_out_of_range(world):
 
 
 def test_a_loss_of_shape_batch_needs_per_sequence(world):
-    call = lambda x: distpad.DistributedLoss(lambda t, p: tf.reduce_sum(p, 1), backend=world.backend)(x, x)
+    loss_fn = distpad.DistributedLoss(lambda t, p: tf.reduce_sum(p, 1), backend=world.backend)
+    call = lambda x: loss_fn(x, x, lengths=[1, 2])
     with pytest.raises(ValueError, match='per="sequence"'):
         world.run(call, lambda r: np.ones([2, 2]), graph=False)
 
