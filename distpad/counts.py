@@ -12,12 +12,19 @@ class Counts(NamedTuple):
     ``sequences`` the number of rows that have any. ``DistributedLoss(..., denominator=counts)`` takes from them what
     its average needs.
 
+    Attributes:
+      tokens, sequences: over all replicas and all micro-batches of the optimiser step.
+      local: ``[2]`` float64, this replica's own tokens and sequences in this micro-batch; None where nobody counted.
+      replicas: float64 scalar, the number of replicas over which the counts run; None where it is not known.
+
     >>> Counts(tokens=12.0, sequences=3.0).tokens
     12.0
     """
 
     tokens: Any
     sequences: Any
+    local: Any = None
+    replicas: Any = None
 
 
 class WeightedCounts(Counts):
@@ -28,3 +35,21 @@ class WeightedCounts(Counts):
     """
 
     __slots__ = ()
+
+
+class LossInputs(NamedTuple):
+    """What a batch carries for one loss.
+
+    Attributes:
+      lengths: ``[batch]`` int32, the valid positions of each row of the feature that the loss averages over.
+      sample_weight: the weights as the loss takes them, ``[batch]`` or ``[batch, length]``; ``()``, a nest of no
+        tensors, where there are none.
+      counts: ``Counts``, or ``WeightedCounts`` where there are weights.
+
+    >>> LossInputs(lengths=[2, 1], sample_weight=(), counts=Counts(3.0, 2.0)).counts.tokens
+    3.0
+    """
+
+    lengths: Any
+    sample_weight: Any
+    counts: Any
