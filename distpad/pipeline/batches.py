@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from distpad import backends, errors
 from distpad.buckets import Buckets
 from distpad.pipeline import agreement, epoch, feeding, reading, recipe, sources
@@ -17,6 +19,7 @@ from distpad.pipeline.padder import Batch
 from distpad.pipeline.stats import PaddingStats
 
 _NAME = "PaddedBatches"
+_MANY = 1 << 30
 _BOUNDARIES = 8  # for the lengths of a sampler
 
 
@@ -117,10 +120,11 @@ class PaddedBatches:
         self._opened = 0
         self._running: epoch.Epoch | None = None
         self._counting = threading.Lock()
-        self._only_looked = False  # whether fit may have dropped all that it was handed since
+        self._handed = _MANY  # so many batches of this epoch to fit, which may have dropped them
 
     def __iter__(self) -> Iterator[Batch]:
         self._check_engine()
+        self._leave(None)
         yield from self._consume(self._open())  # opened by the first batch: an iterator that nobody uses has no threads
 
     def __bool__(self) -> bool:
@@ -141,12 +145,26 @@ class PaddedBatches:
             found = f"that of {mine} {what}, when it was made"
             raise ValueError(errors.sentence(_NAME, "backend", found, f"that of the {others} {what} now", remedy))
 
-    def _open(self, elements: feeding.Elements | None = None) -> epoch.Epoch:
-        """Begin the next epoch, of batches or of what fit is fed."""
+    @property
+    def _only_looked(self) -> bool:
+        """Whether fit may have trained on none of the batches that it was handed of this epoch."""
+        return self._handed <= max(self._backend.fit_looks_at, self._backend.fit_reads_ahead)
+
+    def _leave(self, elements: feeding.Elements | None) -> None:
+        """End what is running. An epoch that fit only looked at will begin again. Collective where workers of a
+        strategy feed fit: each may have been asked for another number of batches."""
         self._stop()  # all workers have left that loop
+        if elements and self._backend.fit_reads_ahead and self._backend.num_workers > 1:
+            settings = self._recipe.warn_after_s, self._recipe.timeout_s, elements.channel
+            handed = np.array([self._handed]), np.zeros(1)
+            meeting = agreement.Agreement(self._backend, *settings)
+            self._handed = meeting.merge((1, 1), lambda _: handed, "the next epoch", lambda _: True)[0][0]
         if self._only_looked:
             self._rewind()
-        self._only_looked = False
+        self._handed = _MANY
+
+    def _open(self, elements: feeding.Elements | None = None) -> epoch.Epoch:
+        """Begin the next epoch, of batches or of what fit is fed, when the last was left."""
         if self._begun:
             self._at = _Position(self._at.epoch + 1)
         self._begun, self._began_at = True, self._at
@@ -264,6 +282,7 @@ class PaddedBatches:
             raise ValueError(errors.sentence("for_keras", "repeat", found, "True", remedy))
         self._check_engine(of_workers=True)
         elements = feeding.Elements(self._recipe, x, y, repeat)
+        self._leave(elements)
         first = self._open(elements)
         self._begun = False  # what is read ahead here is the first iteration's, or is dropped
         try:
@@ -288,23 +307,19 @@ class PaddedBatches:
             is_first = next(looked_at) == 0
             fresh = is_first and first is self._running and planned == self._at
             if not fresh:
-                self._stop()
-            if self._only_looked:
-                self._rewind()
+                self._leave(elements)
             if steps and self._at.step and not self._begun:
                 found = f"at step {self._at.step}, when a dataset of {steps} steps an epoch was made already"
                 raise ValueError(errors.sentence("load_state_dict", "state", found, "to be loaded before for_keras"))
             running = first if fresh else self._open(elements)
-            self._begun, self._only_looked, handed = True, True, 0
+            self._begun, self._handed, handed = True, 0, 0
             for element in self._consume(running):
-                handed += 1
-                if handed > self._backend.fit_looks_at:
-                    self._only_looked = False
+                self._handed = handed = handed + 1
                 yield element
             if running is not self._running:
                 return False
             if not (is_first and handed < self._backend.fit_looks_at):  # so short that looking reads all of it
-                self._only_looked = False
+                self._handed = _MANY
             return not running.was_left
 
         def feed() -> Iterator[Any]:
@@ -399,7 +414,7 @@ class PaddedBatches:
         begins = tuple(errors.whole_number(_NAME, "state's begins", each, least=0) for each in state["begins"])
         self._stop()
         self._at = _Position(number, step, begins if step else ())
-        self._begun = self._only_looked = False
+        self._begun, self._handed = False, _MANY
 
     def _belongs_to(self) -> dict[str, Any]:
         """What a position is a position of: the plan of a sampler, or so many examples of each worker a step."""
