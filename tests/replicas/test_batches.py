@@ -35,7 +35,9 @@ def counts_of(scenario: str, workers: int) -> list[int]:
 
 
 def made(world, source, *args, **options):
-    return distpad.PaddedBatches(source, *args, backend=world.backend, **{"padding": PADDING, "tokens": "y", **options})
+    return distpad.PaddedBatches(
+        source, *args, backend=world.backend, **{"padding": PADDING, "tokens": "y", "buckets": None, **options}
+    )
 
 
 def mine(world, batch: distpad.Batch) -> list[distpad.Batch]:

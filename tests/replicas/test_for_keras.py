@@ -51,7 +51,9 @@ def sampled(world, **options):
 
 
 def made(world, source, *args, **options):
-    return distpad.PaddedBatches(source, *args, backend=world.backend, **{"padding": PADDING, "tokens": "y", **options})
+    return distpad.PaddedBatches(
+        source, *args, backend=world.backend, **{"padding": PADDING, "tokens": "y", "buckets": None, **options}
+    )
 
 
 def epoch_of(world, dataset, steps) -> list:

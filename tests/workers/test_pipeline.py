@@ -28,7 +28,7 @@ def examples(worker, count=6, dtype=np.int64):
 
 def made(world, source, size=2, **options):
     return distpad.PaddedBatches(
-        source, size, **{"padding": PADDING, "tokens": "y", "backend": world.backend, **options}
+        source, size, **{"padding": PADDING, "tokens": "y", "buckets": None, "backend": world.backend, **options}
     )
 
 
