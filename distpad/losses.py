@@ -298,7 +298,7 @@ class DistributedLoss(tf.keras.losses.Loss):
         try:
             if self.per == "sequence":
                 valid, positions, rules = masking.of_sequences(y_true, **sources)
-                valid, own_rules = self._screened(y_true, self._with_tokens(valid), counting)
+                valid, own_rules = self._screened(y_true, y_pred, self._with_tokens(valid), counting)
                 rules += own_rules
             else:
                 valid, rules = masking.of_positions(y_true, y_pred, **sources)
@@ -318,17 +318,19 @@ class DistributedLoss(tf.keras.losses.Loss):
 
     def _own_rules(self) -> list[exchange.Rule]:
         """Those of a loss that looks at its labels beforehand, as distpad.CTC does, where all is well."""
-        return [self.loss.rule] if hasattr(self.loss, "screen") else []
+        return list(self.loss.rules) if hasattr(self.loss, "screen") else []
 
-    def _screened(self, y_true: Any, valid: masking.Valid, counting: bool) -> tuple[masking.Valid, list[exchange.Rule]]:
-        """Without the sequences that such a loss leaves out, and its rule."""
+    def _screened(
+        self, y_true: Any, y_pred: Any, valid: masking.Valid, counting: bool
+    ) -> tuple[masking.Valid, list[exchange.Rule]]:
+        """Without the sequences that such a loss leaves out, and its rules."""
         if not hasattr(self.loss, "screen"):
             return valid, []
-        kept, rule = self.loss.screen(y_true, valid.looked_at, counting=counting)
+        kept, rules = self.loss.screen(y_true, y_pred, valid.looked_at, counting=counting)
         if kept is None:
-            return valid, [rule]
+            return valid, rules
         sources = [fitting.Source("mask", mask) for mask in (valid.mask, kept) if mask is not None]
-        return valid._replace(mask=fitting.all_of(sources)[0]), [rule]
+        return valid._replace(mask=fitting.all_of(sources)[0]), rules
 
     def _warn_unmasked(self, losses: tf.Tensor, valid: masking.Valid) -> None:
         """Once, where a loss has positions and nothing says which of them are valid."""
