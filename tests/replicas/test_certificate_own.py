@@ -80,9 +80,10 @@ def step_of(world, model, loss):
     return step
 
 
+@pytest.mark.worlds("mirrored:2")
 @pytest.mark.parametrize(
     ("dtype", "limit", "average"),
-    [("float32", 1e-5, "token"), ("float64", 1e-12, "sequence_mean")],
+    [("float32", 1e-5, "token"), pytest.param("float64", 1e-12, "sequence_mean", marks=pytest.mark.wide)],
 )
 def test_a_right_loss_passes(world, dtype, limit, average):
     loss = distpad.DistributedLoss(each, average=average, backend=world.backend)
@@ -113,6 +114,7 @@ def test_own_means_do_not_pass(world):
     assert "held against itself on one device" in str(certificate)
 
 
+@pytest.mark.worlds("mirrored:2")
 def test_a_loss_of_keras_that_reduces_does_not_pass(world, one_kind):
     loss = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     batch = batch_of()
@@ -126,7 +128,7 @@ def test_a_loss_of_keras_that_reduces_does_not_pass(world, one_kind):
     assert bool(re.search("own mean", certificate.diagnosis)) == (world.num_replicas > 1)
 
 
-@pytest.mark.parametrize("down", [False, True])
+@pytest.mark.parametrize("down", [False, pytest.param(True, marks=pytest.mark.worlds("mirrored:2"))])
 def test_a_factor_is_named(world, one_kind, down):
     replicas = world.num_replicas
     number = (1 / replicas if down else replicas) if replicas > 1 else 5
@@ -139,7 +141,8 @@ def test_a_factor_is_named(world, one_kind, down):
     assert certificate.diagnosis.startswith("uneven rows: gradients are " + words)
 
 
-def test_a_step_of_the_users_own(world):
+@pytest.mark.worlds("mirrored:2")
+def test_a_step_of_the_users_own(world, one_kind):
     model, loss = model_in(world), distpad.DistributedLoss(each, backend=world.backend)
     right = step_of(world, model, loss)
     assert certified(world, step=tf.function(right), batch=batch_of()).passed
@@ -148,6 +151,7 @@ def test_a_step_of_the_users_own(world):
     assert wrong.passed == (world.num_replicas == 1)
 
 
+@pytest.mark.worlds("mirrored:2")
 def test_a_step_on_batches_of_the_pipeline(world):
     """Its counts are given anew in each case, and an empty replica gets filling, as it does in training."""
     random = np.random.default_rng(4)
@@ -179,6 +183,7 @@ def test_a_step_on_batches_of_the_pipeline(world):
         certified(world, step=step, batch=batch._replace(counts=distpad.Counts(ignored, ignored)))
 
 
+@pytest.mark.worlds("mirrored:2", "horovod:2")
 def test_gradients_that_were_not_reduced(world, one_kind):
     if world.num_replicas == 1:
         pytest.skip("nothing is to be reduced")
@@ -193,6 +198,7 @@ def test_gradients_that_were_not_reduced(world, one_kind):
     assert not certificate.passed and "they were not reduced" in certificate.diagnosis
 
 
+@pytest.mark.worlds("mirrored:2")
 def test_the_variable_that_is_off_is_named(world, one_kind):
     model, loss = model_in(world), distpad.DistributedLoss(each, backend=world.backend)
     right = step_of(world, model, loss)
@@ -213,6 +219,7 @@ WRONG = {
 }
 
 
+@pytest.mark.worlds("mirrored:2")
 @pytest.mark.parametrize("name", WRONG)
 def test_a_loss_that_was_written_wrongly(world, one_kind, name):
     """An error, or a certificate that does not pass, on one replica too."""
@@ -233,6 +240,7 @@ def test_an_unreduced_loss_alone_is_refused(world):
         certified(world, model_in(world), loss, batch=batch_of())
 
 
+@pytest.mark.worlds("mirrored:2")
 def test_layers_are_named_and_switched_off(world, one_kind):
     layers = [tf.keras.layers.Dropout(0.5, name="drop"), tf.keras.layers.BatchNormalization(name="norm")]
     with world.scope():
@@ -246,6 +254,7 @@ def test_layers_are_named_and_switched_off(world, one_kind):
     assert any("training=False" in line for line in lines)
 
 
+@pytest.mark.worlds("mirrored:2")
 def test_a_model_that_sees_padding_and_takes_no_empty_batch(world, monkeypatch):
     """A recurrent layer that runs backwards begins in the padding; Keras 3's takes no batch of 0 rows."""
     monkeypatch.setattr(rows, "kinds", lambda *_, **__: ["an empty replica", "all padding"])
@@ -263,6 +272,7 @@ def test_a_model_that_sees_padding_and_takes_no_empty_batch(world, monkeypatch):
     assert "an empty replica" in [line.kind for line in certificate.lines]
 
 
+@pytest.mark.worlds("mirrored:2", "horovod:2")
 def test_a_subclassed_model_that_is_not_built_yet(world, one_kind):
     class Model(tf.keras.Model):
         def __init__(self):
@@ -280,7 +290,6 @@ def test_a_subclassed_model_that_is_not_built_yet(world, one_kind):
         assert "workers had different variables" in str(certificate)
 
 
-@pytest.mark.one_engine
 def test_workers_with_different_variables_are_told(world, one_kind):
     model, loss = model_in(world), distpad.DistributedLoss(each, backend=world.backend)
     if world.kind not in ("horovod", "mpirun"):
@@ -292,7 +301,6 @@ def test_workers_with_different_variables_are_told(world, one_kind):
     assert certificate.passed and "workers had different variables" in str(certificate)
 
 
-@pytest.mark.one_engine
 def test_batches_that_differ_between_workers_are_refused_by_all(world):
     if not world.several_workers:
         pytest.skip("there is one worker")
@@ -333,9 +341,11 @@ def test_a_global_value_after_a_certificate_is_that_of_the_engine(world, one_kin
     assert value(step) == before
 
 
-@pytest.mark.parametrize("average", ["sequence_sum", "token"])
-def test_ctc_that_leaves_out_what_cannot_be_aligned(world, average):
+@pytest.mark.worlds("mirrored:2")
+@pytest.mark.parametrize("average", ["token", pytest.param("sequence_sum", marks=pytest.mark.wide)])
+def test_ctc_that_leaves_out_what_cannot_be_aligned(world, average, monkeypatch):
     """Rows of three frames, some with texts that need more."""
+    monkeypatch.setattr(rows, "kinds", lambda *_, **__: ["uneven rows", "random lengths"])
     with world.scope():
         dense = tf.keras.layers.Dense(CLASSES, name="dense")
         model = tf.keras.Sequential([tf.keras.Input([None, FEATURES]), dense])

@@ -11,8 +11,6 @@ import tensorflow as tf
 
 import distpad
 
-pytestmark = pytest.mark.one_engine
-
 PADDING = {"y": distpad.Pad()}
 LIMIT_S = 30  # an error that takes longer than this to reach all workers is a hang
 
