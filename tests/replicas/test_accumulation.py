@@ -144,7 +144,7 @@ def test_a_table_used_by_rows_and_as_a_whole(world):
     with world.scope():
         table = tf.Variable(np.ones([3, 2]))
     for first in (0, 1):
-        accumulator = distpad.GradientAccumulator([table], backend="local")
+        accumulator = distpad.GradientAccumulator([table], backend=world.backend)
 
         def step(ids, accumulator=accumulator, first=first):
             for kind in (first, 1 - first):
@@ -186,7 +186,8 @@ def test_sums_in_float32_at_least(world):
     """2048 + 1 + 1 is 2048 in float16; and a sum that float16 cannot hold is divided first."""
     with world.scope():
         half = tf.Variable([0.0, 0.0], dtype=tf.float16)
-    accumulator = distpad.GradientAccumulator([half], backend="local")
+    accumulator = distpad.GradientAccumulator([half], backend=world.backend)
+    share = world.backend.share_scale / world.num_replicas
 
     def step(factors):
         for factor in tf.unstack(factors):
@@ -198,7 +199,7 @@ def test_sums_in_float32_at_least(world):
     for factors, expected in [([2048, 1, 1, 0], 512.5), ([60000, 60000], 60000)]:
         for (found,) in world.run(step, lambda r, factors=factors: np.array(factors, "float16"), graph=False).values():
             assert found.dtype == np.float16
-            assert found.tolist() == [expected, expected]
+            assert found.tolist() == [expected * share, expected * share]
 
 
 def test_counts_of_nothing_give_zeros(world):
