@@ -8,7 +8,7 @@ import tensorflow as tf
 
 import distpad
 
-WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:3", "mpirun:2")
+WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2", "horovod:3", "mpirun:2")
 
 LENGTHS = [3, 0, 5, 1, 2, 7, 1, 4, 0, 2, 6]
 
