@@ -14,6 +14,8 @@ import tensorflow as tf
 import worlds
 from distpad import backends
 
+HANG_S = 60  # what takes longer to reach all workers is a hang, on a busy machine too
+
 
 class World:
     """An engine and its replicas, some of which are this process's."""
