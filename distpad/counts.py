@@ -43,10 +43,10 @@ class LossInputs(NamedTuple):
 
     Attributes:
       lengths: ``[batch]`` int32, the valid positions of each row.
-      sample_weight: ``[batch]`` or ``[batch, length]``; None where positions are not weighted.
+      sample_weight: ``[batch]`` or ``[batch, length, ...]``; ``()``, an empty nest, where positions are not weighted.
       counts: ``Counts``, the loss's denominator.
 
-    >>> LossInputs(lengths=[2, 1], sample_weight=None, counts=Counts(3.0, 2.0)).counts.tokens
+    >>> LossInputs(lengths=[2, 1], sample_weight=(), counts=Counts(3.0, 2.0)).counts.tokens
     3.0
     """
 

@@ -181,7 +181,8 @@ class DistributedLoss(tf.keras.losses.Loss):
             raise ValueError(
                 errors.sentence(_NAME, "batch", f"given beside {', '.join(twice)}", "to bring them itself")
             )
-        sources.update(lengths=inputs.lengths, sample_weight=inputs.sample_weight)
+        is_weighted = tf.is_tensor(inputs.sample_weight) or isinstance(inputs.sample_weight, np.ndarray)
+        sources.update(lengths=inputs.lengths, sample_weight=inputs.sample_weight if is_weighted else None)
         return None if self._is_fixed() else inputs.counts
 
     def _average_globally(

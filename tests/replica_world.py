@@ -23,14 +23,13 @@ class World:
     def __init__(self, spec: str) -> None:
         self.kind, self.num_replicas = worlds.parse(spec)
         self.strategy = self._strategy()
-        self.local_backend = backends.LocalBackend()
         if self.kind in ("horovod", "mpirun"):
             import horovod.tensorflow as hvd
 
             hvd.init()
             self.backend: backends.Backend = backends.HorovodBackend()
         else:
-            self.backend = backends.StrategyBackend(self.strategy) if self.strategy else self.local_backend
+            self.backend = backends.StrategyBackend(self.strategy) if self.strategy else backends.LocalBackend()
 
     def _strategy(self) -> tf.distribute.Strategy | None:
         if self.kind == "mirrored":
