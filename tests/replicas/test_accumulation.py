@@ -8,7 +8,7 @@ import tensorflow as tf
 
 import distpad
 import oracle
-from replica_world import collectives_of
+from replica_world import alone, collectives_of
 
 WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2")
 
@@ -216,6 +216,7 @@ def test_counts_of_nothing_give_zeros(world):
         assert found.tolist() == [0.0]
 
 
+@alone
 def test_wrong_use_is_refused():
     w = tf.Variable([1.0])
     with pytest.raises(TypeError, match=r"variables is .*, expected a list of variables"):

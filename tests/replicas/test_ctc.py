@@ -8,6 +8,7 @@ import tensorflow as tf
 
 import distpad
 import oracle
+from replica_world import alone
 
 WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2")
 
@@ -151,6 +152,7 @@ def test_a_label_too_long_where_the_step_has_no_exchange(world, graph):
         world.run(step, given, graph=graph)
 
 
+@alone
 def test_rows_that_do_not_count_may_be_too_long_without_an_exchange(world):
     loss_fn = distpad.DistributedLoss(distpad.CTC(blank_index=0), per="sequence", backend=world.local_backend)
     batch = padded(rows_of(1, 0, short=True))
@@ -181,6 +183,7 @@ def test_a_label_too_long_is_left_out_and_counted(world, average):
         assert ctc.left_out(backend=world.backend) == step * (world.num_replicas // 2)
 
 
+@alone
 def test_what_the_pipeline_counted_is_refused_where_rows_are_left_out(world):
     loss_fn = distpad.DistributedLoss(
         distpad.CTC(blank_index=0, too_long="leave_out"), per="sequence", backend=world.local_backend
