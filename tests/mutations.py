@@ -116,7 +116,7 @@ MUTANTS = (
     Mutant(
         name="gradient-not-masked",
         file="losses.py",
-        old="masking.clean(y_pred, rows, prediction=True)",
+        old="masking.clean(y_pred, rows, prediction=True, gate=gate)",
         new="y_pred",
         selection="test_padded_places_change_no_bit and False",
     ),
@@ -180,8 +180,8 @@ MUTANTS = (
     Mutant(
         name="denominator-with-a-collective",
         file="losses.py",
-        old="exchange.enforce(backend, _NAME, [*rules, *counted, positive])",
-        new="exchange.exchange(backend, _NAME, [], rules)",
+        old="gate.ok = exchange.enforce(backend, _NAME, rules)",
+        new="gate.ok = exchange.exchange(backend, _NAME, [], rules) is not None",
         selection="test_collectives_of_the_loss_are_counted",
     ),
     Mutant(
@@ -274,7 +274,7 @@ MUTANTS = (
     Mutant(
         name="clipping-of-what-overflowed",
         file="clipping.py",
-        old='tf.where(tf.math.is_finite(norm), factor, float("nan"))',
+        old='tf.where(tf.logical_and(ok, tf.math.is_finite(norm)), factor, float("nan"))',
         new="factor",
         selection="test_what_is_not_finite",
     ),
@@ -320,29 +320,29 @@ MUTANTS = (
     Mutant(
         name="pipeline-empty-sequences-counted",
         file="pipeline/reading.py",
-        old="self.report.sequences[at, i] += counted > 0",
-        new="self.report.sequences[at, i] += 1",
+        old="counted[i] = total, total > 0",
+        new="counted[i] = total, 1",
         selection="test_every_example_once and uneven-32-list",
     ),
     Mutant(
         name="pipeline-weights-not-counted",
         file="pipeline/reading.py",
-        old="counted = float(length) if weights is None else",
-        new="counted = float(length) if True else",
+        old="total = _weight(arrays[weights], counted_sizes, weights, place)",
+        new="pass",
         selection="test_weights_are_counted",
     ),
     Mutant(
         name="pipeline-every-feature-its-own-boundary",
-        file="pipeline/plan.py",
-        old="return tuple(each.boundary(index) for each in buckets)",
-        new="return tuple(buckets(size) for buckets, size in zip(buckets, agreed))",
+        file="pipeline/recipe.py",
+        old="return tuple(each.boundary(index) for each in given)",
+        new="return tuple(each(size) for each, size in zip(given, agreed))",
         selection="test_ladders_make_one_shape_a_boundary",
     ),
     Mutant(
         name="pipeline-resumes-one-step-late",
         file="pipeline/batches.py",
-        old="first = step * size * here",
-        new="first = (step + 1) * size * here if step else 0",
+        old="sources.steps_of_examples(examples, size, here, checks, step)",
+        new="sources.steps_of_examples(examples, size, here, checks, step + 1 if step else 0)",
         selection="test_going_on_in_the_middle_of_an_epoch",
     ),
     Mutant(

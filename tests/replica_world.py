@@ -123,6 +123,16 @@ def _numpy(values: Any) -> Any:
     return tf.nest.map_structure(lambda value: value.numpy() if hasattr(value, "numpy") else np.asarray(value), values)
 
 
+def alone(test: Callable[..., None]) -> Callable[..., None]:
+    """A test of one device, beside the world's engine."""
+
+    @functools.wraps(test)
+    def called(**given: Any) -> None:
+        backends.run_alone(lambda: test(**given))
+
+    return called
+
+
 def counting(backend):
     """The same backend, counting its sums: every exchange is one."""
 

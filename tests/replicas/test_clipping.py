@@ -8,7 +8,7 @@ import tensorflow as tf
 
 import distpad
 import oracle
-from replica_world import collectives_of
+from replica_world import alone, collectives_of
 
 WORLDS = ("local", "mirrored:1", "mirrored:2", "multiworker:2", "horovod:2")
 
@@ -72,6 +72,7 @@ def test_clips_as_one_device_does(world, step, limit, graph):
             assert max(map(oracle.relative_error, found, expected)) <= 1e-12
 
 
+@alone
 def test_is_tensorflows_own_on_one_device(world):
     gradients = [tf.constant([3.0, -4.0]), tf.constant([[12.0]])]
     for limit in (1.0, 13.0, 20.0):
@@ -82,6 +83,7 @@ def test_is_tensorflows_own_on_one_device(world):
             np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
+@alone
 def test_half_precision_is_squared_in_float32(world):
     clipped, norm = distpad.clip_by_global_norm([tf.constant([3000.0, 4000.0], tf.float16)], 500.0, backend="local")
     assert (norm.dtype, float(norm), clipped[0].dtype) == (tf.float32, 5000.0, tf.float16)
@@ -172,6 +174,7 @@ def test_clipping_under_a_loss_scale(world):
     assert scale() == 1024.0
 
 
+@alone
 def test_wrong_arguments_are_refused():
     gradients = [tf.constant([1.0])]
     for wrong in (0, -1.0, float("nan"), tf.constant(0.0)):

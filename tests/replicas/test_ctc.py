@@ -8,7 +8,7 @@ import tensorflow as tf
 
 import distpad
 import oracle
-from distpad import backends
+from replica_world import alone
 
 WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2")
 
@@ -152,14 +152,14 @@ def test_a_label_too_long_where_the_step_has_no_exchange(world, graph):
         world.run(step, given, graph=graph)
 
 
+@alone
 def test_rows_that_do_not_count_may_be_too_long_without_an_exchange(world):
-    loss_fn = distpad.DistributedLoss(distpad.CTC(blank_index=0), per="sequence", backend="local")
+    loss_fn = distpad.DistributedLoss(distpad.CTC(blank_index=0), per="sequence", backend=world.local_backend)
     batch = padded(rows_of(1, 0, short=True))
     y_true, logits = (batch["y"], batch["lengths"], batch["frames"]), tf.zeros([*batch["x"].shape[:2], CLASSES])
-    alone = lambda lengths: backends.run_alone(lambda: loss_fn(y_true, logits, lengths=lengths, denominator=7))
     with pytest.raises(ValueError, match=r"found on this replica: 0→\(1, 4, 3\)\."):
-        alone(batch["lengths"])
-    assert alone(np.array([2, 0, 0, 2])) > 0  # rows that do not count
+        loss_fn(y_true, logits, lengths=batch["lengths"], denominator=7)
+    assert loss_fn(y_true, logits, lengths=np.array([2, 0, 0, 2]), denominator=7) > 0  # rows that do not count
 
 
 @pytest.mark.parametrize("average", ["sequence_sum", "token"])
@@ -183,18 +183,17 @@ def test_a_label_too_long_is_left_out_and_counted(world, average):
         assert ctc.left_out(backend=world.backend) == step * (world.num_replicas // 2)
 
 
+@alone
 def test_what_the_pipeline_counted_is_refused_where_rows_are_left_out(world):
-    ctc = distpad.CTC(blank_index=0, too_long="leave_out")
-    loss_fn = distpad.DistributedLoss(ctc, per="sequence", backend="local")
+    loss_fn = distpad.DistributedLoss(
+        distpad.CTC(blank_index=0, too_long="leave_out"), per="sequence", backend=world.local_backend
+    )
     batch = padded(rows_of(1, 0))
     y_true, logits = (batch["y"], batch["lengths"], batch["frames"]), tf.zeros([*batch["x"].shape[:2], CLASSES])
-    alone = lambda count: backends.run_alone(
-        lambda: loss_fn(y_true, logits, lengths=batch["lengths"], denominator=count)
-    )
     counts = distpad.Counts(tf.constant(7.0, tf.float64), tf.constant(3.0, tf.float64))
     with pytest.raises(ValueError, match="the loss leaves sequences out by itself, which the pipeline counted"):
-        alone(counts)
-    assert alone(7) > 0
+        loss_fn(y_true, logits, lengths=batch["lengths"], denominator=counts)
+    assert loss_fn(y_true, logits, lengths=batch["lengths"], denominator=7) > 0
 
 
 def test_wrong_arguments():
