@@ -154,7 +154,7 @@ def test_a_label_too_long_where_the_step_has_no_exchange(world, graph):
 
 @alone
 def test_rows_that_do_not_count_may_be_too_long_without_an_exchange(world):
-    loss_fn = distpad.DistributedLoss(distpad.CTC(blank_index=0), per="sequence", backend=world.local_backend)
+    loss_fn = distpad.DistributedLoss(distpad.CTC(blank_index=0), per="sequence", backend="local")
     batch = padded(rows_of(1, 0, short=True))
     y_true, logits = (batch["y"], batch["lengths"], batch["frames"]), tf.zeros([*batch["x"].shape[:2], CLASSES])
     with pytest.raises(ValueError, match=r"found on this replica: 0→\(1, 4, 3\)\."):
@@ -185,9 +185,7 @@ def test_a_label_too_long_is_left_out_and_counted(world, average):
 
 @alone
 def test_what_the_pipeline_counted_is_refused_where_rows_are_left_out(world):
-    loss_fn = distpad.DistributedLoss(
-        distpad.CTC(blank_index=0, too_long="leave_out"), per="sequence", backend=world.local_backend
-    )
+    loss_fn = distpad.DistributedLoss(distpad.CTC(blank_index=0, too_long="leave_out"), per="sequence", backend="local")
     batch = padded(rows_of(1, 0))
     y_true, logits = (batch["y"], batch["lengths"], batch["frames"]), tf.zeros([*batch["x"].shape[:2], CLASSES])
     counts = distpad.Counts(tf.constant(7.0, tf.float64), tf.constant(3.0, tf.float64))
