@@ -101,7 +101,7 @@ class GradientAccumulator:
         Collective under Horovod: one fused all-reduce; and one of the counts, on all engines, where they were given.
         """
         function = f"{_NAME}.take"
-        resolved = backends.resolve(self._backend, function=function)
+        resolved = backends.resolve_step(self._backend, function=function)
         if self._counted is None:
             raise ValueError(f"{function}: nothing was added. Call add for each micro-batch first.")
         share = None

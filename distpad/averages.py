@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
-from distpad import fitting, masking
+from distpad import fitting, masking, scaling
+from distpad.gate import Gate
 
 
 class Sums(NamedTuple):
@@ -22,7 +24,9 @@ class Sums(NamedTuple):
     fits: Any = True
 
 
-def sum_up(function: str, losses: tf.Tensor, valid: masking.Valid, average: str | float) -> Sums:
+def sum_up(
+    function: str, losses: tf.Tensor, valid: masking.Valid, average: str | float, gate: Gate | None = None
+) -> Sums:
     """Weigh, mask and sum: within rows in the loss's dtype (float32 at least), over rows in float64.
 
     Raises ValueError, in the name of the public ``function``, for a mask or weight that does not fit the loss.
@@ -34,7 +38,7 @@ def sum_up(function: str, losses: tf.Tensor, valid: masking.Valid, average: str 
         ones *= tf.cast(weight, losses.dtype)
     if mask is not None:
         ones = tf.where(mask, ones, 0)
-        losses = tf.where(mask, losses, 0)
+        losses = (gate or Gate()).choose(mask, losses, 0)
     inner = list(range(1, rank))
     row_total = tf.reduce_sum(losses * ones, axis=inner)
     row_weight = tf.reduce_sum(ones, axis=inner)
@@ -46,6 +50,22 @@ def sum_up(function: str, losses: tf.Tensor, valid: masking.Valid, average: str 
     sequences = tf.reduce_sum(tf.cast(row_weight > 0, tf.float64))
     total = tf.reduce_sum(tf.cast(row_total, tf.float64))
     return Sums(total, tf.reduce_sum(row_tokens), sequences, losses.dtype, tf.shape(losses)[0], fits)
+
+
+def abandoned(y_pred: Any) -> Sums:
+    """NaN that depends on all predictions, for a replica that refuses its arguments while a step is traced.
+
+    Its gradients then exist as on the other replicas, so that the optimiser does not end the trace, and the step runs
+    as far as the exchange that tells all replicas.
+
+    Raises ValueError where no prediction is floating: then no gradient could exist.
+    """
+    leaves = [leaf for leaf in tf.nest.flatten(y_pred, expand_composites=True) if tf.is_tensor(leaf)]
+    floating = [leaf for leaf in leaves if leaf.dtype.is_floating]
+    if not floating:
+        raise ValueError("y_pred holds no floating tensor")
+    total = tf.add_n([tf.reduce_sum(tf.cast(leaf, tf.float64)) for leaf in floating])
+    return Sums(total * np.nan, 0.0, 0.0, scaling.widened(floating[0].dtype))
 
 
 def _fit(function: str, losses: tf.Tensor, valid: masking.Valid) -> tuple[tf.Tensor | None, tf.Tensor | None, int, Any]:

@@ -17,7 +17,8 @@ class Buckets:
 
     Args:
       boundaries: the boundaries, positive whole numbers, rising.
-      beyond: what a length above the last boundary does: ``"raise"``, or ``"multiples"`` of the last boundary.
+      beyond: what a length above the last boundary does: ``"raise"``, ``"multiples"`` of the last boundary, or
+        ``"quarters"``: boundaries go on, each a quarter above the one before, rounded up to even numbers from 32 on.
 
     Raises:
       ValueError: no boundaries, boundaries that do not rise or are below 1, an unknown ``beyond``.
@@ -38,7 +39,7 @@ class Buckets:
             raise ValueError(
                 errors.sentence("Buckets", "boundaries", list(self.boundaries), "rising whole numbers from 1 on")
             )
-        errors.choice("Buckets", "beyond", beyond, ("raise", "multiples"))
+        errors.choice("Buckets", "beyond", beyond, ("raise", "multiples", "quarters"))
         self.beyond = beyond
 
     @classmethod
@@ -51,8 +52,18 @@ class Buckets:
         return cls([m], beyond="multiples")
 
     @classmethod
+    def auto(cls) -> Buckets:
+        """The boundaries 16, 20, 25, 32, 40, 50, 64, ... without an end: few shapes, and at most a quarter of padding.
+
+        >>> buckets = Buckets.auto()
+        >>> buckets(3), buckets(21), buckets(126), buckets(127)
+        (16, 25, 126, 158)
+        """
+        return cls([16], beyond="quarters")
+
+    @classmethod
     def geometric(cls, low: int, high: int, factor: float) -> Buckets:
-        """Rungs from ``low`` to ``high``, each ``factor`` times the one before: padding stays in proportion to length.
+        """Boundaries from ``low`` to ``high``, each ``factor`` times the one before, so that padding is in proportion.
 
         >>> Buckets.geometric(4, 64, 2.0).boundaries
         (4, 8, 16, 32, 64)
@@ -101,11 +112,11 @@ class Buckets:
         return cls((int(size) for size in _least_padding(sizes, counts, count)), beyond=beyond)
 
     def __call__(self, n: int) -> int:
-        """The smallest boundary that is at least ``n``. ValueError above the last, unless ``beyond="multiples"``."""
+        """The smallest boundary that is at least ``n``. ValueError above the last, unless ``beyond`` goes on."""
         return self.boundary(self.index(n))
 
     def index(self, n: int) -> int:
-        """Which boundary that is, counted from 0; the multiples beyond the last count on.
+        """Which boundary that is, counted from 0; those beyond the last count on.
 
         >>> Buckets([8, 16], beyond="multiples").index(40)
         3
@@ -116,6 +127,11 @@ class Buckets:
             return bisect.bisect_left(self.boundaries, n)
         if self.beyond == "multiples":
             return len(self.boundaries) - 2 - (-n // last)
+        if self.beyond == "quarters":
+            index = len(self.boundaries) - 1
+            while last < n:
+                index, last = index + 1, _quarter_more(last)
+            return index
         raise ValueError(
             errors.sentence(
                 "Buckets", "length", n, f"at most {last}, the last boundary", "Add a boundary, or beyond='multiples'."
@@ -125,7 +141,14 @@ class Buckets:
     def boundary(self, index: int) -> int:
         """The length of a boundary that ``index`` returned."""
         beyond = index - len(self.boundaries) + 1
-        return self.boundaries[index] if beyond <= 0 else (beyond + 1) * self.boundaries[-1]
+        if beyond <= 0:
+            return self.boundaries[index]
+        if self.beyond != "quarters":
+            return (beyond + 1) * self.boundaries[-1]
+        boundary = self.boundaries[-1]
+        for _ in range(beyond):
+            boundary = _quarter_more(boundary)
+        return boundary
 
     def __repr__(self) -> str:
         return f"Buckets({list(self.boundaries)}, beyond={self.beyond!r})"
@@ -135,6 +158,11 @@ class Buckets:
 
     def __hash__(self) -> int:
         return hash((self.boundaries, self.beyond))
+
+
+def _quarter_more(boundary: int) -> int:
+    more = -(-5 * boundary // 4)
+    return more + more % 2 if more >= 32 else more
 
 
 def _least_padding(sizes: np.ndarray, counts: np.ndarray, count: int) -> list[int]:

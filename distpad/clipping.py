@@ -51,14 +51,15 @@ def clip_by_global_norm(
     """
     if not isinstance(gradients, (list, tuple)):
         raise TypeError(errors.sentence(_NAME, "gradients", type(gradients).__name__, "a list of gradients"))
-    resolved = backends.resolve(backend, function=_NAME)
+    resolved = backends.resolve_step(backend, function=_NAME)
     clip_norm = clip_norm if tf.is_tensor(clip_norm) else errors.real_number(_NAME, "clip_norm", clip_norm)
-    exchange.enforce(resolved, _NAME, [exchange.Rule("clip_norm is expected to be above 0", clip_norm, clip_norm > 0)])
+    positive = exchange.Rule("clip_norm is expected to be above 0", clip_norm, clip_norm > 0)
+    ok = exchange.enforce(resolved, _NAME, [positive])
     held = [i for i, gradient in enumerate(gradients) if gradient is not None]
     norm = _norm(resolved.reduce_in_optimizer([gradients[i] for i in held]))
     limit = tf.cast(tf.convert_to_tensor(clip_norm, dtype_hint=norm.dtype), norm.dtype)  # a number is no float32 first
     factor = tf.minimum(tf.ones([], norm.dtype), limit / norm)
-    factor = tf.where(tf.math.is_finite(norm), factor, float("nan"))
+    factor = tf.where(tf.logical_and(ok, tf.math.is_finite(norm)), factor, float("nan"))
     clipped = list(gradients)
     for i in held:
         clipped[i] = scaling.scaled(gradients[i], factor)

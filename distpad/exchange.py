@@ -1,7 +1,8 @@
-"""One small all-reduce that carries numbers and complaints, so that all replicas act alike, or raise alike.
+"""One small all-reduce that carries numbers and errors, so that all replicas act alike, or raise alike.
 
 Whatever differs between replicas (a length that is too long here, a rank that is different there) travels with the
-numbers. No replica raises before the others have seen why: so nobody is left waiting.
+numbers. No replica raises before the others have seen why: so nobody is left waiting. XLA drops assertions: where a
+check fails, the numbers are NaN.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from distpad import backends
+from distpad import backends, xla
 
-_TEXT = 1024  # bytes of a complaint that peers are shown
+_WORD, _WORDS = 6, 32  # of an error's text, peers are shown so many words of so many bytes: a float64 holds six exactly
 
 
 class Rule(NamedTuple):
@@ -50,13 +51,13 @@ def exchange(
       complaint: an error that this replica caught before the exchange; its payload is then without meaning.
 
     Returns:
-      ``[replicas, len(payload)]`` float64, the same on all replicas.
+      ``[replicas, len(payload)]`` float64, the same on all replicas; NaN where XLA dropped an assertion that fails.
 
     Raises:
       ValueError: eagerly, on all replicas, when one of them broke a rule or complained.
       tf.errors.InvalidArgumentError: the same inside a ``tf.function``.
 
-    Collective: one all-reduce; one more to show peers a complaint.
+    Collective: one all-reduce.
     """
     if backend.num_replicas == 1 or _traced_alone(backend):
         # nobody waits for this replica: what is known to be wrong can be raised where it is
@@ -65,9 +66,12 @@ def exchange(
         enforce(backend, function, [rule for rule in rules if isinstance(rule.ok, bool)])
     good = [True if rule.ok is None else rule.ok for rule in rules]
     evidence = [rule.found if isinstance(rule.found, tuple) else (rule.found,) for rule in rules]
+    words = [] if backend.num_replicas == 1 or xla.is_compiling() else _as_words(complaint)
     numbers = [complaint is None, *good, *itertools.chain(*evidence), *payload]
     # Nothing here is differentiated: a gradient through the collective would be one more, on some replicas perhaps.
-    packed = tf.stop_gradient(tf.stack([tf.cast(number, tf.float64) for number in numbers]))
+    packed = tf.stop_gradient(
+        tf.concat([tf.stack([tf.cast(number, tf.float64) for number in numbers]), tf.constant(words, tf.float64)], 0)
+    )
     try:
         table = backend.stack(packed)
     except Exception as error:
@@ -84,23 +88,35 @@ def exchange(
         _agreed(rule, table[:, 1 + i], table[:, start:end] if end - start > 1 else table[:, start])
         for i, (rule, start, end) in enumerate(zip(rules, ends, ends[1:]))
     ]
-    if tf.executing_eagerly():
-        _raise_complaint(backend, function, table[:, 0], complaint)
+    fine, payloads = table[:, 0] > 0, table[:, ends[-1] : ends[-1] + len(payload)]
+    if words:
+        first = tf.argmin(tf.cast(fine, tf.int32))
+        said = table[first, ends[-1] + len(payload) :]
+        if not tf.executing_eagerly():
+            checks.insert(0, _Check(tf.reduce_all(fine), "a replica refused its arguments; it said", _text_of(said)))
+        elif not np.all(fine):
+            if complaint is not None:
+                raise complaint
+            raise ValueError(
+                f"{function}: replica {int(first)} refused its arguments: {_text_of(said).numpy().decode()}"
+            )
     else:
-        text = "a replica refused its arguments (0 below)" + (f", here: {complaint}" if complaint else "")
-        checks.insert(0, _Check(tf.reduce_all(table[:, 0] > 0), text, table[:, 0]))
+        checks.insert(0, _Check(tf.reduce_all(fine), "a replica refused its arguments (0)", table[:, 0]))
     several = f", {backend.replicas_here} a worker" if backend.num_workers > 1 else ""
-    _require(function, checks, f"by replica{several}")
-    return table[:, ends[-1] :]
+    ok = _require(function, checks, f"by replica{several}")
+    return payloads if ok is True else tf.where(ok, payloads, tf.constant(np.nan, tf.float64))
 
 
 @tf.autograph.experimental.do_not_convert
-def enforce(backend: backends.Backend, function: str, rules: Sequence[Rule]) -> None:
-    """Check rules on this replica alone, where a step has no exchange: it raises, and ends the step of its worker."""
+def enforce(backend: backends.Backend, function: str, rules: Sequence[Rule]) -> Any:
+    """Check rules on this replica alone, where a step has no exchange: it raises, and ends the step of its worker.
+
+    Returns whether all hold: True where that is known, else a bool scalar, for graphs whose assertions XLA drops.
+    """
     worker = f", worker {backend.worker_index}" if backend.num_workers > 1 else ""
     replica = backend.replica_index() if backend.in_replica() else None
     checks = [_Check(rule.ok, rule.text, rule.found) for rule in rules if rule.ok is not None]
-    _require(function, checks, f"here{worker}" if replica is None else f"on this replica{worker}", replica)
+    return _require(function, checks, f"here{worker}" if replica is None else f"on this replica{worker}", replica)
 
 
 class _Check(NamedTuple):
@@ -117,34 +133,38 @@ def _agreed(rule: Rule, good: tf.Tensor, found: tf.Tensor) -> _Check:
     return _Check(ok, rule.text, found)
 
 
-def _require(function: str, checks: Sequence[_Check], by: str, replica: Any = None) -> None:
+def _require(function: str, checks: Sequence[_Check], by: str, replica: Any = None) -> Any:
     """Raise ValueError for the first check that is known to fail, or let the graph fail when it runs. The evidence is
-    that of all replicas, or of the one that ``replica`` is the number of."""
+    that of all replicas, or of the one that ``replica`` is the number of. Returns whether all hold, as ``enforce``."""
     for check in checks:
         known = tf.executing_eagerly() or isinstance(check.ok, bool)
         if known and not bool(check.ok):
             raise ValueError(f"{function}: {check.text}; found {by}: {_listed(check.found, replica)}.")
+    checks = [check for check in checks if not isinstance(check.ok, bool)]
     if tf.executing_eagerly() or not checks:
-        return
+        return True
     # One assertion for all, since each costs tracing time; what it prints must be constants and numbers.
     printed: list[Any] = [f"{function}: one of these does not hold (0); what was found, {by}, stands behind it"]
     printed += [":"] if replica is None else [", which is number", replica, ":"]
     for check in checks:
         printed += [f"; {check.text}", tf.cast(check.ok, tf.int32), tf.convert_to_tensor(check.found)]
-    tf.debugging.Assert(tf.reduce_all([check.ok for check in checks]), printed, summarize=-1)  # of all replicas
+    ok = tf.reduce_all(tf.stack([check.ok for check in checks]))
+    asserted = tf.debugging.Assert(ok, printed, summarize=-1)  # of all replicas
+    with tf.control_dependencies([asserted]):  # no collective behind it begins on a replica that fails here
+        return tf.identity(ok)
 
 
-def _raise_complaint(backend: backends.Backend, function: str, fine: tf.Tensor, complaint: Exception | None) -> None:
-    """Where a replica complained, show all of them what it said, and raise on all."""
-    if np.all(fine.numpy() > 0):
-        return
-    first = int(np.argmin(fine.numpy()))
-    said = np.frombuffer(str(complaint or "").encode()[:_TEXT].ljust(_TEXT, b"\0"), np.uint8)
-    texts = backend.stack(tf.constant(said, tf.int32)).numpy().astype(np.uint8)
-    if complaint is not None:
-        raise complaint
-    peer = texts[first].tobytes().rstrip(b"\0").decode(errors="replace")
-    raise ValueError(f"{function}: replica {first} refused its arguments: {peer}")
+def _as_words(error: Exception | None) -> list[float]:
+    """The beginning of an error's text as numbers."""
+    text = str(error or "").encode("ascii", "replace")[: _WORD * _WORDS].ljust(_WORD * _WORDS, b"\0")
+    return [float(int.from_bytes(text[i : i + _WORD], "little")) for i in range(0, len(text), _WORD)]
+
+
+def _text_of(words: tf.Tensor) -> tf.Tensor:
+    """The text that ``_as_words`` made numbers of, a string scalar."""
+    places = tf.constant([256**i for i in range(_WORD)], tf.int64)
+    codes = tf.reshape(tf.cast(words, tf.int64)[:, tf.newaxis] // places % 256, [-1])
+    return tf.strings.unicode_encode(tf.cast(tf.boolean_mask(codes, codes > 0), tf.int32), "UTF-8")
 
 
 def _traced_alone(backend: backends.Backend) -> bool:

@@ -38,7 +38,7 @@ def gradient(tape: tf.GradientTape, loss: tf.Tensor, variables: Sequence[Any], *
     >>> [float(g) for g in gradient(tape, y, [x])]
     [6.0]
     """
-    resolved = backends.resolve(backend, function="gradient")
+    resolved = backends.resolve_step(backend, function="gradient")
     return resolved.reduce_gradients(differentiate("gradient", tape, loss, variables))
 
 
@@ -102,7 +102,7 @@ def scale_regularization(losses: Iterable[Any], *, backend: Any = None) -> tf.Te
     >>> float(scale_regularization([tf.constant(1.0), tf.constant(2.0)]))
     3.0
     """
-    resolved = backends.resolve(backend, function="scale_regularization")
+    resolved = backends.resolve_step(backend, function="scale_regularization")
     penalties = [tf.convert_to_tensor(loss) for loss in losses] or [tf.constant(0.0)]
     if any(penalty.shape.rank for penalty in penalties):
         shapes = [tuple(penalty.shape) for penalty in penalties]
@@ -131,5 +131,5 @@ def global_value(loss: Any, *, backend: Any = None) -> tf.Tensor:
     >>> float(global_value(tf.constant(2.0)))
     2.0
     """
-    resolved = backends.resolve(backend, function="global_value")
+    resolved = backends.resolve_step(backend, function="global_value")
     return resolved.join_shares(loss)

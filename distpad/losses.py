@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import collections.abc
+import inspect
 import numbers
-from typing import Any
+import warnings
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from distpad import averages, backends, errors, exchange, fitting, gradients, masking, scaling
-from distpad.counts import Counts, WeightedCounts
+from distpad.counts import Counts, LossInputs, WeightedCounts
+from distpad.gate import Gate
 
 _NAME = "DistributedLoss"
+_KERAS = int(getattr(tf.keras, "__version__", "2").split(".")[0])
 
 
 @tf.keras.utils.register_keras_serializable("distpad")
@@ -32,8 +36,10 @@ class DistributedLoss(tf.keras.losses.Loss):
     there (NaN, infinity, labels out of range). No valid position anywhere gives 0 and zero gradients.
 
     Args:
-      loss: a Keras loss of reduction none (Keras 2 or 3, TensorFlow Addons), or a callable
-        ``(y_true, y_pred) -> [batch, ...]`` in positions, ``[batch]`` with ``per="sequence"``.
+      loss: a Keras loss (Keras 2 or 3, TensorFlow Addons) of reduction none or of the default reduction, which
+        ``average`` replaces; the name of one, such as ``"mse"``; or a callable ``(y_true, y_pred) -> [batch, ...]`` in
+        positions, ``[batch]`` with ``per="sequence"``. A loss ``[batch]`` without any mask or lengths is that of plain
+        classification: each row is one position.
       average: see above.
       per: "position", or "sequence" for losses with one value a sequence, such as CTC. Then "token" divides by the
         global sum of ``lengths``, the other two by the number of sequences that count.
@@ -66,7 +72,7 @@ class DistributedLoss(tf.keras.losses.Loss):
     ) -> None:
         # "sum" is what Keras leaves alone: it neither divides such a loss by the replicas nor its history
         super().__init__(reduction="sum", name=name)
-        _check_unreduced(loss)
+        loss = _unreduced(loss)
         _check_ignored(loss, padding_value)
         if isinstance(average, bool) or not isinstance(average, (str, numbers.Real)):
             raise TypeError(errors.sentence(_NAME, "average", repr(average), "a string or a positive number"))
@@ -83,6 +89,8 @@ class DistributedLoss(tf.keras.losses.Loss):
         self.padding_value = padding_value
         self._backend = backend
         self._ran_on: backends.Backend | None = None
+        self._has_warned = False
+        self._of_no_rows: dict[Any, Any] = {}  # traced functions, by what they are given
 
     def __call__(
         self,
@@ -93,6 +101,7 @@ class DistributedLoss(tf.keras.losses.Loss):
         lengths: Any = None,
         mask: Any = None,
         denominator: Any = None,
+        batch: Any = None,
     ) -> tf.Tensor:
         """This replica's share of the global mean, a scalar of the loss's dtype, float32 at least.
 
@@ -106,6 +115,8 @@ class DistributedLoss(tf.keras.losses.Loss):
             of length 0 (an empty text) included.
           denominator: what to divide by, counted beforehand: a scalar, or ``Counts``. The step then has no collective
             of its own, and the value is the replica's share: log it with ``global_value``.
+          batch: a batch of ``PaddedBatches``, in place of ``lengths``, ``sample_weight`` and ``denominator``; with
+            several losses ``batch.loss_inputs[NAME]``.
 
         Returns:
           Without ``denominator`` the value is the global mean (over the number of replicas, under strategies, which
@@ -113,26 +124,32 @@ class DistributedLoss(tf.keras.losses.Loss):
 
         Raises:
           ValueError, TypeError: on all replicas alike where the call is collective; inside a ``tf.function``, what only
-            shows while it runs is a ``tf.errors.InvalidArgumentError``.
+            shows while it runs is a ``tf.errors.InvalidArgumentError``. Inside XLA, which drops assertions, the value
+            and all gradients are NaN instead.
 
         Collective without ``denominator``: one all-reduce, of the numerator, the count and the evidence for errors.
         """
-        backend = backends.resolve(self._backend, function=_NAME)
+        backend = backends.resolve_step(self._backend, function=_NAME)
+        _refuse_layers(backend)
         if not backends.is_alone():  # beside the engine, for a certificate
             self._ran_on = backend
         sources = {"sample_weight": sample_weight, "lengths": lengths, "mask": mask}
+        if batch is not None:
+            denominator = self._take_inputs(batch, sources, denominator)
         sources["keras_mask"] = masking.keras_mask(y_pred)
+        gate = Gate()
         if denominator is not None:
-            count, counted = self._count_from(denominator, sources), []
-            if isinstance(denominator, Counts) and self.per == "position":
-                counted = [masking.counted_rule(y_true, y_pred, **sources, padding_value=self.padding_value)]
-            sums, rules = self._sums(y_true, y_pred, sources)
-            positive = exchange.Rule("denominator is below 0, expected a count", count, count >= 0)
-            exchange.enforce(backend, _NAME, [*rules, *counted, positive])
+            count = self._count_from(denominator, sources)
+            sums, rules = self._sums(y_true, y_pred, sources, gate)
+            rules.append(exchange.Rule("denominator is below 0, expected a count", count, count >= 0))
+            if isinstance(denominator, Counts):
+                rules += self._counted_rules(backend, denominator, sums, y_true, y_pred, sources)
+            gate.ok = exchange.enforce(backend, _NAME, rules)
+            count = count if gate.ok is True else tf.where(gate.ok, count, tf.constant(np.nan, tf.float64))
             return self._share(backend, sums, count)
         if not backend.in_replica() and not tf.executing_eagerly():
-            return self._rehearse(y_true, y_pred, sources)
-        return self._average_globally(backend, y_true, y_pred, sources)
+            return self._rehearse(y_true, y_pred, sources, gate)
+        return self._average_globally(backend, y_true, y_pred, sources, gate)
 
     def call(self, y_true: Any, y_pred: Any) -> tf.Tensor:
         """The loss without any reduction, as Keras defines ``call``."""
@@ -150,17 +167,41 @@ class DistributedLoss(tf.keras.losses.Loss):
         """
         return gradients.global_value(loss, backend=self._ran_on or self._backend)
 
-    def _average_globally(self, backend: backends.Backend, y_true: Any, y_pred: Any, sources: dict) -> tf.Tensor:
+    def _take_inputs(self, batch: Any, sources: dict, denominator: Any) -> Any:
+        """Put what a batch carries for this loss into ``sources``; returns its counts."""
+        inputs = getattr(batch, "loss_inputs", batch)
+        if isinstance(inputs, collections.abc.Mapping):
+            remedy = "Write batch=batch.loss_inputs[NAME]."
+            raise ValueError(errors.sentence(_NAME, "batch", f"of the losses {list(inputs)}", "that of one", remedy))
+        if not isinstance(inputs, LossInputs):
+            raise TypeError(errors.sentence(_NAME, "batch", type(batch).__name__, "a batch of distpad.PaddedBatches"))
+        twice = [name for name in ("lengths", "sample_weight") if sources[name] is not None]
+        twice += [] if denominator is None else ["denominator"]
+        if twice:
+            raise ValueError(
+                errors.sentence(_NAME, "batch", f"given beside {', '.join(twice)}", "to bring them itself")
+            )
+        sources.update(lengths=inputs.lengths, sample_weight=inputs.sample_weight)
+        return None if self._is_fixed() else inputs.counts
+
+    def _average_globally(
+        self, backend: backends.Backend, y_true: Any, y_pred: Any, sources: dict, gate: Gate
+    ) -> tf.Tensor:
         complaint = None
-        sums, rules = averages.Sums(0.0, 0.0, 0.0), [*masking.length_rules(), *self._own_rules(), masking.fit_rule()]
+        rules = [*masking.length_rules(), *self._own_rules(), masking.fit_rule()]
         try:
-            sums, rules = self._sums(y_true, y_pred, sources)
+            sums, rules = self._sums(y_true, y_pred, sources, gate)
         except Exception as error:  # whatever the loss raised travels with the numbers: no other replica waits for them
             complaint = error
+            try:
+                sums = averages.Sums(0.0, 0.0, 0.0) if tf.executing_eagerly() else averages.abandoned(y_pred)
+            except ValueError:
+                raise error from None
         payload = [sums.total, self._count_of(sums)]
         table = exchange.exchange(backend, _NAME, payload, rules, complaint)
         total = tf.reduce_sum(table[:, 0])
         count = table[0, 1] if self._is_fixed() else tf.reduce_sum(table[:, 1])
+        gate.ok = True if tf.executing_eagerly() else tf.logical_not(tf.math.is_nan(count))
         value = tf.math.divide_no_nan(total, count)
         if backend.gradient_reduction == "sum":
             value /= tf.cast(backend.replica_count(), value.dtype)
@@ -171,12 +212,14 @@ class DistributedLoss(tf.keras.losses.Loss):
         share = tf.math.divide_no_nan(tf.cast(sums.total, tf.float64), tf.cast(count, tf.float64))
         return tf.cast(share * tf.cast(backend.share_scale, share.dtype), sums.dtype)
 
-    def _rehearse(self, y_true: Any, y_pred: Any, sources: dict) -> tf.Tensor:
-        """Shapes and dtypes for Keras 3, which traces a model once outside any replica, and never runs that trace."""
-        sums, _ = self._sums(y_true, y_pred, sources, counting=False)
+    def _rehearse(self, y_true: Any, y_pred: Any, sources: dict, gate: Gate) -> tf.Tensor:
+        """Shapes and dtypes for Keras 3, which traces a model once outside any replica, and never runs that trace. Who
+        runs one gets an error, or inside XLA NaN."""
+        sums, _ = self._sums(y_true, y_pred, sources, gate, counting=False)
+        gate.ok = tf.constant(False)
         text = f"{_NAME}: called outside strategy.run, expected inside it, where a replica's code runs."
         with tf.control_dependencies([tf.debugging.Assert(False, [text])]):
-            return tf.cast(sums.total, sums.dtype)
+            return tf.cast(sums.total * np.nan, sums.dtype)
 
     def _is_fixed(self) -> bool:
         return not isinstance(self.average, str)
@@ -214,8 +257,36 @@ class DistributedLoss(tf.keras.losses.Loss):
             )
         return tf.cast(count, tf.float64)
 
+    def _counted_rules(
+        self, backend: backends.Backend, counts: Counts, sums: averages.Sums, y_true: Any, y_pred: Any, sources: dict
+    ) -> list[exchange.Rule]:
+        """What was counted ahead of the step is what this call averages over, on as many replicas."""
+        rules = []
+        if counts.replicas is not None:
+            text = (
+                "denominator was counted for another number of replicas than run this step, expected the same. Make "
+                "PaddedBatches inside `with strategy.scope():`, behind hvd.init(), or with backend= "
+                "(counted for, running)"
+            )
+            for_these = tf.cast(counts.replicas, tf.float64), tf.cast(backend.replica_count(), tf.float64)
+            rules.append(exchange.Rule(text, for_these, tf.equal(*for_these)))
+        if counts.local is None:
+            if self.per == "position":
+                rules.append(masking.counted_rule(y_true, y_pred, **sources, padding_value=self.padding_value))
+            return rules
+        has_tokens = self.per == "position" or sources["lengths"] is not None or self.padding_value is not None
+        counted, here = tf.cast(counts.local, tf.float64), tf.stack([sums.tokens, sums.sequences])
+        here = here if has_tokens else tf.stack([counted[0], here[1]])
+        text = (
+            "denominator holds Counts of other positions than this call averages over, expected the same. Give lengths "
+            "(and weights) of the feature that tokens= names, no further mask or padding value, or one number as the "
+            "denominator (tokens and sequences: counted, and averaged over)"
+        )
+        is_close = tf.reduce_all(tf.abs(counted - here) <= 1e-4 * tf.maximum(tf.abs(counted), tf.abs(here)))
+        return [*rules, exchange.Rule(text, (*tf.unstack(counted), *tf.unstack(here)), is_close)]
+
     def _sums(
-        self, y_true: Any, y_pred: Any, sources: dict, counting: bool = True
+        self, y_true: Any, y_pred: Any, sources: dict, gate: Gate, counting: bool = True
     ) -> tuple[averages.Sums, list[exchange.Rule]]:
         """This replica's numerator and counts."""
         y_true = scaling.wide(masking.as_tensor(y_true))
@@ -227,7 +298,7 @@ class DistributedLoss(tf.keras.losses.Loss):
         try:
             if self.per == "sequence":
                 valid, positions, rules = masking.of_sequences(y_true, **sources)
-                valid, own_rules = self._screened(y_true, self._with_tokens(valid), counting)
+                valid, own_rules = self._screened(y_true, y_pred, self._with_tokens(valid), counting)
                 rules += own_rules
             else:
                 valid, rules = masking.of_positions(y_true, y_pred, **sources)
@@ -236,25 +307,44 @@ class DistributedLoss(tf.keras.losses.Loss):
         except (ValueError, TypeError) as error:
             raise type(error)(f"{_NAME}: {error}") from error
         losses = self._losses(
-            masking.clean(y_true, positions, prediction=False), masking.clean(y_pred, rows, prediction=True)
+            masking.clean(y_true, positions, prediction=False), masking.clean(y_pred, rows, prediction=True, gate=gate)
         )
-        _check_rank(losses, self.per)
-        sums = averages.sum_up(_NAME, losses, valid, self.average if self.per == "position" else "sequence_sum")
+        _check_rank(losses, self.per, valid, y_true, y_pred)
+        if self.per == "position":
+            self._warn_unmasked(losses, valid)
+        average = self.average if self.per == "position" else "sequence_sum"
+        sums = averages.sum_up(_NAME, losses, valid, average, gate)
         return sums, [*rules, masking.fit_rule(sums.rows, sums.fits)]
 
     def _own_rules(self) -> list[exchange.Rule]:
         """Those of a loss that looks at its labels beforehand, as distpad.CTC does, where all is well."""
-        return [self.loss.rule] if hasattr(self.loss, "screen") else []
+        return list(self.loss.rules) if hasattr(self.loss, "screen") else []
 
-    def _screened(self, y_true: Any, valid: masking.Valid, counting: bool) -> tuple[masking.Valid, list[exchange.Rule]]:
-        """Without the sequences that such a loss leaves out, and its rule."""
+    def _screened(
+        self, y_true: Any, y_pred: Any, valid: masking.Valid, counting: bool
+    ) -> tuple[masking.Valid, list[exchange.Rule]]:
+        """Without the sequences that such a loss leaves out, and its rules."""
         if not hasattr(self.loss, "screen"):
             return valid, []
-        kept, rule = self.loss.screen(y_true, valid.looked_at, counting=counting)
+        kept, rules = self.loss.screen(y_true, y_pred, valid.looked_at, counting=counting)
         if kept is None:
-            return valid, [rule]
+            return valid, rules
         sources = [fitting.Source("mask", mask) for mask in (valid.mask, kept) if mask is not None]
-        return valid._replace(mask=fitting.all_of(sources)[0]), [rule]
+        return valid._replace(mask=fitting.all_of(sources)[0]), rules
+
+    def _warn_unmasked(self, losses: tf.Tensor, valid: masking.Valid) -> None:
+        """Once, where a loss has positions and nothing says which of them are valid."""
+        weighted = valid.weight is not None and valid.weight.shape.rank > 1
+        if self._has_warned or valid.mask is not None or weighted or losses.shape.rank < 2:
+            return
+        self._has_warned = True
+        shape = tuple(losses.shape)
+        warnings.warn(
+            f"{_NAME}: no mask was given for a loss of shape {shape}, so that all positions count, padding too. Where "
+            "there is padding, give batch=, lengths=, mask=, padding_value=, a sample_weight of 0 there, or use layers "
+            "that pass on a Keras mask.",
+            stacklevel=2,
+        )
 
     def _losses(self, y_true: Any, y_pred: Any) -> tf.Tensor:
         """The unreduced losses. One a sequence is not asked about no rows, since tf.nn.ctc_loss fails on them."""
@@ -262,24 +352,34 @@ class DistributedLoss(tf.keras.losses.Loss):
         if self.per == "position" or first is None or not first.shape.rank or (first.shape[0] or 0) > 0:
             return self._asked(y_true, y_pred)
         if first.shape[0] == 0:
-            # Traced for any number of rows: the gradient then reaches all that it would with rows, as zeros, the
-            # variables of the loss too. A missing one would leave Horovod's other ranks waiting for it.
-            leaves = tf.nest.flatten((y_true, y_pred))
-            rowless = [i for i, leaf in enumerate(leaves) if isinstance(leaf, tf.Tensor) and leaf.shape[:1] == [0]]
-            specs = [tf.TensorSpec([None, *leaves[i].shape[1:]], leaves[i].dtype) for i in rowless]
-
-            @tf.function(input_signature=specs, autograph=False)
-            def of_any_rows(*given: tf.Tensor) -> tf.Tensor:
-                named = dict(zip(rowless, given))
-                every = [named.get(i, leaf) for i, leaf in enumerate(leaves)]
-                return self._losses(*tf.nest.pack_sequence_as((y_true, y_pred), every))
-
-            return of_any_rows(*(leaves[i] for i in rowless))
+            return self._traced_for_any_rows(y_true, y_pred)
 
         def none() -> tf.Tensor:
             return tf.reduce_sum(first, axis=list(range(1, first.shape.rank)))
 
         return tf.cond(tf.shape(first)[0] > 0, lambda: tf.cast(self._asked(y_true, y_pred), first.dtype), none)
+
+    def _traced_for_any_rows(self, y_true: Any, y_pred: Any) -> tf.Tensor:
+        """The losses of no rows, traced for any number of them: the gradient then reaches all that it would with rows,
+        as zeros, the variables of the loss too. A missing one would leave Horovod's other ranks waiting for it."""
+        leaves = tf.nest.flatten((y_true, y_pred))
+        tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, tf.Tensor)]
+        specs = [
+            tf.TensorSpec([None, *leaf.shape[1:]] if leaf.shape[:1] == [0] else leaf.shape, leaf.dtype)
+            for leaf in (leaves[i] for i in tensors)
+        ]
+        others = [leaf for leaf in leaves if not isinstance(leaf, tf.Tensor)]
+        key = (repr(tf.nest.map_structure(lambda _: 0, (y_true, y_pred))), tuple(specs), tuple(map(id, others)))
+        if key not in self._of_no_rows:
+
+            @tf.function(input_signature=specs, autograph=False)
+            def of_any_rows(*given: tf.Tensor) -> tf.Tensor:
+                named = dict(zip(tensors, given))
+                every = [named.get(i, leaf) for i, leaf in enumerate(leaves)]
+                return self._losses(*tf.nest.pack_sequence_as((y_true, y_pred), every))
+
+            self._of_no_rows[key] = of_any_rows
+        return self._of_no_rows[key](*(leaves[i] for i in tensors))
 
     def _asked(self, y_true: Any, y_pred: Any) -> tf.Tensor:
         losses = self.call(y_true, y_pred)
@@ -326,27 +426,40 @@ def _as_keras_casts(loss: Any, y_true: Any, y_pred: Any) -> Any:
     return tf.cast(y_true, y_pred.dtype) if wanted else y_true
 
 
-def _check_unreduced(loss: Any) -> None:
+def _unreduced(loss: Any) -> Any:
+    """The loss itself; by its name in Keras; or where it has the default reduction, a copy without one."""
+    if isinstance(loss, str):
+        loss = _named(loss)
     if isinstance(loss, DistributedLoss) or not callable(loss):
-        raise TypeError(
-            errors.sentence(_NAME, "loss", repr(loss), "a Keras loss of reduction none, or a callable (y_true, y_pred)")
-        )
+        kinds = "a Keras loss, its name, or a callable (y_true, y_pred)"
+        raise TypeError(errors.sentence(_NAME, "loss", repr(loss), kinds))
     if isinstance(loss, type):
-        raise TypeError(
-            errors.sentence(_NAME, "loss", f"the class {loss.__name__}", "an instance", f"Write {_line(loss)}.")
-        )
-    if not hasattr(loss, "reduction"):
-        return
-    if loss.reduction not in (None, "none"):
-        raise ValueError(
-            errors.sentence(
-                _NAME,
-                "loss",
-                f"a {type(loss).__name__} of reduction {loss.reduction!r}",
-                "one of reduction none",
-                f"Write {_line(type(loss))}.",
-            )
-        )
+        found = f"the class {loss.__name__}"
+        raise TypeError(errors.sentence(_NAME, "loss", found, "an instance", f"Write {loss.__name__}()."))
+    reduction = getattr(loss, "reduction", None)
+    if reduction in (None, "none"):
+        return loss
+    if reduction != ("sum_over_batch_size" if _KERAS >= 3 else "auto"):
+        found = f"a {type(loss).__name__} of reduction {reduction!r}"
+        remedy = f'Write {type(loss).__name__}(..., reduction="none").'
+        raise ValueError(errors.sentence(_NAME, "loss", found, "one of reduction none", remedy))
+    copied = object.__new__(type(loss))  # copy.copy goes through get_config, which need not tell everything
+    copied.__dict__.update(loss.__dict__, reduction="none")
+    return copied
+
+
+def _named(name: str) -> Any:
+    """Keras's loss of this name: an instance where its function has a class, which brings labels and predictions to the
+    same rank in Keras 2 too."""
+    try:
+        found = tf.keras.losses.get(name)
+    except ValueError:
+        found = None
+    if found is None:
+        raise ValueError(errors.sentence(_NAME, "loss", repr(name), "Keras's name of a loss, such as 'mse'"))
+    plain = getattr(found, "__name__", "").replace("_", "").lower()
+    classes = (getattr(tf.keras.losses, word) for word in dir(tf.keras.losses) if word.lower() == plain)
+    return next((each() for each in classes if isinstance(each, type)), found)
 
 
 def _check_ignored(loss: Any, padding_value: Any) -> None:
@@ -358,23 +471,62 @@ def _check_ignored(loss: Any, padding_value: Any) -> None:
         raise ValueError(errors.sentence(_NAME, "the loss's ignore_class", ignored, "the padding value", remedy))
 
 
-def _line(loss_class: type) -> str:
-    return f'{loss_class.__name__}(..., reduction="none")'
-
-
-def _check_rank(losses: tf.Tensor, per: str) -> None:
+def _check_rank(losses: tf.Tensor, per: str, valid: masking.Valid, y_true: Any, y_pred: Any) -> None:
     rank = losses.shape.rank
     if rank is None:
         raise ValueError(f"{_NAME}: the loss has no known rank, expected [batch, ...]. Set its shape with set_shape.")
     if rank == 0:
         raise ValueError(f"{_NAME}: the loss has rank 0, expected [batch, ...]. It must not reduce by itself.")
-    if per == "position" and rank == 1:
-        raise ValueError(
-            f'{_NAME}: the loss has shape [batch], expected [batch, length, ...]. Write per="sequence" if it has one '
-            "value a sequence; shapes alone cannot tell."
-        )
     if per == "sequence" and rank != 1:
         raise ValueError(f'{_NAME}: the loss has rank {rank}, expected [batch] with per="sequence".')
+    if per == "sequence":
+        return
+    longer = _with_one_more_axis(y_true, y_pred)
+    if longer and (rank == 1 or (rank == longer.rank and losses.shape[-1] != 1)):
+        name, other = ("y_true", "y_pred") if longer.of == "y_pred" else ("y_pred", "y_true")
+        raise ValueError(
+            f"{_NAME}: {name} has shape {longer.short} and {other} {longer.long}, expected the same number of axes: "
+            f"this loss, of shape {tuple(losses.shape)}, takes positions for features. Write {name}[..., None]."
+        )
+    if rank == 1 and (valid.rank or 1) > 1:
+        raise ValueError(
+            f"{_NAME}: the loss has shape [batch], expected [batch, length, ...], since lengths, a mask or weights of "
+            'positions were given. Write per="sequence" if it has one value a sequence. If it averages over positions '
+            "because they are its last axis, write y_true[..., None] and y_pred[..., None]."
+        )
+
+
+class _Longer(NamedTuple):
+    """Which of labels and predictions has one more axis, of size 1, than the other; and both shapes."""
+
+    of: str
+    rank: int
+    long: tuple
+    short: tuple
+
+
+def _with_one_more_axis(y_true: Any, y_pred: Any) -> _Longer | None:
+    if not (isinstance(y_true, tf.Tensor) and isinstance(y_pred, tf.Tensor)):
+        return None
+    for name, long, short in (("y_pred", y_pred.shape, y_true.shape), ("y_true", y_true.shape, y_pred.shape)):
+        if None not in (long.rank, short.rank) and long.rank == short.rank + 1 > 2 and long[-1] == 1:
+            return _Longer(name, long.rank, tuple(long), tuple(short))
+    return None
+
+
+def _refuse_layers(backend: backends.Backend) -> None:
+    """Refuse a call inside a Keras layer: its value can only go to add_loss, which Keras divides by the replicas."""
+    if backend.gradient_reduction != "sum" or backend.num_replicas == 1:
+        return
+    frame = inspect.currentframe()
+    while frame is not None:
+        name = frame.f_code.co_name
+        if name in ("__call__", "losses") and isinstance(frame.f_locals.get("self"), tf.keras.layers.Layer):
+            layer = type(frame.f_locals["self"]).__name__
+            remedy = "Let the layer return its predictions, and give the loss to compile or call it in the step."
+            expected = "outside of layers: Keras divides what goes to add_loss by the number of replicas"
+            raise ValueError(errors.sentence(_NAME, "the place of the call", f"the layer {layer}", expected, remedy))
+        frame = frame.f_back
 
 
 def _check_counted(counts: Counts, sources: dict[str, Any], padding_value: Any) -> None:

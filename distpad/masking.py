@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from distpad import fitting
 from distpad.exchange import Rule
+from distpad.gate import Gate
 
 # What stands at padded places of the predictions while the loss looks at them: as a probability, a logit or a
 # regression value it gives finite losses. The result does not depend on it; it keeps NaN checkers quiet.
@@ -162,16 +163,20 @@ def of_sequences(
 
 
 @tf.autograph.experimental.do_not_convert
-def clean(tensor: Any, mask: tf.Tensor | None, *, prediction: bool) -> Any:
+def clean(tensor: Any, mask: tf.Tensor | None, *, prediction: bool, gate: Gate | None = None) -> Any:
     """Replace what stands at invalid places, so that neither the value nor the gradient can depend on it.
 
-    ``tf.where`` chooses also in its gradient: towards replaced places it is exactly zero, whatever the loss gives.
-    A tensor that the mask is no prefix of, and all but the leaves of predictions, is handed on.
+    Towards replaced places the gradient is exactly zero, whatever the loss gives; NaN where a check of the ``gate``
+    fails. Tensors whose leading dimensions do not match the mask are returned unchanged, and so are nests of labels.
     """
     if mask is None:
         return tensor
     if not isinstance(tensor, tf.Tensor):
-        return tf.nest.map_structure(lambda leaf: clean(leaf, mask, prediction=True), tensor) if prediction else tensor
+        return (
+            tf.nest.map_structure(lambda leaf: clean(leaf, mask, prediction=True, gate=gate), tensor)
+            if prediction
+            else tensor
+        )
     if tensor.dtype == tf.string or tensor.shape.rank is None or tensor.shape.rank < mask.shape.rank:
         return tensor
     sizes = fitting.sizes_of(tensor, mask.shape.rank)
@@ -181,8 +186,8 @@ def clean(tensor: Any, mask: tf.Tensor | None, *, prediction: bool) -> Any:
         return tensor
     if fits is not True:
         mask = tf.logical_or(mask, tf.logical_not(fits))
-    filling = tf.cast(_NEUTRAL if prediction and tensor.dtype.is_floating else 0, tensor.dtype)
-    return tf.where(fitting.widen(mask, tensor.shape.rank), tensor, filling)
+    filling = _NEUTRAL if prediction and tensor.dtype.is_floating else 0
+    return (gate or Gate()).choose(fitting.widen(mask, tensor.shape.rank), tensor, filling)
 
 
 def check_lengths(lengths: Any) -> tf.Tensor:

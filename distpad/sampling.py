@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator
 from typing import Any
@@ -100,6 +101,10 @@ class LengthSampler:
 
     def fingerprint(self) -> str:
         """What a saved position belongs to: the same lengths and options give the same plans."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:  # once: a job saves often, and has many lengths
         options = (self.global_batch_size, self.max_tokens, self.buckets, self.shuffle, self.seed, self.randomness)
         return hashlib.sha256(repr(options).encode() + self.lengths.tobytes()).hexdigest()[:16]
 
@@ -211,6 +216,10 @@ class Shard:
         if self._step == len(self):
             self.set_epoch(self._epoch + 1)
 
+    def batch(self, epoch: int, step: int) -> np.ndarray:
+        """This worker's index batch of one step, wherever the shard stands."""
+        return self._mine(self.sampler.plan(epoch)[step])
+
     def _mine(self, step: np.ndarray) -> np.ndarray:
         """This worker's rows: the examples, longest first, are dealt out there and back."""
         longest_first = step[np.argsort(-self.sampler.lengths[step], kind="stable")]
@@ -231,7 +240,9 @@ def _checked_lengths(lengths: Any) -> np.ndarray:
     for length in [given.min(), given.max()] if given.size else []:
         if not 0 <= int(length) < 2**62:
             raise ValueError(_sentence("lengths", int(length), "at least 0, and below 2**62"))
-    return given.astype(np.int64)
+    lengths = given.astype(np.int64)  # a copy
+    lengths.setflags(write=False)  # plans and saved positions are those of these
+    return lengths
 
 
 def _whole(name: str, number: Any, least: int = 0) -> int:

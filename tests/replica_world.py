@@ -14,6 +14,8 @@ import tensorflow as tf
 import worlds
 from distpad import backends
 
+HANG_S = 60  # what takes longer to reach all workers is a hang, on a busy machine too
+
 
 class World:
     """An engine and its replicas, some of which are this process's."""
@@ -46,21 +48,42 @@ class World:
         return self.backend.num_workers > 1
 
     def run(self, function: Callable[..., Any], given: Callable[[int], Any], *, graph: bool = True) -> dict[int, Any]:
-        """Call ``function(given(r))`` on each replica r; returns this process's results by replica, as NumPy."""
-        called = tf.function(function) if graph and self.strategy is None else function
+        """Call ``function(given(r))`` on each replica r; returns this process's results by replica, as NumPy.
+
+        With ``graph`` in a tf.function. That of the same function is made once: the first call traces it for the shapes
+        that it is given, and the second for any, whatever these are, so that all workers trace at the same calls.
+        """
+        mine: dict[int, Any] = {}
+
+        def value_of(replica: int) -> Any:
+            mine[replica] = tf.nest.map_structure(tf.convert_to_tensor, given(replica))
+            return mine[replica]
+
+        arguments = self.dealt(value_of)
+        if graph:
+            results = _traced(self, function)(arguments, lambda: self.dealt(lambda r: _larger(mine[r])))
+        else:
+            results = self.on_all(function)(arguments)
+        return dict(zip(mine, self._each(results)))
+
+    def dealt(self, value_of: Callable[[int], Any]) -> Any:
+        """A nest of values of this process's replicas."""
         if self.strategy is None:
-            arguments = tf.nest.map_structure(tf.convert_to_tensor, given(self.backend.worker_index))
-            return {self.backend.worker_index: _numpy(called(arguments))}
-        strategy, mine = self.strategy, []
+            return value_of(self.backend.worker_index)
+        return self.strategy.experimental_distribute_values_from_function(
+            lambda context: value_of(context.replica_id_in_sync_group)
+        )
 
-        def value_of(context: tf.distribute.experimental.ValueContext) -> Any:
-            mine.append(context.replica_id_in_sync_group)
-            return tf.nest.map_structure(tf.convert_to_tensor, given(context.replica_id_in_sync_group))
+    def on_all(self, function: Callable[..., Any]) -> Callable[[Any], Any]:
+        strategy = self.strategy
+        return function if strategy is None else lambda arguments: strategy.run(function, args=(arguments,))
 
-        arguments = strategy.experimental_distribute_values_from_function(value_of)
-        step = lambda values: strategy.run(called, args=(values,))
-        results = (tf.function(step) if graph else step)(arguments)
-        return dict(zip(mine, _each(strategy, results)))
+    def _each(self, results: Any) -> list[Any]:
+        """Per-replica results as one structure a replica."""
+        if self.strategy is None:
+            return [_numpy(results)]
+        columns = [self.strategy.experimental_local_results(leaf) for leaf in tf.nest.flatten(results)]
+        return [_numpy(tf.nest.pack_sequence_as(results, list(row))) for row in zip(*columns)]
 
     def reduce(self, gradients: list[Any]) -> list[Any]:
         """What the engine's optimiser does with the replicas' gradients that ``distpad.gradient`` returned."""
@@ -74,10 +97,27 @@ class World:
         return self.strategy.scope() if self.strategy else contextlib.nullcontext()
 
 
-def _each(strategy: tf.distribute.Strategy, results: Any) -> list[Any]:
-    """Per-replica results as one structure a replica."""
-    columns = [strategy.experimental_local_results(leaf) for leaf in tf.nest.flatten(results)]
-    return [_numpy(tf.nest.pack_sequence_as(results, list(row))) for row in zip(*columns)]
+@functools.lru_cache(maxsize=8)
+def _traced(world: World, function: Callable[..., Any]) -> Callable[[Any, Callable[[], Any]], Any]:
+    """The function on all replicas, in a graph; it is called with arguments, and with what makes larger ones."""
+    step = tf.function(world.on_all(function))
+    graphs: list[Callable[[Any], Any]] = []
+
+    def call(arguments: Any, larger: Callable[[], Any]) -> Any:
+        if not graphs:
+            graphs.append(step)
+        elif graphs == [step]:
+            types, others = (tf.nest.map_structure(tf.type_spec_from_value, each) for each in (arguments, larger()))
+            wide = tf.nest.map_structure(lambda one, other: one.most_specific_common_supertype([other]), types, others)
+            graphs.append(step.get_concrete_function(wide))
+        return graphs[-1](arguments)
+
+    return call
+
+
+def _larger(values: Any) -> Any:
+    """Zeros of the same types and other sizes."""
+    return tf.nest.map_structure(lambda leaf: tf.zeros([n + 1 for n in leaf.shape], leaf.dtype), values)
 
 
 def _numpy(values: Any) -> Any:
@@ -98,15 +138,8 @@ def counting(backend):
 
 def collectives_of(world: World, function: Callable[..., Any], given: Callable[[int], Any]) -> list[str]:
     """The engine's collective operations in the graph of ``function(given(r))`` on this process's replicas, sorted."""
-    if world.strategy is None:
-        arguments = tf.nest.map_structure(tf.convert_to_tensor, given(world.backend.worker_index))
-        traced = tf.function(function).get_concrete_function(arguments)
-    else:
-        arguments = world.strategy.experimental_distribute_values_from_function(
-            lambda context: tf.nest.map_structure(tf.convert_to_tensor, given(context.replica_id_in_sync_group))
-        )
-        step = tf.function(lambda values: world.strategy.run(function, args=(values,)))
-        traced = step.get_concrete_function(arguments)
+    arguments = world.dealt(lambda r: tf.nest.map_structure(tf.convert_to_tensor, given(r)))
+    traced = tf.function(world.on_all(function)).get_concrete_function(arguments)
     graph = traced.graph.as_graph_def()
     nodes = [*graph.node, *(node for part in graph.library.function for node in part.node_def)]
     return sorted(node.op for node in nodes if re.match(r"Collective(?!Assign)|Horovod\w*(reduce|gather)", node.op))

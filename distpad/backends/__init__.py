@@ -2,7 +2,7 @@
 
 from distpad.backends.alone import is_alone, run_alone
 from distpad.backends.base import Backend
-from distpad.backends.detection import resolve
+from distpad.backends.detection import resolve, resolve_step
 from distpad.backends.elastic import ElasticState
 from distpad.backends.horovod import HorovodBackend
 from distpad.backends.local import LocalBackend
@@ -19,6 +19,7 @@ __all__ = [
     "check_alike",
     "is_alone",
     "resolve",
+    "resolve_step",
     "run_alone",
     "start",
     "tensorflow_variable",

@@ -142,6 +142,7 @@ class Backend(abc.ABC):
     # -- for Keras's fit ----------------------------------------------------------------------------------------------
 
     fit_looks_at = 0  # so many batches at most are taken by an iteration that fit begins and drops before it trains
+    fit_reads_ahead = 0  # so many batches at most are taken beyond those that fit trains on
     fit_must_repeat = False  # whether fit begins no epoch anew
     leaves_apart = False  # whether workers that leave fit at the same step may have asked for different batches
 

@@ -23,6 +23,7 @@ def resolve(backend: Any = None, *, function: str = "distpad") -> base.Backend:
       ValueError: an unknown name; or, with None, a process that was started as one of several but has neither an
         initialised Horovod nor a strategy of several workers in scope; or several Horovod ranks with a strategy of
         several replicas.
+      ValueError: a backend of fewer replicas than the strategy whose replica runs this code.
       TypeError: anything else.
       DistpadError: the engine came up with fewer or other workers than the launcher promised (promises.py).
 
@@ -31,6 +32,29 @@ def resolve(backend: Any = None, *, function: str = "distpad") -> base.Backend:
     """
     if alone.is_alone():  # whatever the engine is, and whoever names it
         return local.LocalBackend()
+    if backend is None:
+        return _detect(function)
+    found = _named(backend, function)
+    context = tf.distribute.get_replica_context()
+    running = 1 if context is None else context.strategy.num_replicas_in_sync
+    if found.num_replicas < running and not isinstance(found, horovod.HorovodBackend):
+        raise _too_few(function, found, running, f"replicas of {type(context.strategy).__name__}")
+    return found
+
+
+def resolve_step(backend: Any = None, *, function: str = "distpad") -> base.Backend:
+    """As ``resolve``, for what is part of a training step, which must span all replicas that train together.
+
+    Raises as ``resolve``; and ValueError where the backend is one device, but Horovod runs several ranks.
+    """
+    found = resolve(backend, function=function)
+    ranks = _horovod_ranks()
+    if found.num_replicas == 1 < ranks and not alone.is_alone() and not isinstance(found, horovod.HorovodBackend):
+        raise _too_few(function, found, ranks, "ranks of Horovod")
+    return found
+
+
+def _named(backend: Any, function: str) -> base.Backend:
     if isinstance(backend, base.Backend):
         return backend
     if isinstance(backend, tf.distribute.Strategy):
@@ -38,10 +62,15 @@ def resolve(backend: Any = None, *, function: str = "distpad") -> base.Backend:
     if isinstance(backend, str):
         errors.choice(function, "backend", backend, ("local", "horovod"))
         return local.LocalBackend() if backend == "local" else horovod.HorovodBackend()
-    if backend is not None:
-        kinds = "a Backend, a tf.distribute.Strategy, 'local', 'horovod' or None"
-        raise TypeError(errors.sentence(function, "backend", type(backend).__name__, kinds))
-    return _detect(function)
+    kinds = "a Backend, a tf.distribute.Strategy, 'local', 'horovod' or None"
+    raise TypeError(errors.sentence(function, "backend", type(backend).__name__, kinds))
+
+
+def _too_few(function: str, found: base.Backend, running: int, of: str) -> ValueError:
+    """Each replica would take its own numbers for those of all."""
+    value = f"{found.name!r}, with {found.num_replicas} replica{'s' * (found.num_replicas > 1)}"
+    remedy = "Leave backend= away. For one device beside the others, use distpad.backends.run_alone."
+    return ValueError(errors.sentence(function, "backend", value, f"one of all {running} {of}", remedy))
 
 
 def _detect(function: str) -> base.Backend:

@@ -184,6 +184,8 @@ class StrategyBackend(base.Backend):
         # TensorFlow's own limit costs a sleeping thread until it is over, and aborts all collectives of the process.
         return base.within(limit_s, exchange)
 
+    fit_reads_ahead = 3  # fewer where there is one replica
+
     @property
     def fit_looks_at(self) -> int:  # type: ignore[override]
         # Keras 3 takes one batch to build the model by, and then begins anew; the strategy reads up to three ahead

@@ -11,10 +11,10 @@ import tensorflow as tf
 
 from distpad import backends, errors, masking
 from distpad.comparison import rows
-from distpad.counts import Counts
+from distpad.counts import Counts, LossInputs
 
 _KERAS = ("x", "y", "sample_weight")  # the places of a tuple, as in fit
-_PIPELINE = ("data", "lengths", "rows", "counts", "indices")  # of a distpad.Batch
+_PIPELINE = ("data", "lengths", "rows", "counts", "indices", "loss_inputs")  # of a distpad.Batch
 
 
 class Given(NamedTuple):
@@ -113,9 +113,11 @@ def _of_pipeline(batch: Any, needed: Sequence[str]) -> Given:
         return {**case, "totals": totals}
 
     def form(case: rows.Fields) -> Any:
-        totals = Counts(case["totals"]["tokens"][0], case["totals"]["sequences"][0])
+        mine = tf.cast([tf.reduce_sum(case["lengths"]), tf.reduce_sum(tf.sign(case["lengths"]))], tf.float64)
+        totals = Counts(case["totals"]["tokens"][0], case["totals"]["sequences"][0], mine)
         own = {**case["features"], tokens: case["lengths"]}
-        return type(batch)(case["data"], own, tf.shape(case["indices"])[0], totals, case["indices"])
+        inputs = LossInputs(case["lengths"], (), totals)
+        return type(batch)(case["data"], own, tf.shape(case["indices"])[0], totals, case["indices"], inputs)
 
     return _checked(Given(tf.nest.map_structure(lambda a: a[real], fields), form, counted), needed)
 

@@ -3,8 +3,8 @@
     python -m distpad.launcher.agent
 
 The launcher starts one on each host, itself or by ssh or srun, and speaks with it in lines of JSON over standard input
-and output: commands and secrets are on no command line. When the launcher is gone, or was not heard for LOST_S seconds,
-the agent ends the job's processes on its host and itself.
+and output: commands and secrets are on no command line. When the launcher is gone, or is silent for longer
+than times.lost_s, the agent ends the job's processes on its host and itself.
 """
 
 from __future__ import annotations
@@ -22,10 +22,8 @@ import socket
 import sys
 from typing import Any
 
-from distpad.launcher import render
+from distpad.launcher import render, times
 
-LOST_S = 20.0
-BEAT_S = 2.0
 PACKAGES = ("tensorflow", "tensorflow-cpu", "tensorflow-gpu", "keras", "numpy", "horovod", "distpad")
 DAEMONS = ("orted", "prted")  # Open MPI's, which a launcher that is killed may leave
 LIMIT = 1 << 22  # bytes of one message
@@ -97,7 +95,7 @@ class Agent:
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         """Do what the launcher says, until it says "end", or is gone."""
         with contextlib.suppress(asyncio.TimeoutError):
-            while line := await asyncio.wait_for(reader.readline(), LOST_S):
+            while line := await asyncio.wait_for(reader.readline(), times.here().lost_s):
                 message = json.loads(line)
                 what = message["do"]
                 if what == "end":
@@ -116,7 +114,7 @@ class Agent:
 
     async def _beat(self) -> None:
         while True:
-            await asyncio.sleep(BEAT_S)
+            await asyncio.sleep(times.here().beat_s)
             self.send(is_="alive")
 
     async def _start(self, env: dict[str, str]) -> None:
@@ -265,7 +263,7 @@ def sweep(job: str, daemons: set[int]) -> list[str]:
         with contextlib.suppress(psutil.Error):
             shown.append(shutil.which(process.name()) or process.name())
             process.kill()
-    psutil.wait_procs(found, timeout=2)
+    psutil.wait_procs(found, timeout=times.KILLED_S)
     return shown
 
 

@@ -13,14 +13,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from distpad.launcher import crew, discovery, hostcheck, output, render, spec
+from distpad.launcher import crew, discovery, hostcheck, output, render, spec, times
 from distpad.launcher.outcomes import HOST, LOST, TIME, Ended, Outcome, say
 
-LOST_S = 15.0  # an agent that is silent for so long is lost; it speaks every two seconds
-PING_S = 5.0
-SAY_S = 10.0  # at most, for what the others saw of a first failure
-TOLD_S = 2.0  # within which workers' ends are heard after their engine's
-POLL_S = 0.1
 EVENTS = 4096  # that wait to be taken; then whoever writes them waits, back to the workers
 
 
@@ -40,6 +35,7 @@ class Attempt:
         self.job, self.number, self.environ, self.secrets, self.mpi = job, number, environ, secrets, mpi
         self.received = received  # signals, which may be more while this runs
         self.limit = limit
+        self.times = times.here()
         self.output = output.Output(job, number)
         self.events: queue.Queue[crew.Event] = queue.Queue(EVENTS)
         self.agents: dict[str, crew.Agent] = {}
@@ -202,7 +198,11 @@ class Attempt:
         self.until(lambda: self.failures or len(self.ends) == job.workers, None, None)
         if self.failures:
             with contextlib.suppress(Ended):  # the first failure is what counts; a lost host is what made it
-                self.until(lambda: len(self.ends) == job.workers, min(job.grace_s, SAY_S), lambda: Outcome(TIME))
+                self.until(
+                    lambda: len(self.ends) == job.workers,
+                    min(job.grace_s, self.times.own_error_s),
+                    lambda: Outcome(TIME),
+                )
             if self.lost:
                 raise Ended(self.host_lost(min(self.lost)))
             rank = self.failures[0]
@@ -221,11 +221,11 @@ class Attempt:
         look = 0.0
         while not done():
             with contextlib.suppress(queue.Empty):
-                self.take(self.events.get(timeout=POLL_S))
+                self.take(self.events.get(timeout=times.POLL_S))
             now = time.monotonic()
             if now < look:
                 continue
-            look = now + POLL_S  # also while events keep coming, as of workers that never stop writing
+            look = now + times.POLL_S  # also while events keep coming, as of workers that never stop writing
             if not self.ending:
                 self.pass_signals_on()
                 self.look_for_lost_hosts(now)
@@ -240,7 +240,7 @@ class Attempt:
     def ping(self) -> None:
         """Let the agents know that somebody is here, also while a terminal that stands still keeps all else waiting.
         (Runs in a thread of its own.)"""
-        while not self.over.wait(PING_S):
+        while not self.over.wait(self.times.ping_s):
             self.tell_all(do="ping")
 
     def take(self, event: crew.Event) -> None:
@@ -313,12 +313,12 @@ class Attempt:
 
     def look_for_lost_hosts(self, now: float) -> None:
         for host, agent in list(self.agents.items()):
-            if now > agent.heard + LOST_S and host not in self.lost:
+            if now > agent.heard + self.times.agent_lost_s and host not in self.lost:
                 self.lose(host)
 
     def look_for_early_end(self, now: float) -> None:
         """The engine's launcher may be heard to end before its workers are, which tell it by way of their agents."""
-        if self.engine_code is None or self.job.elastic or now < self.engine_ended + TOLD_S:
+        if self.engine_code is None or self.job.elastic or now < self.engine_ended + times.WORKERS_HEARD_S:
             return
         if not self.failures and len(self.ends) < self.job.workers:
             code = self.engine_code if self.engine_code > 0 else 1
@@ -333,7 +333,9 @@ class Attempt:
     def host_lost(self, host: str) -> Outcome:
         ranks = ", ".join(str(rank) for rank, where in sorted(self.started.items()) if where == host)
         wrote = f" ({self.agents[host].wrote[-1]})" if self.agents[host].wrote else ""
-        return Outcome(LOST, f"{host} was lost{wrote}, with worker {ranks or 'none'}: no answer for {LOST_S:g} s")
+        return Outcome(
+            LOST, f"{host} was lost{wrote}, with worker {ranks or 'none'}: no answer for {self.times.agent_lost_s:g} s"
+        )
 
     def pass_signals_on(self) -> None:
         """The workers get the signals that the launcher got, and the grace to do something about them."""
@@ -362,19 +364,24 @@ class Attempt:
         grace_s = 0 if self.received else self.job.grace_s  # they had it, unless a second signal cut it short
         self.wait_for(lambda: not self.running(), grace_s)
         self.tell_all(do="signal", number=signal.SIGKILL)
-        self.wait_for(lambda: not self.running(), 2)
+        self.wait_for(lambda: not self.running(), times.KILLED_S)
         if self.engine is not None:
-            for number, seconds in ((None, 3.0), (signal.SIGTERM, 6.0), (signal.SIGKILL, 2.0)):
+            for number, seconds in (
+                (None, times.ENGINE_EXIT_S),
+                (signal.SIGTERM, times.ENGINE_TERM_S),
+                (signal.SIGKILL, times.KILLED_S),
+            ):
                 if number and self.engine_code is None:
                     self.engine.kill(number)
                 self.wait_for(lambda: self.engine_code is not None, seconds)
         self.tell_all(do="end", grace_s=0)
-        self.wait_for(lambda: set(self.agents) <= self.swept | self.lost, 6)
+        self.wait_for(lambda: set(self.agents) <= self.swept | self.lost, times.SWEPT_S)
         for agent in list(self.agents.values()):
             with contextlib.suppress(OSError):
                 agent.process.stdin.close()  # type: ignore[union-attr]
         self.wait_for(
-            lambda: all(a.process.poll() is not None for h, a in self.agents.items() if h not in self.lost), 3
+            lambda: all(a.process.poll() is not None for h, a in self.agents.items() if h not in self.lost),
+            times.AGENT_GONE_S,
         )
         for agent in list(self.agents.values()):
             agent.kill(signal.SIGKILL)
@@ -392,7 +399,7 @@ class Attempt:
 
     def poll(self) -> None:
         with contextlib.suppress(queue.Empty, Ended):
-            self.take(self.events.get(timeout=POLL_S))
+            self.take(self.events.get(timeout=times.POLL_S))
 
     def tell_all(self, **message: Any) -> None:
         for host, agent in list(self.agents.items()):

@@ -10,10 +10,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterable
 
-from distpad.launcher import outcomes, spec
-
-EVERY_S = 1.0
-LIMIT_S = 10.0  # of one run of the script
+from distpad.launcher import outcomes, spec, times
 
 
 class Discovery:
@@ -57,7 +54,7 @@ class Discovery:
                 start_new_session=True,  # Ctrl-C is not for it, and what it started itself ends with it
             ) as process:
                 try:
-                    found, said = process.communicate(timeout=LIMIT_S)
+                    found, said = process.communicate(timeout=times.DISCOVERY_LIMIT_S)
                 finally:
                     with contextlib.suppress(ProcessLookupError):
                         os.killpg(process.pid, signal.SIGKILL)
@@ -75,7 +72,7 @@ class Discovery:
         os.replace(fresh, self.file)
 
     def _ask_again(self) -> None:
-        while not self.over.wait(EVERY_S):
+        while not self.over.wait(times.here().discovery_s):
             try:
                 self._list(self.ask())
             except (ValueError, OSError, outcomes.Ended):
@@ -85,5 +82,5 @@ class Discovery:
         """Stop asking."""
         self.over.set()
         if self.thread.is_alive():
-            self.thread.join(LIMIT_S)
+            self.thread.join(times.DISCOVERY_LIMIT_S)
         self.file.unlink(missing_ok=True)

@@ -16,11 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-BEAT_S = 2.0
-LOST_S = 20.0  # a pod that is silent for so long is lost
-AGAIN_S = 0.5
-SAY_S = 15.0
-FLUSH_S = 2.0
+from distpad.launcher import times
 
 
 class Register:
@@ -46,7 +42,7 @@ class Register:
         if self.server is None:
             return
         self.server.close()
-        end = time.monotonic() + FLUSH_S
+        end = time.monotonic() + times.FLUSH_S
         while 0 in self.there and time.monotonic() < end:
             await asyncio.sleep(0.01)
         self.beat.cancel()
@@ -114,7 +110,7 @@ class Register:
     async def _beat(self) -> None:
         while True:
             self._tell_all({"is": "beat", "missing": self.missing()})
-            await asyncio.sleep(BEAT_S)
+            await asyncio.sleep(times.here().beat_s)
 
 
 class Membership:
@@ -140,8 +136,8 @@ class Membership:
         said = time.monotonic()
         joined = asyncio.ensure_future(self._join())
         try:
-            while not (await asyncio.wait([joined], timeout=AGAIN_S))[0]:
-                if time.monotonic() > said + SAY_S:
+            while not (await asyncio.wait([joined], timeout=times.JOIN_AGAIN_S))[0]:
+                if time.monotonic() > said + times.here().report_s:
                     said = time.monotonic()
                     report(f"waiting for {self.waits_for}")
             joined.result()
@@ -152,19 +148,19 @@ class Membership:
         strangers = list(self.names)
         while strangers := await unknown(strangers):
             self.waits_for = f"{few(strangers)} (nothing knows the name)"
-            await asyncio.sleep(AGAIN_S)
+            await asyncio.sleep(times.JOIN_AGAIN_S)
         first = self.names[0]
         self.waits_for = f"{first} (nobody answers there on port {self.port})"
         while True:
             with contextlib.suppress(OSError, asyncio.TimeoutError):
                 host = first if self.index else "localhost"
-                reader, writer = await asyncio.wait_for(asyncio.open_connection(host, self.port), LOST_S)
+                reader, writer = await asyncio.wait_for(asyncio.open_connection(host, self.port), times.here().lost_s)
                 self.writer = writer
                 if await self._wait_for_start(reader):
                     self.tasks = [asyncio.ensure_future(task) for task in (self._listen(reader), self._beat())]
                     return
                 writer.close()
-            await asyncio.sleep(AGAIN_S)
+            await asyncio.sleep(times.JOIN_AGAIN_S)
 
     async def _wait_for_start(self, reader: asyncio.StreamReader) -> bool:
         hello = {"is": "hello", "index": self.index, "name": self.names[self.index], "workers": len(self.names)}
@@ -196,7 +192,7 @@ class Membership:
 
     async def _beat(self) -> None:
         while True:
-            await asyncio.sleep(BEAT_S)
+            await asyncio.sleep(times.here().beat_s)
             self.tell(**{"is": "beat"})
 
     def tell(self, **message: Any) -> None:
@@ -228,7 +224,7 @@ async def hear(reader: asyncio.StreamReader) -> dict[str, Any]:
       ConnectionError: none will come, or it is of somebody who speaks of something else.
     """
     try:
-        message = json.loads(await asyncio.wait_for(reader.readline(), LOST_S))
+        message = json.loads(await asyncio.wait_for(reader.readline(), times.here().lost_s))
         return {"is": message["is"], **message}
     except (asyncio.TimeoutError, ValueError, TypeError, KeyError) as error:
         raise ConnectionError("no message") from error
@@ -243,7 +239,7 @@ async def part(writer: asyncio.StreamWriter) -> None:
     """Close a connection after what was said there last has been sent."""
     with contextlib.suppress(OSError, asyncio.TimeoutError):
         writer.close()
-        await asyncio.wait_for(writer.wait_closed(), FLUSH_S)
+        await asyncio.wait_for(writer.wait_closed(), times.FLUSH_S)
 
 
 def few(names: Sequence[str]) -> str:

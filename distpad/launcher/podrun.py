@@ -17,15 +17,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import psutil
 
-from distpad.launcher import agent, discovery, gang, pod, run, spec
+from distpad.launcher import agent, discovery, gang, pod, run, spec, times
 from distpad.launcher.outcomes import HOST, LOST, TIME
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-ANSWER_S = 5.0
-EVERY_S = 0.5
 ASKED_AT_ONCE = 32
-OWN_ERROR_S = 10.0  # at most, for a training to find out for itself that a worker is lost
-KILLED_S = 5.0
 
 
 def tell(text: str) -> None:
@@ -152,8 +148,8 @@ class Worker:
     async def _end(self, why: str, ended: asyncio.Future[int]) -> int:
         """Another pod is lost. The training mostly fails of itself; where it hangs, it is ended."""
         tell(f"{why}: the training cannot go on")
-        own_s = min(self.grace_s, OWN_ERROR_S)
-        for number, seconds in ((None, own_s), (signal.SIGTERM, self.grace_s), (signal.SIGKILL, KILLED_S)):
+        own_s = min(self.grace_s, times.here().own_error_s)
+        for number, seconds in ((None, own_s), (signal.SIGTERM, self.grace_s), (signal.SIGKILL, times.KILLED_S)):
             if number:
                 self._signal(number)
             if (await asyncio.wait([ended], timeout=seconds))[0]:
@@ -221,10 +217,10 @@ def _until(look: Callable[[], str], wait_s: float, received: list[int]) -> bool:
         if now > began + wait_s:
             tell(f"not there within {wait_s:g} s: {missing}")
             return False
-        if now > said + gang.SAY_S:
+        if now > said + times.here().report_s:
             said = now
             tell(f"waiting for {missing}")
-        time.sleep(EVERY_S)
+        time.sleep(times.here().look_s)
     return not received
 
 
@@ -237,7 +233,7 @@ def _without_sshd(hosts: Sequence[spec.Host], port: int) -> list[str]:
 def answers(name: str, port: int) -> bool:
     """Whether an ssh server greets there."""
     try:
-        with socket.create_connection((name, port), timeout=ANSWER_S) as connection:
+        with socket.create_connection((name, port), timeout=times.ANSWER_S) as connection:
             return connection.recv(4) == b"SSH-"
     except OSError:
         return False
@@ -273,7 +269,7 @@ def serve(place: pathlib.Path, port: int) -> int:
                 os.kill(server, signal.SIGTERM)
                 return 128 + received[0]
             if not ended:
-                time.sleep(EVERY_S)
+                time.sleep(times.here().look_s)
 
 
 def _reap() -> tuple[int, int]:

@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distpad.launcher import spec, tfconfig
+from distpad.launcher import spec, tfconfig, times
 
 FOLDER = "/tmp"  # of sockets; the same on all hosts, and short, since a socket's path may have 107 bytes
 SSH = (
@@ -26,7 +26,7 @@ PASSED_ON_AS = ("TF_", "XLA_", "KERAS_", "NCCL_", "UCX_", "HOROVOD_", "CUDA_", "
 # What the engine's launcher, and ssh, need of it; all else, which they might put onto command lines, they do not get.
 NEEDED = (
     *("PATH", "HOME", "USER", "LOGNAME", "LANG", "TMPDIR", "TERM", "SSH_AUTH_SOCK"),
-    *("PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES"),
+    *("PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", times.SCALE),
 )
 NEEDED_AS = ("SLURM_", "OMPI_MCA_", "PRTE_MCA_", "PMIX_MCA_")
 # What tells a process which one of a job it is: nobody inherits that from around the launcher.
@@ -74,8 +74,8 @@ def carried(
             "--quiet",
         ]
         return ["srun", *one, *argv]
-    path = environ.get("PYTHONPATH")
-    remote = [*(["env", f"PYTHONPATH={path}"] if path else []), *argv]
+    given = [f"{name}={environ[name]}" for name in ("PYTHONPATH", times.SCALE) if environ.get(name)]
+    remote = [*(["env", *given] if given else []), *argv]
     return [*SSH, *ssh_args, host.name, shlex.join(remote)]
 
 

@@ -10,9 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-from distpad.launcher import attempt, outcomes, render, spec
-
-LONGEST_BACKOFF_S = 60.0
+from distpad.launcher import attempt, outcomes, render, spec, times
 
 
 def run(job: spec.Job, environ: Mapping[str, str], are_ready: Callable[[list[int]], bool] | None = None) -> int:
@@ -40,11 +38,11 @@ def run(job: spec.Job, environ: Mapping[str, str], are_ready: Callable[[list[int
             left = job.max_restarts - number
             if not outcome.code or not left or not outcome.may_retry or outcome.code in job.no_retry:
                 break
-            pause = min(job.backoff_s * 2**number, LONGEST_BACKOFF_S)
+            pause = min(job.backoff_s * 2**number, times.LONGEST_BACKOFF_S)
             outcomes.say(f"starting again in {pause:g} s ({left} of {job.max_restarts} restarts left)")
             end = time.monotonic() + pause
             while time.monotonic() < end and not received:
-                time.sleep(attempt.POLL_S)
+                time.sleep(times.POLL_S)
             if received:
                 return 128 + received[0]
     return outcome.code

@@ -22,9 +22,9 @@ import time
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
-AGENT_WITHIN_S = 60.0  # an elastic job's agent may come after its host's first worker
+from distpad.launcher import times
+
 LONGEST_LINE = 1 << 16  # longer ones are sent in pieces
-LEFTOVERS_S = 2.0  # how long pipes are read that a child of the command still holds
 PR_SET_PDEATHSIG = 1
 RANK = ("DISTPAD_RANK", "HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
 SIZE = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -40,7 +40,7 @@ def main(folder: str) -> int:
     return worker.run()
 
 
-def connect(folder: str, within_s: float = AGENT_WITHIN_S) -> socket.socket:
+def connect(folder: str, within_s: float = times.AGENT_WITHIN_S) -> socket.socket:
     """The connection to this host's agent."""
     path = os.path.join(folder, f"{socket.gethostname()}.sock")
     end = time.monotonic() + within_s
@@ -93,7 +93,7 @@ class Worker:
         for thread in (*pumps, threading.Thread(target=self.listen, args=(orders["grace_s"],), daemon=True)):
             thread.start()
         code = self.child.wait()
-        end = time.monotonic() + LEFTOVERS_S
+        end = time.monotonic() + times.LEFTOVERS_S
         for pump in pumps:
             pump.join(max(0, end - time.monotonic()))
         self.kill(signal.SIGKILL)  # what the command left in its group
@@ -104,7 +104,7 @@ class Worker:
         them as soon as they see one process end."""
         self.send(is_="exit", code=code)
         if code and orders["holds_failures"]:
-            self.leave.wait(orders["grace_s"] + LEFTOVERS_S)
+            self.leave.wait(orders["grace_s"] + times.LEFTOVERS_S)
         return code
 
     def pump(self, source: BinaryIO, stream: str) -> None:

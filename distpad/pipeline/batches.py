@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from distpad import backends, errors
-from distpad.pipeline import agreement, epoch, feeding, recipe, sources
+from distpad.buckets import Buckets
+from distpad.pipeline import agreement, epoch, feeding, reading, recipe, sources
 from distpad.pipeline.features import Features, Name, Pad
 from distpad.pipeline.padder import Batch
 from distpad.pipeline.stats import PaddingStats
 
 _NAME = "PaddedBatches"
+_MANY = 1 << 30
+_BOUNDARIES = 8  # for the lengths of a sampler
+
+
+class _Position(NamedTuple):
+    """Steps of an epoch that were consumed, and fingerprints of its first ones, to know it again by."""
+
+    epoch: int = 0
+    step: int = 0
+    begins: tuple[int, ...] = ()
 
 
 class PaddedBatches:
@@ -31,13 +46,16 @@ class PaddedBatches:
 
     Args:
       source: this worker's examples: a ``tf.data.Dataset`` of unbatched elements, an iterable of dicts (or tuples, or
-        single arrays), or ``(indexable, sampler)`` with a ``LengthSampler``. To be iterated anew for each epoch.
+        single arrays), or ``(indexable, sampler)`` with a ``LengthSampler``. To be iterated again for each epoch.
       batch_size: examples per replica; None with a sampler.
       padding: feature names to ``Pad``. A feature of a tuple is named by its place, a single one 0.
       tokens: the padded feature whose valid positions the loss averages over; or a mapping from losses to features.
       weights: a feature with sample weights, one a position or one an example: then counts are sums of weights, and the
         loss must be given the weights. With several losses, a mapping from those that are weighted.
-      buckets: what lengths are rounded up to, one for all features or a mapping with equally many boundaries.
+      buckets: what lengths are rounded up to, so that a step has few shapes. ``"auto"``: where a sampler plans by a
+        length, its buckets or the best 8 boundaries for all its lengths; else ``Buckets.auto()``. A ``Buckets`` for
+        all features, or a mapping with equally many boundaries: a step uses the highest that a feature needs. None: to
+        the longest, exactly.
       lookahead: steps that are planned at once; rounded up to whole groups of ``accumulation_steps``.
       accumulation_steps: micro-batches that make up one optimiser step; ``counts`` are over all of them. The last group
         of an epoch is filled up with batches that do not count.
@@ -56,7 +74,7 @@ class PaddedBatches:
     workers leave a loop at the same step.
 
     >>> source = [{"y": [1, 2, 3]}, {"y": [4]}, {"y": [5, 6]}]
-    >>> batches = PaddedBatches(source, 2, padding={"y": Pad()}, tokens="y", backend="local")
+    >>> batches = PaddedBatches(source, 2, padding={"y": Pad()}, tokens="y", buckets=None)
     >>> for batch in batches:
     ...     print(batch.data["y"].numpy().tolist(), batch.lengths["y"].numpy(), float(batch.counts.tokens))
     [[1, 2, 3], [4, 0, 0]] [3 1] 4.0
@@ -71,7 +89,7 @@ class PaddedBatches:
         padding: Mapping[Name, Pad],
         tokens: Any,
         weights: Any = None,
-        buckets: Any = None,
+        buckets: Any = "auto",
         lookahead: int = 32,
         accumulation_steps: int = 1,
         drop_remainder: bool = False,
@@ -80,7 +98,7 @@ class PaddedBatches:
         warn_after_s: float = 60.0,
         timeout_s: float = 600.0,
     ) -> None:
-        self._backend = backends.resolve(backend, function=_NAME)
+        self._backend, self._is_detected = backends.resolve(backend, function=_NAME), backend is None
         self._source, self._sampler = sources.checked(source, batch_size, drop_remainder)
         self._recipe = recipe.checked(
             batch_size=batch_size,
@@ -97,33 +115,71 @@ class PaddedBatches:
         )
         self.stats = PaddingStats()
         self._features: Features | None = None
-        self._epoch = self._step = self._opened = 0
-        self._begun = False
+        self._at = self._began_at = _Position()  # now, and where what was opened last began
+        self._begun = False  # whether the next iteration is that of the next epoch
+        self._opened = 0
         self._running: epoch.Epoch | None = None
         self._counting = threading.Lock()
-        self._began_at = 0, 0  # epoch and step, of what was opened last
-        self._only_looked = False  # whether fit may have dropped all that it was handed since
+        self._handed = _MANY  # so many batches of this epoch to fit, which may have dropped them
 
     def __iter__(self) -> Iterator[Batch]:
+        self._check_engine()
+        self._leave(None)
         yield from self._consume(self._open())  # opened by the first batch: an iterator that nobody uses has no threads
 
     def __bool__(self) -> bool:
         return True  # whether or not its length is known
 
-    def _open(self, elements: feeding.Elements | None = None) -> epoch.Epoch:
-        """Begin the next epoch, of batches or of what fit is fed."""
-        self._only_looked = False
+    def _check_engine(self, *, of_workers: bool = False) -> None:
+        """Raise where an engine is active now that was not when this was made: each replica, or with ``of_workers``
+        each worker, would train on batches and counts of one that knows nothing of the others."""
+        if not self._is_detected:
+            return
+        now = None
+        with contextlib.suppress(ValueError, errors.DistpadError):  # outside of the scope that it was made in
+            now = backends.resolve(function=_NAME)
+        what = "workers" if of_workers else "replicas"
+        if now is not None and getattr(now, f"num_{what}") > getattr(self._backend, f"num_{what}"):
+            mine, others = getattr(self._backend, f"num_{what}"), getattr(now, f"num_{what}")
+            remedy = "Make it in strategy.scope(), or after hvd.init(), or give backend=strategy."
+            found = f"that of {mine} {what}, when it was made"
+            raise ValueError(errors.sentence(_NAME, "backend", found, f"that of the {others} {what} now", remedy))
+
+    @property
+    def _only_looked(self) -> bool:
+        """Whether fit may have trained on none of the batches that it was handed of this epoch."""
+        return self._handed <= max(self._backend.fit_looks_at, self._backend.fit_reads_ahead)
+
+    def _leave(self, elements: feeding.Elements | None) -> None:
+        """End what is running. An epoch that fit only looked at will begin again. Collective where workers of a
+        strategy feed fit: each may have been asked for another number of batches."""
         self._stop()  # all workers have left that loop
+        if elements and self._backend.fit_reads_ahead and self._backend.num_workers > 1:
+            settings = self._recipe.warn_after_s, self._recipe.timeout_s, elements.channel
+            handed = np.array([self._handed]), np.zeros(1)
+            meeting = agreement.Agreement(self._backend, *settings)
+            self._handed = meeting.merge((1, 1), lambda _: handed, "the next epoch", lambda _: True)[0][0]
+        if self._only_looked:
+            self._rewind()
+        self._handed = _MANY
+
+    def _open(self, elements: feeding.Elements | None = None) -> epoch.Epoch:
+        """Begin the next epoch, of batches or of what fit is fed, when the last was left."""
         if self._begun:
-            self._epoch, self._step = self._epoch + 1, 0
-        self._begun, self._began_at = True, (self._epoch, self._step)
+            self._at = _Position(self._at.epoch + 1)
+        self._begun, self._began_at = True, self._at
+        number, step, begins = self._at
+        samples = self._sampler is not None
+        checked = 1 if samples else min(step, len(begins)) if step else epoch.BEGINNING
         running = epoch.Epoch(
             self._backend,
             self._recipe,
-            lambda number=self._epoch, step=self._step: self._steps(number, step),  # type: ignore[misc]
+            lambda: self._steps(number, step, checked if step else 0),
             features=self._features,
             stats=self.stats,
-            position={"source": self._belongs_to(), **self._position(), "for_keras": str(elements)},
+            position={"source": self._belongs_to(), **self._place(), "for_keras": str(elements)},
+            beginning=reading.Beginning(None if samples else self._backend.worker_index, checked),
+            sizes_of=functools.partial(self._padded_sizes, number),
             hand_over=elements.of if elements else None,
             channel=elements.channel if elements else agreement.Channel(),
             repeats=bool(elements and elements.repeats),
@@ -141,12 +197,13 @@ class PaddedBatches:
             running.close()
 
     def _rewind(self) -> None:
-        (self._epoch, self._step), self._begun = self._began_at, False
+        self._at, self._begun = self._began_at, False
 
-    def _position(self) -> dict[str, int]:
-        return {"epoch": self._epoch, "step": self._step}
+    def _place(self) -> dict[str, Any]:
+        return {**self._at._asdict(), "begins": list(self._at.begins)}
 
     def _consume(self, running: epoch.Epoch) -> Iterator[Any]:
+        ended = False
         try:
             for batch in running.batches():
                 with self._counting:
@@ -154,7 +211,10 @@ class PaddedBatches:
                         remedy = "Give each loop a PaddedBatches of its own."
                         raise errors.DistpadError(f"{_NAME}: this loop was left, and another has begun. {remedy}")
                     self._features = running.features
-                    self._step += 1  # before it is handed out: who saves while training on it has consumed it
+                    # before it is handed out: who saves while training on it has consumed it
+                    self._at = _Position(self._at.epoch, self._at.step + 1, tuple(running.begins))
+                    if running.is_at_end:
+                        self._at, self._begun, ended = _Position(self._at.epoch + 1), False, True
                 yield batch
             with self._counting:
                 if running is not self._running:
@@ -163,7 +223,8 @@ class PaddedBatches:
                     if not running.has_begun:
                         self._rewind()
                     return
-                self._epoch, self._step, self._begun = self._epoch + 1, 0, False
+                if not ended:  # there was no batch
+                    self._at, self._begun = _Position(self._at.epoch + 1), False
             running.finish()
         finally:
             running.close()
@@ -210,7 +271,7 @@ class PaddedBatches:
         Collective among workers: all call it, in the same order; then as iterating.
 
         >>> source = [{"x": [1.0, 2.0], "y": [1, 2]}, {"x": [3.0], "y": [3]}]
-        >>> batches = PaddedBatches(source, 2, padding={"x": Pad(), "y": Pad()}, tokens="y", backend="local")
+        >>> batches = PaddedBatches(source, 2, padding={"x": Pad(), "y": Pad()}, tokens="y", buckets=None)
         >>> for x, y, weights in batches.for_keras(x="x", y="y"):
         ...     print(x.numpy().tolist(), y.numpy().tolist(), weights.numpy().tolist())
         [[1.0, 2.0], [3.0, 0.0]] [[1, 2], [3, 0]] [[1.0, 1.0], [1.0, 0.0]]
@@ -219,11 +280,9 @@ class PaddedBatches:
             found = f"False with {self._backend.num_workers} workers of a strategy in Keras 2"
             remedy = "Then write fit(dataset, steps_per_epoch=...)."
             raise ValueError(errors.sentence("for_keras", "repeat", found, "True", remedy))
+        self._check_engine(of_workers=True)
         elements = feeding.Elements(self._recipe, x, y, repeat)
-        if (
-            self._step and self._step == self._length()
-        ):  # saved behind the last step: an epoch of none is no epoch of fit
-            self._epoch, self._step = self._epoch + 1, 0
+        self._leave(elements)
         first = self._open(elements)
         self._begun = False  # what is read ahead here is the first iteration's, or is dropped
         try:
@@ -240,31 +299,27 @@ class PaddedBatches:
 
     def _feeder(self, elements: feeding.Elements, first: epoch.Epoch) -> Callable[[], Iterator[Any]]:
         """What each iteration calls, in a thread of tf.data's; ``first`` is what the first one finds begun."""
-        planned, steps = self._position(), self._steps_of_all()
+        planned, steps = self._at, self._steps_of_all()
         looked_at = itertools.count()
 
         def epoch_of() -> Generator[Any, None, bool]:
             """Returns whether all of it was handed out."""
             is_first = next(looked_at) == 0
-            fresh = is_first and first is self._running and planned == self._position()
+            fresh = is_first and first is self._running and planned == self._at
             if not fresh:
-                self._stop()
-            if self._only_looked:
-                self._rewind()
-            if steps and self._step and not self._begun:
-                found = f"at step {self._step}, when a dataset of {steps} steps an epoch was made already"
+                self._leave(elements)
+            if steps and self._at.step and not self._begun:
+                found = f"at step {self._at.step}, when a dataset of {steps} steps an epoch was made already"
                 raise ValueError(errors.sentence("load_state_dict", "state", found, "to be loaded before for_keras"))
             running = first if fresh else self._open(elements)
-            self._begun, self._only_looked, handed = True, True, 0
+            self._begun, self._handed, handed = True, 0, 0
             for element in self._consume(running):
-                handed += 1
-                if handed > self._backend.fit_looks_at:
-                    self._only_looked = False
+                self._handed = handed = handed + 1
                 yield element
             if running is not self._running:
                 return False
             if not (is_first and handed < self._backend.fit_looks_at):  # so short that looking reads all of it
-                self._only_looked = False
+                self._handed = _MANY
             return not running.was_left
 
         def feed() -> Iterator[Any]:
@@ -283,7 +338,7 @@ class PaddedBatches:
 
     def _steps_of_all(self) -> int | None:
         """Of each epoch to come, where it is known that they have as many."""
-        if self._step or (self._sampler is not None and self._sampler.max_tokens):
+        if self._at.step or (self._sampler is not None and self._sampler.max_tokens):
             return None
         return self._length()
 
@@ -306,7 +361,7 @@ class PaddedBatches:
 
     def _known_steps(self) -> int | None:
         if self._sampler is not None:
-            return len(self._sampler.plan(self._epoch))
+            return len(self._sampler.plan(self._at.epoch))
         count = sources.count_of(self._source)
         if self._backend.num_workers > 1 or count is None:
             return None
@@ -314,21 +369,29 @@ class PaddedBatches:
         return count // size if self._recipe.drop_remainder else -(-count // size)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands, for JSON: behind the last whole optimiser step whose batches were handed out.
+        """Where it stands, for JSON: behind the last whole optimiser step whose batches were handed out. Behind the
+        last of an epoch, that is the beginning of the next.
 
         With a sampler it holds for any number of workers; without one for as many, with sources in the same order.
         """
-        group = self._recipe.accumulation_steps
-        return {"epoch": self._epoch, "step": self._step // group * group, "source": self._belongs_to()}
+        at, group = self._began_at if self._only_looked else self._at, self._recipe.accumulation_steps
+        step = at.step // group * group
+        begins = list(at.begins if step else ())
+        return {"epoch": at.epoch, "step": step, "begins": begins, "source": self._belongs_to()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on there when iterated next: nothing is lost and nothing seen twice.
 
-        Raises ValueError for the state of another source, a place that there is not, or no state.
+        A position within an epoch is compared with what the source gives when it is read next: its first steps must
+        hold the same examples as when the position was saved. Else, as where it shuffles anew in each iteration, some
+        examples would be repeated and others left out.
+
+        Raises ValueError for the state of another source, a position that there is not, or no state; when iterated
+        next, on all workers, for a source that begins with other examples.
         """
         if not isinstance(state, Mapping):
             raise TypeError(errors.sentence(_NAME, "state", repr(state), "what state_dict returned"))
-        missing = {"epoch", "step", "source"} - set(state)
+        missing = {"epoch", "step", "begins", "source"} - set(state)
         if missing:
             raise ValueError(errors.sentence(_NAME, "state", f"without {sorted(missing)}", "what state_dict returned"))
         mine = self._belongs_to()
@@ -344,9 +407,14 @@ class PaddedBatches:
         if self._sampler is not None and step > -(-len(self._sampler.plan(number)) // group) * group:
             rule = f"at most the {len(self._sampler.plan(number))} of epoch {number}"
             raise ValueError(errors.sentence(_NAME, "state's step", step, rule))
+        if not isinstance(state["begins"], (list, tuple)) or (step and not state["begins"]):
+            found = f"{state['begins']!r} at step {step}"
+            rule = "fingerprints of the epoch's first steps, as state_dict returned them"
+            raise ValueError(errors.sentence(_NAME, "state's begins", found, rule))
+        begins = tuple(errors.whole_number(_NAME, "state's begins", each, least=0) for each in state["begins"])
         self._stop()
-        self._epoch, self._step = number, step
-        self._begun = self._only_looked = False
+        self._at = _Position(number, step, begins if step else ())
+        self._begun, self._handed = False, _MANY
 
     def _belongs_to(self) -> dict[str, Any]:
         """What a position is a position of: the plan of a sampler, or so many examples of each worker a step."""
@@ -355,13 +423,31 @@ class PaddedBatches:
         workers, replicas = self._backend.num_workers, self._backend.num_replicas
         return {"batch_size": self._recipe.batch_size, "workers": workers, "replicas": replicas}
 
-    def _steps(self, number: int, step: int) -> Iterator[sources.Step]:
-        """This worker's steps of an epoch, from one on. The reader's thread calls it."""
+    @functools.cached_property
+    def _sampled(self) -> Buckets | None:
+        """What the lengths of a sampler are padded to by "auto"."""
+        if self._sampler is None or not len(self._sampler.lengths):
+            return None
+        if self._sampler.max_tokens and not self._sampler.buckets:  # it counted on no more padding than that
+            return Buckets.multiples(1)
+        return self._sampler.buckets or Buckets.from_lengths(self._sampler.lengths, _BOUNDARIES)
+
+    def _padded_sizes(self, number: int, step: int, agreed: tuple[int, ...]) -> tuple[int, ...]:
+        """What the axes of a step are padded to. With "auto", an axis whose longest size is the length that the sampler
+        planned by has the sampler's buckets."""
+        if self._sampler is None:
+            return self._recipe.padded_sizes(agreed, None, None)
+        longest = max(1, int(self._sampler.lengths[self._sampler.plan(number)[step]].max()))
+        return self._recipe.padded_sizes(agreed, self._sampled, longest)
+
+    def _steps(self, number: int, step: int, checks: int) -> Iterator[sources.Step]:
+        """This worker's steps of an epoch, from one on, and before them the first ``checks`` to be compared. The
+        reader's thread calls it."""
         here, worker = self._backend.replicas_here, self._backend.worker_index
         if self._sampler is not None:
             mine = range(worker * here, worker * here + here)
             return sources.steps_of_sampler(self._source, self._sampler, mine, self._backend.num_replicas, number, step)
         self._opened += 1
         size = self._recipe.batch_size or 1
-        first = step * size * here
-        return sources.steps_of_examples(sources.examples_of(self._source, first, self._opened), size, here, first)
+        examples = sources.examples_of(self._source, checks * size * here, step * size * here, self._opened)
+        return sources.steps_of_examples(examples, size, here, checks, step)

@@ -17,6 +17,7 @@ from distpad.pipeline.recipe import Recipe
 from distpad.pipeline.stats import PaddingStats
 
 _NAME = "PaddedBatches"
+BEGINNING = 8  # steps that a saved position is compared by
 _NOTHING = -(2.0**60)  # in a maximum: this worker has nothing to say
 
 
@@ -27,7 +28,10 @@ class Epoch:
     and one window before the first step, then each next window in the middle of the one before.
 
     Args:
-      position: where it begins, and what of: to be the same on all workers.
+      position: where it begins, and what of: to be the same on all workers. ``"begins"`` are the fingerprints of its
+        first steps that were saved with a step behind them.
+      beginning: of it, as this worker reads it.
+      sizes_of: what the ragged axes of a step of the epoch are padded to, given their longest sizes.
       hand_over: makes what is handed out of the replicas' batches in NumPy; left out, the backend does.
       channel: where the workers meet.
       repeats: whether the next epoch begins as soon as this one ends, perhaps on one worker before another.
@@ -42,18 +46,23 @@ class Epoch:
         features: Features | None,
         stats: PaddingStats,
         position: dict,
+        beginning: reading.Beginning,
+        sizes_of: Callable[[int, tuple[int, ...]], tuple[int, ...]],
         hand_over: Callable[[Features, Sequence[padder.Batch]], Any] | None = None,
         channel: agreement.Channel,
         repeats: bool = False,
     ) -> None:
         self.features = features
         self.was_left = False  # by another worker, before its end
+        self.is_at_end = False  # whether no batch follows the one that was handed out last
+        self.begins: list[int] = position["begins"]  # fingerprints of its first steps, over all workers
+        self._sizes_of, self._beginning = sizes_of, beginning
         self._backend, self._recipe, self._stats, self._first = backend, recipe, stats, position["step"]
         versions = {"tensorflow": tf.__version__, "numpy": np.__version__}
         self._configuration = json.dumps({**recipe.as_json(), **position, "versions": versions}, sort_keys=True)
         self._repeats = repeats
         self._agreement = agreement.Agreement(backend, recipe.warn_after_s, recipe.timeout_s, channel)
-        self._reader = reading.Reader(steps, recipe, features)
+        self._reader = reading.Reader(steps, recipe, features, beginning)
         self._padder = padder.Padder(backend, recipe, stats, hand_over or _as_steps_take(backend))
         self._read: reading.Window | None = None  # taken from the reader, not planned yet
         self._planned = 0  # steps
@@ -114,6 +123,7 @@ class Epoch:
                 self._stats.steps += 1
                 if i % self._recipe.accumulation_steps == 0:
                     self._stats.add_group(float(step.tokens.sum()))
+                self.is_at_end = i + 1 == len(window.steps) and _is_end(following or window._replace(steps=[]))
                 yield batch
             if window.failure:
                 self._fail(window.failure)
@@ -124,7 +134,7 @@ class Epoch:
     def _compare(self) -> None:
         """The first exchange: the same configuration and kind of examples on all workers, but not the same examples."""
         workers, worker = self._backend.num_workers, self._backend.worker_index
-        maxima, sums = self._agreement.merge((8, 2), self._header, "the first window")
+        maxima, sums = self._agreement.merge((8, 3 + BEGINNING), self._header, "the first window")
         known = self.features
         if maxima[0] != -maxima[1]:
             agreement.raise_differences(self._agreement, self._configuration, "configurations")
@@ -135,6 +145,7 @@ class Epoch:
                 f"{_NAME}: source gives the same examples on all {sums[1]:.0f} workers that have any, expected "
                 "different ones. Write dataset.shard(num_workers, worker_index), or replicated=True if that is meant."
             )
+        self._check_beginning(sums[2] > 0, [int(fingerprint) for fingerprint in sums[3:]])
         if 0 < sums[0] < workers:  # who has no example learns what they are like
             teller = workers - int(maxima[2])
             text = self._agreement.tell(known.to_text() if known and worker == teller else None, int(maxima[3]))
@@ -154,7 +165,24 @@ class Epoch:
             maxima[2:6] = [first, len(text.encode()), hashed, -hashed]
         if window.digest:
             maxima[6:8] = [window.digest, -window.digest]
-        return np.array(maxima), np.array([bool(self.features), bool(window.digest)], np.float64)
+        # of fewer steps, where there are no more, the last counts; one that failed before its first step tells nothing
+        known = [*window.beginning, *[*window.beginning[-1:], 0.0][:1] * BEGINNING][:BEGINNING]
+        sums = [bool(self.features), bool(window.digest), window.report.failed_at == 0, *known]
+        return np.array(maxima), np.array(sums, np.float64)
+
+    def _check_beginning(self, is_unknown: bool, found: list[int]) -> None:
+        """Take the fingerprints of the epoch's first steps; or compare those that were saved with what is read now."""
+        if not self._first:
+            self.begins = found[: min(self._recipe.lookahead, self._beginning.steps)]
+            return
+        checked = min(self._first, len(self.begins))
+        if not is_unknown and found[checked - 1] != self.begins[checked - 1]:
+            raise ValueError(
+                f"{_NAME}: source begins with other examples than where the position was saved (its first {checked} "
+                "steps, over all workers), expected the same: going on at that step would repeat some examples and "
+                "leave others out. Let every iteration give one order (tf.data's shuffle(seed=..., "
+                "reshuffle_each_iteration=False)), shuffle by a LengthSampler, or save at the end of an epoch."
+            )
 
     def _plan(self) -> plan.Merged:
         """Agree on the next window, and have its steps padded."""
@@ -165,7 +193,8 @@ class Epoch:
             read = self._window(limit_s)
             return None if read is None else plan.pack(read.report, self._backend.worker_index, workers)
 
-        steps = f"steps {self._first + self._planned} to {self._first + self._planned + recipe.lookahead - 1}"
+        begin = self._first + self._planned
+        steps = f"steps {begin} to {begin + recipe.lookahead - 1}"
         sizes = 1 + recipe.lookahead * axes, recipe.lookahead * (1 + 2 * losses)
         full = (recipe.batch_size or 0) * self._backend.num_replicas if recipe.drop_remainder else None
 
@@ -179,7 +208,7 @@ class Epoch:
                 axes=axes,
                 losses=losses,
                 workers=workers,
-                buckets=recipe.axis_buckets,
+                sizes_of=lambda i, agreed: self._sizes_of(begin + i, agreed),
                 accumulation_steps=recipe.accumulation_steps,
                 full_rows=full,
             )
@@ -224,6 +253,10 @@ class Epoch:
             raise error
         step = self._first + self._planned - self._recipe.lookahead + failure.step
         raise errors.PeerError(f"{_NAME}: worker {failure.worker} failed at step {step} of the epoch: {said}")
+
+
+def _is_end(window: plan.Merged) -> bool:
+    return not window.steps and window.is_last and not window.failure
 
 
 def _as_steps_take(backend: backends.Backend) -> Callable[[Features, Sequence[padder.Batch]], Any]:

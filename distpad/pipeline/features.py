@@ -15,6 +15,22 @@ import tensorflow as tf
 from distpad import errors
 
 Name = Union[str, int]  # a key of a dict; a place in a tuple; "0/image" where they are nested
+
+
+class Place(int):
+    """A place in a tuple as a key beside names of what is nested: TensorFlow sorts the keys of a mapping.
+
+    >>> sorted(["1/x", Place(0)])[0] == 0
+    True
+    """
+
+    def __lt__(self, other: Any) -> bool:
+        return True if isinstance(other, str) else int(self) < other
+
+    def __gt__(self, other: Any) -> bool:
+        return False if isinstance(other, str) else int(self) > other
+
+
 Row = list  # of arrays, one for each feature, in the order of Features.features
 
 
@@ -143,6 +159,17 @@ class Features:
         """Leaves in the structure of an example."""
         return _packed(self.skeleton, dict(zip(self.names, leaves)))
 
+    def named(self, name: Name) -> Any:
+        """The features of that name: one, or all within the part of an example of that name, a nest of names; KeyError
+        where there is none."""
+        at = self.skeleton
+        if name in self.names:
+            return name
+        for part in str(name).split("/"):
+            children = dict(at["dict"]) if "dict" in at else dict(enumerate(at["tuple"]))
+            at = {str(key): child for key, child in children.items()}[part]
+        return _packed(at, {leaf: leaf for leaf in _names(at)})
+
     def by_name(self, packed: Any) -> dict[Name, Any]:
         """What ``pack`` made, taken apart."""
         return dict(zip(self.names, _leaves(packed, self.skeleton)))
@@ -200,9 +227,7 @@ def collate(
             place[tuple(map(slice, array.shape))] = array
         values.append(batch)
         lengths[feature.name] = np.array([array.shape[axis] for array in every], np.int32)
-    if len({type(name) for name in lengths}) > 1:  # TensorFlow sorts the keys of a dict
-        lengths = {str(name): found for name, found in lengths.items()}
-    return values, lengths
+    return values, {Place(name) if isinstance(name, int) else name: found for name, found in lengths.items()}
 
 
 def _stacked(arrays: Sequence[np.ndarray], shape: Sequence[int], dtype: np.dtype) -> np.ndarray:

@@ -41,11 +41,11 @@ class Elements:
 
     def of(self, features: Features, batches: Sequence[Batch]) -> Any:
         """One element in NumPy: the rows of this worker's replicas behind one another."""
-        parts = []
+        parts, names = [], self._named(features)
         for batch in batches:
             arrays = features.by_name(batch.data)
-            weights = {loss: self._weights(loss, arrays, batch.lengths) for loss in self._recipe.tokens}
-            parts.append((*_mapped(arrays.__getitem__, self._names), weights.get(None, weights)))
+            weights = {loss: self._weights(loss, features, batch) for loss in self._recipe.tokens}
+            parts.append((*_mapped(arrays.__getitem__, names), weights.get(None, weights)))
         return tf.nest.map_structure(lambda *rows: np.concatenate(rows), *parts)
 
     def signature(self, features: Features, rows: int | None) -> Any:
@@ -54,32 +54,55 @@ class Elements:
         Raises ValueError for names that are none of ``features``.
         """
         known = {feature.name: feature for feature in features.features}
-        for argument, names in zip("xy", self._names):
-            for name in tf.nest.flatten(names):
-                if name not in known:
-                    rule = f"a feature of an example: {features.names}"
-                    raise ValueError(errors.sentence(_NAME, argument, repr(name), rule))
 
         def spec(name: Name) -> tf.TensorSpec:
             feature: Feature = known[name]
             return tf.TensorSpec([rows, *feature.shape], tf.as_dtype(feature.dtype))
 
-        weights = {loss: tf.TensorSpec([rows, None], tf.float32) for loss in self._recipe.tokens}
-        return (*_mapped(spec, self._names), weights.get(None, weights))
+        ranks = {loss: self._rank_of_weights(loss, features) for loss in self._recipe.tokens}
+        weights = {loss: tf.TensorSpec([rows, *[None] * rank], tf.float32) for loss, rank in ranks.items()}
+        return (*_mapped(spec, self._named(features)), weights.get(None, weights))
 
-    def _weights(self, loss: Any, arrays: Mapping[Name, np.ndarray], lengths: Mapping[Name, np.ndarray]) -> np.ndarray:
-        """Of each position, ``[batch, length]``: 0 on padding and in filling rows."""
+    def _named(self, features: Features) -> tuple[Any, Any]:
+        """``x`` and ``y`` as nests of names of features: the name of a part of an example stands for all in it."""
+
+        def named(argument: str, name: Name) -> Any:
+            try:
+                return features.named(name)
+            except KeyError:
+                rule = f"a feature of an example: {features.names}"
+                raise ValueError(errors.sentence(_NAME, argument, repr(name), rule)) from None
+
+        x, y = (_mapped(functools.partial(named, argument), names) for argument, names in zip("xy", self._names))
+        return x, y
+
+    def _rank_of_weights(self, loss: Any, features: Features) -> int:
+        """The axes of a loss's weights beside that of rows: none where its labels are one for each row."""
+        y = self._named(features)[1]
+        labels = tf.nest.flatten(y[loss] if loss is not None and isinstance(y, Mapping) and loss in y else y)
+        if not any(name in self._recipe.padding for name in labels):
+            return 0
+        return len(self._recipe.counted_axes(self._recipe.tokens[loss]))
+
+    def _weights(self, loss: Any, features: Features, batch: Batch) -> np.ndarray:
+        """Of each position, ``[batch, *positions]``, or of each row, ``[batch]``: 0 on padding and in filler rows."""
+        inputs = batch.loss_inputs if loss is None else batch.loss_inputs[loss]
+        given, real = inputs.sample_weight, np.arange(len(batch.indices)) < batch.rows
+        rank = self._rank_of_weights(loss, features)
+        if not rank:
+            weighted = isinstance(given, np.ndarray) and loss in self._recipe.weights
+            if weighted and given.ndim > 1:
+                found, rule = "one a position", "one an example where y is one label a row"
+                raise ValueError(errors.sentence(_NAME, f"weights {self._recipe.weights[loss]!r}", found, rule))
+            return np.where(real, given if weighted else 1, 0).astype(np.float32)
+        if rank > 1:
+            return given
         tokens = self._recipe.tokens[loss]
-        length = arrays[tokens].shape[1 + self._recipe.padding[tokens].axes[0]]
-        mask = np.arange(length) < lengths[tokens][:, np.newaxis]
-        weights = np.ones(mask.shape, np.float32)
-        if loss in self._recipe.weights:
-            given = arrays[self._recipe.weights[loss]]
-            given = (
-                given[:, np.newaxis] if given.ndim == 1 else given[:, :length]
-            )  # a boundary may be longer than another
-            weights[:, : given.shape[1] if given.shape[1] > 1 else None] = given
-        return np.where(mask, weights, np.float32(0))  # chosen, not multiplied: a weight's padding may be NaN
+        length = features.by_name(batch.data)[tokens].shape[1 + self._recipe.counted_axes(tokens)[0]]
+        mask = np.arange(length) < inputs.lengths[:, np.newaxis]
+        weights = given if isinstance(given, np.ndarray) else np.ones([])
+        weights = weights[:, np.newaxis] if weights.ndim == 1 else weights
+        return np.where(mask, weights, 0).astype(np.float32)  # chosen, not multiplied: a weight's padding may be NaN
 
 
 def dataset(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from distpad import backends, errors
-from distpad.counts import Counts, WeightedCounts
+from distpad.counts import Counts, LossInputs, WeightedCounts
 from distpad.pipeline import plan, reading
 from distpad.pipeline.features import Features, Name, Row, collate
 from distpad.pipeline.recipe import Recipe
@@ -29,6 +29,8 @@ class Batch(NamedTuple):
       counts: ``Counts`` over all replicas and all micro-batches of the optimiser step, float64 scalars: the loss's
         ``denominator``. A mapping of them where ``tokens`` is one.
       indices: ``[batch_size]`` int64, each row's place in the source, -1 for filling.
+      loss_inputs: ``LossInputs``, what the loss needs of the batch beside labels and predictions. A mapping of them
+        where ``tokens`` is one.
 
     >>> Batch(data={}, lengths={}, rows=0, counts=Counts(0.0, 0.0), indices=[]).rows
     0
@@ -39,6 +41,7 @@ class Batch(NamedTuple):
     rows: Any
     counts: Any
     indices: Any
+    loss_inputs: Any = None
 
 
 class Order(NamedTuple):
@@ -110,7 +113,7 @@ class Padder:
         sizes: dict[Name, list[int]] = {}
         for (name, _), agreed in zip(self._recipe.axes, order.step.sizes):
             sizes.setdefault(name, []).append(agreed)
-        counts = self._counts(order.step)
+        replicas_of_all = np.float64(self._backend.num_replicas)
         batches = []
         for replica in range(replicas):
             rows = micro.rows[replica] if micro else []
@@ -119,19 +122,65 @@ class Padder:
             values, lengths = collate(order.features.features, rows, sizes, size, last, emptied)
             indices = np.full([size], -1, np.int64)
             indices[: len(rows)] = micro.places[replica] if micro else []
-            batches.append(Batch(order.features.pack(values), lengths, np.int32(len(rows)), counts, indices))
+            local = micro.local[replica] if micro else np.zeros([len(self._recipe.tokens), 2])
+            counts = self._counts(order.step, local, replicas_of_all)
+            named = dict(zip(order.features.names, values))
+            inputs = {
+                loss: LossInputs(lengths[name], self._weights(loss, order.features, rows, named), counts[loss])
+                for loss, name in self._recipe.tokens.items()
+            }
+            batches.append(
+                Batch(
+                    order.features.pack(values),
+                    lengths,
+                    np.int32(len(rows)),
+                    counts.get(None, counts),
+                    indices,
+                    inputs.get(None, inputs),
+                )
+            )
             self._book(order, rows, size)
         return self._hand_over(order.features, batches)
 
-    def _counts(self, step: plan.StepPlan) -> Any:
+    def _counts(self, step: plan.StepPlan, local: np.ndarray, replicas: np.float64) -> dict[Any, Counts]:
         counts = {}
-        for i, loss in enumerate(self._recipe.tokens):
-            kind = WeightedCounts if loss in self._recipe.weights else Counts
-            counts[loss] = kind(np.float64(step.tokens[i]), np.float64(step.sequences[i]))
-        return counts.get(None, counts)
+        for i, (loss, name) in enumerate(self._recipe.tokens.items()):
+            is_weighted = loss in self._recipe.weights or len(self._recipe.counted_axes(name)) > 1
+            kind = WeightedCounts if is_weighted else Counts
+            counts[loss] = kind(np.float64(step.tokens[i]), np.float64(step.sequences[i]), local[i], replicas)
+        return counts
+
+    def _weights(self, loss: Any, features: Features, rows: Sequence[Row], arrays: Mapping[Name, np.ndarray]) -> Any:
+        """The sample weights of a replica's batch as its loss takes them, beside lengths; ``()`` where lengths do."""
+        name = self._recipe.tokens[loss]
+        axes, weights = self._recipe.counted_axes(name), self._recipe.weights.get(loss)
+        given = None if weights is None else arrays[weights]
+        shape = [len(arrays[name]), *(arrays[name].shape[1 + axis] for axis in axes)]
+        if given is not None and given.ndim > 1:
+            given = _fitted(given, shape)
+        if len(axes) == 1:
+            return () if given is None else given
+        column = features.names.index(name)
+        mask = np.zeros(shape, np.float32)
+        for place, row in zip(mask, rows):
+            place[tuple(slice(row[column].shape[axis]) for axis in axes)] = 1
+        if given is None:
+            return mask
+        given = given.reshape([len(given), *[1] * (len(shape) - given.ndim), *given.shape[1:]])
+        return np.where(mask > 0, given, 0).astype(np.float32)  # chosen, not multiplied: padding may be NaN
 
     def _book(self, order: Order, rows: Sequence[Row], size: int) -> None:
         padded = [(i, feature) for i, feature in enumerate(order.features.features) if feature.pad]
         by_name = {f.name: np.array([f.sizes(row[i]) for row in rows], np.int64) for i, f in padded}
         tables = [by_name[name].reshape(len(rows), len(pad.axes)) for name, pad in self._recipe.padding.items()]
         self._stats.add_replica(tables, order.step.agreed, order.step.sizes, size)
+
+
+def _fitted(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Cut or filled with zeros: weights may be padded to another boundary than what they weigh."""
+    if list(array.shape) == list(shape):
+        return array
+    fitted = np.zeros(shape, array.dtype)
+    common = tuple(map(slice, np.minimum(array.shape, shape)))
+    fitted[common] = array[common]
+    return fitted

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-
-from distpad.buckets import Buckets
 
 
 class StepPlan(NamedTuple):
@@ -89,7 +87,7 @@ def merge(
     axes: int,
     losses: int,
     workers: int,
-    buckets: Sequence[Buckets] | None,
+    sizes_of: Callable[[int, tuple[int, ...]], tuple[int, ...]],
     accumulation_steps: int,
     full_rows: int | None,
 ) -> Merged:
@@ -98,7 +96,8 @@ def merge(
     Args:
       maxima, sums: over all workers, of what ``pack`` made.
       window: micro-batches, a multiple of ``accumulation_steps``.
-      axes: ragged axes of all features; ``buckets`` has one for each, or is None.
+      axes: ragged axes of all features.
+      sizes_of: what the axes of a step are padded to, given its place in the window and their longest sizes.
       full_rows: of a step over all replicas, where steps with fewer are dropped; None: none are.
     """
     longest = maxima[1:].reshape(window, axes)
@@ -126,7 +125,7 @@ def merge(
         counts = tokens[group].sum(axis=0), sequences[group].sum(axis=0)
         if rows[step]:
             agreed = tuple(max(1, int(size)) for size in longest[step])
-            plans.append(StepPlan(agreed, _boundaries(agreed, buckets), int(rows[step]), *counts))
+            plans.append(StepPlan(agreed, sizes_of(step, agreed), int(rows[step]), *counts))
         else:  # fills up a group: of the shape before it, since one of its own might be on no boundary
             plans.append(plans[-1]._replace(rows=0))
     return Merged(plans, is_last, failure)
@@ -142,14 +141,6 @@ def _failure(code: float, window: int, workers: int) -> Failure | None:
 def _leading(good: np.ndarray) -> int:
     """How many are true before the first that is not."""
     return int(np.argmin(good)) if not good.all() else len(good)
-
-
-def _boundaries(agreed: tuple[int, ...], buckets: Sequence[Buckets] | None) -> tuple[int, ...]:
-    """Each axis on the same boundary, the highest that one of them needs: as many shapes as boundaries."""
-    if not buckets:
-        return agreed
-    index = max(each.index(size) for each, size in zip(buckets, agreed))
-    return tuple(each.boundary(index) for each in buckets)
 
 
 def fingerprint(text: str | bytes) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +25,7 @@ class MicroBatch(NamedTuple):
     batch_size: int
     rows: list[list[Row]]
     places: list[np.ndarray]
+    local: np.ndarray  # [replicas, losses, 2]: tokens and sequences
 
 
 class Window(NamedTuple):
@@ -34,6 +35,7 @@ class Window(NamedTuple):
     report: plan.Report
     features: Features | None
     digest: float  # of its examples; 0 where it has none
+    beginning: list[float]  # fingerprints of the epoch's first steps, one for each number of them
     error: BaseException | None
 
     def refused(self, error: Exception) -> Window:
@@ -50,10 +52,13 @@ class Reader:
     Args:
       steps: of one epoch; made in the thread.
       features: of the examples where they are known from an earlier epoch.
+      beginning: of the epoch, that is to be told apart from others.
     """
 
-    def __init__(self, steps: Callable[[], Iterator[Step]], recipe: Recipe, features: Features | None) -> None:
-        self._steps, self._recipe, self._features = steps, recipe, features
+    def __init__(
+        self, steps: Callable[[], Iterator[Step]], recipe: Recipe, features: Features | None, beginning: Beginning
+    ) -> None:
+        self._steps, self._recipe, self._features, self._beginning = steps, recipe, features, beginning
         self._windows: queue.Queue[Window | None] = queue.Queue()  # None behind the last that will come
         self._wanted = threading.Semaphore(1)  # windows that may be read: the bound of the memory
         self._stopped = threading.Event()
@@ -87,10 +92,10 @@ class Reader:
                 self._wanted.acquire()
                 if self._stopped.is_set():
                     return
-                reading = _Reading(self._recipe, self._features)
+                reading = _Reading(self._recipe, self._features, self._beginning)
                 try:
                     steps = steps if steps is not None else self._steps()
-                    for step in itertools.islice(steps, self._recipe.lookahead):
+                    while not reading.is_full and (step := next(steps, None)) is not None:
                         reading.add(step)
                         if self._stopped.is_set():
                             return
@@ -106,15 +111,59 @@ class Reader:
                     steps.close()  # type: ignore[union-attr]
 
 
+class Beginning:
+    """What tells an epoch's first steps from others: of a source that is read again, or by other workers, these must be
+    the same, or a saved position is none.
+
+    Args:
+      worker: whose own examples they are, in order; None where a sampler deals them out: then in any order, since
+        another number of workers deals otherwise.
+      steps: how many; of so many as were read, fingerprints count on.
+    """
+
+    def __init__(self, worker: int | None, steps: int) -> None:
+        self.steps = steps
+        self._worker = worker
+        self._hashed = hashlib.blake2b(str(worker).encode(), digest_size=4)
+        self.fingerprints: list[float] = []
+
+    def add(self, rows: Sequence[Sequence[Row]], places: Sequence[np.ndarray]) -> None:
+        """The next step."""
+        if len(self.fingerprints) == self.steps:
+            return
+        total = 0
+        for part, at in zip(rows, places):
+            for row, place in zip(part, at):
+                if self._worker is None:
+                    self._hashed = hashlib.blake2b(str(place).encode(), digest_size=4)
+                for array in row:
+                    _hash(self._hashed, array)
+                total += int.from_bytes(self._hashed.digest(), "big")
+        self.fingerprints.append(float(total if self._worker is None else int.from_bytes(self._hashed.digest(), "big")))
+
+
+def _hash(hashed: Any, array: np.ndarray) -> None:
+    """Numbers alike, whatever their dtype: that of lists depends on what was read before."""
+    hashed.update(repr(array.shape).encode())
+    if array.dtype.kind == "O":
+        hashed.update(repr([leaf.encode() if isinstance(leaf, str) else leaf for leaf in array.flat]).encode())
+    else:
+        hashed.update(np.ascontiguousarray(array if array.dtype.kind == "c" else array.astype(np.float64)))
+
+
 class _Reading:
     """A window in the making."""
 
-    def __init__(self, recipe: Recipe, features: Features | None) -> None:
-        self.recipe, self.features = recipe, features
+    def __init__(self, recipe: Recipe, features: Features | None, beginning: Beginning) -> None:
+        self.recipe, self.features, self.beginning = recipe, features, beginning
         self.report = plan.Report.blank(recipe.lookahead, len(recipe.axes), len(recipe.tokens))
         self.batches: list[MicroBatch] = []
         self.error: BaseException | None = None
         self._waiting: list[Step] = []  # whose examples do not tell yet what all are like
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.batches) + sum(not step.is_check for step in self._waiting) >= self.recipe.lookahead
 
     def add(self, step: Step) -> None:
         self._waiting.append(step)
@@ -144,11 +193,17 @@ class _Reading:
             [self.features.row(example, int(place)) for example, place in zip(part, places)]  # type: ignore[union-attr]
             for part, places in zip(step.examples, step.places)
         ]
+        self.beginning.add(rows, step.places)
+        if step.is_check:
+            return
         at = len(self.batches)
-        for row, place in zip((row for part in rows for row in part), np.concatenate(step.places)):
-            self._count(at, row, int(place))
+        local = np.zeros([len(rows), len(self.recipe.tokens), 2])
+        for replica, (part, places) in enumerate(zip(rows, step.places)):
+            for row, place in zip(part, places):
+                local[replica] += self._count(at, row, int(place))
+        self.report.tokens[at], self.report.sequences[at] = local.sum(axis=0).T
         self.report.rows[at] = sum(map(len, rows))
-        self.batches.append(MicroBatch(step.batch_size, rows, step.places))
+        self.batches.append(MicroBatch(step.batch_size, rows, step.places, local))
 
     def failed(self, error: BaseException) -> None:
         try:
@@ -162,9 +217,10 @@ class _Reading:
 
     def window(self, with_digest: bool) -> Window:
         digest = _digest(self.batches) if with_digest else 0.0
-        return Window(self.batches, self.report, self.features, digest, self.error)
+        return Window(self.batches, self.report, self.features, digest, [*self.beginning.fingerprints], self.error)
 
-    def _count(self, at: int, row: Row, place: int) -> None:
+    def _count(self, at: int, row: Row, place: int) -> np.ndarray:
+        """Book an example's sizes; its tokens and whether it has any, ``[losses, 2]``."""
         assert self.features is not None
         arrays = dict(zip(self.features.names, row))
         sizes = [arrays[name].shape[axis] for name, axis in self.recipe.axes]
@@ -173,36 +229,39 @@ class _Reading:
         except ValueError as error:
             raise ValueError(f"{error} (example {place})") from None
         np.maximum(self.report.longest[at], sizes, out=self.report.longest[at])
+        counted = np.zeros([len(self.recipe.tokens), 2])
         for i, (loss, name) in enumerate(self.recipe.tokens.items()):
             weights = self.recipe.weights.get(loss)
-            length = arrays[name].shape[self.recipe.padding[name].axes[0]]
-            counted = float(length) if weights is None else _weight(arrays[weights], length, weights, place)
-            self.report.tokens[at, i] += counted
-            self.report.sequences[at, i] += counted > 0
+            counted_sizes = tuple(arrays[name].shape[axis] for axis in self.recipe.counted_axes(name))
+            total = float(math.prod(counted_sizes))
+            if weights is not None:
+                total = _weight(arrays[weights], counted_sizes, weights, place)
+            counted[i] = total, total > 0
+        return counted
 
 
-def _weight(weights: np.ndarray, length: int, name: Name, place: int) -> float:
-    """The sum of an example's weights over its positions."""
+def _weight(weights: np.ndarray, sizes: tuple[int, ...], name: Name, place: int) -> float:
+    """The sum of an example's weights over its positions, which are so many on each axis."""
     if weights.ndim == 0:
-        total = float(weights) * length
-    elif weights.shape[0] == length:
+        total = float(weights) * math.prod(sizes)
+    elif weights.shape == sizes:
         total = float(weights.astype(np.float64).sum())
     else:
-        found = f"of length {weights.shape[0]} in example {place}"
-        raise ValueError(_sentence(f"weights {name!r}", found, f"{length}, that of the feature they weigh"))
+        given, wanted = f"of shape {weights.shape} in example {place}", f"{sizes}, that of the feature they weigh"
+        raise ValueError(_sentence(f"weights {name!r}", given, wanted))
     if not (np.isfinite(total) and (weights >= 0).all()):
         raise ValueError(_sentence(f"weights {name!r}", f"{total:g} in sum in example {place}", "numbers from 0 on"))
     return total
 
 
 def _check_counted(features: Features, recipe: Recipe) -> None:
-    """The weights must be there, be numbers, and have no axis but that of positions."""
+    """The weights must be there, be numbers, and have no axes but those of positions."""
     known = {feature.name: feature for feature in features.features}
-    for name in recipe.weights.values():
+    for loss, name in recipe.weights.items():
         if name not in known:
             raise ValueError(_sentence("weights", repr(name), f"a feature of an example: {features.names}"))
-        found = known[name]
-        if len(found.shape) > 1 or found.dtype.kind not in "fiub":
+        found, axes = known[name], recipe.counted_axes(recipe.tokens[loss])
+        if len(found.shape) not in (0, len(axes)) or found.dtype.kind not in "fiub":
             wanted = "numbers, one a position or one an example"
             raise ValueError(_sentence(f"weights {name!r}", f"of shape {found.shape} and {found.dtype}", wanted))
 

@@ -11,6 +11,7 @@ from distpad.buckets import Buckets
 from distpad.pipeline.features import Name, Pad
 
 _NAME = "PaddedBatches"
+_ENDLESS = Buckets.auto()
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Recipe:
     Attributes:
       tokens: losses and the features whose positions they count; a single loss is called None.
       weights: the losses that are weighted, and by which feature.
+      buckets: of each padded feature; "auto"; or None, to the longest.
       lookahead: micro-batches, a multiple of ``accumulation_steps``.
       warn_after_s, timeout_s: the only two that may differ between workers.
     """
@@ -28,7 +30,7 @@ class Recipe:
     padding: Mapping[Name, Pad]
     tokens: Mapping[Any, Name]
     weights: Mapping[Any, Name]
-    buckets: Mapping[Name, Buckets] | None
+    buckets: Mapping[Name, Buckets] | str | None
     lookahead: int
     accumulation_steps: int
     drop_remainder: bool
@@ -43,8 +45,30 @@ class Recipe:
 
     @property
     def axis_buckets(self) -> list[Buckets] | None:
-        """The buckets of each of them."""
-        return [self.buckets[name] for name, _ in self.axes] if self.buckets else None
+        """The given buckets of each of them."""
+        return [self.buckets[name] for name, _ in self.axes] if isinstance(self.buckets, Mapping) else None
+
+    def counted_axes(self, name: Name) -> list[int]:
+        """The axes of an example over which the positions of a counted feature lie."""
+        return sorted(self.padding[name].axes)
+
+    def padded_sizes(self, agreed: tuple[int, ...], sampled: Buckets | None, longest: int | None) -> tuple[int, ...]:
+        """What the ragged axes of a step are padded to, whose longest sizes over all replicas are ``agreed``.
+
+        Given buckets go together, the highest that one of them needs: as many shapes as boundaries. Those of "auto" do
+        not: texts are not padded to the length of their recordings.
+
+        Args:
+          sampled: with "auto", the buckets of the lengths that a sampler plans by; ``longest`` is that of this step.
+        """
+        if self.buckets is None:
+            return agreed
+        given = self.axis_buckets
+        if given is None:
+            of_sampler = (sampled if sampled and size == longest else _ENDLESS for size in agreed)
+            return tuple(buckets(size) for buckets, size in zip(of_sampler, agreed))
+        index = max(each.index(size) for each, size in zip(given, agreed))
+        return tuple(each.boundary(index) for each in given)
 
     def check_sizes(self, sizes: Sequence[int]) -> None:
         """Raise ValueError where one is above its buckets; ``sizes`` are of ``axes``."""
@@ -61,7 +85,9 @@ class Recipe:
             "padding": {str(n): {"axis": list(pad.axes), "value": str(pad.value)} for n, pad in self.padding.items()},
             "tokens": {str(loss): str(name) for loss, name in self.tokens.items()},
             "weights": {str(loss): str(name) for loss, name in self.weights.items()},
-            "buckets": {str(name): repr(buckets) for name, buckets in (self.buckets or {}).items()},
+            "buckets": {str(name): repr(buckets) for name, buckets in self.buckets.items()}
+            if isinstance(self.buckets, Mapping)
+            else self.buckets,
             "lookahead": self.lookahead,
             "accumulation_steps": self.accumulation_steps,
             "drop_remainder": self.drop_remainder,
@@ -127,9 +153,10 @@ def _checked_tokens(tokens: Any, padding: Mapping[Name, Pad]) -> dict[Any, Name]
         _check_name("tokens", name)
         if name not in padding:
             raise ValueError(errors.sentence(_NAME, "tokens", repr(name), f"a padded feature: {list(padding)}"))
-        if len(padding[name].axes) > 1:
-            found = f"{name!r}, with {len(padding[name].axes)} ragged axes"
-            raise ValueError(errors.sentence(_NAME, "tokens", found, "a feature with one, whose lengths are counted"))
+        axes = sorted(padding[name].axes)
+        if len(axes) > 1 and axes != [*range(len(axes))]:
+            found = f"{name!r}, with ragged axes {axes}"
+            raise ValueError(errors.sentence(_NAME, "tokens", found, "a feature whose leading axes are ragged"))
     return losses
 
 
@@ -152,13 +179,17 @@ def _check_name(argument: str, name: Any) -> None:
         raise TypeError(errors.sentence(_NAME, argument, repr(name), rule))
 
 
-def _checked_buckets(buckets: Any, padding: Mapping[Name, Pad]) -> dict[Name, Buckets] | None:
+def _checked_buckets(buckets: Any, padding: Mapping[Name, Pad]) -> dict[Name, Buckets] | str | None:
     if buckets is None:
         return None
+    if isinstance(buckets, str):
+        errors.choice(_NAME, "buckets", buckets, ("auto",))
+        return buckets
     buckets = dict(buckets) if isinstance(buckets, Mapping) else dict.fromkeys(padding, buckets)
     for name, given in buckets.items():
         if not isinstance(given, Buckets):
-            raise TypeError(errors.sentence(_NAME, "buckets", repr(given), "a distpad.Buckets, or a mapping to them"))
+            kinds = "a distpad.Buckets, a mapping to them, 'auto' or None"
+            raise TypeError(errors.sentence(_NAME, "buckets", repr(given), kinds))
         if name not in padding:
             raise ValueError(errors.sentence(_NAME, "buckets", f"for {name!r}", f"padded features: {list(padding)}"))
     missing = [name for name in padding if name not in buckets]

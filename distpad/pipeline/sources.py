@@ -16,11 +16,15 @@ _NAME = "PaddedBatches"
 
 
 class Step(NamedTuple):
-    """One micro-batch as a source gives it: for each replica of this worker its examples and their places."""
+    """One micro-batch as a source gives it: for each replica of this worker its examples and their places.
+
+    ``is_check``: it was trained on before the position that was loaded, and is only compared with what was read then.
+    """
 
     batch_size: int
     examples: list[list[Any]]
     places: list[np.ndarray]
+    is_check: bool = False
 
 
 def checked(source: Any, batch_size: Any, drop_remainder: bool) -> tuple[Any, LengthSampler | None]:
@@ -49,16 +53,20 @@ def checked(source: Any, batch_size: Any, drop_remainder: bool) -> tuple[Any, Le
     return source, None
 
 
-def examples_of(source: Any, first: int, opened: int) -> Iterator[Any]:
-    """A source's examples from one on; ``opened`` counts how often it was iterated."""
+def examples_of(source: Any, checked: int, first: int, opened: int) -> Iterator[Any]:
+    """The first ``checked`` examples of a source and those from ``first`` on, in one iteration, since the next may have
+    another order; ``opened`` counts the iterations."""
     if isinstance(source, tf.data.Dataset):
-        return iter(source.skip(first).as_numpy_iterator())
+        if first:
+            kept = source.enumerate().filter(lambda place, _: (place < checked) | (place >= first))
+            source = kept.map(lambda _, example: example)
+        return iter(source.as_numpy_iterator())
     examples = iter(source)
     if examples is source and opened > 1:
         remedy = "Give a list, a tf.data.Dataset, or an object whose __iter__ begins anew."
         found = f"an iterator ({type(source).__name__}), used up by the first epoch"
         raise ValueError(errors.sentence(_NAME, "source", found, "something to be iterated again", remedy))
-    return itertools.islice(examples, first, None) if first else examples
+    return itertools.chain(itertools.islice(examples, checked), itertools.islice(examples, first - checked, None))
 
 
 def count_of(source: Any) -> int | None:
@@ -69,9 +77,13 @@ def count_of(source: Any) -> int | None:
     return len(source) if hasattr(source, "__len__") else None
 
 
-def steps_of_examples(examples: Iterator[Any], batch_size: int, replicas: int, first: int) -> Iterator[Step]:
-    """Deal a worker's examples to its replicas, evenly where they end; ``first`` is the place of the first."""
-    while True:
+def steps_of_examples(
+    examples: Iterator[Any], batch_size: int, replicas: int, checks: int, step: int
+) -> Iterator[Step]:
+    """Deal a worker's examples to its replicas, evenly where they end: the first ``checks`` steps, to be compared, and
+    then those from ``step`` on."""
+    for number in itertools.chain(range(checks), itertools.count(step)):
+        is_check, first = number < step, number * batch_size * replicas
         taken: list[Any] = []
         failed: BaseException | None = None
         try:
@@ -83,21 +95,20 @@ def steps_of_examples(examples: Iterator[Any], batch_size: int, replicas: int, f
             return
         if failed is None or len(taken) == batch_size * replicas:
             parts = np.array_split(np.arange(len(taken)), replicas)
-            yield Step(batch_size, [[taken[i] for i in part] for part in parts], [first + part for part in parts])
+            dealt = [[taken[i] for i in part] for part in parts]
+            yield Step(batch_size, dealt, [first + part for part in parts], is_check)
         if failed is not None:
             raise failed
-        first += len(taken)
 
 
 def steps_of_sampler(
     indexable: Any, sampler: LengthSampler, replicas: Sequence[int], num_replicas: int, epoch: int, step: int
 ) -> Iterator[Step]:
-    """The examples that a sampler deals to this worker's replicas, which are ``replicas`` of ``num_replicas``."""
-    if step >= len(sampler.plan(epoch)):  # saved behind the last step: this epoch has no more
-        return
+    """The examples that a sampler deals to this worker's replicas, which are ``replicas`` of ``num_replicas``: those of
+    the first step, to be compared, where another is the first to be trained on."""
     shards = [sampler.shard(replica, num_replicas) for replica in replicas]
-    for shard in shards:
-        shard.load_state_dict({"epoch": epoch, "step": step, "sampler": sampler.fingerprint()})
-    for dealt in zip(*shards):
+    for number in [0] * bool(step) + [*range(step, len(sampler.plan(epoch)))]:
+        dealt = [shard.batch(epoch, number) for shard in shards]
         places = [part[part >= 0] for part in dealt]
-        yield Step(len(dealt[0]), [[indexable[int(i)] for i in part] for part in places], places)
+        examples = [[indexable[int(i)] for i in part] for part in places]
+        yield Step(len(dealt[0]), examples, places, is_check=number < step)

@@ -10,6 +10,7 @@ import pathlib
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -45,7 +46,7 @@ def tool(name: str) -> str:
     return str(found)
 
 
-@functools.lru_cache
+@functools.cache
 def kubectl() -> str:
     """That of PATH where it is new enough, else the one that tools.sh brings."""
     found = shutil.which("kubectl")
@@ -71,7 +72,7 @@ def build(folder: pathlib.Path | str) -> list[Resource]:
     done = subprocess.run([kubectl(), "kustomize", str(folder)], capture_output=True, text=True, timeout=60)
     if done.returncode or done.stderr:
         raise ValueError(done.stderr)
-    return list(yaml.safe_load_all(done.stdout))
+    return list(yaml.load_all(done.stdout, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
 
 
 def build_own(place: pathlib.Path, overlay: str, components: Sequence[str] = (), **more: Any) -> list[Resource]:
@@ -91,14 +92,29 @@ def build_own(place: pathlib.Path, overlay: str, components: Sequence[str] = (),
     return build(place / "mine")
 
 
-@functools.lru_cache
-def _built(overlay: str) -> list[Resource]:
+@functools.cache
+def _place() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="distpad-manifests-")
+
+
+@functools.cache
+def _built(overlay: str, components: tuple[str, ...]) -> list[Resource]:
+    return build_own(pathlib.Path(_place().name), overlay, components)
+
+
+def with_components(overlay: str, components: Sequence[str]) -> list[Resource]:
+    """An overlay with some of COMPONENTS, as ``build_own`` makes it, to be changed at will."""
+    return copy.deepcopy(_built(overlay, tuple(components)))
+
+
+@functools.cache
+def _built_alone(overlay: str) -> list[Resource]:
     return build(FOLDER / "overlays" / overlay)
 
 
 def overlay(name: str) -> list[Resource]:
     """One of OVERLAYS, to be changed at will."""
-    return copy.deepcopy(_built(name))
+    return copy.deepcopy(_built_alone(name))
 
 
 # -- looking into them ------------------------------------------------------------------------------------------------

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import functools
-import os
-import pathlib
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import celpy
 import jsonschema
 import kubernetes_validate
-import yaml
+from kubernetes_validate import utils
 
-from k8s import manifests
+from k8s import condense, manifests
 
 VERSIONS = ("1.31", "1.34", "1.37")  # of Kubernetes: the oldest that k8s/README.md names, one between, the newest
-CRDS = pathlib.Path(os.environ.get("DISTPAD_CRDS") or manifests.ROOT.parent / "shared" / "crds")
-# file | where it comes from: repository, release, path
-SOURCES = """
-kubeflow.org_mpijobs.yaml                   | kubeflow/mpi-operator v0.8.0, manifests/base/
-jobset.x-k8s.io_jobsets.yaml                | kubernetes-sigs/jobset v0.12.0, config/components/crd/bases/
-trainer.kubeflow.org_trainjobs.yaml         | kubeflow/trainer v2.3.0, manifests/base/crds/
-trainer.kubeflow.org_trainingruntimes.yaml  | kubeflow/trainer v2.3.0, manifests/base/crds/
-"""
-FILES = tuple(line.split("|")[0].strip() for line in SOURCES.strip().splitlines())
 OBJECT_META = {
     "type": "object",
     "properties": {
@@ -40,22 +30,19 @@ OBJECT_META = {
 Schema = dict[str, Any]
 
 
-@functools.lru_cache
+# Both read megabytes of JSON on each call.
+utils.schema_contents = functools.cache(utils.schema_contents)
+utils.all_versions = functools.cache(utils.all_versions)
+
+
+@functools.cache
 def crds() -> dict[tuple[str, str], Schema]:
-    """The schema of each kind: (apiVersion, kind) to schema."""
-    absent = [name for name in FILES if not (CRDS / name).is_file()]
-    if absent:
-        manifests.missing(
-            f"{CRDS} lacks {', '.join(absent)}. Fetch what is missing, or set DISTPAD_CRDS to where it is:\n{SOURCES}"
-        )
-    found = {}
-    for name in FILES:
-        crd = yaml.safe_load((CRDS / name).read_text(encoding="utf-8"))["spec"]
-        for version in crd["versions"]:
-            if version["served"]:
-                key = f"{crd['group']}/{version['name']}", crd["names"]["kind"]
-                found[key] = version["schema"]["openAPIV3Schema"]
-    return found
+    """The schema of each kind, of the table that condense.py makes of the CRDs: (apiVersion, kind) to schema."""
+    return by_kind(condense.expand(condense.TABLE.read_text(encoding="utf-8")))
+
+
+def by_kind(schemas: dict[str, Schema]) -> dict[tuple[str, str], Schema]:
+    return {(key.split()[0], key.split()[1]): schema for key, schema in schemas.items()}
 
 
 def is_built_in(resource: manifests.Resource) -> bool:
@@ -63,24 +50,44 @@ def is_built_in(resource: manifests.Resource) -> bool:
     return "." not in group or (group.endswith(".k8s.io") and not group.endswith(".x-k8s.io"))
 
 
-def findings(resource: manifests.Resource, old: manifests.Resource | None = None) -> list[str]:
+def findings(
+    resource: manifests.Resource,
+    old: manifests.Resource | None = None,
+    given: Callable[[], dict[tuple[str, str], Schema]] = crds,
+) -> list[str]:
     """What would be refused. With ``old``: as an update of it, so that rules of what cannot be changed are held, too.
+    ``given`` are other schemas of the custom resources.
 
     Raises:
       KeyError: there is no schema for such a custom resource.
     """
     if is_built_in(resource):
         return of_kubernetes(resource)
-    schema = crds()[resource["apiVersion"], resource["kind"]]
-    found = [
-        f"{'.'.join(map(str, error.absolute_path))}: {error.message}"
-        for error in jsonschema.Draft202012Validator(strict(schema)).iter_errors(resource)
-    ]
-    found += list(_broken_lists(schema, resource))
-    found += list(_broken_rules(schema, resource, old))
+    found = of_crd(resource, old, given)
     for path, _, made in manifests.nested(resource):  # a CRD knows less of pods than Kubernetes
         found += [f"{path}: {each}" for each in of_kubernetes(made)]
     return found
+
+
+def of_crd(
+    resource: manifests.Resource,
+    old: manifests.Resource | None = None,
+    given: Callable[[], dict[tuple[str, str], Schema]] = crds,
+) -> list[str]:
+    """What the CRD of a custom resource refuses."""
+    key = resource["apiVersion"], resource["kind"]
+    schema = given()[key]
+    found = [
+        f"{'.'.join(map(str, error.absolute_path))}: {error.message}"
+        for error in _validator(given, key).iter_errors(resource)
+    ]
+    # as the API server does it: rules are of values that have the right types
+    return found or [*_broken_lists(schema, resource), *_broken_rules(schema, resource, old)]
+
+
+@functools.cache
+def _validator(given: Callable[[], dict[tuple[str, str], Schema]], key: tuple[str, str]) -> Any:
+    return jsonschema.Draft202012Validator(strict(given()[key]))
 
 
 def findings_of(resources: Sequence[manifests.Resource]) -> list[str]:
@@ -89,13 +96,18 @@ def findings_of(resources: Sequence[manifests.Resource]) -> list[str]:
 
 
 def of_kubernetes(resource: manifests.Resource) -> list[str]:
+    return list(_of_kubernetes(json.dumps(resource)))
+
+
+@functools.cache  # most manifests hold the same service account, claims and network policy
+def _of_kubernetes(text: str) -> tuple[str, ...]:
     found = []
     for version in VERSIONS:
         try:
-            kubernetes_validate.validate(resource, version, strict=True)
+            kubernetes_validate.validate(json.loads(text), version, strict=True)
         except kubernetes_validate.ValidationError as error:
             found.append(f"{version}: {'.'.join(map(str, error.absolute_path))}: {error.message}")
-    return found
+    return tuple(found)
 
 
 def strict(schema: Schema, root: bool = True) -> Schema:

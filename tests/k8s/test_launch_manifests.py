@@ -50,12 +50,6 @@ def _on_path(monkeypatch):
     monkeypatch.setenv("PATH", f"{os.path.dirname(manifests.kubectl())}{os.pathsep}{os.environ['PATH']}")
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a copy of k8s/, for kustomizations beside it."""
-    return tmp_path_factory.mktemp("users")
-
-
 def launch(*arguments: object) -> str:
     done = CliRunner().invoke(app.app, ["launch", "--k8s", *map(str, arguments)])
     assert (done.exit_code, done.stderr) == (0, ""), done.output
@@ -109,8 +103,8 @@ def test_with_nothing_said_it_is_the_overlay(kind):
 
 
 @pytest.mark.parametrize("kind", manifests.OVERLAYS)
-def test_what_is_said_stands_where_it_belongs(kind, place):
-    before = manifests.build_own(place, kind, ("gpu", "kueue"))
+def test_what_is_said_stands_where_it_belongs(kind):
+    before = manifests.with_components(kind, ("gpu", "kueue"))
     flags = {"--image": IMAGE, "--workers": 7, "--gpus": 4, "--queue": "1e3", "--namespace": "123", "--max-restarts": 5}
     after = printed(kind, *[word for pair in flags.items() for word in pair], "--", *COMMAND)
     expected = {flag: {str(value)} for flag, value in flags.items()}
@@ -128,10 +122,10 @@ def test_slots(kind):
     assert not findings(after)
 
 
-def test_each_component_alone(place):
+def test_each_component_alone():
     for component, flags in (("gpu", ("--gpus", 1)), ("kueue", ("--queue", "training"))):
         after = printed("jobset", "--image", IMAGE, *flags)
-        assert differences(manifests.build_own(place, "jobset", (component,)), after) == {"--image": {IMAGE}}
+        assert differences(manifests.with_components("jobset", (component,)), after) == {"--image": {IMAGE}}
 
 
 @pytest.mark.parametrize("kind", ["trainjob", "trainjob-mpi"])

@@ -32,9 +32,9 @@ def place(tmp_path_factory):
 
 @pytest.mark.parametrize("overlay", manifests.OVERLAYS)
 @pytest.mark.parametrize("components", manifests.COMBINATIONS, ids=lambda chosen: "+".join(chosen) or "alone")
-def test_it_builds_and_all_checks_pass(overlay, components, place):
+def test_it_builds_and_all_checks_pass(overlay, components):
     """What has to be there is: a check of nothing passes, too."""
-    resources = manifests.build_own(place, overlay, components) if components else manifests.overlay(overlay)
+    resources = manifests.with_components(overlay, components) if components else manifests.overlay(overlay)
     kinds = [resource["kind"] for resource in resources]
     own = {"indexed-job": ["Job", "Service"], "jobset": ["JobSet"], "trainjob": ["TrainingRuntime", "TrainJob"]}
     wanted = own.get(overlay) or (["MPIJob"] if overlay.startswith("mpijob") else own["trainjob"])
@@ -72,9 +72,9 @@ def test_images_have_the_pods_user(dockerfile):
             assert f"USER {context['runAsUser']}:{context['runAsGroup']}" in dockerfile.read_text().splitlines()
 
 
-def test_kueue_holds_a_job_back_and_changes_nothing_else(place):
+def test_kueue_holds_a_job_back_and_changes_nothing_else():
     for overlay in manifests.OVERLAYS:
-        before, after = (manifests.scalars(manifests.build_own(place, overlay, chosen)) for chosen in ((), ("kueue",)))
+        before, after = (manifests.scalars(manifests.with_components(overlay, chosen)) for chosen in ((), ("kueue",)))
         added = {path.split()[1]: value for path, value in after.items() - before.items()}
         suspend = "spec.runPolicy.suspend" if "mpijob" in overlay else "spec.suspend"
         assert added == {"metadata.labels.kueue.x-k8s.io/queue-name": "training", suspend: True}

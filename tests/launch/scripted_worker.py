@@ -2,8 +2,10 @@
 
 What: exit:N, kill, sleep:S, ignore-terms (SIGTERM, SIGINT), leave-child, say (arguments, variables, folder as JSON),
 fail-once, write:N (lines), chatter:S (a line each 20 ms), save-on-term:S (takes so long). Several are done in order.
+Before the first that takes time, its number is a file in the folder DISTPAD_MARK: tests signal it from then on.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -15,6 +17,11 @@ RANKS = ("DISTPAD_RANK", "HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 RANK = next(os.environ[name] for name in RANKS if name in os.environ)
 
 
+def come() -> None:
+    with contextlib.suppress(OSError):  # nobody may wait for it, any more
+        open(os.path.join(os.environ.get("DISTPAD_MARK", "/nowhere"), str(os.getpid())), "w").close()
+
+
 def do(what: str) -> None:
     name, _, value = what.partition(":")
     if name == "exit":
@@ -23,6 +30,7 @@ def do(what: str) -> None:
     elif name == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif name == "sleep":
+        come()
         time.sleep(float(value))
     elif name == "ignore-terms":
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -39,12 +47,14 @@ def do(what: str) -> None:
         for i in range(int(value)):
             print(f"{RANK} line {i} " + "x" * 100)
     elif name == "chatter":
+        come()
         for i in range(int(value) * 50):
             print(f"{RANK} step {i}", flush=True)
             time.sleep(0.02)
     elif name == "save-on-term":
         got: list[int] = []
         signal.signal(signal.SIGTERM, lambda number, _: got.append(number))
+        come()
         while not got:
             time.sleep(0.05)
         end = time.monotonic() + float(value)

@@ -17,7 +17,8 @@ import time
 import psutil
 import pytest
 
-from launched import LIMIT_S, WORKER, Launched, launch, scripted
+from distpad.launcher import times
+from launched import LIMIT_S, QUICK, WORKER, Launched, launch, scripted
 
 HERE = pathlib.Path(__file__).parent
 ENGINES = {
@@ -27,7 +28,17 @@ ENGINES = {
 }
 
 
-@pytest.fixture(params=ENGINES)
+# Five faults happen under every engine. All others are the launcher's affair, whatever engine it starts: they happen
+# where no engine has a launcher of its own, and under the others as wide tests (horovodrun imports TensorFlow: 5 s).
+everywhere = pytest.mark.parametrize("engine", ENGINES, indirect=True)
+mostly_alone = pytest.mark.parametrize(
+    "engine",
+    ["multiworker", *(pytest.param(name, marks=pytest.mark.wide) for name in ENGINES if name != "multiworker")],
+    indirect=True,
+)
+
+
+@pytest.fixture
 def engine(request):
     if shutil.which("mpirun") is None and request.param == "mpirun":
         (pytest.fail if os.environ.get("DISTPAD_CI") else pytest.skip)("mpirun is missing: apt-get install openmpi-bin")
@@ -37,6 +48,7 @@ def engine(request):
 # -- ends --------------------------------------------------------------------------------------------------------------
 
 
+@mostly_alone
 def test_all_is_well(engine):
     done = launch(*engine, "-np", 2, command=scripted("all=say"))
     assert done.code == 0, done.stderr
@@ -46,30 +58,32 @@ def test_all_is_well(engine):
     assert f"starting {sys.executable} on 2 workers (localhost:2)" in done.stderr
 
 
+@everywhere
 def test_a_worker_that_exits_with_42(engine):
-    done = launch(*engine, "-np", 2, command=scripted("1=exit:42", "0=sleep:60"))
+    done = launch(*engine, "-np", 2, command=scripted("1=exit:42", "0=sleep:600"))
     assert done.code == 42
     assert "worker 1 on localhost failed first (exit code 42)" in done.stderr
     assert "| rank 1 exits with 42" in done.stderr
-    assert done.seconds < 20
 
 
 def test_the_first_failure_counts_and_the_others_have_their_say():
-    done = launch("-np", 3, command=scripted("2=sleep:0.3", "2=exit:5", "0=sleep:1", "0=exit:1", "1=sleep:9"))
+    command = scripted("2=exit:5", "0=sleep:3", "0=exit:1", "1=sleep:3")
+    done = launch("-np", 3, "--grace-s", 30, command=command, env={"DISTPAD_TIME_SCALE": "3"})
     assert done.code == 5
     assert "worker 2 on localhost failed first (exit code 5)" in done.stderr
     assert "then failed: worker 0 (exit code 1)" in done.stderr
     assert "rank 0 exits with 1" in done.stderr
 
 
+@everywhere
 def test_a_worker_that_is_killed(engine):
-    done = launch(*engine, "-np", 2, command=scripted("0=sleep:0.5", "0=kill", "1=sleep:60"))
+    done = launch(*engine, "-np", 2, command=scripted("0=sleep:0.5", "0=kill", "1=sleep:600"))
     assert done.code == 137
     assert "worker 0 on localhost failed first (signal SIGKILL, exit code 137)" in done.stderr
 
 
 def test_a_worker_whose_parent_is_killed_dies_with_it():
-    running = Launched("-np", 2, command=scripted("all=sleep:60"))
+    running = Launched("-np", 2, command=scripted("all=sleep:600"))
     parent = psutil.Process(running.workers(2)[0]).parent()
     assert "distpad.launcher.worker" in parent.cmdline()
     parent.kill()
@@ -77,24 +91,26 @@ def test_a_worker_whose_parent_is_killed_dies_with_it():
     assert done.code == 137 and "signal SIGKILL" in done.stderr and done.left() == []
 
 
+@everywhere
 def test_a_worker_that_ignores_sigterm(engine):
-    done = launch(*engine, "-np", 2, command=scripted("1=ignore-terms", "1=sleep:60", "0=sleep:1", "0=exit:7"))
+    done = launch(*engine, "-np", 2, command=scripted("1=ignore-terms", "1=sleep:600", "0=sleep:1", "0=exit:7"))
     assert done.code == 7
-    assert done.seconds < 40
 
 
+@mostly_alone
 def test_children_never_outlive_it(engine):
     done = launch(*engine, "-np", 2, command=scripted("all=leave-child"))
     assert done.code == 0
     assert "ended on localhost what the job had left" in done.stderr
 
 
+@everywhere
 def test_a_launcher_that_is_killed_takes_all_with_it(engine):
     running = Launched(*engine, "-np", 2, command=scripted("all=ignore-terms", "all=sleep:600"))
     running.workers(2)
     running.process.kill()
     running.process.wait()
-    end = time.monotonic() + 25
+    end = time.monotonic() + LIMIT_S
     while running.left() and time.monotonic() < end:
         time.sleep(0.2)
     assert running.left() == []
@@ -103,7 +119,7 @@ def test_a_launcher_that_is_killed_takes_all_with_it(engine):
 SAVER = """
 import pathlib, signal, sys, time
 until = []
-signal.signal(signal.SIGTERM, lambda *_: until.append(time.monotonic() + 2))
+signal.signal(signal.SIGTERM, lambda *_: until.append(time.monotonic() + 1))
 while not until or time.monotonic() < until[0]:
     print("step", flush=True)
     pathlib.Path(sys.argv[1], "up").touch()
@@ -114,8 +130,8 @@ pathlib.Path(sys.argv[1], "saved").touch()
 
 def test_a_launcher_that_is_killed_leaves_the_workers_their_grace(tmp_path):
     """Also those that write all the time, which nobody reads any more."""
-    running = Launched("-np", 1, "--grace-s", 20, command=[sys.executable, "-c", SAVER, tmp_path])
-    end = time.monotonic() + 30
+    running = Launched("-np", 1, "--grace-s", 60, command=[sys.executable, "-c", SAVER, tmp_path])
+    end = time.monotonic() + LIMIT_S
     while not (tmp_path / "up").exists() and time.monotonic() < end:
         time.sleep(0.1)
     running.process.kill()
@@ -125,65 +141,76 @@ def test_a_launcher_that_is_killed_leaves_the_workers_their_grace(tmp_path):
     assert (tmp_path / "saved").exists()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code", "engine"),
+    [
+        *((signal.SIGTERM, 143, name) for name in ENGINES),
+        (signal.SIGINT, 130, "multiworker"),
+        *(pytest.param(signal.SIGINT, 130, name, marks=pytest.mark.wide) for name in ("horovodrun", "mpirun")),
+    ],
+    indirect=["engine"],
+)
 def test_signals_are_forwarded(number, code, engine):
-    running = Launched(*engine, "-np", 2, command=scripted("all=sleep:60"))
+    running = Launched(*engine, "-np", 2, command=scripted("all=sleep:600"))
     running.workers(2)
     running.process.send_signal(number)
-    done = running.finish(30)
+    done = running.finish()
     assert done.code == code, done.stderr
     assert f"got {number.name}: passing it on" in done.stderr and done.left() == []
     assert done.stderr.count("KeyboardInterrupt") == (2 if number == signal.SIGINT else 0)
 
 
 def test_a_second_ctrl_c_does_not_wait():
-    running = Launched("-np", 2, "--grace-s", 40, command=scripted("all=ignore-terms", "all=sleep:60"))
+    running = Launched("-np", 2, "--grace-s", 300, command=scripted("all=ignore-terms", "all=sleep:600"))
     running.workers(2)
-    time.sleep(1)  # until they ignore it
     running.process.send_signal(signal.SIGINT)
     time.sleep(1)
     assert running.process.poll() is None  # the workers have their grace
     running.process.send_signal(signal.SIGINT)
-    done = running.finish(20)
+    done = running.finish()
     assert done.code == 130 and done.left() == []
 
 
+@mostly_alone
 def test_a_time_limit(engine):
-    done = launch(*engine, "-np", 2, "--timeout-s", 25, command=scripted("0=sleep:90"))
+    limit_s = 6 if engine == ENGINES["multiworker"] else 25  # others have to have started by then
+    done = launch(*engine, "-np", 2, "--timeout-s", limit_s, command=scripted("0=sleep:600"))
     assert done.code == 124
-    assert "not done after 25 s: ending worker 0," in done.stderr
-    assert done.seconds < 60
+    assert f"not done after {limit_s} s: ending worker 0," in done.stderr
 
 
+@mostly_alone
 def test_workers_that_never_stop_writing_keep_nobody_from_looking(engine):
-    done = launch(*engine, "-np", 2, "--timeout-s", 6, command=scripted("all=chatter:60"))
+    done = launch(*engine, "-np", 2, "--timeout-s", 4, command=scripted("all=chatter:600"))
     assert done.code == 124, done.stderr
-    assert done.seconds < 30
 
 
 def test_a_long_grace_is_one_grace():
     """Agents hear of the launcher while it waits, or they would end the job in their own way, with a second signal."""
-    running = Launched("-np", 1, "--grace-s", 60, command=scripted("0=save-on-term:24"))
+    lost_s = times.scaled(QUICK).lost_s
+    running = Launched("-np", 1, "--grace-s", 60, command=scripted(f"0=save-on-term:{1.5 * lost_s}"))
     running.workers(1)
-    time.sleep(1)  # until it handles the signal
     running.process.send_signal(signal.SIGTERM)
-    done = running.finish(50)
+    done = running.finish()
     assert done.code == 143 and done.left() == []
     assert "got 1 SIGTERM, saved" in done.stdout, done.stdout
 
 
 def test_a_terminal_that_stands_still_does_not_end_the_job():
-    command = f"{sys.executable} -m distpad launch -np 1 -- {sys.executable} {WORKER} 0=write:20000 | (sleep 25; wc -l)"
-    env = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
+    stands_s = 1.5 * times.scaled(QUICK).lost_s
+    job = f"{sys.executable} -m distpad launch -np 1 -- {sys.executable} {WORKER} 0=write:20000"
+    env = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), **QUICK}
     done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", command], env=env, capture_output=True, text=True, timeout=LIMIT_S
-    )
+        ["bash", "-o", "pipefail", "-c", f"{job} | (sleep {stands_s}; wc -l)"],
+        env=env, capture_output=True, text=True, timeout=LIMIT_S,
+    )  # fmt: skip
     assert (done.returncode, done.stdout.strip()) == (0, "20000"), done.stderr
 
 
 # -- starts ------------------------------------------------------------------------------------------------------------
 
 
+@mostly_alone
 def test_a_command_that_is_not_there(engine):
     done = launch(*engine, "-np", 2, command=["/no/such/command"])
     assert done.code == 127
@@ -197,15 +224,15 @@ def test_a_command_that_may_not_be_run(tmp_path):
 
 
 def test_a_worker_that_never_starts():
-    running = Launched("--backend", "horovod", "-np", 2, "--start-timeout-s", 5, command=scripted("all=sleep:60"))
-    end = time.monotonic() + 20
+    running = Launched("--backend", "horovod", "-np", 2, "--start-timeout-s", 5, command=scripted("all=sleep:600"))
+    end = time.monotonic() + LIMIT_S
     while time.monotonic() < end:  # horovodrun is stopped before it has started anybody
         for child in psutil.Process(running.process.pid).children(recursive=True):
             if any(word.endswith("horovodrun") for word in child.cmdline()):
                 child.suspend()
                 end = 0
         time.sleep(0.02)
-    done = running.finish(40)
+    done = running.finish()
     assert done.code == 124
     assert "not started within 5 s: worker 0 (localhost), 1 (localhost)" in done.stderr
     assert done.left() == []
@@ -213,24 +240,23 @@ def test_a_worker_that_never_starts():
 
 def test_a_worker_that_fails_before_another_starts(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
-        "import os, time\nif os.environ.get('DISTPAD_RANK') == '1': time.sleep(60)\n"
+        "import os, time\nif os.environ.get('DISTPAD_RANK') == '1': time.sleep(600)\n"
     )
     path = f"{tmp_path}{os.pathsep}{HERE.parents[1]}"
-    done = launch("-np", 2, "--start-timeout-s", 30, command=scripted("0=exit:42"), env={"PYTHONPATH": path})
+    done = launch("-np", 2, "--start-timeout-s", 300, command=scripted("0=exit:42"), env={"PYTHONPATH": path})
     assert done.code == 42 and "worker 0 on localhost failed first (exit code 42)" in done.stderr
-    assert done.seconds < 25
 
 
 def test_an_engine_that_starts_another_number():
     done = launch(
-        *ENGINES["mpirun"], "-np", 2, "--launcher-arg=-np", "--launcher-arg=1", command=scripted("all=sleep:60")
+        *ENGINES["mpirun"], "-np", 2, "--launcher-arg=-np", "--launcher-arg=1", command=scripted("all=sleep:600")
     )
     assert done.code == 3, done.stderr
     assert "2 workers were asked for, but mpirun started a worker on localhost as rank 0 of 1" in done.stderr
 
 
 def test_an_engine_that_fails():
-    done = launch(*ENGINES["mpirun"], "-np", 2, "--launcher-arg=--no-such-option", command=scripted("all=sleep:60"))
+    done = launch(*ENGINES["mpirun"], "-np", 2, "--launcher-arg=--no-such-option", command=scripted("all=sleep:600"))
     assert done.code not in (0, 3, 124)
     assert "mpirun ended (exit code" in done.stderr and "before the workers were done" in done.stderr
     assert "no-such-option" in done.stderr  # its own words
@@ -282,8 +308,14 @@ def test_another_family_of_mpi(tmp_path):
 ELASTIC = ("--backend", "horovod", "--min-np", 1, "--max-np", 1)
 
 
-def test_an_elastic_job_on_this_host_by_its_own_name():
-    done = launch(*ELASTIC, "-H", f"{socket.gethostname()}:1", command=scripted("0=exit:0"))
+@pytest.mark.parametrize("horovodrun", ["of the test", pytest.param("real", marks=pytest.mark.wide)])
+def test_an_elastic_job_on_this_host_by_its_own_name(tmp_path, horovodrun):
+    flags = ()
+    if horovodrun == "of the test":  # starts one worker; its command line ends with that of distpad's own worker
+        flags = ("--python", python_in(tmp_path))
+        (tmp_path / "horovodrun").write_text('#!/bin/sh\nshift $(($# - 4))\nHOROVOD_RANK=0 HOROVOD_SIZE=1 exec "$@"\n')
+        (tmp_path / "horovodrun").chmod(0o755)
+    done = launch(*ELASTIC, "-H", f"{socket.gethostname()}:1", *flags, command=scripted("0=exit:0"))
     assert done.code == 0, done.stderr
 
 
@@ -300,10 +332,9 @@ def test_a_worker_that_ends_before_it_has_come(tmp_path):
         "    os._exit(9)\n"
     )
     path = os.pathsep.join([str(tmp_path), str(HERE.parents[1])])
-    done = launch("-np", 1, env={"PYTHONPATH": path}, command=scripted("all=sleep:60"))
+    done = launch("-np", 1, env={"PYTHONPATH": path}, command=scripted("all=sleep:600"))
     assert done.code == 9, done.stderr
     assert "worker 0 on localhost failed first (exit code 9)" in done.stderr and "| the disk is gone" in done.stderr
-    assert done.seconds < 30
 
 
 def test_a_port_that_is_in_use():
@@ -326,6 +357,7 @@ def test_too_few_slots():
 HOSTILE = ["it's", 'a "file"', "$(touch hacked)", "`touch hacked`", "a\nb", "", "; touch hacked", "-np", "é\t☃", "%s"]
 
 
+@mostly_alone
 def test_arguments_folder_and_variables_arrive_unchanged(engine, tmp_path):
     folder = tmp_path / "my $(touch hacked)\nfolder 'of' mine"
     folder.mkdir()
@@ -342,6 +374,7 @@ def test_arguments_folder_and_variables_arrive_unchanged(engine, tmp_path):
     assert not list(tmp_path.rglob("hacked"))
 
 
+@mostly_alone
 def test_no_secret_is_on_a_command_line(engine, tmp_path):
     (tmp_path / "key").write_text("s3cr3t-from-file\n")
     secret = ("--secret", f"API_KEY={tmp_path / 'key'}")
@@ -368,7 +401,7 @@ def test_threads_are_shared_out():
 
 def test_threads_are_those_that_slurm_gives_a_task():
     env = {"OMP_NUM_THREADS": "", "TF_NUM_INTRAOP_THREADS": "", "SLURM_CPUS_PER_TASK": "3"}
-    done = launch("--backend", "horovod", "-np", 2, command=scripted("0=say"), env=env)
+    done = launch(*ENGINES["mpirun"], "-np", 2, command=scripted("0=say"), env=env)
     env = json.loads(done.stdout.partition("] ")[2])["env"]
     assert (env["OMP_NUM_THREADS"], env["TF_NUM_INTRAOP_THREADS"]) == ("3", "3")
 
@@ -404,6 +437,7 @@ def test_tee_and_ranks(tmp_path):
     assert (tmp_path / "logs/attempt-0/rank-1.stdout").read_text().count("\n") == 3
 
 
+@mostly_alone
 def test_no_line_is_lost_or_torn(engine):
     done = launch(*engine, "-np", 2, command=scripted("all=write:5000"))
     assert done.code == 0

@@ -28,7 +28,7 @@ def count_of(rows, average):
     return float(sum(len(row["y"]) if average == "token" else len(row["y"]) > 0 for row in rows))
 
 
-@pytest.fixture(params=["float64", "float32"])
+@pytest.fixture(params=["float64", pytest.param("float32", marks=pytest.mark.wide)])
 def linear(world, request):
     """A linear model, and what adds one micro-batch of it to an accumulator."""
     with world.scope():
@@ -51,9 +51,10 @@ def linear(world, request):
     return variables, adding, request.param
 
 
+@pytest.mark.parametrize("graph", [False, pytest.param(True, marks=pytest.mark.wide)])
 @pytest.mark.parametrize(("micros", "average"), [(1, "token"), (2, "sequence_sum"), (3, "sequence_mean")])
 @pytest.mark.parametrize("way", ["denominator", "counts"])
-def test_micro_batches_are_one_big_batch(world, linear, average, micros, way):
+def test_micro_batches_are_one_big_batch(world, linear, average, micros, way, graph):
     """Two steps, each of all micro-batches in one function; what is divided by is known beforehand, or added up."""
     variables, adding, dtype = linear
     rows = everything(world, micros)
@@ -70,13 +71,13 @@ def test_micro_batches_are_one_big_batch(world, linear, average, micros, way):
         return [{**oracle.padded(held, dtype), "count": np.float64(count_of(held, average))} for held in micro]
 
     _, *expected = oracle.cross_entropy(rows, *oracle.weights(), average, False)
-    for results in (world.run(step, given), world.run(step, given)):
+    for results in (world.run(step, given, graph=graph), world.run(step, given, graph=graph)):
         assert results
         for found in results.values():
             assert max(map(oracle.relative_error, found, expected)) <= LIMIT[dtype]
 
 
-@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("graph", [True, pytest.param(False, marks=pytest.mark.core)])
 def test_a_function_for_each_micro_batch(world, linear, graph):
     """One call adds one micro-batch, another one takes; a step that was given up leaves nothing behind."""
     variables, adding, dtype = linear
@@ -89,18 +90,19 @@ def test_a_function_for_each_micro_batch(world, linear, graph):
             "count": np.float64(count_of(rows_of(world, r, m), "token")),
         }
 
+    take = lambda _: world.reduce(accumulator.take())
     world.run(add, given(1), graph=graph)
     accumulator.reset()
     for micros in (3, 2):
         for m in range(micros):
             world.run(add, given(m), graph=graph)
-        results = world.run(lambda _: world.reduce(accumulator.take()), lambda r: np.zeros([]), graph=graph)
+        results = world.run(take, lambda r: np.zeros([]), graph=graph)
         _, *expected = oracle.cross_entropy(everything(world, micros), *oracle.weights(), "token", False)
         for found in results.values():
             assert max(map(oracle.relative_error, found, expected)) <= LIMIT[dtype]
 
 
-@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("graph", [False, pytest.param(True, marks=pytest.mark.wide)])
 def test_sparse_gradients_stay_sparse(world, graph):
     """With as many rows as there were, on some replicas more; None stays None."""
     table = np.random.default_rng(1).normal(size=[6, 3])
@@ -142,7 +144,7 @@ def test_a_table_used_by_rows_and_as_a_whole(world):
     with world.scope():
         table = tf.Variable(np.ones([3, 2]))
     for first in (0, 1):
-        accumulator = distpad.GradientAccumulator([table], backend="local")
+        accumulator = distpad.GradientAccumulator([table], backend=world.backend)
 
         def step(ids, accumulator=accumulator, first=first):
             for kind in (first, 1 - first):
@@ -151,7 +153,7 @@ def test_a_table_used_by_rows_and_as_a_whole(world):
                 accumulator.add(tape, loss)
             return tf.convert_to_tensor(accumulator.take()[0])
 
-        for found in world.run(step, lambda r: np.array([1, 1])).values():
+        for found in world.run(step, lambda r: np.array([1, 1]), graph=False).values():
             np.testing.assert_array_equal(found, [[3, 3], [5, 5], [3, 3]])
 
 
@@ -184,7 +186,8 @@ def test_sums_in_float32_at_least(world):
     """2048 + 1 + 1 is 2048 in float16; and a sum that float16 cannot hold is divided first."""
     with world.scope():
         half = tf.Variable([0.0, 0.0], dtype=tf.float16)
-    accumulator = distpad.GradientAccumulator([half], backend="local")
+    accumulator = distpad.GradientAccumulator([half], backend=world.backend)
+    share = world.backend.share_scale / world.num_replicas
 
     def step(factors):
         for factor in tf.unstack(factors):
@@ -194,9 +197,9 @@ def test_sums_in_float32_at_least(world):
         return accumulator.take()
 
     for factors, expected in [([2048, 1, 1, 0], 512.5), ([60000, 60000], 60000)]:
-        for (found,) in world.run(step, lambda r, factors=factors: np.array(factors, "float16")).values():
+        for (found,) in world.run(step, lambda r, factors=factors: np.array(factors, "float16"), graph=False).values():
             assert found.dtype == np.float16
-            assert found.tolist() == [expected, expected]
+            assert found.tolist() == [expected * share, expected * share]
 
 
 def test_counts_of_nothing_give_zeros(world):
@@ -210,7 +213,7 @@ def test_counts_of_nothing_give_zeros(world):
         accumulator.add(tape, loss, count=0)
         return accumulator.take()
 
-    for (found,) in world.run(step, lambda r: np.zeros([1], "float32")).values():
+    for (found,) in world.run(step, lambda r: np.zeros([1], "float32"), graph=False).values():
         assert found.tolist() == [0.0]
 
 

@@ -28,8 +28,16 @@ EVERY = [
 
 
 @pytest.fixture
+def eagerly():
+    """Each kind is a graph of its own, whose tracing takes most of the time."""
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
+@pytest.fixture
 def one_kind(monkeypatch):
-    """For what any kind shows: each is a graph of its own, whose tracing takes most of the time."""
+    """For what any kind shows."""
     monkeypatch.setattr(rows, "kinds", lambda *_, **__: ["uneven rows"])
 
 
@@ -80,11 +88,15 @@ def step_of(world, model, loss):
     return step
 
 
+@pytest.mark.worlds("mirrored:2")
 @pytest.mark.parametrize(
     ("dtype", "limit", "average"),
     [("float32", 1e-5, "token"), ("float64", 1e-12, "sequence_mean")],
 )
-def test_a_right_loss_passes(world, dtype, limit, average):
+@pytest.mark.parametrize("graph", [False, pytest.param(True, marks=pytest.mark.wide)])
+def test_a_right_loss_passes(world, dtype, limit, average, graph, request):
+    if not graph:
+        request.getfixturevalue("eagerly")
     loss = distpad.DistributedLoss(each, average=average, backend=world.backend)
     certificate = certified(
         world, model_in(world, dtype=dtype), loss, batch=batch_of(dtype), cases=8 if average == "token" else 1
@@ -113,7 +125,8 @@ def test_own_means_do_not_pass(world):
     assert "held against itself on one device" in str(certificate)
 
 
-def test_a_loss_of_keras_that_reduces_does_not_pass(world, one_kind):
+@pytest.mark.worlds("mirrored:2")
+def test_a_loss_of_keras_that_reduces_does_not_pass(world, one_kind, eagerly):
     loss = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     batch = batch_of()
     batch["y"] = np.maximum(batch["y"], 0)
@@ -126,7 +139,7 @@ def test_a_loss_of_keras_that_reduces_does_not_pass(world, one_kind):
     assert bool(re.search("own mean", certificate.diagnosis)) == (world.num_replicas > 1)
 
 
-@pytest.mark.parametrize("down", [False, True])
+@pytest.mark.parametrize("down", [False, pytest.param(True, marks=pytest.mark.worlds("mirrored:2"))])
 def test_a_factor_is_named(world, one_kind, down):
     replicas = world.num_replicas
     number = (1 / replicas if down else replicas) if replicas > 1 else 5
@@ -139,7 +152,8 @@ def test_a_factor_is_named(world, one_kind, down):
     assert certificate.diagnosis.startswith("uneven rows: gradients are " + words)
 
 
-def test_a_step_of_the_users_own(world):
+@pytest.mark.worlds("mirrored:2")
+def test_a_step_of_the_users_own(world, eagerly):
     model, loss = model_in(world), distpad.DistributedLoss(each, backend=world.backend)
     right = step_of(world, model, loss)
     assert certified(world, step=tf.function(right), batch=batch_of()).passed
@@ -148,7 +162,8 @@ def test_a_step_of_the_users_own(world):
     assert wrong.passed == (world.num_replicas == 1)
 
 
-def test_a_step_on_batches_of_the_pipeline(world):
+@pytest.mark.worlds("mirrored:2")
+def test_a_step_on_batches_of_the_pipeline(world, eagerly):
     """Its counts are given anew in each case, and an empty replica gets filling, as it does in training."""
     random = np.random.default_rng(4)
     source = [{"x": random.normal(size=[n, FEATURES]), "text": random.integers(0, CLASSES, n)} for n in (4, 1, 2, 6, 3)]
@@ -179,7 +194,8 @@ def test_a_step_on_batches_of_the_pipeline(world):
         certified(world, step=step, batch=batch._replace(counts=distpad.Counts(ignored, ignored)))
 
 
-def test_gradients_that_were_not_reduced(world, one_kind):
+@pytest.mark.worlds("mirrored:2", "horovod:2")
+def test_gradients_that_were_not_reduced(world, one_kind, eagerly):
     if world.num_replicas == 1:
         pytest.skip("nothing is to be reduced")
     model, loss = model_in(world), distpad.DistributedLoss(each, backend=world.backend)
@@ -193,7 +209,8 @@ def test_gradients_that_were_not_reduced(world, one_kind):
     assert not certificate.passed and "they were not reduced" in certificate.diagnosis
 
 
-def test_the_variable_that_is_off_is_named(world, one_kind):
+@pytest.mark.worlds("mirrored:2")
+def test_the_variable_that_is_off_is_named(world, one_kind, eagerly):
     model, loss = model_in(world), distpad.DistributedLoss(each, backend=world.backend)
     right = step_of(world, model, loss)
     step = lambda batch: [gradient + 0.1 * i * tf.norm(gradient) for i, gradient in enumerate(right(batch))]
@@ -213,6 +230,7 @@ WRONG = {
 }
 
 
+@pytest.mark.worlds("mirrored:2")
 @pytest.mark.parametrize("name", WRONG)
 def test_a_loss_that_was_written_wrongly(world, one_kind, name):
     """An error, or a certificate that does not pass, on one replica too."""
@@ -233,7 +251,8 @@ def test_an_unreduced_loss_alone_is_refused(world):
         certified(world, model_in(world), loss, batch=batch_of())
 
 
-def test_layers_are_named_and_switched_off(world, one_kind):
+@pytest.mark.worlds("mirrored:2")
+def test_layers_are_named_and_switched_off(world, one_kind, eagerly):
     layers = [tf.keras.layers.Dropout(0.5, name="drop"), tf.keras.layers.BatchNormalization(name="norm")]
     with world.scope():
         model = model_in(world, *layers)
@@ -246,7 +265,8 @@ def test_layers_are_named_and_switched_off(world, one_kind):
     assert any("training=False" in line for line in lines)
 
 
-def test_a_model_that_sees_padding_and_takes_no_empty_batch(world, monkeypatch):
+@pytest.mark.worlds("mirrored:2")
+def test_a_model_that_sees_padding_and_takes_no_empty_batch(world, monkeypatch, eagerly):
     """A recurrent layer that runs backwards begins in the padding; Keras 3's takes no batch of 0 rows."""
     monkeypatch.setattr(rows, "kinds", lambda *_, **__: ["an empty replica", "all padding"])
     with world.scope():
@@ -263,7 +283,8 @@ def test_a_model_that_sees_padding_and_takes_no_empty_batch(world, monkeypatch):
     assert "an empty replica" in [line.kind for line in certificate.lines]
 
 
-def test_a_subclassed_model_that_is_not_built_yet(world, one_kind):
+@pytest.mark.worlds("mirrored:2", "horovod:2")
+def test_a_subclassed_model_that_is_not_built_yet(world, one_kind, eagerly):
     class Model(tf.keras.Model):
         def __init__(self):
             super().__init__()
@@ -280,8 +301,7 @@ def test_a_subclassed_model_that_is_not_built_yet(world, one_kind):
         assert "workers had different variables" in str(certificate)
 
 
-@pytest.mark.one_engine
-def test_workers_with_different_variables_are_told(world, one_kind):
+def test_workers_with_different_variables_are_told(world, one_kind, eagerly):
     model, loss = model_in(world), distpad.DistributedLoss(each, backend=world.backend)
     if world.kind not in ("horovod", "mpirun"):
         pytest.skip("strategies keep variables alike")
@@ -292,7 +312,6 @@ def test_workers_with_different_variables_are_told(world, one_kind):
     assert certificate.passed and "workers had different variables" in str(certificate)
 
 
-@pytest.mark.one_engine
 def test_batches_that_differ_between_workers_are_refused_by_all(world):
     if not world.several_workers:
         pytest.skip("there is one worker")
@@ -305,7 +324,7 @@ def test_batches_that_differ_between_workers_are_refused_by_all(world):
         certified(world, model, loss, batch=broken)
 
 
-def test_a_global_value_after_a_certificate_is_that_of_the_engine(world, one_kind):
+def test_a_global_value_after_a_certificate_is_that_of_the_engine(world, one_kind, eagerly):
     """What ran beside the engine, as one device, leaves no trace in the loss."""
     model, loss = model_in(world), distpad.DistributedLoss(lambda t, p: p, backend=world.backend)
     share = lambda x: loss(x, x, denominator=1.0 * world.num_replicas)
@@ -333,8 +352,9 @@ def test_a_global_value_after_a_certificate_is_that_of_the_engine(world, one_kin
     assert value(step) == before
 
 
-@pytest.mark.parametrize("average", ["sequence_sum", "token"])
-def test_ctc_that_leaves_out_what_cannot_be_aligned(world, average):
+@pytest.mark.worlds("mirrored:2")
+@pytest.mark.parametrize("average", ["token", "sequence_sum"])
+def test_ctc_that_leaves_out_what_cannot_be_aligned(world, average, eagerly):
     """Rows of three frames, some with texts that need more."""
     with world.scope():
         dense = tf.keras.layers.Dense(CLASSES, name="dense")

@@ -80,7 +80,7 @@ def test_with_a_sampler(world):
     check(curve(world, batches), expected)
 
 
-@pytest.mark.parametrize("window", [3, 32])
+@pytest.mark.parametrize("window", [3, pytest.param(32, marks=pytest.mark.wide)])
 def test_with_uneven_shards(world, window):
     """Worker w holds w + 1 parts of the data; the last of them trains alone at the end."""
     workers, here, size = world.backend.num_workers, world.backend.replicas_here, 3

@@ -23,6 +23,7 @@ def wrong_on_the_last(world, wrong, right):
     return lambda r: wrong if r == world.num_replicas - 1 else right
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("case", LAST_WRONG)
 def test_wrong_lengths_on_one_replica(world, case):
     wrong, message = LAST_WRONG[case]
@@ -95,12 +96,12 @@ def test_rows_out_of_range(world):
 
 
 def test_a_loss_of_shape_batch_needs_per_sequence(world):
-    call = lambda x: distpad.DistributedLoss(lambda t, p: tf.reduce_sum(p, 1), backend=world.backend)(x, x)
+    loss_fn = distpad.DistributedLoss(lambda t, p: tf.reduce_sum(p, 1), backend=world.backend)
+    call = lambda x: loss_fn(x, x, lengths=[1, 2])
     with pytest.raises(ValueError, match='per="sequence"'):
         world.run(call, lambda r: np.ones([2, 2]), graph=False)
 
 
-@pytest.mark.one_engine
 def test_a_single_process_raises_while_tracing(world):
     """In a tf.function of one process what is known while tracing is a ValueError; it need not wait for a run."""
     if world.several_workers:
@@ -138,8 +139,16 @@ MISFITS = {
 }
 
 
-@pytest.mark.parametrize("graph", [False, True])
-@pytest.mark.parametrize("case", MISFITS)
+TRACED = ("mask of one row", "lengths of three rows", "weights of one row")  # one of each kind
+
+
+@pytest.mark.parametrize(
+    ("case", "graph"),
+    [
+        *[(case, False) for case in MISFITS],
+        *[pytest.param(case, True, marks=() if case in TRACED else pytest.mark.wide) for case in MISFITS],
+    ],
+)
 def test_a_shape_that_does_not_fit_is_not_spread(world, case, graph):
     wrong, right = MISFITS[case]
     right = {"mask": np.ones([2, 3], bool), "lengths": [2, 3], "sample_weight": np.ones([2, 3]), **right}
@@ -204,6 +213,7 @@ def test_a_ragged_tensor_on_the_last_replica_raises_on_all(world):
         wrongly(world, lambda: call(ragged), lambda: call(np.ones([2, 2], "int32")))
 
 
+@pytest.mark.core
 def test_whatever_the_loss_raises_on_the_last_replica_raises_on_all(world):
     def fails(y_true, y_pred):
         raise KeyError("no such class")

@@ -5,6 +5,7 @@ Where DISTPAD_LOSS_TABLE names a folder, the errors found are written there, for
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pathlib
@@ -20,6 +21,7 @@ import oracle
 WORLDS = ("local", "onedevice", "mirrored:2", "multiworker:2", "horovod:2", "mpirun:2")
 
 LIMIT = {"float64": 1e-12, "float32": 1e-5}
+EVERYWHERE = {"CategoricalCrossentropy, smoothed": "float64", "tf.nn.ctc_loss, dense labels": "float32"}
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def floatx():
     tf.keras.backend.set_floatx(before)
 
 
-def error_of(world, case, dtype, floatx):
+def error_of(world, case, dtype, floatx, graph):
     """The largest relative error of a gradient on any replica."""
     floatx(case.dtypes[0])
     wanted = every_loss.expected(case, [row for r in range(world.num_replicas) for row in every_loss.rows_of(case, r)])
@@ -52,7 +54,7 @@ def error_of(world, case, dtype, floatx):
         return world.reduce(distpad.gradient(tape, loss, variables, backend=world.backend))
 
     given = lambda r: every_loss.padded(case, every_loss.rows_of(case, r), dtype)
-    results = world.run(step, given)
+    results = world.run(step, given, graph=graph)
     assert results
     found = max(max(map(oracle.relative_error, gradients, wanted)) for gradients in results.values())
     return float(world.backend.host_max(np.array([np.nan_to_num(found, nan=np.inf)]))[0])
@@ -66,14 +68,21 @@ def note(world, name, dtype, error):
         path.write_text(json.dumps({**cells, f"{name}|{dtype}": error}, indent=1))
 
 
-@pytest.mark.parametrize("dtype", LIMIT)
-@pytest.mark.parametrize("name", every_loss.CASES)
-def test_a_loss_has_the_gradients_of_one_device(world, name, dtype, floatx):
+def cases():
+    """Each loss in each dtype eagerly, by default under one engine, whose sums are all that the others do otherwise; in
+    a graph and by default under every engine, one loss of each kind: of positions and of sequences."""
+    one, wide = pytest.mark.worlds("mirrored:2"), pytest.mark.wide
+    for name, dtype, graph in itertools.product(every_loss.CASES, LIMIT, [False, True]):
+        marks = (wide if graph else one) if name not in EVERYWHERE or dtype != EVERYWHERE[name] else ()
+        if every_loss.missing(name) or dtype in every_loss.CASES[name].dtypes:
+            yield pytest.param(name, dtype, graph, marks=marks)
+
+
+@pytest.mark.parametrize(("name", "dtype", "graph"), cases())
+def test_a_loss_has_the_gradients_of_one_device(world, name, dtype, graph, floatx):
     case = every_loss.CASES[name]
     if every_loss.missing(name):
         pytest.skip(every_loss.missing(name))
-    if dtype not in case.dtypes:
-        pytest.skip(f"it computes in {case.dtypes[0]} alone")
-    error = error_of(world, case, dtype, floatx)
+    error = error_of(world, case, dtype, floatx, graph)
     note(world, name, dtype, error)
     assert error <= LIMIT[dtype]

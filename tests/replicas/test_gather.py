@@ -8,8 +8,7 @@ import tensorflow as tf
 
 import distpad
 
-WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:3", "mpirun:2")
-pytestmark = pytest.mark.one_engine
+WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2", "horovod:3", "mpirun:2")
 
 LENGTHS = [3, 0, 5, 1, 2, 7, 1, 4, 0, 2, 6]
 
@@ -81,6 +80,7 @@ def check(gathered, order):
             np.testing.assert_array_equal(mask.reshape([len(order), -1, mask.shape[-1]]).sum(axis=2).T[0], counts)
 
 
+@pytest.mark.core
 def test_a_sampler_s_order_is_undone(world):
     sampler = distpad.LengthSampler(LENGTHS, global_batch_size=2 * world.num_replicas, seed=3)
     batches = distpad.PaddedBatches(

@@ -100,20 +100,26 @@ def check_weights(dense, wanted, start):
         assert oracle.relative_error(found - before, after - before) <= 1e-5
 
 
-CASES = [  # every pair of a mask's source with a style, and with an average
+PAIRS = [  # every pair of a mask's source with a style, and with an average
     ("functional", "masking", "token"),
-    ("functional", "embedding", "sequence_mean"),
+    ("subclassed", "sample_weight", "sequence_mean"),
     ("functional", "padding_value", "sequence_mean"),
+    ("subclassed", "embedding", "token"),
+    ("functional", "embedding", "sequence_mean"),
     ("functional", "sample_weight", "token"),
     ("subclassed", "masking", "sequence_mean"),
-    ("subclassed", "embedding", "token"),
     ("subclassed", "padding_value", "token"),
-    ("subclassed", "sample_weight", "sequence_mean"),
+]
+ONE, WIDE = pytest.mark.worlds("mirrored:2"), pytest.mark.wide
+CASES = [  # a graph takes three times as long as what Keras runs eagerly
+    pytest.param(*pair, graph, marks=marks)
+    for graph, every in [(True, [(), *[WIDE] * 7]), (False, [WIDE, (), ONE, ONE, *[WIDE] * 4])]
+    for pair, marks in zip(PAIRS, every)
 ]
 
 
-@pytest.mark.parametrize(("style", "mask_by", "average"), CASES)
-def test_fit_and_evaluate_give_what_one_device_does(world, style, mask_by, average):
+@pytest.mark.parametrize(("style", "mask_by", "average", "graph"), CASES)
+def test_fit_and_evaluate_give_what_one_device_does(world, style, mask_by, average, graph):
     names = ["words" if mask_by == "embedding" else "x", "y", *["w"] * (mask_by == "sample_weight")]
     with world.scope():
         dense = tf.keras.layers.Dense(oracle.CLASSES)
@@ -122,7 +128,8 @@ def test_fit_and_evaluate_give_what_one_device_does(world, style, mask_by, avera
         dense.set_weights(oracle.weights())
         padding_value = -99 if mask_by == "padding_value" else None
         loss = distpad.DistributedLoss(entropy(), average=average, padding_value=padding_value)
-        model.compile(loss=loss, optimizer=fit_optimizer(world, tf.keras.optimizers.SGD(RATE)))
+        optimizer = fit_optimizer(world, tf.keras.optimizers.SGD(RATE))
+        model.compile(loss=loss, optimizer=optimizer, run_eagerly=not graph)
         data = steps_dataset(world, [padded(rows, names) for rows in batches()])
         history = model.fit(data, verbose=0, shuffle=False)
         found_later = model.evaluate(data, verbose=0)
@@ -132,7 +139,7 @@ def test_fit_and_evaluate_give_what_one_device_does(world, style, mask_by, avera
     assert oracle.relative_error(found_later, later) <= 1e-5
 
 
-@pytest.mark.parametrize("style", ["functional", "subclassed"])
+@pytest.mark.parametrize("style", ["functional", pytest.param("subclassed", marks=pytest.mark.wide)])
 def test_several_outputs_each_over_its_own_positions(world, style):
     """The second label is valid only at every other word; each loss has its own average and weight."""
     starts = {"y": oracle.weights(1), "z": oracle.weights(2)}
@@ -153,7 +160,7 @@ def test_several_outputs_each_over_its_own_positions(world, style):
             name: distpad.DistributedLoss(entropy(), average=averages[name], padding_value=-99) for name in averages
         }
         optimizer = fit_optimizer(world, tf.keras.optimizers.SGD(RATE))
-        model.compile(loss=losses, loss_weights=weights, optimizer=optimizer)
+        model.compile(loss=losses, loss_weights=weights, optimizer=optimizer, run_eagerly=True)
 
     steps = []
     for rows in batches():

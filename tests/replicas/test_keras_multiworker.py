@@ -10,8 +10,6 @@ import tensorflow as tf
 
 from keras_world import KERAS, around_model, model_class, needs_help, steps_dataset
 
-pytestmark = pytest.mark.one_engine
-
 X = np.arange(16, dtype="float32").reshape(8, 2)
 
 

@@ -15,9 +15,10 @@ WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2")
 RANDOM = np.random.default_rng(8)
 X = RANDOM.normal(size=[8, 4, oracle.FEATURES]).astype("float32")
 Y = np.where(np.arange(4) < [[4], [1], [0], [2], [3], [1], [1], [2]], RANDOM.integers(0, oracle.CLASSES, [8, 4]), -99)
-FORMATS = [(".keras", "keras"), (".keras", "callable")]
-if KERAS < 3:  # whose default is a folder, and whose HDF5 finds no functions
-    FORMATS += [("", "keras"), ("", "callable"), (".h5", "keras")]
+FORMATS = [(".keras", "callable"), pytest.param(".keras", "keras", marks=pytest.mark.worlds("mirrored:2"))]
+if KERAS < 3:  # whose default is a folder, and whose HDF5 finds no functions; most formats under Horovod alone
+    formats = [("", "keras"), ("", "callable"), (".h5", "keras")]
+    FORMATS += [pytest.param(*each, marks=pytest.mark.worlds("horovod:2")) for each in formats]
 
 
 @tf.keras.utils.register_keras_serializable("distpad_tests")
@@ -32,7 +33,6 @@ def inner_loss(kind):
     return tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
 
 
-@pytest.mark.one_engine  # most formats under Horovod alone
 @pytest.mark.parametrize(("suffix", "kind"), FORMATS)
 def test_a_loaded_model_trains_on(world, tmp_path, suffix, kind):
     if suffix != ".keras" and world.strategy is not None:
@@ -56,7 +56,7 @@ def test_a_loaded_model_trains_on(world, tmp_path, suffix, kind):
         model.set_weights(oracle.weights())
         momentum = 0.9 if suffix == ".keras" else 0.0  # the folder of Keras 2 loses it, with any loss
         optimizer = fit_optimizer(world, tf.keras.optimizers.SGD(0.5, momentum=momentum))
-        model.compile(loss=distpad.DistributedLoss(inner_loss(kind), **options), optimizer=optimizer)
+        model.compile(loss=distpad.DistributedLoss(inner_loss(kind), **options), optimizer=optimizer, run_eagerly=True)
     path = str(tmp_path / f"model{suffix}")
     fitted(model).save(path)
     # Horovod's optimiser in Keras 2 is a class of no module, of the name of the optimiser that it extends
@@ -66,12 +66,12 @@ def test_a_loaded_model_trains_on(world, tmp_path, suffix, kind):
     with world.scope():
         loaded = tf.keras.models.load_model(path, custom_objects=custom)
         if suffix != ".keras" and custom:
-            loaded.compile(loss=loaded.loss, optimizer=fit_optimizer(world, loaded.optimizer))
+            loaded.compile(loss=loaded.loss, optimizer=fit_optimizer(world, loaded.optimizer), run_eagerly=True)
     if needs_help(world):  # what was loaded is of Keras's class, and was made in the scope
         once = loaded
         loaded = model_class(world)(once.inputs, once.outputs)
         with world.scope():
-            loaded.compile(loss=once.loss, optimizer=once.optimizer)
+            loaded.compile(loss=once.loss, optimizer=once.optimizer, run_eagerly=True)
     assert isinstance(loaded.loss, distpad.DistributedLoss)
     config = loaded.loss.get_config()
     assert config == model.loss.get_config() and config.items() >= options.items()

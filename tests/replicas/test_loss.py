@@ -44,24 +44,38 @@ def step_of(world, loss_fn, dtype, arguments, kernel, bias):
 
 
 CASES = [
-    pytest.param(average, scenario, source, dtype, graph, id=f"{average}-{scenario}-{'+'.join(source)}-{dtype}-{graph}")
-    for (average, scenario), source, (dtype, graph) in [
+    pytest.param(average, scenario, source, dtype, id=f"{average}-{scenario}-{'+'.join(source)}-{dtype}")
+    for (average, scenario), source, dtype in [
         *zip(
             itertools.product(AVERAGES, SCENARIOS),
             itertools.cycle([("lengths",), ("mask", "nan"), ("padding_value",), ("lengths", "weights", "nan")]),
-            itertools.cycle(
-                [("float64", True), ("float32", False), ("float64", False), ("float32", True), ("float64", True)]
-            ),
+            itertools.cycle(["float64", "float32", "float64", "float32", "float64"]),
         ),
-        (("token", "uneven"), ("lengths", "mask", "padding_value", "weights"), ("float64", True)),
-        (("sequence_mean", "uneven"), ("mask", "weights"), ("float64", True)),
-        (("sequence_sum", "empty replica"), ("lengths", "weights"), ("float64", False)),
+        (("token", "uneven"), ("lengths", "mask", "padding_value", "weights"), "float64"),
+        (("sequence_mean", "uneven"), ("mask", "weights"), "float64"),
+        (("sequence_sum", "empty replica"), ("lengths", "weights"), "float64"),
     ]
 ]
 
 
-@pytest.mark.parametrize(("average", "scenario", "source", "dtype", "graph"), CASES)
+@pytest.mark.parametrize("graph", [False, pytest.param(True, marks=pytest.mark.wide)])
+@pytest.mark.parametrize(("average", "scenario", "source", "dtype"), CASES)
 def test_gradient_equals_one_device(world, average, scenario, source, dtype, graph):
+    check_gradient(world, average, source, dtype, [scenario], graph)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("average", "source"),
+    [("token", ("lengths", "weights", "nan")), ("sequence_mean", ("padding_value", "mask"))],
+    ids=["token", "sequence_mean"],
+)
+def test_one_traced_step_is_right_for_all_rows(world, average, source):
+    """Traced for the shapes of the first rows, and then for any."""
+    check_gradient(world, average, source, "float64", SCENARIOS, graph=True)
+
+
+def check_gradient(world, average, source, dtype, scenarios, graph):
     padding_value = -99 if "padding_value" in source else None
     loss_fn = distpad.DistributedLoss(
         cross_entropy, average=average, padding_value=padding_value, backend=world.backend
@@ -69,22 +83,23 @@ def test_gradient_equals_one_device(world, average, scenario, source, dtype, gra
     with world.scope():
         kernel, bias = (tf.Variable(value.astype(dtype)) for value in oracle.weights())
     step = step_of(world, loss_fn, dtype, source, kernel, bias)
-    results = world.run(
-        step, lambda r: oracle.padded(oracle.rows_of(r, scenario, world.num_replicas), dtype), graph=graph
-    )
-    value, *expected = oracle.cross_entropy(
-        everything(world, scenario), *oracle.weights(), average, weighted="weights" in source
-    )
-    assert results
     summed = world.backend.gradient_reduction == "sum"
-    for loss, global_value, gradients in results.values():
-        assert loss.dtype == dtype
-        assert oracle.relative_error(global_value, value) <= LIMIT[dtype]
-        assert oracle.relative_error(loss, value / (world.num_replicas if summed else 1)) <= LIMIT[dtype]
-        for found, wanted in zip(gradients, expected):
-            assert oracle.relative_error(found, wanted) <= LIMIT[dtype]
+    for scenario in scenarios:
+        given = lambda r, scenario=scenario: oracle.padded(oracle.rows_of(r, scenario, world.num_replicas), dtype)
+        results = world.run(step, given, graph=graph)
+        value, *expected = oracle.cross_entropy(
+            everything(world, scenario), *oracle.weights(), average, weighted="weights" in source
+        )
+        assert results
+        for loss, global_value, gradients in results.values():
+            assert loss.dtype == dtype
+            assert oracle.relative_error(global_value, value) <= LIMIT[dtype]
+            assert oracle.relative_error(loss, value / (world.num_replicas if summed else 1)) <= LIMIT[dtype]
+            for found, wanted in zip(gradients, expected):
+                assert oracle.relative_error(found, wanted) <= LIMIT[dtype]
 
 
+@pytest.mark.core
 def test_denominator_makes_the_step_free_of_collectives(world):
     rows = everything(world, "uneven")
     tokens = float(sum(len(row["y"]) for row in rows))
@@ -109,7 +124,8 @@ def test_denominator_makes_the_step_free_of_collectives(world):
             found = [distpad.gradient(tape, loss, [kernel, bias], backend=world.backend) for loss in (scalar, counted)]
             return loss_fn.global_value(scalar), [world.reduce(each) for each in found]
 
-        results = world.run(step, lambda r: oracle.padded(oracle.rows_of(r, "uneven", world.num_replicas), "float64"))
+        given = lambda r: oracle.padded(oracle.rows_of(r, "uneven", world.num_replicas), "float64")
+        results = world.run(step, given, graph=False)
         for found_value, both in results.values():
             assert oracle.relative_error(found_value, value) <= 1e-12
             for found in both:
@@ -138,6 +154,7 @@ def test_global_value_outside_any_scope(world):
     assert oracle.relative_error(loss_fn.global_value(returned), expected) <= 1e-12
 
 
+@pytest.mark.core
 def test_collectives_of_the_loss_are_counted(world):
     """One all-reduce without a denominator, none with it: counted at the backend, where all of them pass."""
     backend = counting(world.backend)
@@ -154,7 +171,8 @@ def test_collectives_of_the_loss_are_counted(world):
     assert backend.calls == 0
 
 
-def test_padded_places_change_no_bit(world):
+@pytest.mark.parametrize("graph", [True, pytest.param(False, marks=pytest.mark.core)])
+def test_padded_places_change_no_bit(world, graph):
     """NaN, infinity and labels out of range at padded places: the same bits, and a gradient of exactly zero."""
     loss_fn = distpad.DistributedLoss(cross_entropy, backend=world.backend)
 
@@ -176,7 +194,9 @@ def test_padded_places_change_no_bit(world):
                 "lengths": batch["lengths"],
             }
 
-        found.append(world.run(step, given))
+        if graph and not found:
+            world.run(step, given, graph=True)  # all that follow have the same graph
+        found.append(world.run(step, given, graph=graph))
     for results in found[1:]:
         for replica, (loss, gradient) in results.items():
             lengths = given(replica)["lengths"]
@@ -217,7 +237,7 @@ def test_keras_losses_of_reduction_none(world):
             values[label] = loss_fn.global_value(loss_fn(batch[label], batch[prediction], lengths=batch["lengths"]))
         return values
 
-    results = world.run(step, given)
+    results = world.run(step, given, graph=False)
     wanted: dict[str, list] = {label: [] for label in makers}
     for batch in map(given, range(world.num_replicas)):
         for i, n in enumerate(batch["lengths"]):
@@ -258,7 +278,7 @@ def test_ctc_of_each_sequence(world, average):
             loss = loss_fn(nest, batch["logits"], lengths=batch["lengths"])
         return loss_fn.global_value(loss), tape.gradient(loss, batch["logits"])
 
-    results = world.run(step, given)
+    results = world.run(step, given, graph=False)
     batches = [given(r) for r in range(world.num_replicas)]
     joined = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
     counted = joined["lengths"] > 0
@@ -287,7 +307,7 @@ def test_long_float16_sequences_do_not_overflow(world):
             loss = loss_fn(tf.zeros_like(batch, tf.float32), batch)
         return loss_fn.global_value(loss), tape.gradient(loss, batch)
 
-    results = world.run(step, lambda r: np.full([1, 100_000 // world.num_replicas, 1], 2.0, np.float16))
+    results = world.run(step, lambda r: np.full([1, 100_000 // world.num_replicas, 1], 2.0, np.float16), graph=False)
     for value, gradient in results.values():
         assert value.dtype == np.float32
         assert oracle.relative_error(value, 4.0) <= 1e-5
@@ -307,7 +327,7 @@ def test_labels_of_rows_that_do_not_count_are_replaced(world):
         call = lambda rows, name=name, loss_fn=loss_fn: loss_fn.global_value(
             loss_fn(labels, tf.constant([[1.0, 2.0], [5.0, 5.0]]), lengths=[2, 2], **{name: rows})
         )
-        for found in world.run(call, lambda r, value=value: np.array(value)).values():
+        for found in world.run(call, lambda r, value=value: np.array(value), graph=False).values():
             assert found == 3.0
 
 
@@ -319,9 +339,9 @@ def test_a_mask_of_rows_decides_alone_which_rows_count(world):
     y_pred = tf.constant([[1.0, 2.0], [5.0, 6.0], [7.0, 7.0]])
     arguments = {"lengths": np.array([2, 0, 0]), "mask": np.array([True, True, False])}
     call = lambda given: loss_fn.global_value(loss_fn(tf.zeros([3, 2], tf.int32), y_pred, **given))
-    for found in world.run(call, lambda r: arguments).values():
+    for found in world.run(call, lambda r: arguments, graph=False).values():
         assert found == 7.0
-    for found in world.run(lambda x: call({"lengths": x}), lambda r: arguments["lengths"]).values():
+    for found in world.run(lambda x: call({"lengths": x}), lambda r: arguments["lengths"], graph=False).values():
         assert found == 3.0
 
 
@@ -368,8 +388,8 @@ def test_what_weighs_nothing_is_not_looked_at(world):
     poisoned[1] = np.nan
     for weights, lengths in (([[1.0], [0.0]], [2, 2]), ([1.0, 0.0], [2, 2]), ([[1.0, 1.0], [np.nan, np.nan]], [2, 0])):
         call = lambda x, weights=weights, lengths=lengths: step(x, tf.constant(weights), lengths)
-        found = world.run(call, lambda r: poisoned)
-        expected = world.run(call, lambda r: logits)
+        found = world.run(call, lambda r: poisoned, graph=False)
+        expected = world.run(call, lambda r: logits, graph=False)
         for r, (value, gradient) in found.items():
             assert np.isfinite(value) and value == expected[r][0]
             assert np.array_equal(gradient, expected[r][1]) and not gradient[1].any() and gradient[0].any()
@@ -379,7 +399,9 @@ def test_half_precision_labels_and_a_padding_value_of_nan(world):
     loss_fn = distpad.DistributedLoss(lambda t, p: tf.square(t - p), padding_value=float("nan"), backend=world.backend)
     for dtype in ("float16", "float32"):
         call = lambda y, dtype=dtype: loss_fn.global_value(loss_fn(y, tf.zeros([2, 2], dtype)))
-        for found in world.run(call, lambda r, dtype=dtype: np.array([[1, np.nan], [2, 3]], dtype)).values():
+        for found in world.run(
+            call, lambda r, dtype=dtype: np.array([[1, np.nan], [2, 3]], dtype), graph=False
+        ).values():
             assert found == pytest.approx(14 / 3)
 
 

@@ -109,7 +109,7 @@ def test_training_is_that_of_one_device(world, policy, overflow):
     finite = []
     for number in range(STEPS):
         given = lambda r, number=number: oracle.padded(rows_of(world, r, number, overflow), "float32")
-        finite += [np.isfinite(norm) for norm in list(world.run(step, given).values())[:1]]
+        finite += [np.isfinite(norm) for norm in list(world.run(step, given, graph=False).values())[:1]]
     assert finite == [number != OVERFLOWS or not overflow for number in range(STEPS)]
     assert dtypes == {(policy.removeprefix("mixed_"), "float32")}
     assert scale() == (512.0 if overflow else 1024.0)
@@ -168,7 +168,9 @@ def test_fit_is_that_of_one_device(world, global_policy, policy, overflow):
         optimizer = distpad.DistributedOptimizer(loss_scaled(optimizer, 1024.0)[0] if overflow else optimizer)
         entropy = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
         loss = distpad.DistributedLoss(entropy, padding_value=-99)
-        made.compile(loss=loss, optimizer=optimizer, **({"auto_scale_loss": False} if KERAS >= 3 else {}))
+        made.compile(
+            loss=loss, optimizer=optimizer, run_eagerly=True, **({"auto_scale_loss": False} if KERAS >= 3 else {})
+        )
         batch = oracle.padded([row for rows in steps for row in rows], "float32", beyond=0)
         columns = [(batch["x"][i : i + 8], batch["y"][i : i + 8]) for i in range(0, 8 * STEPS, 8)]
         history = made.fit(steps_dataset(world, columns), verbose=0, shuffle=False).history["loss"]
@@ -205,7 +207,7 @@ def test_the_sum_over_100_000_positions_is_not_of_half_precision(world, dtype):
     every = np.concatenate([errors(r).astype("float64").ravel() for r in range(world.num_replicas)])
     assert len(every) >= 100_000
     share = float(world.backend.share_scale)
-    for replica, (value, gradient) in world.run(step, errors).items():
+    for replica, (value, gradient) in world.run(step, errors, graph=False).items():
         assert abs(value - np.mean(every**2)) <= 1e-6 * np.mean(every**2)
         wanted = 2 * errors(replica).astype("float64") / len(every) * 1000 * share
         assert gradient.dtype == half and oracle.relative_error(gradient, wanted) <= LIMIT[f"mixed_{dtype}"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -11,7 +13,6 @@ import oracle
 from keras_world import KERAS, around_model, fit_optimizer, model_class, needs_help, steps_dataset
 
 WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2")
-pytestmark = pytest.mark.one_engine
 
 ROWS, STEPS, RATE = 8, 3, 0.5
 LIMITS = {"clipnorm": 0.05, "global_clipnorm": 0.07, "clipvalue": 0.02}  # below what the gradients have
@@ -31,8 +32,8 @@ def batches():
         ]
 
 
-def fitted(world, optimizer, jit_compile="auto" if KERAS >= 3 else None):
-    """The trained layer's weights, and the history."""
+def fitted(world, optimizer, **compiled):
+    """The trained layer's weights, and the history; by default without a graph, which takes a third of the time."""
     steps = []
     for rows in batches():
         padded = oracle.padded(rows, "float32", beyond=0)
@@ -46,7 +47,7 @@ def fitted(world, optimizer, jit_compile="auto" if KERAS >= 3 else None):
         model.set_weights(oracle.weights())
         entropy = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
         loss = distpad.DistributedLoss(entropy, padding_value=-99)
-        model.compile(loss=loss, optimizer=optimizer(), jit_compile=jit_compile)
+        model.compile(loss=loss, optimizer=optimizer(), **(compiled or {"run_eagerly": True}))
         history = model.fit(steps_dataset(world, steps), verbose=0, shuffle=False)
     return model.get_weights(), history.history["loss"][0]
 
@@ -84,16 +85,19 @@ def error_of(found, wanted):
 # -- clipping ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("clip", [None, *LIMITS])
-def test_clips_the_global_gradient(world, clip):
+@pytest.mark.parametrize(("clip", "eager"), [*itertools.product([None, *LIMITS], [True]), ("global_clipnorm", False)])
+def test_clips_the_global_gradient(world, clip, eager):
     limits = {clip: LIMITS[clip]} if clip else {}
-    found, loss = fitted(world, lambda: distpad.DistributedOptimizer(tf.keras.optimizers.SGD(RATE, **limits)))
+    optimizer = lambda: distpad.DistributedOptimizer(tf.keras.optimizers.SGD(RATE, **limits))
+    found, loss = fitted(world, optimizer, run_eagerly=eager)
     wanted, value = expected(clip)
     assert oracle.relative_error(loss, value) <= 1e-5
     assert error_of(found, wanted) <= 1e-5
 
 
-@pytest.mark.parametrize("clip", LIMITS)
+@pytest.mark.parametrize(
+    "clip", ["clipnorm", *[pytest.param(name, marks=pytest.mark.wide) for name in LIMITS if name != "clipnorm"]]
+)
 def test_keras_alone_clips_each_share(world, clip):
     """Why it is needed in Keras 3, and not in Keras 2."""
     if world.strategy is None:
@@ -126,7 +130,9 @@ def fit_with_an_overflow(world, make, **compiled):
         model = model_class(world)(inputs, outputs)
     with world.scope():
         optimizer = make(tf.keras.optimizers.SGD(0.01))
-        model.compile(loss=distpad.DistributedLoss(lambda t, p: p[..., 0]), optimizer=optimizer, **compiled)
+        model.compile(
+            loss=distpad.DistributedLoss(lambda t, p: p[..., 0]), optimizer=optimizer, run_eagerly=True, **compiled
+        )
         model.fit(steps_dataset(world, [(step, step[..., 0]) for step in x]), verbose=0, shuffle=False)
     return dense.get_weights()[0].item(), 1 - 0.01 * (x[0].mean() + x[2].mean()), optimizer
 
@@ -156,7 +162,7 @@ def test_an_infinity_of_one_replica_is_seen_by_all(world, wrong):
     scale = 1 if world.backend.gradient_reduction == "sum" else replicas
     table = np.zeros([9, 2])
     table[1 : replicas + 1] = np.arange(1, replicas + 1)[:, None] / scale
-    for seen, dense, sparse in world.run(step, given).values():
+    for seen, dense, sparse in world.run(step, given, graph=False).values():
         assert not np.isfinite(seen).any()
         assert oracle.relative_error(dense, np.array([sum(range(replicas + 1)) / scale])) <= 1e-6
         assert oracle.relative_error(sparse, table) <= 1e-6
@@ -201,7 +207,7 @@ def test_keras_alone_cannot_accumulate_on_several_replicas(world):
     if world.strategy is None or world.num_replicas == 1:
         pytest.skip("several replicas of a strategy")
     with pytest.raises(RuntimeError, match="merge_call"):
-        fitted(world, lambda: tf.keras.optimizers.SGD(RATE, gradient_accumulation_steps=3))
+        fitted(world, lambda: tf.keras.optimizers.SGD(RATE, gradient_accumulation_steps=3), run_eagerly=False)
 
 
 # -- the rest ---------------------------------------------------------------------------------------------------------
@@ -220,7 +226,9 @@ def test_sparse_gradients(world):
     with world.scope():
         model.set_weights([table])
         loss = distpad.DistributedLoss(lambda t, p: p[..., 0] ** 2)
-        model.compile(loss=loss, optimizer=distpad.DistributedOptimizer(tf.keras.optimizers.SGD(RATE)))
+        model.compile(
+            loss=loss, optimizer=distpad.DistributedOptimizer(tf.keras.optimizers.SGD(RATE)), run_eagerly=True
+        )
         model.fit(steps_dataset(world, [(ids, ids)]), verbose=0)
     gradient = np.zeros_like(table, np.float64)
     np.add.at(gradient, ids.ravel(), 2 * table[ids.ravel()].astype(np.float64) / ids.size)

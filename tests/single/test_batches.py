@@ -23,7 +23,8 @@ EXAMPLES = [{"y": [1, 2, 3]}, {"y": []}, {"y": [4]}]
 
 
 def made(source=EXAMPLES, size=2, **options):
-    return distpad.PaddedBatches(source, size, **{"padding": PADDING, "tokens": "y", "backend": "local", **options})
+    options = {"padding": PADDING, "tokens": "y", "buckets": None, "backend": "local", **options}
+    return distpad.PaddedBatches(source, size, **options)
 
 
 # -- what it reads ----------------------------------------------------------------------------------------------------
@@ -68,7 +69,7 @@ def test_a_source_may_use_its_buffers_again():
 
 def test_nested_and_top_names_go_together():
     (batch,) = made([([1, 2], {"x": [1.0]})], 1, padding={0: distpad.Pad(), "1/x": distpad.Pad()}, tokens=0)
-    assert {name: int(length[0]) for name, length in batch.lengths.items()} == {"0": 2, "1/x": 1}
+    assert {name: int(length[0]) for name, length in batch.lengths.items()} == {0: 2, "1/x": 1}
     assert len(tf.nest.flatten(batch)) > 5  # which sorts the names
 
 
@@ -96,8 +97,8 @@ def test_losses_of_their_own_counts():
     source = [{"a": [1, 2], "b": [1.0], "w": 0.5}, {"a": [3], "b": [], "w": 2.0}]
     padding = {"a": distpad.Pad(), "b": distpad.Pad()}
     (batch,) = made(source, padding=padding, tokens={"text": "a", "tone": "b"}, weights={"text": "w"})
-    assert [float(count) for count in batch.counts["text"]] == [0.5 * 2 + 2.0, 2]
-    assert [float(count) for count in batch.counts["tone"]] == [1, 1]
+    assert [float(count) for count in batch.counts["text"][:2]] == [0.5 * 2 + 2.0, 2]
+    assert [float(count) for count in batch.counts["tone"][:2]] == [1, 1]
     assert isinstance(batch.counts["text"], distpad.WeightedCounts)
     assert not isinstance(batch.counts["tone"], distpad.WeightedCounts)
 
@@ -119,7 +120,7 @@ def test_lengths_are_known_where_they_can_be():
         ({"tokens": "z"}, ValueError, r"tokens is 'z', expected a padded feature: \['y'\]"),
         ({"padding": {"y": 0}}, TypeError, r"padding\['y'\] is 0, expected a distpad.Pad"),
         ({"padding": {}}, TypeError, "padding is {}"),
-        ({"padding": {"y": distpad.Pad((0, 1))}}, ValueError, "with 2 ragged axes"),
+        ({"padding": {"y": distpad.Pad((0, 2))}}, ValueError, r"with ragged axes \[0, 2\]"),
         ({"lookahead": 0}, ValueError, "lookahead is 0, expected at least 1"),
         ({"buckets": 8}, TypeError, "buckets is 8"),
         ({"buckets": {"x": distpad.Buckets([8])}}, ValueError, "buckets is for 'x'"),
@@ -178,7 +179,7 @@ def test_a_padding_value_must_be_one_of_the_dtype(value, dtype, fits):
         ([{"y": [1], "x": [1]}, {"y": [1], "x": [1, 2]}], {}, "'x' of example 1 .* Add 'x' to padding"),
         ([{"y": [1]}], {"weights": "w"}, "weights is 'w', expected a feature of an example"),
         ([{"y": [1] * 9}], {"buckets": distpad.Buckets([8])}, r"axis 0 of 'y'.*length is 9.*\(example 0\)"),
-        ([{"y": [1, 2], "w": [1.0]}], {"padding": {**PADDING, "w": distpad.Pad()}, "weights": "w"}, "of length 1 in"),
+        ([{"y": [1, 2], "w": [1.0]}], {"padding": {**PADDING, "w": distpad.Pad()}, "weights": "w"}, "of shape .1,. in"),
         ([{"y": 3}], {}, "padding.'y'. is Pad.axis=0., expected no padding: it is a scalar"),
         ([{"y": [1]}, {"y": [[1], [2, 3]]}], {}, "'y' of example 1 is a list that is no array"),
         ([{"y": [1]}, {"y": None}], {}, "'y' of example 1 is of NoneType"),

@@ -276,7 +276,7 @@ def test_a_script_that_finds_hosts(tmp_path, monkeypatch):
     assert asking(tmp_path, "echo a:2; echo; echo b").ask() == spec.parse_hosts("a:2,b")
     with pytest.raises(ValueError, match="discover failed: no rights"):
         asking(tmp_path, "echo no rights >&2; exit 1").ask()
-    monkeypatch.setattr(discovery, "LIMIT_S", 0.5)
+    monkeypatch.setattr(discovery.times, "DISCOVERY_LIMIT_S", 0.5)
     began = time.monotonic()
     with pytest.raises(ValueError, match=r"timed out after 0\.5 seconds"):
         asking(tmp_path, "sleep 20\necho a").ask()  # the sleep has the pipe, too

@@ -31,6 +31,14 @@ def report(window: int, rows: list[int], failed_at: int | None, seed: int) -> pl
 
 def merged(reports, *, window, accumulation_steps=1, buckets=None, full_rows=None):
     packed = [plan.pack(each, worker, len(reports)) for worker, each in enumerate(reports)]
+    names = [f"feature {axis}" for axis in range(AXES)]
+    batches = distpad.PaddedBatches(
+        [],
+        1,
+        padding=dict.fromkeys(names, distpad.Pad()),
+        tokens=names[0],
+        buckets=buckets and dict(zip(names, buckets)),
+    )
     return plan.merge(
         np.max([maxima for maxima, _ in packed], axis=0),
         np.sum([sums for _, sums in packed], axis=0),
@@ -38,7 +46,7 @@ def merged(reports, *, window, accumulation_steps=1, buckets=None, full_rows=Non
         axes=AXES,
         losses=LOSSES,
         workers=len(reports),
-        buckets=buckets,
+        sizes_of=lambda _, agreed: batches._padded_sizes(0, 0, agreed),
         accumulation_steps=accumulation_steps,
         full_rows=full_rows,
     )
