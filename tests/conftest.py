@@ -1,23 +1,20 @@
-"""A share of the tests, where DISTPAD_SHARE asks for one, as tests/run.sh --short does: 2/3 is the second of three."""
+"""Which tests run: those marked wide where DISTPAD_TESTS=all, as tests/run.sh --all sets it, or where a command line
+asks for them, by ``-m`` with that word or by their ids. And how property tests draw."""
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
-import shares
+import drawn
 
-WHOLE = ("smoke", "one_engine")  # marks of what is in every share
+drawn.use_profile()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is in another share."""
-    share = os.environ.get("DISTPAD_SHARE")
-    if share:
-        others = [
-            item for item in items if not (shares.has(share, item.nodeid) or any(map(item.get_closest_marker, WHOLE)))
-        ]
-        config.hook.pytest_deselected(items=others)
-        items[:] = [item for item in items if item not in others]
+    """Leave out what is wide and was not asked for."""
+    asked = "wide" in (config.getoption("markexpr") or "") or any("::" in argument for argument in config.args)
+    if not drawn.ALL and not asked:
+        wide = [item for item in items if item.get_closest_marker("wide")]
+        config.hook.pytest_deselected(items=wide)
+        items[:] = [item for item in items if item not in wide]

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from hypothesis import settings
 from hypothesis import strategies as st
 
+import drawn
 from distpad.padding import Padded
 
-few = settings(max_examples=20, derandomize=True, deadline=None)
-many = settings(max_examples=150, derandomize=True, deadline=None)
+many = drawn.examples(150)
 sides = st.sampled_from(["pre", "post"])
 cutting = st.fixed_dictionaries(
     {"padding": sides, "truncating": sides}, optional={"length": st.integers(0, 6), "value": st.integers(-9, 9)}

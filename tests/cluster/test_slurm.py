@@ -159,7 +159,7 @@ BRACKETS = RANGES.map(lambda all_: ",".join(f"{a:0{w}}-{a + n:0{w}}" if n else f
 ENTRIES = st.lists(st.tuples(st.from_regex(r"[a-z][a-z-]{0,3}", fullmatch=True), BRACKETS), min_size=1, max_size=3)
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(st.lists(ENTRIES, min_size=1, max_size=3))
 def test_random_node_lists_are_read_as_scontrol_does(cluster, entries):
     form = ",".join("".join(f"{text}[{bracket}]" for text, bracket in entry) for entry in entries)

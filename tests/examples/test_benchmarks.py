@@ -18,7 +18,7 @@ import rounds  # noqa: E402 (the path comes first)
 import sequences  # noqa: E402
 
 LIMIT_S = 200
-pytestmark = pytest.mark.timeout(LIMIT_S + 20)
+pytestmark = [pytest.mark.wide, pytest.mark.timeout(LIMIT_S + 20)]
 
 
 def run(world: str, script: str, *arguments: object) -> str:

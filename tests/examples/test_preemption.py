@@ -79,7 +79,10 @@ def weights(out: pathlib.Path) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.one_stack
+@pytest.mark.parametrize(
+    "engine", ["mirrored", *[pytest.param(name, marks=pytest.mark.wide) for name in ENGINES if name != "mirrored"]]
+)
 def test_sigterm_to_one_worker_costs_no_step(tmp_path, engine):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     done = Training(engine, whole, "--no-drift").finish()
@@ -108,6 +111,7 @@ def test_sigterm_to_one_worker_costs_no_step(tmp_path, engine):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.wide
 def test_sigterm_to_the_launcher_is_one_for_all(tmp_path):
     training = Training("multiworker", tmp_path, "--no-drift")
     training.wait_for_checkpoint()
@@ -116,6 +120,7 @@ def test_sigterm_to_the_launcher_is_one_for_all(tmp_path):
     assert training.code == 143 and saved(tmp_path)[-1] % EVERY, training.told
 
 
+@pytest.mark.wide
 def test_a_later_sigterm_ends_a_worker_that_waits_for_another(tmp_path):
     training = Training("multiworker", tmp_path, "--no-drift")
     training.wait_for_checkpoint()
@@ -138,6 +143,7 @@ def test_a_later_sigterm_ends_a_worker_that_waits_for_another(tmp_path):
     assert done.code == 0 and re.search(rf"\b{last}/{STEPS}\b", done.told), done.told
 
 
+@pytest.mark.wide
 def test_sigterm_before_the_first_step_ends_a_worker_at_once(tmp_path):
     """While it measures the drift, for some seconds, with an engine that would rather take the signal itself."""
     out = tmp_path / "out"
@@ -152,6 +158,7 @@ def test_sigterm_before_the_first_step_ends_a_worker_at_once(tmp_path):
     assert not saved(out)
 
 
+@pytest.mark.wide
 @pytest.mark.timeout(5 * LIMIT_S)
 def test_elastic_training_under_sigterm(tmp_path):
     """To one worker: the others go on. To all: it ends, and goes on from what was saved. Each world is certified."""
@@ -185,7 +192,10 @@ def certified(job: elastic_job.Job) -> list[int]:
     return [int(count) for count in re.findall(r"distpad certificate: .* on (\d+) workers", job.output)]
 
 
-@pytest.mark.parametrize("world", ["mirrored:2", "multiworker:2", "horovod:2"])
+@pytest.mark.one_stack
+@pytest.mark.parametrize(
+    "world", ["mirrored:2", *[pytest.param(name, marks=pytest.mark.wide) for name in ("multiworker:2", "horovod:2")]]
+)
 def test_certify_stops_a_training_whose_gradients_are_off(tmp_path, world):
     backend, replicas = world.split(":")
     arguments = ("--backend", backend, "--replicas", replicas, "--certify", "--out", tmp_path)
@@ -197,6 +207,7 @@ def test_certify_stops_a_training_whose_gradients_are_off(tmp_path, world):
     assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.wide
 def test_certify_stops_an_elastic_training_whose_gradients_are_off(tmp_path):
     arguments = ("--backend", "horovod", "--elastic", "--certify", "--out", tmp_path / "out", *SMALL)
     with elastic_job.Job(tmp_path, elastic_job.BOTH, WRONG, *arguments) as job:

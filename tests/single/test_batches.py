@@ -314,6 +314,7 @@ def test_a_sampler_goes_on_with_another_number_of_replicas(count, batch, replica
 # -- threads and memory -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.wide
 def test_memory_does_not_grow_over_10000_steps():
     """The largest amount in the second half is that of the first, give or take two windows of examples. What TensorFlow
     allocates itself is counted in live tensors: 2.15 loses 16 bytes for each that was ever made, in any program."""

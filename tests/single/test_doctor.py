@@ -488,6 +488,7 @@ def command():
         process.wait()
 
 
+@pytest.mark.one_stack
 @pytest.mark.timeout(LIMIT_S + 20)
 def test_the_table(command):
     code, output, complaints = command("table")
@@ -496,6 +497,7 @@ def test_the_table(command):
     assert max(map(len, output.splitlines())) <= 100
 
 
+@pytest.mark.one_stack
 @pytest.mark.timeout(LIMIT_S + 20)
 def test_the_report(command):
     import tensorflow as tf

@@ -16,7 +16,7 @@ import sys
 import pytest
 
 import distpad
-import shares
+import suites
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SOURCES = {
@@ -265,45 +265,57 @@ def test_no_file_names_the_place_where_it_was_written():
     assert not found, "\n".join(found)
 
 
-def suites() -> dict[str, tuple[str, str]]:
-    """Name: stacks, and those of them that --short takes, each with the third that it takes, if not all."""
-    text = (ROOT / "tests" / "run.sh").read_text(encoding="utf-8")
-    rows = re.findall(r"^(\S+) +\|([\w ]+)\|([\w: ]+)\| +\d+ \|", text, re.MULTILINE)
-    return {name: (stacks, short) for name, stacks, short in rows}
+# -- the suites -------------------------------------------------------------------------------------------------------
+
+DEFAULT = {(suite.stack, suite.name): suite.command for suite in suites.SUITES if suite.command}
+EVERY = {(suite.stack, suite.name): suite.under_all or suite.command for suite in suites.SUITES}
+CHOOSES = re.compile(r" -[mk] (?!pytest)")
 
 
-def thirds(stack: str) -> dict[str, str]:
-    """Name: the third that --short takes on this stack, "" for all of it."""
-    words = ((name, word.partition(":")) for name, (_, short) in suites().items() for word in short.split())
-    return {name: share for name, (named, _, share) in words if named == stack}
+def test_every_suite_stands_in_the_table_once_and_runs_something():
+    assert len(EVERY) == len(suites.SUITES) and all(EVERY.values())
 
 
-@pytest.mark.parametrize("stack", ["current", "classic"])
-def test_ci_runs_every_engine_and_every_kind_of_test(stack):
-    """What --short leaves out of a stack is another number of replicas, or runs on the other stack."""
-    chosen = thirds(stack)
-    assert chosen["single"] == ""
-    assert {chosen[engine] for engine in ("mirrored:2", "multiworker:2", "horovod:2")} == {"1", "2", "3"}
-    if stack == "current":
-        assert {"lint", "mpirun:2", "launch", "launcher", "cluster", "examples", "k8s"} <= set(chosen)
-    assert all(set(re.sub(r":\d", "", short).split()) <= set(stacks.split()) for stacks, short in suites().values())
+def test_every_engine_and_every_kind_of_test_runs_by_default():
+    whole = {suite for suite, command in DEFAULT.items() if not CHOOSES.search(command)}
+    worlds = ("mirrored:2", "multiworker:2", "horovod:2")
+    kinds = ("lint", "single", "launch", "launcher", "cluster", "k8s", "examples")
+    assert whole >= {("current", name) for name in (*worlds, *kinds)} | {("classic", "mirrored:2")}
+    assert set(DEFAULT) >= {("current", name) for name in ("local", "onedevice", "mirrored:4", "horovod:3", "mpirun:2")}
+    assert set(DEFAULT) >= {("classic", name) for name in ("single", "multiworker:2", "horovod:2", "examples")}
 
 
-def test_an_engine_takes_another_share_on_the_other_stack():
-    for engine in ("mirrored:2", "multiworker:2", "horovod:2"):
-        assert thirds("current")[engine] != thirds("classic")[engine]
+def test_under_all_nothing_is_left_out():
+    chosen = {suite for suite, command in EVERY.items() if CHOOSES.search(command)}
+    assert chosen == {("classic", "smoke")}  # a part of what runs whole on the current stack
 
 
-def test_each_test_is_in_one_share():
-    names = [f"tests/replicas/test_loss.py::test_{number}" for number in range(300)]
-    taken = [[shares.has(f"{number}/3", name) for number in (1, 2, 3)] for name in names]
-    assert all(sum(row) == 1 for row in taken)
-    assert all(70 < sum(column) < 130 for column in zip(*taken))
+def test_ci_runs_the_default_tests():
+    lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if not line.startswith("#")] == [
+        "set -euo pipefail",
+        "export CI=true",
+        'exec bash "$(dirname "${BASH_SOURCE[0]}")/../tests/run.sh"',
+    ]
 
 
-def test_worlds_that_slow_tests_name_are_suites():
+def test_worlds_that_tests_name_are_suites():
     """One that no suite has would never be run."""
-    named_in_run = {name for name, (stacks, _) in suites().items() if "current" in stacks}
+    worlds = {name for stack, name in EVERY if stack == "current"}
     for path in (ROOT / "tests" / "replicas").glob("test_*.py"):
-        for named in re.findall(r"^WORLDS = \((.*)\)$", path.read_text(encoding="utf-8"), re.MULTILINE):
-            assert set(ast.literal_eval(f"[{named}]")) <= named_in_run, path.name
+        text = path.read_text(encoding="utf-8")
+        for named in re.findall(r"^WORLDS = \((.*)\)$|mark\.worlds\((.*?)\)", text, re.MULTILINE):
+            assert set(ast.literal_eval(f"[{''.join(named)}]")) <= worlds, path.name
+
+
+def test_every_test_module_is_in_a_suite():
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        folder = path.parent.relative_to(ROOT)
+        name = "worlds.py mirrored:2" if folder.name == "replicas" else str(folder)
+        name = "worlds.py horovod:2" if folder.name == "workers" else name
+        runs = [
+            command
+            for command in DEFAULT.values()
+            if name in command and f"--ignore {folder / path.name}" not in command
+        ]
+        assert runs, f"{path.name} is in no suite of tests/suites.py"

@@ -13,7 +13,7 @@ import time
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -96,7 +96,6 @@ TEXT = st.text(st.characters(blacklist_characters="\0", blacklist_categories=("C
 
 
 @given(command=st.lists(TEXT, min_size=1, max_size=4), value=TEXT)
-@settings(max_examples=50, deadline=None)
 def test_no_argument_and_no_value_gets_onto_a_command_line(command, value):
     marked = [f"MARK{word}" for word in command]
     job = make(command=tuple(marked), hosts=HOSTS, env=("GIVEN",), cwd="/MARK here")
@@ -112,7 +111,6 @@ def test_no_argument_and_no_value_gets_onto_a_command_line(command, value):
 
 
 @given(words=st.lists(TEXT, min_size=1, max_size=5))
-@settings(max_examples=25, deadline=None)
 def test_what_ssh_is_given_is_read_back_by_a_shell(words):
     job = make(python="/a 'b'/$(c)/python", hosts=HOSTS)
     *_, host, remote = render.agent_argv(job, HOSTS[0], {"PYTHONPATH": words[0]})

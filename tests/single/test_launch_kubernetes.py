@@ -10,7 +10,7 @@ import shutil
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -114,7 +114,6 @@ def resources(*arguments: list[str] | None) -> list[dict]:
 
 
 @given(st.lists(st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",))), min_size=1))
-@settings(max_examples=50, deadline=None)
 def test_a_command_replaces_the_arguments_word_for_word(words):
     job(command=tuple(words))
     patch = kubernetes.command_patch(words, resources(None, ["old", "words"]))

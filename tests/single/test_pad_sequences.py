@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+import drawn
 from distpad.padding import pad_sequences
 
 tf = pytest.importorskip("tensorflow")
@@ -80,7 +81,7 @@ def keras_2_differs(kwargs: dict) -> bool:
     return text and (is_bytes or is_object) and getattr(tf.keras, "__version__", "2").startswith("2")
 
 
-@settings(max_examples=3000, derandomize=True, deadline=None)
+@drawn.examples(3000)
 @given(sequences, arguments)
 def test_it_equals_keras_in_results_and_errors(batch: Any, kwargs: dict) -> None:
     if keras_2_differs(kwargs):
@@ -88,7 +89,7 @@ def test_it_equals_keras_in_results_and_errors(batch: Any, kwargs: dict) -> None
     assert_same(outcome(pad_sequences, batch, **kwargs), outcome(tf.keras.utils.pad_sequences, batch, **kwargs))
 
 
-@settings(max_examples=1000, derandomize=True, deadline=None)
+@drawn.examples(1000)
 @given(
     st.one_of(lists_of(st.integers(-9, 9)), lists_of(vectors)),
     st.none() | st.integers(1, 6),

@@ -110,7 +110,8 @@ print("replicas", strategy.num_replicas_in_sync, flush=True)
 """
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+@pytest.mark.one_stack
+@pytest.mark.parametrize("host", ["::1", pytest.param("127.0.0.1", marks=pytest.mark.wide)])  # as in every world
 def test_tensorflow_serves_at_such_an_address(host):
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as held:

@@ -1,0 +1,91 @@
+"""The suites of tests/run.sh: what each runs, and what it costs."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from typing import NamedTuple
+
+TESTS = pathlib.Path(__file__).resolve().parent
+
+PYTEST = 'python -m pytest --junitxml="$REPORT"'
+SCRIPTS = r"git ls-files | grep -E '\.(sh|sbatch)$|^\.ci/run$' | xargs shellcheck -x -P SCRIPTDIR"
+OPENMPI5 = "launch/environment.sh {} --openmpi5 --horovod >&2"
+TOOLS = "tests/k8s/tools.sh"
+
+
+class Suite(NamedTuple):
+    """One row. The command runs in the checkout, with the environment's programs first on PATH."""
+
+    name: str
+    stack: str
+    cores: float  # that it keeps busy: less than one where it mostly waits
+    seconds: int  # that it takes by default on a free machine: the longest start first
+    limit: int  # minutes after which it is ended
+    command: str  # by default; "" where it runs under --all alone
+    under_all: str = ""  # where that is another: marks and modules are chosen here, wide tests by tests/conftest.py
+
+
+def world(spec: str, *arguments: str) -> str:
+    """The tests of tests/replicas and tests/workers in an engine, with so many replicas."""
+    return " ".join(["python tests/worlds.py", spec, *arguments, '--junitxml="$REPORT"'])
+
+
+def with_tensorflow(folder: str) -> list[str]:
+    """The modules of a folder that use TensorFlow or Keras: the others need one stack, since both are Python 3.11."""
+    uses = re.compile(r"\b(tf|tensorflow|keras)\.\w|\bimport (tensorflow|keras)\b")
+    paths = sorted((TESTS / folder).glob("test_*.py"))
+    return [f"tests/{folder}/{path.name}" for path in paths if uses.search(path.read_text(encoding="utf-8"))]
+
+
+def core(name: str, stack: str, cores: float, seconds: int, also: str = "") -> Suite:
+    """An engine or a number of replicas of which the core is enough by default, since another suite has all of it."""
+    expression = f'-k "core or {also}"' if also else "-m core"
+    return Suite(name, stack, cores, seconds, 30, world(name, expression), world(name))
+
+
+KERAS = "keras or optimizer"  # whatever runs Keras's fit: Keras 2 and Keras 3 go ways of their own there
+SUITES = [
+    Suite("lint", "current", 1, 30, 5, f"ruff check . && ruff format --check . && mypy distpad && {SCRIPTS}"),
+    Suite("single", "current", 1, 150, 15, f"{PYTEST} tests/single"),
+    Suite("mirrored:2", "current", 1, 200, 30, world("mirrored:2")),
+    Suite("multiworker:2", "current", 2, 180, 30, world("multiworker:2")),
+    Suite("horovod:2", "current", 2, 150, 30, world("horovod:2")),
+    core("local", "current", 1, 15),
+    core("onedevice", "current", 1, 15),
+    Suite("mirrored:1", "current", 1, 0, 30, "", world("mirrored:1")),
+    core("mirrored:4", "current", 1, 30),
+    core("horovod:3", "current", 2, 30),
+    core("mpirun:2", "current", 2, 30),
+    Suite("examples", "current", 1, 120, 40, f"{PYTEST} tests/examples"),
+    Suite("launch", "current", 1, 120, 20, f"{PYTEST} tests/launch --ignore tests/launch/test_launcher.py"),
+    Suite("launcher", "current", 0.4, 240, 20, f"{PYTEST} tests/launch/test_launcher.py"),
+    Suite(
+        *("cluster", "current", 0.7, 300, 35, f"{PYTEST} tests/cluster"),
+        under_all=f"{OPENMPI5.format('current')} && {PYTEST} tests/cluster",
+    ),
+    Suite("k8s", "current", 1, 200, 60, f"{TOOLS} && {PYTEST} tests/k8s"),
+    Suite("mutants", "current", 1, 0, 60, "", "python tests/mutants.py"),
+    Suite(
+        *(
+            "single",
+            "classic",
+            1,
+            60,
+            15,
+            f"{PYTEST} -m 'not one_stack' {{}}".format(" ".join(with_tensorflow("single"))),
+        ),
+        under_all=f"{PYTEST} tests/single",
+    ),
+    Suite("mirrored:2", "classic", 1, 200, 30, world("mirrored:2")),
+    core("multiworker:2", "classic", 2, 60, KERAS),
+    core("horovod:2", "classic", 2, 60, KERAS),
+    Suite("local", "classic", 1, 0, 30, "", world("local")),
+    Suite("mirrored:4", "classic", 1, 0, 30, "", world("mirrored:4")),
+    Suite("examples", "classic", 1, 30, 40, f"{PYTEST} -m 'not one_stack' tests/examples", f"{PYTEST} tests/examples"),
+    Suite("launch", "classic", 1, 0, 20, "", f"{PYTEST} tests/launch --ignore tests/launch/test_launcher.py"),
+    Suite(
+        *("smoke", "classic", 1, 0, 30, ""),
+        f"{OPENMPI5.format('classic')} && {TOOLS} && {PYTEST} -m smoke tests/cluster tests/k8s/test_running.py",
+    ),
+]
