@@ -99,7 +99,6 @@ def test_a_wrong_row_is_refused_in_a_graph(world, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@alone
 def test_a_wrong_row_is_refused_under_a_denominator(world, kind):
     """By the replica that has it: the step has no exchange."""
     _, text, found = faults(0)[kind]
