@@ -137,6 +137,7 @@ def test_a_loss_that_a_layer_adds(world):
     if world.strategy is None:
         model = endpoint(world)
         model.compile(optimizer=keras_world.fit_optimizer(world, tf.keras.optimizers.SGD(0.1)))
+        distpad.broadcast_variables(model.variables)
         before = [variable.numpy() for variable in model.trainable_variables]
         model.fit(data, batch_size=4, verbose=0)
         predicted = data[0].numpy() @ before[0] + before[1]  # the same rows on all ranks: one device's step
