@@ -19,7 +19,6 @@ from distpad.pipeline.padder import Batch
 from distpad.pipeline.stats import PaddingStats
 
 _NAME = "PaddedBatches"
-_MANY = 1 << 30
 _BOUNDARIES = 8  # for the lengths of a sampler
 
 
@@ -120,7 +119,8 @@ class PaddedBatches:
         self._opened = 0
         self._running: epoch.Epoch | None = None
         self._counting = threading.Lock()
-        self._handed = _MANY  # so many batches of this epoch to fit, which may have dropped them
+        self._handed = 0  # so many batches in the iteration of fit that runs
+        self._fed: list[tuple[int, _Position]] = []  # its epochs: what was handed out before each, and where it began
 
     def __iter__(self) -> Iterator[Batch]:
         self._check_engine()
@@ -145,10 +145,13 @@ class PaddedBatches:
             found = f"that of {mine} {what}, when it was made"
             raise ValueError(errors.sentence(_NAME, "backend", found, f"that of the {others} {what} now", remedy))
 
-    @property
-    def _only_looked(self) -> bool:
-        """Whether fit may have trained on none of the batches that it was handed of this epoch."""
-        return self._handed <= max(self._backend.fit_looks_at, self._backend.fit_reads_ahead)
+    def _untrained(self) -> _Position | None:
+        """The beginning of the epoch that is to begin again, since fit may have trained on nothing of it: it only looked
+        at some batches, or they were read ahead."""
+        ahead = self._backend.fit_reads_ahead
+        if self._fed and self._handed <= max(self._backend.fit_looks_at, ahead):
+            return self._fed[0][1]
+        return next((position for before, position in self._fed[1:] if before >= self._handed - ahead), None)
 
     def _leave(self, elements: feeding.Elements | None) -> None:
         """End what is running. An epoch that fit only looked at will begin again. Collective where workers of a
@@ -159,9 +162,10 @@ class PaddedBatches:
             handed = np.array([self._handed]), np.zeros(1)
             meeting = agreement.Agreement(self._backend, *settings)
             self._handed = meeting.merge((1, 1), lambda _: handed, "the next epoch", lambda _: True)[0][0]
-        if self._only_looked:
-            self._rewind()
-        self._handed = _MANY
+        untrained = self._untrained()
+        if untrained:
+            self._at, self._begun = untrained, False
+        self._fed = []
 
     def _open(self, elements: feeding.Elements | None = None) -> epoch.Epoch:
         """Begin the next epoch, of batches or of what fit is fed, when the last was left."""
@@ -302,30 +306,38 @@ class PaddedBatches:
         planned, steps = self._at, self._steps_of_all()
         looked_at = itertools.count()
 
-        def epoch_of() -> Generator[Any, None, bool]:
-            """Returns whether all of it was handed out."""
+        def epoch_of(goes_on: bool) -> Generator[Any, None, bool]:
+            """Returns whether all of it was handed out. ``goes_on``: from the epoch before, in the same iteration."""
             is_first = next(looked_at) == 0
             fresh = is_first and first is self._running and planned == self._at
-            if not fresh:
+            if not fresh and not goes_on:
                 self._leave(elements)
             if steps and self._at.step and not self._begun:
                 found = f"at step {self._at.step}, when a dataset of {steps} steps an epoch was made already"
                 raise ValueError(errors.sentence("load_state_dict", "state", found, "to be loaded before for_keras"))
             running = first if fresh else self._open(elements)
-            self._begun, self._handed, handed = True, 0, 0
+            self._begun = True
+            self._handed = self._handed if self._fed else 0
+            self._fed = [
+                *self._fed[:1],
+                *self._fed[1:][-self._backend.fit_reads_ahead :],
+                (self._handed, self._began_at),
+            ]
             for element in self._consume(running):
-                self._handed = handed = handed + 1
+                self._handed += 1
                 yield element
             if running is not self._running:
                 return False
-            if not (is_first and handed < self._backend.fit_looks_at):  # so short that looking reads all of it
-                self._handed = _MANY
+            is_short = is_first and self._handed < self._backend.fit_looks_at  # so that looking reads all of it
+            if not elements.repeats and not is_short:
+                self._fed = []
             return not running.was_left
 
         def feed() -> Iterator[Any]:
             # Not by Dataset.repeat: where a worker is stopped between two epochs, nobody would tell the others.
-            while (yield from epoch_of()) and elements.repeats:
-                pass
+            goes_on = False
+            while (yield from epoch_of(goes_on)) and elements.repeats:
+                goes_on = True
 
         return feed
 
@@ -374,7 +386,7 @@ class PaddedBatches:
 
         With a sampler it holds for any number of workers; without one for as many, with sources in the same order.
         """
-        at, group = self._began_at if self._only_looked else self._at, self._recipe.accumulation_steps
+        at, group = self._untrained() or self._at, self._recipe.accumulation_steps
         step = at.step // group * group
         begins = list(at.begins if step else ())
         return {"epoch": at.epoch, "step": step, "begins": begins, "source": self._belongs_to()}
@@ -414,7 +426,7 @@ class PaddedBatches:
         begins = tuple(errors.whole_number(_NAME, "state's begins", each, least=0) for each in state["begins"])
         self._stop()
         self._at = _Position(number, step, begins if step else ())
-        self._begun, self._handed = False, _MANY
+        self._begun, self._fed = False, []
 
     def _belongs_to(self) -> dict[str, Any]:
         """What a position is a position of: the plan of a sampler, or so many examples of each worker a step."""
