@@ -146,8 +146,8 @@ class PaddedBatches:
             raise ValueError(errors.sentence(_NAME, "backend", found, f"that of the {others} {what} now", remedy))
 
     def _untrained(self) -> _Position | None:
-        """The beginning of the epoch that is to begin again, since fit may have trained on nothing of it: it only looked
-        at some batches, or they were read ahead."""
+        """The beginning of the epoch that is to begin again, since fit may have trained on nothing of it: its batches
+        were only looked at, or read ahead."""
         ahead = self._backend.fit_reads_ahead
         if self._fed and self._handed <= max(self._backend.fit_looks_at, ahead):
             return self._fed[0][1]
@@ -320,7 +320,7 @@ class PaddedBatches:
             self._handed = self._handed if self._fed else 0
             self._fed = [
                 *self._fed[:1],
-                *self._fed[1:][-self._backend.fit_reads_ahead :],
+                *self._fed[1:][-3:],
                 (self._handed, self._began_at),
             ]
             for element in self._consume(running):
@@ -461,5 +461,6 @@ class PaddedBatches:
             return sources.steps_of_sampler(self._source, self._sampler, mine, self._backend.num_replicas, number, step)
         self._opened += 1
         size = self._recipe.batch_size or 1
-        examples = sources.examples_of(self._source, checks * size * here, step * size * here, self._opened)
+        tokens = [*self._recipe.tokens.values()]
+        examples = sources.examples_of(self._source, checks * size * here, step * size * here, self._opened, tokens)
         return sources.steps_of_examples(examples, size, here, checks, step)
