@@ -52,7 +52,8 @@ class PaddedBatches:
       weights: a feature with sample weights, one a position or one an example: then counts are sums of weights, and the
         loss must be given the weights. With several losses, a mapping from those that are weighted.
       buckets: what lengths are rounded up to, so that a step has few shapes. ``"auto"``: where a sampler plans by a
-        length, its buckets or the best 8 boundaries for all its lengths; else ``Buckets.auto()``. A ``Buckets`` for
+        length, its buckets or the best 8 boundaries for all its lengths (with ``max_tokens`` and without buckets, the
+        longest); else ``Buckets.auto()``, alike for sizes that are at most two boundaries apart. A ``Buckets`` for
         all features, or a mapping with equally many boundaries: a step uses the highest that a feature needs. None: to
         the longest, exactly.
       lookahead: steps that are planned at once; rounded up to whole groups of ``accumulation_steps``.
