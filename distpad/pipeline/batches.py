@@ -6,10 +6,12 @@ import contextlib
 import functools
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+import tensorflow as tf
 
 from distpad import backends, errors
 from distpad.buckets import Buckets
@@ -244,7 +246,9 @@ class PaddedBatches:
             model.fit(batches.for_keras(x="image", y="text"), epochs=3)
 
         Args:
-          x, y: a feature's name, or a list, tuple or dict of names: what the model takes and is held against.
+          x, y: a feature's name, or a list, tuple or dict of names: what the model takes and is held against. The name
+            of a part of an example stands for all features in it. ``y=None``: for ``predict``, which then gets the real
+            rows of ``x`` alone, in order (``(x,)``, without weights); of a dataset with ``y`` it is refused.
           repeat: go on with the next epoch, for ``fit(..., steps_per_epoch=...)``. With several workers of a
             MultiWorkerMirroredStrategy, Keras 2 takes nothing else.
 
@@ -252,8 +256,9 @@ class PaddedBatches:
           A ``tf.data.Dataset`` of ``(x, y, weights)``; with several workers of a MultiWorkerMirroredStrategy, which
           would deal out a dataset once more, a ``tf.distribute.DistributedDataset`` of each replica's. Features
           ``[rows, *shape]``, the rows of this worker's replicas behind one another, as MirroredStrategy deals them out;
-          weights ``[rows, length]`` float32, 0 on padding and in filling
-          rows, in a dict with the losses' names where ``tokens`` is a mapping. Its shapes are None on ragged axes and,
+          weights ``[rows, length]`` float32 (``[rows, n, m]`` for two ragged axes), 0 on padding and in filler rows;
+          ``[rows]`` where no feature of ``y`` is padded: one label a row, such as a class; in a dict with the losses'
+          names where ``tokens`` is a mapping. Its shapes are None on ragged axes and,
           with ``max_tokens``, for the rows: all lengths share one trace.
 
         Keras holds all epochs of one ``fit`` to the number of steps of the first. Where it varies (``max_tokens``),
@@ -262,7 +267,8 @@ class PaddedBatches:
         iteration of its own: there one that was left within the four batches that are read for it, and the first one
         if it has no more than three, is begun again. ``state_dict`` counts the batches that tf.data asked for: under
         strategies up to three more than were trained on, on one worker perhaps more than on another (save that of one,
-        and load it on all); else those alone that ``fit`` has taken.
+        and load it on all); else those alone that ``fit`` has taken. An epoch of which no more than these were asked
+        for begins again when ``fit`` is called again.
 
         Under Horovod, do not add ``prefetch``: who leaves an epoch must have asked for the same batches.
 
@@ -285,6 +291,10 @@ class PaddedBatches:
             found = f"False with {self._backend.num_workers} workers of a strategy in Keras 2"
             remedy = "Then write fit(dataset, steps_per_epoch=...)."
             raise ValueError(errors.sentence("for_keras", "repeat", found, "True", remedy))
+        if y is None and self._backend.num_workers > 1 and self._backend.fit_reads_ahead:
+            remedy = "Let each worker predict in a loop: for batch in batches: strategy.run(...)."
+            found = f"None with {self._backend.num_workers} workers of a strategy"
+            raise ValueError(errors.sentence("for_keras", "y", found, "a feature", remedy))
         self._check_engine(of_workers=True)
         elements = feeding.Elements(self._recipe, x, y, repeat)
         self._leave(elements)
@@ -298,9 +308,14 @@ class PaddedBatches:
         except BaseException:
             first.close()
             raise
-        return self._backend.fit_dataset(
-            feeding.dataset(self._feeder(elements, first), signature, self._steps_of_all(), repeats=repeat)
+        # predict gets no batch that only fills up a group of steps, or that follows this worker's last example
+        is_whole = self._recipe.accumulation_steps == self._backend.num_workers == 1
+        steps = self._steps_of_all() if is_whole or not elements.predicts else None
+        dataset = self._backend.fit_dataset(
+            feeding.dataset(self._feeder(elements, first), signature, steps, repeats=repeat)
         )
+        elements.dataset = weakref.ref(dataset)
+        return dataset
 
     def _feeder(self, elements: feeding.Elements, first: epoch.Epoch) -> Callable[[], Iterator[Any]]:
         """What each iteration calls, in a thread of tf.data's; ``first`` is what the first one finds begun."""
@@ -309,6 +324,7 @@ class PaddedBatches:
 
         def epoch_of(goes_on: bool) -> Generator[Any, None, bool]:
             """Returns whether all of it was handed out. ``goes_on``: from the epoch before, in the same iteration."""
+            elements.refuse_predict()
             is_first = next(looked_at) == 0
             fresh = is_first and first is self._running and planned == self._at
             if not fresh and not goes_on:
@@ -326,7 +342,8 @@ class PaddedBatches:
             ]
             for element in self._consume(running):
                 self._handed += 1
-                yield element
+                if not (elements.predicts and not len(tf.nest.flatten(element)[0])):
+                    yield element
             if running is not self._running:
                 return False
             is_short = is_first and self._handed < self._backend.fit_looks_at  # so that looking reads all of it
