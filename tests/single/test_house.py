@@ -45,8 +45,8 @@ ROOMS = (
     "errors",
 )
 # The private names of others that are read: what Python documents in spite of the underscore (NamedTuple's methods,
-# os._exit), and Keras's mask, for which there is no other way (masking.py says why).
-PRIVATE_NAMES = {"_asdict", "_exit", "_fields", "_keras_mask", "_replace"}
+# os._exit, sys._current_frames), and Keras's mask, for which there is no other way (masking.py says why).
+PRIVATE_NAMES = {"_asdict", "_current_frames", "_exit", "_fields", "_keras_mask", "_replace"}
 SETTINGS = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 
