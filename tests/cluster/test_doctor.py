@@ -18,7 +18,7 @@ from cluster import hosts
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LIMIT_S = 100  # of the doctor; alone on the machine it takes 10 s
 PORT = 23456
-pytestmark = pytest.mark.timeout(3 * LIMIT_S)
+pytestmark = [pytest.mark.timeout(3 * LIMIT_S), pytest.mark.xdist_group("doctor")]
 
 
 @pytest.fixture

@@ -16,12 +16,12 @@ import time
 import pytest
 
 from cluster import hosts, pods
-from launched import WORKER
+from launched import QUICK, WORKER
 
 HERE = pathlib.Path(__file__).resolve().parent
 SUMMING = HERE / "summing.py"
 POD = [sys.executable, "-m", "distpad", "pod"]
-QUICK = ("--grace-s", "3", "--wait-s", "20")
+FLAGS = ("--grace-s", "2", "--wait-s", "60")
 TRAINING_LIMIT_S = 150
 
 pytestmark = pytest.mark.timeout(240)
@@ -66,9 +66,9 @@ def gang(kind: str, count: int, workers: int | None = None):
     name, service, told = GANGS[kind]
     with pods.up([name.format(index) for index in range(count)], service=service) as up:
 
-        def start(index: int, *command, flags=QUICK, **env) -> subprocess.Popen:
+        def start(index: int, *command, flags=FLAGS, **env) -> subprocess.Popen:
             argv = [*POD, kind, *flags, "--", *map(str, command)]
-            return up[index].popen(argv, {**told(index, workers or count), **env})
+            return up[index].popen(argv, {**told(index, workers or count), **QUICK, **env})
 
         yield up, start
 
@@ -184,7 +184,7 @@ def test_nobody_succeeds_before_all_have():
 
 def test_others_that_do_not_finish():
     with gang("indexed-job", 2) as (_, start):
-        flags = (*QUICK, "--finish-s", "2")
+        flags = (*FLAGS, "--finish-s", "2")
         codes, said = finish(*(start(i, *scripted("1=sleep:60"), flags=flags) for i in range(2)), limit_s=30)
     assert codes == [124, 4] and "not all others within 2 s" in said[0]
 
@@ -305,7 +305,7 @@ class MpiJob:
     def start_workers(self, *which: int) -> None:
         for index in which:
             argv = [*POD, "mpi-worker", "--keys", self.folder / "ssh"]
-            self.sshds.append(self.workers[index].popen(argv, {"K_MPI_JOB_ROLE": "worker"}))
+            self.sshds.append(self.workers[index].popen(argv, {"K_MPI_JOB_ROLE": "worker", **QUICK}))
 
     def discover(self, *which: int) -> None:
         """What the operator writes of the pods that run."""
@@ -319,8 +319,8 @@ class MpiJob:
         mounted = self.folder / "mpi"
         told = {**OPERATOR, "OMPI_MCA_orte_default_hostfile": str(mounted / "hostfile"), "DISTPAD_WORKERS": "2"}
         where = ("--keys", self.folder / "ssh", "--host-discovery-script", mounted / "discover_hosts.sh")
-        argv = [*POD, kind, *QUICK, *where, *flags, "--", *map(str, command)]
-        return self.launcher.popen(argv, {**told, **env})
+        argv = [*POD, kind, *FLAGS, *where, *flags, "--", *map(str, command)]
+        return self.launcher.popen(argv, {**told, **QUICK, **env})
 
 
 @pytest.fixture
