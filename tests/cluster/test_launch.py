@@ -42,9 +42,6 @@ mostly_alone = pytest.mark.parametrize(
 and_horovodrun = pytest.mark.parametrize(
     "engine", ["multiworker", "horovodrun", *(pytest.param(name, marks=wide) for name in ("mpirun-4", "mpirun-5"))]
 )
-of_this_environment = pytest.mark.parametrize(
-    "engine", ["multiworker", "horovodrun", "mpirun-4", pytest.param("mpirun-5", marks=wide)]
-)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +90,7 @@ def assert_trained(done, tmp_path, replicas):
 
 @pytest.mark.smoke
 @pytest.mark.xdist_group("training")
-@of_this_environment
+@and_horovodrun
 def test_a_small_training_on_two_hosts(up, engine):
     where, python = "host1:1,host2:1", python_of(engine)
     command = [python, SMALL, "2"]
