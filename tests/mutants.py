@@ -16,6 +16,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
+import multiprocessing
 import os
 import pathlib
 import re
@@ -26,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 
+import worlds
 from mutations import MUTANTS, Mutant
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -35,6 +37,8 @@ JOBS = 2
 BY_DEFAULT = {"mirrored:2": "not wide", "multiworker:2": "not wide", "horovod:2": "not wide"}  # elsewhere the core
 # the last lines of pytest's output; "Failed: Timeout" or an exception of the product is no assertion
 ASSERTED = re.compile(r"^FAILED \S+::(.+?) - (?:AssertionError|assert\b|Failed: DID NOT RAISE)", re.MULTILINE)
+QUIET = {"TF_CPP_MIN_LOG_LEVEL": "2", "COLUMNS": "400", "PYTHONDONTWRITEBYTECODE": "1"}
+FORKS = multiprocessing.get_context("forkserver")
 START = f"import sys, worlds; sys.exit(worlds.run(sys.argv[1], sys.argv[2:], limit_s={LIMIT_S}))"
 
 
@@ -54,6 +58,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = {mutant.name: mutant for mutant in MUTANTS}
     parser.add_argument("names", nargs="*", metavar="NAME", help="mutants (default: all)")
+    parser.add_argument("--jobs", type=int, default=JOBS, help=f"mutants at once (default: {JOBS})")
     parser.add_argument("--list", action="store_true", help="print the mutants and stop")
     options = parser.parse_args()
     unknown = [name for name in options.names if name not in known]
@@ -67,9 +72,10 @@ def main() -> int:
     if outdated:
         print(*outdated, sep="\n")
         return 2
-    with concurrent.futures.ThreadPoolExecutor(JOBS) as pool:
-        worlds = sorted({mutant.world for mutant in chosen})
-        sound = [*pool.map(lambda world: passes_unchanged(world, chosen), worlds)]
+    os.environ.update(QUIET)
+    FORKS.set_forkserver_preload(["tensorflow", "keras", "pytest"])
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        sound = [*pool.map(lambda world: passes_unchanged(world, chosen), sorted({mutant.world for mutant in chosen}))]
         if not all(sound):
             return 2
         outcomes = []
@@ -135,12 +141,13 @@ def copy() -> Iterator[pathlib.Path]:
 
 def run(folder: pathlib.Path, world: str, selection: str) -> tuple[int, str]:
     """The selected tests of a copy in a world: exit code and output of all its ranks."""
-    quiet = {"TF_CPP_MIN_LOG_LEVEL": "2", "COLUMNS": "400", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-c", START, world, "-k", selection, "-m", BY_DEFAULT.get(world, "core")]
+    arguments = ["-k", selection, "-m", BY_DEFAULT.get(world, "core")]
+    if worlds.parse(world)[0] not in worlds.STARTERS:
+        return forked(folder, world, arguments)
     done = subprocess.run(
-        command,
+        [sys.executable, "-c", START, world, *arguments],
         cwd=folder / "tests",
-        env={**os.environ, **quiet},
+        env={**os.environ, **QUIET},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -148,6 +155,32 @@ def run(folder: pathlib.Path, world: str, selection: str) -> tuple[int, str]:
         errors="replace",
     )
     return done.returncode, done.stdout
+
+
+def forked(folder: pathlib.Path, world: str, arguments: list[str]) -> tuple[int, str]:
+    """The same in a world of one process, forked from one that has imported TensorFlow: that takes most of the time."""
+    process = FORKS.Process(target=within, args=(folder, world, arguments))
+    process.start()
+    process.join(LIMIT_S)
+    code = process.exitcode
+    if code is None:
+        process.kill()
+        process.join()
+    outputs = sorted(folder.glob("rank-*"))
+    return 124 if code is None else code, "".join(path.read_text(errors="replace") for path in outputs)
+
+
+def within(folder: pathlib.Path, world: str, arguments: list[str]) -> None:
+    """What the forked process does: nothing of the checkout itself is imported."""
+    os.chdir(folder / "tests")
+    os.environ.update(QUIET, DISTPAD_WORLD=world, DISTPAD_RANK_OUTPUT=str(folder))
+    sys.path[:0] = [str(folder / "tests"), str(folder)]
+    for name in ("mutations", "worlds"):
+        sys.modules.pop(name, None)
+    import rank
+
+    sys.argv[1:] = [str(folder / "tests" / "replicas"), *arguments]
+    os._exit(rank.main())  # as rank.py itself does
 
 
 def line(outcome: Outcome) -> str:

@@ -556,4 +556,32 @@ MUTANTS = (
         new='"average": "token",',
         selection="test_a_loaded_model and callable",
     ),
+    Mutant(
+        name="a-backend-of-one-device-is-taken",
+        file="backends/detection.py",
+        old="if found.num_replicas < running and not isinstance(found, horovod.HorovodBackend):",
+        new="if False:",
+        selection="test_a_backend_of_one_device_in_a_step and name-False",
+    ),
+    Mutant(
+        name="counts-for-other-replicas-are-taken",
+        file="losses.py",
+        old="tf.equal(*for_these)",
+        new="tf.constant(True)",
+        selection="test_a_batch_that_was_made_for_one_device and batch-token",
+    ),
+    Mutant(
+        name="counts-of-another-feature-are-taken",
+        file="losses.py",
+        old="is_close = tf.reduce_all(",
+        new="is_close = tf.reduce_any(",
+        selection="test_counts_of_another_feature",
+    ),
+    Mutant(
+        name="a-loss-that-a-layer-adds-is-taken",
+        file="loss_checks.py",
+        old='if name in ("__call__", "losses") and',
+        new='if name in ("losses",) and',
+        selection="test_a_loss_that_a_layer_adds",
+    ),
 )

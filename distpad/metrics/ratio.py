@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from distpad import averages, backends, errors, exchange, masking, scaling
@@ -51,7 +52,8 @@ class Ratio(tf.keras.metrics.Metric):
 
         Raises:
           ValueError, TypeError: arguments that do not go together (inside a ``tf.function``, what only shows while it
-            runs is a ``tf.errors.InvalidArgumentError``); a metric that was made outside the scope of the strategy.
+            runs is a ``tf.errors.InvalidArgumentError``, and inside XLA a result of NaN); a metric that was made
+            outside the scope of the strategy.
 
         Not collective: replicas may be updated unequally often.
         """
@@ -65,8 +67,11 @@ class Ratio(tf.keras.metrics.Metric):
                 "inside `with strategy.scope():`, or behind hvd.init()."
             )
         sums, rules = self._sums(y_true, y_pred, sources)
-        exchange.enforce(here, self._kind, [*rules, masking.fit_rule(sums.rows, sums.fits)])
-        self._parts.assign_add(tf.stack([tf.cast(part, tf.float64) for part in (sums.total, sums.tokens)]))
+        ok = exchange.enforce(here, self._kind, [*rules, masking.fit_rule(sums.rows, sums.fits)])
+        parts = tf.stack([tf.cast(part, tf.float64) for part in (sums.total, sums.tokens)])
+        if ok is not True:  # XLA drops assertions
+            parts = tf.where(ok, parts, tf.constant(np.nan, tf.float64))
+        self._parts.assign_add(parts)
 
     def _sums(self, y_true: Any, y_pred: Any, sources: dict[str, Any]) -> tuple[averages.Sums, list[exchange.Rule]]:
         raise NotImplementedError

@@ -6,10 +6,12 @@ import contextlib
 import functools
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+import tensorflow as tf
 
 from distpad import backends, errors
 from distpad.buckets import Buckets
@@ -19,7 +21,6 @@ from distpad.pipeline.padder import Batch
 from distpad.pipeline.stats import PaddingStats
 
 _NAME = "PaddedBatches"
-_MANY = 1 << 30
 _BOUNDARIES = 8  # for the lengths of a sampler
 
 
@@ -53,7 +54,8 @@ class PaddedBatches:
       weights: a feature with sample weights, one a position or one an example: then counts are sums of weights, and the
         loss must be given the weights. With several losses, a mapping from those that are weighted.
       buckets: what lengths are rounded up to, so that a step has few shapes. ``"auto"``: where a sampler plans by a
-        length, its buckets or the best 8 boundaries for all its lengths; else ``Buckets.auto()``. A ``Buckets`` for
+        length, its buckets or the best 8 boundaries for all its lengths (with ``max_tokens`` and without buckets, the
+        longest); else ``Buckets.auto()``, alike for sizes that are at most two boundaries apart. A ``Buckets`` for
         all features, or a mapping with equally many boundaries: a step uses the highest that a feature needs. None: to
         the longest, exactly.
       lookahead: steps that are planned at once; rounded up to whole groups of ``accumulation_steps``.
@@ -120,7 +122,8 @@ class PaddedBatches:
         self._opened = 0
         self._running: epoch.Epoch | None = None
         self._counting = threading.Lock()
-        self._handed = _MANY  # so many batches of this epoch to fit, which may have dropped them
+        self._handed = 0  # so many batches in the iteration of fit that runs
+        self._fed: list[tuple[int, _Position]] = []  # its epochs: what was handed out before each, and where it began
 
     def __iter__(self) -> Iterator[Batch]:
         self._check_engine()
@@ -145,10 +148,13 @@ class PaddedBatches:
             found = f"that of {mine} {what}, when it was made"
             raise ValueError(errors.sentence(_NAME, "backend", found, f"that of the {others} {what} now", remedy))
 
-    @property
-    def _only_looked(self) -> bool:
-        """Whether fit may have trained on none of the batches that it was handed of this epoch."""
-        return self._handed <= max(self._backend.fit_looks_at, self._backend.fit_reads_ahead)
+    def _untrained(self) -> _Position | None:
+        """The beginning of the epoch that is to begin again, since fit may have trained on nothing of it: its batches
+        were only looked at, or read ahead."""
+        ahead = self._backend.fit_reads_ahead
+        if self._fed and self._handed <= max(self._backend.fit_looks_at, ahead):
+            return self._fed[0][1]
+        return next((position for before, position in self._fed[1:] if before >= self._handed - ahead), None)
 
     def _leave(self, elements: feeding.Elements | None) -> None:
         """End what is running. An epoch that fit only looked at will begin again. Collective where workers of a
@@ -159,9 +165,10 @@ class PaddedBatches:
             handed = np.array([self._handed]), np.zeros(1)
             meeting = agreement.Agreement(self._backend, *settings)
             self._handed = meeting.merge((1, 1), lambda _: handed, "the next epoch", lambda _: True)[0][0]
-        if self._only_looked:
-            self._rewind()
-        self._handed = _MANY
+        untrained = self._untrained()
+        if untrained:
+            self._at, self._begun = untrained, False
+        self._fed = []
 
     def _open(self, elements: feeding.Elements | None = None) -> epoch.Epoch:
         """Begin the next epoch, of batches or of what fit is fed, when the last was left."""
@@ -239,7 +246,9 @@ class PaddedBatches:
             model.fit(batches.for_keras(x="image", y="text"), epochs=3)
 
         Args:
-          x, y: a feature's name, or a list, tuple or dict of names: what the model takes and is held against.
+          x, y: a feature's name, or a list, tuple or dict of names: what the model takes and is held against. The name
+            of a part of an example stands for all features in it. ``y=None``: for ``predict``, which then gets the real
+            rows of ``x`` alone, in order (``(x,)``, without weights); of a dataset with ``y`` it is refused.
           repeat: go on with the next epoch, for ``fit(..., steps_per_epoch=...)``. With several workers of a
             MultiWorkerMirroredStrategy, Keras 2 takes nothing else.
 
@@ -247,8 +256,9 @@ class PaddedBatches:
           A ``tf.data.Dataset`` of ``(x, y, weights)``; with several workers of a MultiWorkerMirroredStrategy, which
           would deal out a dataset once more, a ``tf.distribute.DistributedDataset`` of each replica's. Features
           ``[rows, *shape]``, the rows of this worker's replicas behind one another, as MirroredStrategy deals them out;
-          weights ``[rows, length]`` float32, 0 on padding and in filling
-          rows, in a dict with the losses' names where ``tokens`` is a mapping. Its shapes are None on ragged axes and,
+          weights ``[rows, length]`` float32 (``[rows, n, m]`` for two ragged axes), 0 on padding and in filler rows;
+          ``[rows]`` where no feature of ``y`` is padded: one label a row, such as a class; in a dict with the losses'
+          names where ``tokens`` is a mapping. Its shapes are None on ragged axes and,
           with ``max_tokens``, for the rows: all lengths share one trace.
 
         Keras holds all epochs of one ``fit`` to the number of steps of the first. Where it varies (``max_tokens``),
@@ -257,7 +267,8 @@ class PaddedBatches:
         iteration of its own: there one that was left within the four batches that are read for it, and the first one
         if it has no more than three, is begun again. ``state_dict`` counts the batches that tf.data asked for: under
         strategies up to three more than were trained on, on one worker perhaps more than on another (save that of one,
-        and load it on all); else those alone that ``fit`` has taken.
+        and load it on all); else those alone that ``fit`` has taken. An epoch of which no more than these were asked
+        for begins again when ``fit`` is called again.
 
         Under Horovod, do not add ``prefetch``: who leaves an epoch must have asked for the same batches.
 
@@ -280,6 +291,10 @@ class PaddedBatches:
             found = f"False with {self._backend.num_workers} workers of a strategy in Keras 2"
             remedy = "Then write fit(dataset, steps_per_epoch=...)."
             raise ValueError(errors.sentence("for_keras", "repeat", found, "True", remedy))
+        if y is None and self._backend.num_workers > 1 and self._backend.fit_reads_ahead:
+            remedy = "Let each worker predict in a loop: for batch in batches: strategy.run(...)."
+            found = f"None with {self._backend.num_workers} workers of a strategy"
+            raise ValueError(errors.sentence("for_keras", "y", found, "a feature", remedy))
         self._check_engine(of_workers=True)
         elements = feeding.Elements(self._recipe, x, y, repeat)
         self._leave(elements)
@@ -293,39 +308,54 @@ class PaddedBatches:
         except BaseException:
             first.close()
             raise
-        return self._backend.fit_dataset(
-            feeding.dataset(self._feeder(elements, first), signature, self._steps_of_all(), repeats=repeat)
+        # predict gets no batch that only fills up a group of steps, or that follows this worker's last example
+        is_whole = self._recipe.accumulation_steps == self._backend.num_workers == 1
+        steps = self._steps_of_all() if is_whole or not elements.predicts else None
+        dataset = self._backend.fit_dataset(
+            feeding.dataset(self._feeder(elements, first), signature, steps, repeats=repeat)
         )
+        elements.dataset = weakref.ref(dataset)
+        return dataset
 
     def _feeder(self, elements: feeding.Elements, first: epoch.Epoch) -> Callable[[], Iterator[Any]]:
         """What each iteration calls, in a thread of tf.data's; ``first`` is what the first one finds begun."""
         planned, steps = self._at, self._steps_of_all()
         looked_at = itertools.count()
 
-        def epoch_of() -> Generator[Any, None, bool]:
-            """Returns whether all of it was handed out."""
+        def epoch_of(goes_on: bool) -> Generator[Any, None, bool]:
+            """Returns whether all of it was handed out. ``goes_on``: from the epoch before, in the same iteration."""
+            elements.refuse_predict()
             is_first = next(looked_at) == 0
             fresh = is_first and first is self._running and planned == self._at
-            if not fresh:
+            if not fresh and not goes_on:
                 self._leave(elements)
             if steps and self._at.step and not self._begun:
                 found = f"at step {self._at.step}, when a dataset of {steps} steps an epoch was made already"
                 raise ValueError(errors.sentence("load_state_dict", "state", found, "to be loaded before for_keras"))
             running = first if fresh else self._open(elements)
-            self._begun, self._handed, handed = True, 0, 0
+            self._begun = True
+            self._handed = self._handed if self._fed else 0
+            self._fed = [
+                *self._fed[:1],
+                *self._fed[1:][-3:],
+                (self._handed, self._began_at),
+            ]
             for element in self._consume(running):
-                self._handed = handed = handed + 1
-                yield element
+                self._handed += 1
+                if not (elements.predicts and not len(tf.nest.flatten(element)[0])):
+                    yield element
             if running is not self._running:
                 return False
-            if not (is_first and handed < self._backend.fit_looks_at):  # so short that looking reads all of it
-                self._handed = _MANY
+            is_short = is_first and self._handed < self._backend.fit_looks_at  # so that looking reads all of it
+            if not elements.repeats and not is_short:
+                self._fed = []
             return not running.was_left
 
         def feed() -> Iterator[Any]:
             # Not by Dataset.repeat: where a worker is stopped between two epochs, nobody would tell the others.
-            while (yield from epoch_of()) and elements.repeats:
-                pass
+            goes_on = False
+            while (yield from epoch_of(goes_on)) and elements.repeats:
+                goes_on = True
 
         return feed
 
@@ -374,7 +404,7 @@ class PaddedBatches:
 
         With a sampler it holds for any number of workers; without one for as many, with sources in the same order.
         """
-        at, group = self._began_at if self._only_looked else self._at, self._recipe.accumulation_steps
+        at, group = self._untrained() or self._at, self._recipe.accumulation_steps
         step = at.step // group * group
         begins = list(at.begins if step else ())
         return {"epoch": at.epoch, "step": step, "begins": begins, "source": self._belongs_to()}
@@ -414,7 +444,7 @@ class PaddedBatches:
         begins = tuple(errors.whole_number(_NAME, "state's begins", each, least=0) for each in state["begins"])
         self._stop()
         self._at = _Position(number, step, begins if step else ())
-        self._begun, self._handed = False, _MANY
+        self._begun, self._fed = False, []
 
     def _belongs_to(self) -> dict[str, Any]:
         """What a position is a position of: the plan of a sampler, or so many examples of each worker a step."""
@@ -449,5 +479,6 @@ class PaddedBatches:
             return sources.steps_of_sampler(self._source, self._sampler, mine, self._backend.num_replicas, number, step)
         self._opened += 1
         size = self._recipe.batch_size or 1
-        examples = sources.examples_of(self._source, checks * size * here, step * size * here, self._opened)
+        tokens = [*self._recipe.tokens.values()]
+        examples = sources.examples_of(self._source, checks * size * here, step * size * here, self._opened, tokens)
         return sources.steps_of_examples(examples, size, here, checks, step)

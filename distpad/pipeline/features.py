@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import collections.abc
 import json
 import operator
@@ -31,6 +32,7 @@ class Place(int):
         return False if isinstance(other, str) else int(self) > other
 
 
+_NAMED_TUPLES: dict[str, type] = {}  # of examples, by module and name
 Row = list  # of arrays, one for each feature, in the order of Features.features
 
 
@@ -111,6 +113,8 @@ class Features:
             if typed is None and not guess:
                 return None
             array = _as_array(column[0] if typed is None else typed, repr(name))
+            if array.dtype == np.int64 and _is_python(typed):
+                array = next((np.array(item, np.float64) for item in column if _is_float(item)), array)
             pad = padding.get(name)
             if pad and max(pad.axes) >= array.ndim:
                 rank = f"axes of an array of rank {array.ndim}" if array.ndim else "no padding: it is a scalar"
@@ -132,8 +136,11 @@ class Features:
             if _says_nothing(item):
                 rest = tuple(size or 0 for size in feature.shape[array.ndim :])
                 array = np.zeros(array.shape + rest, feature.dtype)
+            if array.dtype == np.int64 and feature.dtype == np.float64 and _is_python(item):
+                array = array.astype(np.float64)
             if array.dtype != feature.dtype:
-                raise ValueError(_sentence(where, f"of dtype {array.dtype}", f"{feature.dtype}, as the first"))
+                remedy = "Write 1.0 for 1, or np.float32 arrays." if _is_python(item) else "Cast one of them."
+                raise ValueError(_sentence(where, f"of dtype {array.dtype}", f"{feature.dtype}, as the first", remedy))
             sizes_fit = array.ndim == len(feature.shape) and all(
                 want in (None, have) for want, have in zip(feature.shape, array.shape)
             )
@@ -166,8 +173,7 @@ class Features:
         if name in self.names:
             return name
         for part in str(name).split("/"):
-            children = dict(at["dict"]) if "dict" in at else dict(enumerate(at["tuple"]))
-            at = {str(key): child for key, child in children.items()}[part]
+            at = {str(key): child for key, child in (_children(at) if isinstance(at, dict) else {}).items()}[part]
         return _packed(at, {leaf: leaf for leaf in _names(at)})
 
     def by_name(self, packed: Any) -> dict[Name, Any]:
@@ -246,7 +252,10 @@ def _skeleton(example: Any, path: tuple[Name, ...] = ()) -> Any:
         return {"dict": [[key, _skeleton(example[key], (*path, key))] for key in sorted(example)]}
     if isinstance(example, tuple):
         if hasattr(example, "_fields"):
-            raise TypeError(_sentence("an example", f"a {type(example).__name__}", "a dict or a plain tuple"))
+            kind = f"{type(example).__module__}:{type(example).__qualname__}"
+            _NAMED_TUPLES[kind] = type(example)
+            children = [[name, _skeleton(getattr(example, name), (*path, name))] for name in example._fields]
+            return {"named": children, "type": kind}
         return {"tuple": [_skeleton(item, (*path, i)) for i, item in enumerate(example)]}
     return (path[0] if path else 0) if len(path) < 2 else "/".join(map(str, path))
 
@@ -254,8 +263,20 @@ def _skeleton(example: Any, path: tuple[Name, ...] = ()) -> Any:
 def _names(skeleton: Any) -> list[Name]:
     if not isinstance(skeleton, dict):
         return [skeleton]
-    children = [child for _, child in skeleton["dict"]] if "dict" in skeleton else skeleton["tuple"]
-    return [name for child in children for name in _names(child)]
+    return [name for child in _children(skeleton).values() for name in _names(child)]
+
+
+def _children(skeleton: Any) -> dict[Name, Any]:
+    """The parts of an example by their keys, fields or places."""
+    return (
+        dict(enumerate(skeleton["tuple"])) if "tuple" in skeleton else dict(skeleton.get("dict") or skeleton["named"])
+    )
+
+
+def named_arrays(example: Any) -> dict[Name, np.ndarray]:
+    """An example's features by their names."""
+    skeleton = _skeleton(example)
+    return dict(zip(_names(skeleton), map(np.asarray, _leaves(example, skeleton))))
 
 
 def _leaves(example: Any, skeleton: Any) -> list[Any]:
@@ -263,7 +284,7 @@ def _leaves(example: Any, skeleton: Any) -> list[Any]:
         return [example]
     if "dict" in skeleton:
         return [leaf for key, child in skeleton["dict"] for leaf in _leaves(example[key], child)]
-    return [leaf for item, child in zip(example, skeleton["tuple"]) for leaf in _leaves(item, child)]
+    return [leaf for item, child in zip(example, _children(skeleton).values()) for leaf in _leaves(item, child)]
 
 
 def _packed(skeleton: Any, leaves: Mapping[Name, Any]) -> Any:
@@ -271,12 +292,33 @@ def _packed(skeleton: Any, leaves: Mapping[Name, Any]) -> Any:
         return leaves[skeleton]
     if "dict" in skeleton:
         return {key: _packed(child, leaves) for key, child in skeleton["dict"]}
+    if "named" in skeleton:
+        fields = {name: _packed(child, leaves) for name, child in skeleton["named"]}
+        return _named_tuple(skeleton["type"], [*fields])(**fields)
     return tuple(_packed(child, leaves) for child in skeleton["tuple"])
+
+
+def _named_tuple(kind: str, fields: Sequence[str]) -> type:
+    """The class of that module and name; one like it, where this worker never had an example of it."""
+    if kind not in _NAMED_TUPLES:
+        _NAMED_TUPLES[kind] = collections.namedtuple(kind.rpartition(":")[2].rpartition(".")[2], fields)
+    return _NAMED_TUPLES[kind]
 
 
 def _says_nothing(item: Any) -> bool:
     """Whether it is an empty list, or a list of such: of no dtype."""
     return isinstance(item, list) and all(map(_says_nothing, item))
+
+
+def _is_python(item: Any) -> bool:
+    """Whether a number or a list of numbers is Python's own, which writes 1 where it means 1.0."""
+    return isinstance(item, (int, float, list))
+
+
+def _is_float(item: Any) -> bool:
+    if isinstance(item, list):
+        return any(map(_is_float, item))
+    return isinstance(item, float)
 
 
 def _as_array(item: Any, where: str) -> np.ndarray:

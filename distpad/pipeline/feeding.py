@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ class Elements:
     """Batches as fit takes them: the features that ``x`` and ``y`` name, and the mask as sample weights.
 
     Args:
-      x, y: names of features, or nests of them.
+      x, y: names of features, or nests of them; ``y`` is None for ``predict``, which gets the real rows of ``x`` alone.
       repeats: whether the dataset goes on with the next epoch.
 
     Raises TypeError for what is no name, ValueError for an empty nest.
@@ -34,19 +35,38 @@ class Elements:
     def __init__(self, recipe: Recipe, x: Any, y: Any, repeats: bool) -> None:
         self._recipe, self.repeats = recipe, repeats
         self.channel = Channel(next(_CHANNELS))
-        self._names = tuple(_as_nest(argument, given) for argument, given in (("x", x), ("y", y)))
+        self.predicts = y is None
+        self._given = {"x": _as_nest("x", x)} if self.predicts else {"x": _as_nest("x", x), "y": _as_nest("y", y)}
+        self.dataset: Callable[[], Any] = lambda: None  # what fit is given
 
     def __str__(self) -> str:
-        return "x={!r}, y={!r}".format(*self._names)
+        return ", ".join(f"{argument}={names!r}" for argument, names in self._given.items())
 
     def of(self, features: Features, batches: Sequence[Batch]) -> Any:
         """One element in NumPy: the rows of this worker's replicas behind one another."""
         parts, names = [], self._named(features)
         for batch in batches:
             arrays = features.by_name(batch.data)
-            weights = {loss: self._weights(loss, features, batch) for loss in self._recipe.tokens}
+            weights = {} if self.predicts else {n: self._weights(n, features, batch) for n in self._recipe.tokens}
             parts.append((*_mapped(arrays.__getitem__, names), weights.get(None, weights)))
-        return tf.nest.map_structure(lambda *rows: np.concatenate(rows), *parts)
+        joined = tf.nest.map_structure(lambda *rows: np.concatenate(rows), *parts)
+        if not self.predicts:
+            return joined
+        places = np.concatenate([batch.indices for batch in batches])
+        real = np.argsort(places, kind="stable")[np.count_nonzero(places < 0) :]  # as a sampler dealt them out
+        return (tf.nest.map_structure(lambda rows: rows[real], joined[0]),)
+
+    def refuse_predict(self) -> None:
+        """Raise where Keras's predict iterates a dataset that holds filler rows, which no batch can tell it to leave
+        out. The frame of predict is the only trace of it."""
+        dataset = self.dataset()
+        for frame in [] if self.predicts or dataset is None else sys._current_frames().values():
+            caller: Any = frame
+            while caller is not None:
+                if caller.f_code.co_name == "predict" and caller.f_locals.get("x") is dataset:
+                    remedy = "Write for_keras(x=..., y=None): then predict gets the real rows alone."
+                    raise ValueError(errors.sentence(_NAME, "y", "given for predict", "None", remedy))
+                caller = caller.f_back
 
     def signature(self, features: Features, rows: int | None) -> Any:
         """The specs of an element; ragged axes are None in all, so that all lengths share one trace.
@@ -59,11 +79,14 @@ class Elements:
             feature: Feature = known[name]
             return tf.TensorSpec([rows, *feature.shape], tf.as_dtype(feature.dtype))
 
+        if self.predicts:
+            rows = None
+            return tuple(_mapped(spec, self._named(features)))
         ranks = {loss: self._rank_of_weights(loss, features) for loss in self._recipe.tokens}
         weights = {loss: tf.TensorSpec([rows, *[None] * rank], tf.float32) for loss, rank in ranks.items()}
         return (*_mapped(spec, self._named(features)), weights.get(None, weights))
 
-    def _named(self, features: Features) -> tuple[Any, Any]:
+    def _named(self, features: Features) -> tuple[Any, ...]:
         """``x`` and ``y`` as nests of names of features: the name of a part of an example stands for all in it."""
 
         def named(argument: str, name: Name) -> Any:
@@ -73,8 +96,7 @@ class Elements:
                 rule = f"a feature of an example: {features.names}"
                 raise ValueError(errors.sentence(_NAME, argument, repr(name), rule)) from None
 
-        x, y = (_mapped(functools.partial(named, argument), names) for argument, names in zip("xy", self._names))
-        return x, y
+        return tuple(_mapped(functools.partial(named, argument), names) for argument, names in self._given.items())
 
     def _rank_of_weights(self, loss: Any, features: Features) -> int:
         """The axes of a loss's weights beside that of rows: none where its labels are one for each row."""

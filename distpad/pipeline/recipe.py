@@ -12,6 +12,7 @@ from distpad.pipeline.features import Name, Pad
 
 _NAME = "PaddedBatches"
 _ENDLESS = Buckets.auto()
+_TOGETHER = 2  # boundaries that sizes are apart at most, to be padded alike
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Recipe:
     def padded_sizes(self, agreed: tuple[int, ...], sampled: Buckets | None, longest: int | None) -> tuple[int, ...]:
         """What the ragged axes of a step are padded to, whose longest sizes over all replicas are ``agreed``.
 
-        Given buckets go together, the highest that one of them needs: as many shapes as boundaries. Those of "auto" do
-        not: texts are not padded to the length of their recordings.
+        Given buckets go together, the highest that one of them needs: as many shapes as boundaries. With "auto", sizes
+        go together that are at most two boundaries apart: texts are not padded to the length of their recordings.
 
         Args:
           sampled: with "auto", the buckets of the lengths that a sampler plans by; ``longest`` is that of this step.
@@ -65,8 +66,12 @@ class Recipe:
             return agreed
         given = self.axis_buckets
         if given is None:
-            of_sampler = (sampled if sampled and size == longest else _ENDLESS for size in agreed)
-            return tuple(buckets(size) for buckets, size in zip(of_sampler, agreed))
+            others = [_ENDLESS.index(size) for size in agreed if not sampled or size != longest]
+            highest = max(others, default=0)
+            raised = iter([highest if highest - index <= _TOGETHER else index for index in others])
+            return tuple(
+                sampled(size) if sampled and size == longest else _ENDLESS.boundary(next(raised)) for size in agreed
+            )
         index = max(each.index(size) for each, size in zip(given, agreed))
         return tuple(each.boundary(index) for each in given)
 

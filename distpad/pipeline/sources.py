@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -10,9 +11,11 @@ import numpy as np
 import tensorflow as tf
 
 from distpad import errors
+from distpad.pipeline.features import Name, named_arrays
 from distpad.sampling import LengthSampler
 
 _NAME = "PaddedBatches"
+_HEAD = 4  # examples that are looked at beforehand
 
 
 class Step(NamedTuple):
@@ -30,7 +33,7 @@ class Step(NamedTuple):
 def checked(source: Any, batch_size: Any, drop_remainder: bool) -> tuple[Any, LengthSampler | None]:
     """The examples, and the sampler that picks from them."""
     if isinstance(source, tuple) and len(source) == 2 and isinstance(source[1], LengthSampler):
-        indexable, sampler = source
+        indexable, sampler = _rows_of(source[0]), source[1]
         if batch_size is not None:
             raise ValueError(errors.sentence(_NAME, "batch_size", batch_size, "None: the sampler decides"))
         if drop_remainder:
@@ -44,23 +47,90 @@ def checked(source: Any, batch_size: Any, drop_remainder: bool) -> tuple[Any, Le
             found = f"of {count} examples"
             raise ValueError(errors.sentence(_NAME, "source", found, f"{len(sampler.lengths)}, as the sampler has"))
         return indexable, sampler
+    source = _rows_of(source)
     if not hasattr(source, "__iter__"):
         remedy = "A function that makes a generator? Wrap it in a class with __iter__." if callable(source) else ""
-        kinds = "a tf.data.Dataset, an iterable, or (indexable, LengthSampler)"
+        kinds = "a tf.data.Dataset, an iterable, an object with __getitem__ and __len__, or (indexable, LengthSampler)"
         raise TypeError(errors.sentence(_NAME, "source", type(source).__name__, kinds, remedy))
     if batch_size is None:
         raise ValueError(errors.sentence(_NAME, "batch_size", None, "examples per replica; only a sampler decides it"))
     return source, None
 
 
-def examples_of(source: Any, checked: int, first: int, opened: int) -> Iterator[Any]:
+class _InOrder:
+    """What has ``__getitem__`` and ``__len__`` alone, as an iterable."""
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, place: int) -> Any:
+        return self._source[place]
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self._source[place] for place in range(len(self)))
+
+
+class _Rows:
+    """The rows of a pandas.DataFrame as dicts."""
+
+    def __init__(self, frame: Any) -> None:
+        self._columns = {name: frame[name].to_numpy() for name in frame.columns}
+        self._count = len(frame)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, place: int) -> dict[Any, Any]:
+        return {name: column[place] for name, column in self._columns.items()}
+
+
+def _rows_of(source: Any) -> Any:
+    """A source whose iteration gives examples."""
+    pandas = sys.modules.get("pandas")  # where it is not imported, nothing is its DataFrame
+    if pandas is not None and isinstance(source, pandas.DataFrame):
+        return _InOrder(_Rows(source))
+    is_indexed = hasattr(source, "__getitem__") and hasattr(source, "__len__")
+    return _InOrder(source) if is_indexed and not hasattr(source, "__iter__") else source
+
+
+def _refuse_batches(examples: Sequence[Any], tokens: Sequence[Name]) -> None:
+    """Raise where the first elements of a tf.data.Dataset look like batches: all features have an axis more than they
+    need, with one size in all features and in all elements, but for a smaller last one."""
+    sizes, ranks = [], set()
+    for example in examples:
+        arrays = named_arrays(example)
+        sizes.append({array.shape[:1] for array in arrays.values()})
+        ranks |= {array.ndim for name, array in arrays.items() if name in tokens}
+    if (
+        len(examples) < 2
+        or () in set().union(*sizes)
+        or any(len(each) > 1 for each in sizes)
+        or min(ranks, default=0) < 2
+    ):
+        return
+    first, *others = [size for each in sizes for (size,) in each]
+    if first > 1 and all(size == first for size in others[:-1]) and others[-1] <= first:
+        found = f"a tf.data.Dataset whose elements hold {first} rows of every feature"
+        remedy = (
+            "Write dataset.unbatch(): it makes the batches itself. Or leave out what is of equal length everywhere."
+        )
+        raise ValueError(errors.sentence(_NAME, "source", found, "one of single examples", remedy))
+
+
+def examples_of(source: Any, checked: int, first: int, opened: int, tokens: Sequence[Name]) -> Iterator[Any]:
     """The first ``checked`` examples of a source and those from ``first`` on, in one iteration, since the next may have
-    another order; ``opened`` counts the iterations."""
+    another order; ``opened`` counts the iterations. ``tokens``: what is counted."""
     if isinstance(source, tf.data.Dataset):
         if first:
             kept = source.enumerate().filter(lambda place, _: (place < checked) | (place >= first))
             source = kept.map(lambda _, example: example)
-        return iter(source.as_numpy_iterator())
+        examples = iter(source.as_numpy_iterator())
+        head = [*itertools.islice(examples, _HEAD)]
+        _refuse_batches(head, tokens)
+        return itertools.chain(head, examples)
     examples = iter(source)
     if examples is source and opened > 1:
         remedy = "Give a list, a tf.data.Dataset, or an object whose __iter__ begins anew."

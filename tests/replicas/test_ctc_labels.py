@@ -9,6 +9,7 @@ import tensorflow as tf
 import distpad
 import oracle
 from distpad import backends
+from replica_world import alone
 
 WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2")
 
@@ -247,26 +248,26 @@ def check_against_paths(blank, scale, dtype, compiled=False):
         assert not np.any(found[frames:])
 
 
-@pytest.mark.one_engine
+@pytest.mark.worlds("mirrored:2")  # of one device
 @pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16, tf.float32, tf.float64])
 def test_value_and_gradient_are_those_of_all_paths(dtype):
     for blank in (0, 1, 2):
         check_against_paths(blank, 1.0, dtype)
 
 
-@pytest.mark.one_engine
+@pytest.mark.worlds("mirrored:2")  # of one device
 def test_unlikely_texts_keep_their_digits():
     check_against_paths(1, 40.0, tf.float64)
     check_against_paths(1, 40.0, tf.float32)
 
 
-@pytest.mark.one_engine
+@pytest.mark.worlds("mirrored:2")  # of one device
 @pytest.mark.parametrize("blank", [1, pytest.param(0, marks=pytest.mark.wide)])
 def test_it_compiles(blank):
     check_against_paths(blank, 1.0, tf.float32, compiled=True)
 
 
-@pytest.mark.one_engine
+@pytest.mark.worlds("mirrored:2")  # of one device
 def test_a_long_sequence_as_tensorflow_computes_it():
     """Its kernel for sparse labels; in float32, beside float64."""
     random = np.random.default_rng(45)
@@ -285,7 +286,7 @@ def test_a_long_sequence_as_tensorflow_computes_it():
     assert oracle.relative_error(values[0][1], values[1][1]) <= 1e-3
 
 
-@pytest.mark.one_engine
+@pytest.mark.worlds("mirrored:2")  # of one device
 @pytest.mark.parametrize(
     "dtypes", [("uint8", "int64", "int32"), ("int64", "uint8", "uint16"), ("int8", "int32", "uint64")]
 )
@@ -296,7 +297,8 @@ def test_labels_of_any_integer_dtype(dtypes):
     np.testing.assert_array_equal(distpad.CTC(blank_index=0)(converted, logits), wanted)
 
 
-@pytest.mark.one_engine
+@pytest.mark.worlds("mirrored:2")  # of one device
+@alone
 def test_integers_do_not_wrap():
     """2**32 + 1 is no class 1."""
     loss_fn = distpad.DistributedLoss(
@@ -307,7 +309,7 @@ def test_integers_do_not_wrap():
         loss_fn(y_true, tf.zeros([1, 2, 3]))
 
 
-@pytest.mark.one_engine
+@pytest.mark.worlds("mirrored:2")  # of one device
 def test_degenerate_batches():
     ctc = distpad.CTC(blank_index=-1)
     int32 = lambda *shape: np.zeros(shape, np.int32)
@@ -322,7 +324,7 @@ def test_degenerate_batches():
         assert losses.shape == [0] and gradient.shape == logits.shape
 
 
-@pytest.mark.one_engine
+@pytest.mark.worlds("mirrored:2")  # of one device
 @pytest.mark.parametrize("compiled", [False, True])
 def test_by_itself_a_wrong_row_gives_nan(compiled):
     batch = batch_of(0, 0, labels=[1, CLASSES, 1])
@@ -332,7 +334,7 @@ def test_by_itself_a_wrong_row_gives_nan(compiled):
     np.testing.assert_array_equal(np.isnan(losses), [False, True, False])
 
 
-@pytest.mark.one_engine
+@pytest.mark.worlds("mirrored:2")  # of one device
 def test_a_class_that_is_impossible():
     """A logit of -inf: infinity, as TensorFlow gives it, and the other rows as ever; NaN stays NaN."""
     batch = batch_of(0, 0)
@@ -348,7 +350,8 @@ def test_a_class_that_is_impossible():
     assert np.all(np.isfinite(gradient[0])) and np.all(np.isnan(gradient[2, 0]))
 
 
-@pytest.mark.one_engine
+@pytest.mark.worlds("mirrored:2")  # of one device
+@alone
 def test_logits_of_unknown_sizes():
     """One trace for all shapes; numbers of rows that differ are then found when the step runs."""
     ctc = distpad.CTC(blank_index=0)
@@ -372,8 +375,9 @@ def test_logits_of_unknown_sizes():
             asked(*fewer)
 
 
-@pytest.mark.one_engine
+@pytest.mark.worlds("mirrored:2")  # of one device
 @pytest.mark.parametrize("denominator", [None, 3])
+@alone
 def test_its_distributed_loss_compiles(denominator):
     ctc = distpad.CTC(blank_index=0)
     loss_fn = distpad.DistributedLoss(ctc, per="sequence", average="sequence_sum", backend="local")

@@ -112,6 +112,25 @@ def test_a_batch_that_was_made_for_one_device_in_a_graph(world):
         world.run(step, np.int64)
 
 
+@pytest.mark.parametrize("average", ["token", "sequence_mean"])
+def test_counts_of_another_feature(world, average):
+    """Speech: frames are counted, the loss is averaged over the positions of texts. Found out without a collective."""
+    source = [{"x": np.ones([4 * n]), "y": np.ones([n, 1], "float32")} for n in (3, 1)]
+    padding = {"x": distpad.Pad(), "y": distpad.Pad()}
+    with world.scope():
+        batches = distpad.PaddedBatches(source, 2, padding=padding, tokens="x", replicated=True, backend=world.backend)
+    (batch,) = map(world.backend.local_results, batches)
+    loss_fn = distpad.DistributedLoss("mae", average=average, backend=world.backend)
+
+    def step(replica):
+        mine = batch[int(replica) % len(batch)]
+        y = mine.data["y"]
+        return loss_fn(y, tf.zeros_like(y), lengths=mine.lengths["y"], denominator=mine.counts)
+
+    with pytest.raises(ValueError, match="Counts of other positions than this call averages over"):
+        world.run(step, np.int64, graph=False)
+
+
 # -- add_loss ----------------------------------------------------------------------------------------------------------
 
 
@@ -137,6 +156,7 @@ def test_a_loss_that_a_layer_adds(world):
     if world.strategy is None:
         model = endpoint(world)
         model.compile(optimizer=keras_world.fit_optimizer(world, tf.keras.optimizers.SGD(0.1)))
+        distpad.broadcast_variables(model.variables)
         before = [variable.numpy() for variable in model.trainable_variables]
         model.fit(data, batch_size=4, verbose=0)
         predicted = data[0].numpy() @ before[0] + before[1]  # the same rows on all ranks: one device's step

@@ -93,8 +93,15 @@ def test_sequences(way, source):
     assert np.allclose(found, expected(losses, counted * 1.0, way, tokens), rtol=1e-12)
 
 
-@pytest.mark.parametrize("padding_value", [-1.0, float("nan")])
-@pytest.mark.parametrize("per", ["position", "sequence"])
+@pytest.mark.parametrize(
+    ("per", "padding_value"),
+    [
+        ("position", -1.0),
+        ("sequence", float("nan")),
+        pytest.param("position", float("nan"), marks=pytest.mark.wide),
+        pytest.param("sequence", -1.0, marks=pytest.mark.wide),
+    ],
+)
 def test_labels_that_say_what_is_padding_are_certified(per, padding_value):
     model = tf.keras.Sequential([tf.keras.Input([4, 3]), tf.keras.layers.Dense(1), tf.keras.layers.Flatten()])
     random = np.random.default_rng(2)
@@ -215,7 +222,7 @@ def test_a_step_gives_a_gradient_for_each_variable_of_the_model():
     assert named.passed
 
 
-@pytest.mark.parametrize(("half", "limit"), [("float16", 1e-2), ("bfloat16", 1e-1)])
+@pytest.mark.parametrize(("half", "limit"), [("float16", 1e-2), pytest.param("bfloat16", 1e-1, marks=pytest.mark.wide)])
 def test_half_precision_has_its_own_limit(half, limit):
     dense = tf.keras.layers.Dense(8, dtype=f"mixed_{half}", activation="tanh")
     model = tf.keras.Sequential([tf.keras.Input([None, 2]), dense, tf.keras.layers.Dense(2)])

@@ -80,7 +80,8 @@ def test_cores_are_filled_and_not_overbooked(results, tmp_path):
     for step in order:
         running = running - {step[1:]} if step[0] == "-" else running | {step}
         most = max(most, sum(cores[name] for name in running))
-    assert sorted(order[:3]) == ["a", "b", "waits"]  # c does not fit beside them, what waits does
+    began = [step for step in order if step[0] != "-"]
+    assert sorted(began[:3]) == ["a", "b", "waits"]  # c does not fit beside them, what waits does
     assert 2 <= most <= 2 + run.OVER and len(order) == 10
 
 
@@ -88,10 +89,10 @@ def test_what_takes_too_long_is_ended_with_all_that_it_started(results, tmp_path
     pids = tmp_path / "pids"
     (row,) = [
         row
-        for name, row in results(task("long", f"sleep 100 & echo $! $$ >{pids}; wait", limit_s=0.3)).items()
+        for name, row in results(task("long", f"sleep 100 & echo $! $$ >{pids}; wait", limit_s=3)).items()
         if name == "long"
     ]
-    assert (row.result, row.failed) == ("TIMED OUT", 1) and row.wall_s < 10
+    assert (row.result, row.failed) == ("TIMED OUT", 1) and row.wall_s < 60
     assert not [pid for pid in pids.read_text().split() if alive(int(pid))]
 
 

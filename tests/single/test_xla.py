@@ -114,6 +114,19 @@ def test_clipping_by_what_is_no_norm():
     assert np.isnan(step(tf.constant(-1.0))).all()
 
 
+def test_a_metric():
+    metric = distpad.metrics.MaskedMean(lambda t, p: abs(t - p))
+
+    @tf.function(jit_compile=True)
+    def update(lengths):
+        metric.update_state(tf.zeros([2, 3]), tf.ones([2, 3]), lengths=lengths)
+
+    update(tf.constant([3, 1]))
+    assert float(metric.result()) == 1.0
+    update(tf.constant([9, 1]))
+    assert np.isnan(metric.result())
+
+
 def test_half_precision_and_no_valid_position():
     loss_fn = distpad.DistributedLoss("mse")
 
