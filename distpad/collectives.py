@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import tensorflow as tf
@@ -230,8 +231,8 @@ def _bucketed(backend: backends.Backend, function: str, length: tf.Tensor, bucke
     if buckets is None:
         return length
     listed = buckets.boundaries
-    if buckets.beyond == "quarters":  # up to 9e8: a graph has no loop for the rest
-        listed = tuple(map(buckets.boundary, range(80)))
+    if buckets.beyond == "quarters":  # as far as int32 goes: a graph has no loop for the rest
+        listed = tuple(itertools.takewhile(lambda size: size < 2**31, map(buckets.boundary, itertools.count())))
     boundaries, last = tf.constant(listed), listed[-1]
     above = -(-length // last) * last
     if buckets.beyond != "multiples":
