@@ -109,9 +109,7 @@ def _indices(function: str, given: Any) -> np.ndarray:
 def _cut(function: str, leaf: nests.Leaf, places: np.ndarray) -> _Column:
     """The real elements of real rows, the ragged axis first."""
     values, name = leaf.tensor.numpy(), f"tensors{leaf.where}"
-    if values.dtype == object:
-        remedy = "Gather numbers, such as ids, and make text of them afterwards."
-        raise TypeError(errors.sentence(function, f"the dtype of {name}", "string", "numbers", remedy))
+    nests.check_numbers(function, leaf)
     if values.ndim == 0 or len(values) != len(places):
         raise ValueError(errors.sentence(function, f"the shape of {name}", values.shape, f"[{len(places)}, ...]"))
     if values.ndim == 1:

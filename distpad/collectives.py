@@ -10,6 +10,8 @@ from distpad import assembly, backends, errors, exchange, fitting, masking, nest
 from distpad.buckets import Buckets
 from distpad.padding import Padded
 
+_MOST_INNER_AXES = nests.MOST_AXES - 2  # all but the rows and the axis that is padded
+
 
 @tf.autograph.experimental.do_not_convert
 def pad_to_global_max(
@@ -58,7 +60,7 @@ def pad_to_global_max(
     if not isinstance(buckets, (Buckets, type(None))):
         raise TypeError(errors.sentence(function, "buckets", repr(buckets), "a distpad.Buckets"))
     leaves, complaint = nests.leaves_of(function, tensors, axis, value, lengths)
-    longest, _ = _agree(resolved, function, leaves, complaint, buckets, rows=None, gathers=False)
+    longest, *_ = _agree(resolved, function, leaves, complaint, buckets, rows=None, gathers=False)
     return _packed(tensors, [_pad(leaf, to) for leaf, to in zip(leaves, longest)])
 
 
@@ -93,7 +95,8 @@ def gather(
     Returns: ``Padded(values, lengths, mask)`` of nests like ``tensors``, ``[rows of all replicas, ...]``, the same on
       all replicas. With ``indices`` padded to the longest row, the same on all workers.
 
-    Raises: as ``pad_to_global_max``, and when ``rows`` is negative or above the rows that are there. With ``indices``
+    Raises: as ``pad_to_global_max``, and when ``rows`` is negative or above the rows that are there; TypeError for
+      tensors of strings, which no engine gathers. With ``indices``
       ValueError or TypeError on all workers, when on one of them there are no steps, or not as many of tensors, lengths
       and indices; an index twice; or other dtypes or inner axes than elsewhere.
 
@@ -116,12 +119,19 @@ def gather(
     if complaint is None and any(leaf.axis == 0 for leaf in leaves):
         expected = "an axis behind the first, which holds the rows that are gathered"
         complaint = ValueError(errors.sentence(function, "axis", axis, expected))
-    longest, kept = _agree(resolved, function, leaves, complaint, None, rows, gathers=True)
+    for i, leaf in enumerate(leaves):
+        try:
+            nests.check_numbers(function, leaf)
+        except TypeError as error:
+            complaint = complaint or error
+            # numbers in its place, so that a trace reaches the exchange, which raises on all replicas
+            leaves[i] = leaf._replace(tensor=tf.zeros_like(leaf.tensor, tf.float32), value=tf.zeros([]))
+    longest, kept, total = _agree(resolved, function, leaves, complaint, None, rows, gathers=True)
     gathered = []
     for leaf, to in zip(leaves, longest):
         padded = _pad(leaf, to)
-        values = resolved.all_gather_rows(padded.values[:kept])
-        counts = resolved.all_gather_rows(padded.lengths[:kept])
+        values = _gather_rows(resolved, padded.values[:kept], total)
+        counts = _gather_rows(resolved, padded.lengths[:kept], total)
         gathered.append(Padded(values, counts, _mask(values, leaf.axis, counts)))
     return _packed(tensors, gathered)
 
@@ -134,8 +144,9 @@ def _agree(
     buckets: Buckets | None,
     rows: Any,
     gathers: bool,
-) -> tuple[list[tf.Tensor], Any]:
-    """Exchange all lengths at once; returns the padded length of each leaf and the rows to keep of this replica."""
+) -> tuple[list[tf.Tensor], Any, tf.Tensor]:
+    """Exchange all lengths at once; returns the padded length of each leaf, the rows to keep of this replica, and their
+    sum over all replicas."""
     rules, payload = [], []
     for leaf in leaves:
         rank, axis = leaf.tensor.shape.rank, leaf.axis
@@ -153,9 +164,11 @@ def _agree(
             *masking.length_rules(leaf.lengths, None if leaf.lengths is None else size),
         ]
         if gathers:
-            inner = [i for i in range(1, rank) if i != axis]
-            text = f"{what} have inner axes that differ, expected the same on all replicas (sizes, five digits each)"
-            rules.append(exchange.Rule(text, _digits([tf.shape(leaf.tensor)[i] for i in inner])))
+            inner = [tf.shape(leaf.tensor)[i] for i in range(1, rank) if i != axis]
+            # as many numbers for any rank, since what replicas report must have the same size
+            found = tuple([*inner, *[-1] * _MOST_INNER_AXES][:_MOST_INNER_AXES])
+            text = f"{what} have inner axes that differ, expected the same on all replicas (found: sizes; -1: no axis)"
+            rules.append(exchange.Rule(text, found))
         payload.append(size)
     first = tf.shape(leaves[0].tensor)[0] if leaves[0].tensor.shape.rank else 0
     try:
@@ -163,9 +176,9 @@ def _agree(
     except TypeError as error:
         rows, complaint = first, complaint or error
     rules.append(exchange.Rule("rows are expected to be from 0 to the rows that are there", rows, _within(rows, first)))
-    table = exchange.exchange(backend, function, payload, rules, complaint)
+    table = exchange.exchange(backend, function, [*payload, rows], rules, complaint)
     longest = [_bucketed(backend, function, tf.reduce_max(table[:, i]), buckets) for i in range(len(leaves))]
-    return longest, rows
+    return longest, rows, tf.cast(tf.reduce_sum(table[:, -1]), tf.int32)
 
 
 def _count(leaf: nests.Leaf) -> tuple[Any, Any]:
@@ -184,12 +197,25 @@ def _whole_number(function: str, rows: Any) -> tf.Tensor:
     return rows
 
 
-def _digits(sizes: list[tf.Tensor]) -> Any:
-    """A shape as one number, since what replicas report must have the same size whatever their ranks."""
-    number = tf.zeros([], tf.float64)
-    for size in sizes:
-        number = number * 1e5 + tf.cast(size, tf.float64)
-    return number
+def _gather_rows(backend: backends.Backend, values: tf.Tensor, total: tf.Tensor) -> tf.Tensor:
+    """All replicas' rows, ``total`` of them, of any dtype: those that no engine carries travel as another.
+
+    They travel as ``[rows, elements]``; where no replica has any, one row of one element travels, since TensorFlow's
+    gather crashes among workers that have nothing to send.
+    """
+    if values.dtype.is_complex:
+        parts = tf.stack([tf.math.real(values), tf.math.imag(values)], axis=-1)
+        return tf.complex(*tf.unstack(_gather_rows(backend, parts, total), num=2, axis=-1))
+    signed = {tf.uint32: tf.int32, tf.uint64: tf.int64}.get(values.dtype)
+    if signed is not None:
+        return tf.bitcast(_gather_rows(backend, tf.bitcast(values, signed), total), values.dtype)
+    shape, total = tf.shape(values, tf.int64), tf.cast(total, tf.int64)
+    size = tf.reduce_prod(shape[1:])
+    flat = tf.reshape(values, [shape[0], size])[:, : tf.where(total > 0, size, tf.minimum(size, 1))]
+    more = [[0, tf.cast(total == 0, tf.int32)], [0, tf.cast(size == 0, tf.int32)]]
+    rows = backend.all_gather_rows(tf.pad(flat, more))[:total, :size]
+    rows = tf.reshape(rows, tf.concat([[total], shape[1:]], axis=0))
+    return tf.ensure_shape(rows, [None, *values.shape[1:]])
 
 
 def _within(rows: Any, limit: Any) -> tf.Tensor:
@@ -198,19 +224,24 @@ def _within(rows: Any, limit: Any) -> tf.Tensor:
 
 
 def _bucketed(backend: backends.Backend, function: str, length: tf.Tensor, buckets: Buckets | None) -> tf.Tensor:
-    """The boundary at or above an agreed length, in the graph too."""
-    length = tf.cast(length, tf.int32)
+    """The boundary at or above an agreed length, in the graph too. -1, which no tensor can be padded to, where a check
+    failed whose assertion XLA dropped."""
+    length = tf.cast(tf.where(tf.math.is_nan(length), tf.constant(-1, length.dtype), length), tf.int32)
     if buckets is None:
         return length
-    boundaries, last = tf.constant(buckets.boundaries), buckets.boundaries[-1]
+    listed = buckets.boundaries
+    if buckets.beyond == "quarters":  # up to 9e8: a graph has no loop for the rest
+        listed = tuple(map(buckets.boundary, range(80)))
+    boundaries, last = tf.constant(listed), listed[-1]
     above = -(-length // last) * last
-    if buckets.beyond == "raise":
+    if buckets.beyond != "multiples":
+        above = tf.constant(-1)
         rule = exchange.Rule(
             f"length is above the last boundary of the buckets, expected at most {last}", length, length <= last
         )
         exchange.enforce(backend, function, [rule])
-    at = tf.minimum(tf.searchsorted(boundaries, [length])[0], len(buckets.boundaries) - 1)
-    return tf.where(length <= last, boundaries[at], above)
+    at = tf.minimum(tf.searchsorted(boundaries, [length])[0], len(listed) - 1)
+    return tf.where(length < 0, -1, tf.where(length <= last, boundaries[at], above))
 
 
 def _pad(leaf: nests.Leaf, to: tf.Tensor) -> Padded:

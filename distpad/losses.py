@@ -377,7 +377,8 @@ class DistributedLoss(tf.keras.losses.Loss):
                 every = [named.get(i, leaf) for i, leaf in enumerate(leaves)]
                 return self._losses(*tf.nest.pack_sequence_as((y_true, y_pred), every))
 
-            self._of_no_rows[key] = of_any_rows
+            # concrete, so that it is a graph also where tf.config.run_functions_eagerly wants none
+            self._of_no_rows[key] = of_any_rows.get_concrete_function()
         return self._of_no_rows[key](*(leaves[i] for i in tensors))
 
     def _asked(self, y_true: Any, y_pred: Any) -> tf.Tensor:

@@ -10,6 +10,8 @@ import tensorflow as tf
 
 from distpad import errors, fitting, masking
 
+MOST_AXES = 8  # tf.pad takes no tensor of a higher rank
+
 
 class Leaf(NamedTuple):
     """One tensor of the nest, on this replica."""
@@ -69,7 +71,18 @@ def _tensor(function: str, where: str, given: Any) -> tf.Tensor:
         raise TypeError(errors.sentence(function, f"tensors{where}", kind, "a tensor or an array", remedy)) from error
     if tensor.shape.rank is None:
         raise ValueError(errors.sentence(function, f"the rank of tensors{where}", "unknown", "a known one (set_shape)"))
+    if tensor.shape.rank > MOST_AXES:
+        found, remedy = f"of rank {tensor.shape.rank}", "Merge axes with tf.reshape."
+        raise ValueError(errors.sentence(function, f"tensors{where}", found, f"at most {MOST_AXES} axes", remedy))
     return tensor
+
+
+def check_numbers(function: str, leaf: Leaf) -> None:
+    """Refuse what no engine gathers."""
+    dtype = leaf.tensor.dtype
+    if not (dtype.is_integer or dtype.is_floating or dtype.is_complex or dtype.is_bool):
+        remedy = "Gather numbers, such as ids, and make text of them afterwards."
+        raise TypeError(errors.sentence(function, f"the dtype of tensors{leaf.where}", dtype.name, "numbers", remedy))
 
 
 def _leaf(function: str, where: str, tensor: tf.Tensor, axis: Any, value: Any, lengths: Any) -> Leaf:

@@ -106,14 +106,20 @@ class StrategyBackend(base.Backend):
         return self._context().all_reduce(tf.distribute.ReduceOp.SUM, placed)
 
     def whole_gradients(self, gradients: Sequence[Any]) -> list[Any]:
-        """The sum on the first replica; on the others zeros, or NaN where it is not finite, so that all see that."""
+        """The sum on the first replica; on the others zeros, or NaN where it is not finite, so that all see that.
+
+        The others have no rows of a sparse gradient but those, since the engine's reduction puts all rows together.
+        """
         if self.num_replicas == 1:
             return list(gradients)
         first = self.replica_index() == 0
 
         def of_first(gradient: Any) -> Any:
             if isinstance(gradient, tf.IndexedSlices):
-                return tf.IndexedSlices(of_first(gradient.values), gradient.indices, gradient.dense_shape)
+                inner = list(range(1, gradient.values.shape.rank))
+                kept = first | ~tf.reduce_all(tf.math.is_finite(gradient.values), axis=inner)
+                values, indices = (tf.boolean_mask(x, kept) for x in (of_first(gradient.values), gradient.indices))
+                return tf.IndexedSlices(values, indices, gradient.dense_shape)
             # by choice, not times 0, which TensorFlow 2.15 folds to 0 whatever the other factor is
             nothing = tf.where(tf.math.is_finite(gradient), tf.cast(0, gradient.dtype), tf.cast(np.nan, gradient.dtype))
             return tf.where(first, gradient, nothing)

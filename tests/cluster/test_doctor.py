@@ -18,7 +18,7 @@ from cluster import hosts
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LIMIT_S = 100  # of the doctor; alone on the machine it takes 10 s
 PORT = 23456
-pytestmark = pytest.mark.timeout(3 * LIMIT_S)
+pytestmark = [pytest.mark.timeout(3 * LIMIT_S), pytest.mark.xdist_group("doctor")]
 
 
 @pytest.fixture
@@ -45,6 +45,7 @@ def errors(output: str) -> list[tuple[str, str, str, str]]:
     return [(each["host"], each["what"], each["evidence"], each["remedy"]) for each in found]
 
 
+@pytest.mark.wide
 def test_two_good_hosts(pair):
     code, output = doctor(pair[0], "--port", str(PORT), "--code", str(ROOT / "launch"))
     assert code == 0, output
@@ -75,6 +76,7 @@ def test_an_ssh_server_that_is_down(pair):
     assert errors(output) == [("host2", "reach", "no ssh server listens there", "Try on it: systemctl status ssh")]
 
 
+@pytest.mark.wide
 def test_a_host_key_that_changed(pair):
     pair[1].change_host_key()
     code, output = doctor(pair[0], "--json")
@@ -84,14 +86,16 @@ def test_a_host_key_that_changed(pair):
     assert "its host key is not the one that is known here" in evidence and "ssh-keygen -R host2" in remedy
 
 
+@pytest.mark.wide
 def test_a_host_that_is_cut_off_ends_in_time(pair):
     pair[1].cut()
-    code, output = doctor(pair[0], "--json", limit_s=30)
+    code, output = doctor(pair[0], "--json", limit_s=60)
     assert code == 1
     ((host, what, evidence, _),) = errors(output)
     assert (host, what) == ("host2", "reach") and re.search("did not answer|does not answer|no way leads", evidence)
 
 
+@pytest.mark.wide
 def test_another_tensorflow_and_stale_code(pair, tmp_path):
     """host2 runs a Python of its own, as a wrong environment there would have it: a package that is another version,
     and a copy of distpad in which a line was changed."""
@@ -116,6 +120,7 @@ def test_another_tensorflow_and_stale_code(pair, tmp_path):
     assert found["distpad's code"] == ("host2", "distpad's own code differs from the other hosts' in buckets.py")
 
 
+@pytest.mark.wide
 def test_a_host_without_distpad(pair, tmp_path):
     python = tmp_path / "python"
     python.write_text(

@@ -22,6 +22,7 @@ def trained_by(workers: int, step: int = 0):
     return lambda event: event["what"] == "step" and event["workers"] == workers and event["step"] > step
 
 
+@pytest.mark.wide
 def test_a_worker_on_another_host_is_killed_and_replaced(tmp_path):
     with hosts.cluster(2) as pair:
         with Job(tmp_path, ("host1:1", "host2:1"), elastic_worker.__file__, tmp_path, on=pair[0]) as job:

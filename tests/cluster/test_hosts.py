@@ -18,6 +18,9 @@ from cluster import guard, hosts
 TESTS = pathlib.Path(__file__).resolve().parents[1]
 
 
+pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("hosts")]  # one cluster for all
+
+
 @pytest.fixture(scope="module")
 def trio():
     with hosts.cluster(3) as up:

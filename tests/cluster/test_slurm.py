@@ -31,6 +31,9 @@ MPIRUN = ["mpirun", "--allow-run-as-root", "--bind-to", "none", "--map-by", "slo
 MPIRUN += ["--mca", "btl_vader_single_copy_mechanism", "none"]
 
 
+pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("slurm")]  # one slurm for all
+
+
 @pytest.fixture(scope="module")
 def cluster():
     with slurm.start() as running:
@@ -159,7 +162,7 @@ BRACKETS = RANGES.map(lambda all_: ",".join(f"{a:0{w}}-{a + n:0{w}}" if n else f
 ENTRIES = st.lists(st.tuples(st.from_regex(r"[a-z][a-z-]{0,3}", fullmatch=True), BRACKETS), min_size=1, max_size=3)
 
 
-@settings(max_examples=40, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, suppress_health_check=list(HealthCheck))
 @given(st.lists(ENTRIES, min_size=1, max_size=3))
 def test_random_node_lists_are_read_as_scontrol_does(cluster, entries):
     form = ",".join("".join(f"{text}[{bracket}]" for text, bracket in entry) for entry in entries)
@@ -229,6 +232,7 @@ def _need_horovod() -> None:
 EXPECTED = ["rank 0 of 2 on node1: 3", "rank 1 of 2 on node2: 3"]
 
 
+@pytest.mark.wide
 def test_horovod_under_srun(cluster):
     _need_horovod()
     assert "pmix" in cluster.run("srun", "--mpi=list").stdout.split()
@@ -237,6 +241,7 @@ def test_horovod_under_srun(cluster):
     assert ranks(done.stdout) == EXPECTED
 
 
+@pytest.mark.wide
 def test_horovod_under_mpirun(cluster):
     """mpirun finds the allocation's nodes by itself, and starts its daemons there by srun."""
     _need_horovod()

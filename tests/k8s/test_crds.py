@@ -21,6 +21,8 @@ CUSTOM = {
 }
 SORTS = ("unknown field", "wrong type", "not in enum", "required is missing")
 
+pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("manifests")]  # what is built and read is kept
+
 
 @functools.cache
 def full() -> dict[tuple[str, str], schemas.Schema]:

@@ -15,7 +15,7 @@ from distpad.cli import app
 from distpad.launcher import kubernetes
 from k8s import controllers, manifests, podrules, restricted, schemas
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("manifests")]  # what is built and read is kept
 
 IMAGE = "registry.mycompany.com:5000/me/training:7@sha256:" + "0123456789abcdef" * 4
 COMMAND = [

@@ -13,7 +13,7 @@ import yaml
 
 from k8s import controllers, manifests, podrules, restricted, schemas
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("manifests")]  # what is built and read is kept
 
 JOB, JOBSET, MPIJOB, TRAINJOB = "Job/train", "JobSet/train", "MPIJob/train", "TrainJob/train"
 MULTIWORKER, MPI = "TrainingRuntime/distpad-multiworker", "TrainingRuntime/distpad-mpi"
@@ -31,7 +31,13 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.parametrize("overlay", manifests.OVERLAYS)
-@pytest.mark.parametrize("components", manifests.COMBINATIONS, ids=lambda chosen: "+".join(chosen) or "alone")
+@pytest.mark.parametrize(
+    "components",
+    [
+        pytest.param(chosen, id="+".join(chosen) or "alone", marks=[pytest.mark.wide] if len(chosen) == 1 else [])
+        for chosen in manifests.COMBINATIONS
+    ],
+)
 def test_it_builds_and_all_checks_pass(overlay, components):
     """What has to be there is: a check of nothing passes, too."""
     resources = manifests.with_components(overlay, components) if components else manifests.overlay(overlay)

@@ -11,7 +11,7 @@ import yaml
 
 from k8s import controllers, manifests, restricted, schemas
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("manifests")]  # what is built and read is kept
 
 JOB, JOBSET, MPIJOB, TRAINJOB = "Job/train", "JobSet/train", "MPIJob/train", "TrainJob/train"
 MULTIWORKER, MPI = "TrainingRuntime/distpad-multiworker", "TrainingRuntime/distpad-mpi"

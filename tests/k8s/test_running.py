@@ -15,7 +15,7 @@ import pytest
 
 from k8s import manifests, namespace
 
-LIMIT_S = 200
+LIMIT_S = 300
 SMALL = ("--strings=64", "--eval-strings=8", "--batch=12", "--no-drift")
 # overlay | pods that train | the host name of one that is not the first
 GANGS = {"indexed-job": (2, "train-1"), "jobset": (2, "train-node-0-1"), "trainjob": (2, "train-node-0-1")}
@@ -24,6 +24,10 @@ ELASTIC = {"mpijob-elastic": (4, "train-worker-1")}
 ALL = {**GANGS, **MPI, **ELASTIC}
 RESTARTS = 3  # everywhere
 
+wide = pytest.mark.wide
+# Trainer's pods are a JobSet's, and those of its MPI jobs are the MPI operator's
+GANGS_ONCE = ["indexed-job", "jobset", pytest.param("trainjob", marks=wide)]
+MPI_ONCE = ["mpijob", pytest.param("trainjob-mpi", marks=wide)]
 pytestmark = pytest.mark.timeout(2 * LIMIT_S + 60)  # for two waits, the second of which tells what it waited for
 
 
@@ -102,6 +106,30 @@ def assert_trained(cluster, overlay, steps, replicas=None):
 # -- to the end -------------------------------------------------------------------------------------------------------
 
 
+# By default one kind trains. The others' pods run below without TensorFlow; mpirun's workers wait at full speed.
+@pytest.mark.parametrize(
+    "overlay", ["jobset", *(pytest.param(name, marks=wide) for name in ("indexed-job", "trainjob", *MPI))]
+)
+def test_it_trains_in_small(overlay):
+    with applied(overlay, command=["python", "tests/small_training.py", "2"]) as cluster:
+        assert cluster.finish(LIMIT_S) == "Complete", cluster.told()
+        assert all(pod.restarts == 0 for pod in cluster.pods)
+        for worker in range(2):
+            assert re.search(rf"worker {worker} of 2 on \S+ trained, error small", cluster.told()), cluster.told()
+
+
+@pytest.mark.parametrize("overlay", [*GANGS, *MPI])
+def test_it_runs_to_the_end(overlay):
+    """A job that needs no TensorFlow, but whose every worker has to come and to end well."""
+    with applied(overlay, command=["sh", "-c", 'echo "$DISTPAD_WORKERS workers as promised"']) as cluster:
+        assert cluster.finish(LIMIT_S) == "Complete", cluster.told()
+        assert cluster.told().count("2 workers as promised") == 2, cluster.told()
+        assert all(pod.restarts == 0 for pod in cluster.pods)
+        codes = {pod.host.name: pod.exit_code for pod in cluster.pods}
+        assert {code for name, code in codes.items() if "worker" not in name} <= {0, 143}, codes
+
+
+@wide
 @pytest.mark.parametrize("overlay", [pytest.param(name, marks=pytest.mark.smoke) for name in ALL])
 def test_it_trains_to_the_end_with_the_certificate_passed(overlay):
     with applied(overlay, *SMALL, "--steps=12") as cluster:
@@ -118,6 +146,7 @@ def test_it_trains_to_the_end_with_the_certificate_passed(overlay):
 # -- a pod is killed --------------------------------------------------------------------------------------------------
 
 
+@wide
 @pytest.mark.parametrize("overlay", [*GANGS, *MPI])
 def test_a_killed_pod_starts_all_again_from_the_last_checkpoint(overlay):
     _, victim = ALL[overlay]
@@ -140,6 +169,7 @@ def test_a_killed_pod_starts_all_again_from_the_last_checkpoint(overlay):
 # -- exit codes -------------------------------------------------------------------------------------------------------
 
 
+@wide
 @pytest.mark.parametrize("overlay", ALL)
 def test_wrong_usage_is_final(overlay):
     with applied(overlay, "--loss=none-such") as cluster:
@@ -150,7 +180,7 @@ def test_wrong_usage_is_final(overlay):
         assert 2 in [pod.exit_code for pod in cluster.pods]
 
 
-@pytest.mark.parametrize("overlay", [*GANGS, *MPI])
+@pytest.mark.parametrize("overlay", [*GANGS_ONCE, *MPI_ONCE])
 def test_a_command_that_is_not_there_is_final(overlay):
     with applied(overlay, command=["none-such"]) as cluster:
         assert cluster.finish(LIMIT_S) == "Failed"
@@ -159,7 +189,7 @@ def test_a_command_that_is_not_there_is_final(overlay):
         assert {126, 127} & {pod.exit_code for pod in cluster.pods}
 
 
-@pytest.mark.parametrize("overlay", [*GANGS, *MPI])
+@pytest.mark.parametrize("overlay", [*GANGS_ONCE, *(pytest.param(name, marks=wide) for name in MPI)])
 def test_failures_are_retried_up_to_the_limit(overlay):
     """One worker fails each time; the limit is of failures, not of pods that failed."""
     rank = "${DISTPAD_RANK:-$OMPI_COMM_WORLD_RANK}"
@@ -190,6 +220,7 @@ def test_without_its_rule_an_indexed_job_would_count_each_pod():
 # -- preemption -------------------------------------------------------------------------------------------------------
 
 
+@wide
 @pytest.mark.parametrize("overlay", [*GANGS, *MPI])
 def test_a_preempted_pod_saves_a_checkpoint_first(overlay):
     _, victim = ALL[overlay]
@@ -205,6 +236,7 @@ def test_a_preempted_pod_saves_a_checkpoint_first(overlay):
             assert counted(cluster) == 0
 
 
+@wide
 def test_a_preempted_launcher_saves_a_checkpoint_too():
     """Its Job is not started again: apply it anew."""
     with applied("mpijob", *SMALL, "--steps=200", "--checkpoint-every=7") as cluster:
@@ -218,7 +250,7 @@ def test_a_preempted_launcher_saves_a_checkpoint_too():
 # -- a pod does not come ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("overlay", GANGS)
+@pytest.mark.parametrize("overlay", GANGS_ONCE)
 def test_a_missing_peer_is_named_and_counts(overlay):
     _, absent = ALL[overlay]
     with applied(overlay, command=["true"], wait_s=4) as cluster:
@@ -239,7 +271,7 @@ def test_a_missing_worker_of_an_elastic_job_is_waited_for():
         assert "not there within 4 s: pods for 1 workers" in cluster.told()
 
 
-@pytest.mark.parametrize("overlay", MPI)
+@pytest.mark.parametrize("overlay", MPI_ONCE)
 def test_no_launcher_before_all_workers_are_ready(overlay):
     _, absent = ALL[overlay]
     with applied(overlay, command=["true"]) as cluster:
@@ -253,6 +285,7 @@ def test_no_launcher_before_all_workers_are_ready(overlay):
 # -- elastic ----------------------------------------------------------------------------------------------------------
 
 
+@wide
 @pytest.mark.parametrize("way", ["killed", "deleted"])
 def test_an_elastic_job_loses_and_regains_a_pod(way):
     """Whoever is there certifies itself at the beginning of each world."""

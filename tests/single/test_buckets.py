@@ -60,7 +60,7 @@ def test_geometric(low, more, factor):
 
 
 @settings(relaxed, max_examples=20)
-@given(BOUNDARIES, st.integers(0, 500), st.sampled_from(["raise", "multiples"]))
+@given(BOUNDARIES, st.integers(0, 500), st.sampled_from(["raise", "multiples", "quarters"]))
 def test_the_graph_rounds_alike(boundaries, n, beyond):
     """pad_to_global_max rounds in TensorFlow what Buckets rounds in Python."""
     buckets = distpad.Buckets(boundaries, beyond=beyond)

@@ -232,7 +232,15 @@ def test_counts_for_another_number_of_replicas_are_found_out(average, graph):
 # -- no rows -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_loss_of_no_rows_is_traced_once():
+@pytest.fixture(params=[False, True])
+def eagerly(request):
+    """As to debug a step."""
+    tf.config.run_functions_eagerly(request.param)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
+def test_a_loss_of_no_rows_is_traced_once(eagerly):
     traced = []
 
     def loss(y_true, y_pred):
