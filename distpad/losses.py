@@ -179,8 +179,13 @@ class DistributedLoss(tf.keras.losses.Loss):
             raise ValueError(
                 errors.sentence(_NAME, "batch", f"given beside {', '.join(twice)}", "to bring them itself")
             )
-        is_weighted = tf.is_tensor(inputs.sample_weight) or isinstance(inputs.sample_weight, np.ndarray)
-        sources.update(lengths=inputs.lengths, sample_weight=inputs.sample_weight if is_weighted else None)
+        weight = inputs.sample_weight
+        if not (tf.is_tensor(weight) or isinstance(weight, np.ndarray)):
+            sources["lengths"] = inputs.lengths
+        elif len(weight.shape) > 2:  # of areas, which lengths of one axis do not tell
+            sources["sample_weight"] = weight
+        else:
+            sources.update(lengths=inputs.lengths, sample_weight=weight)
         return None if self._is_fixed() else inputs.counts
 
     def _average_globally(
