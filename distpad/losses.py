@@ -139,7 +139,9 @@ class DistributedLoss(tf.keras.losses.Loss):
         if denominator is not None:
             count = self._count_from(denominator, sources)
             sums, rules = self._sums(y_true, y_pred, sources, gate)
-            rules.append(exchange.Rule("denominator is below 0, expected a count", count, count >= 0))
+            is_count = tf.logical_or(count > 0, tf.logical_and(tf.equal(count, 0), tf.equal(sums.tokens, 0)))
+            text = "denominator is below 0, or 0 beside valid positions, expected their count (found: it, valid here)"
+            rules.append(exchange.Rule(text, (count, sums.tokens), is_count))
             if isinstance(denominator, Counts):
                 rules += self._counted_rules(backend, denominator, sums, y_true, y_pred, sources)
             gate.ok = exchange.enforce(backend, _NAME, rules)

@@ -56,21 +56,18 @@ def test_logits_want_a_threshold(world):
         assert value(world, functools.partial(kind, threshold=0.0), LABELS, logits) == pytest.approx(wanted)
 
 
-@pytest.mark.one_engine
 def test_rows_that_have_one_label():
     metric = metrics.TokenAccuracy(backend="local")
     metric.update_state(np.array([1, 0, 1, 1]), np.array([[0.9], [0.2], [0.4], [0.6]]))
     assert float(metric.result()) == 0.75
 
 
-@pytest.mark.one_engine
 def test_ids_stay_ids():
     metric = metrics.TokenAccuracy(backend="local")
     metric.update_state(LABELS, np.array([[1, 0, 1, 1], [0, 0, 0, 0]]), lengths=LENGTHS)
     assert float(metric.result()) == pytest.approx(6 / 7)
 
 
-@pytest.mark.one_engine
 @pytest.mark.parametrize("name", ["CharacterErrorRate", "WordErrorRate", "Perplexity"])
 @pytest.mark.parametrize("predictions", [CHANCES, CHANCES[..., None]])
 def test_others_refuse_them(name, predictions):
@@ -81,7 +78,6 @@ def test_others_refuse_them(name, predictions):
         metric.update_state(LABELS % 2, predictions, lengths=LENGTHS)
 
 
-@pytest.mark.one_engine
 def test_in_fit_as_kerass_binary_accuracy():
     inputs = tf.keras.Input([4])
     model = tf.keras.Model(inputs, tf.keras.layers.Activation("sigmoid")(inputs))
@@ -92,7 +88,6 @@ def test_in_fit_as_kerass_binary_accuracy():
     assert found["own"] == pytest.approx(found["keras"]) and 0 < found["own"] < 1
 
 
-@pytest.mark.one_engine
 def test_the_threshold_is_saved():
     config = metrics.TokenAccuracy(threshold=0.25, backend="local").get_config()
     assert metrics.TokenAccuracy.from_config(config).threshold == 0.25
