@@ -60,14 +60,11 @@ class Learner:
             self.model = model.build(config)
             self.optimizer = optimizer()
             self.optimizer.build(self.model.trainable_variables)
-        backend = "local" if naive else engine.backend
         if config.head == "ctc":
-            self.loss = distpad.DistributedLoss(ctc, per="sequence", average=average, backend=backend)
+            self.loss = distpad.DistributedLoss(ctc, per="sequence", average=average, backend=engine.backend)
         else:
-            entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
-            self.loss = distpad.DistributedLoss(entropy, average=average, backend=backend)
-        # a number is its own denominator, and a replica's own mean counts for itself
-        self.counted = not naive and isinstance(average, str)
+            entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+            self.loss = distpad.DistributedLoss(entropy, average=average, backend=engine.backend)
         self.step = engine.compile(self._step)
 
     def broadcast(self) -> None:
@@ -93,8 +90,8 @@ class Learner:
         logits = self.model({"image": batch.data["image"], "width": width, "positions": tf.shape(label)[1]})
         if self.config.head == "ctc":
             label = {"label": label, "length": length, "columns": model.columns(width)}
-        # the pipeline counted all replicas' characters, so that the step has nothing to exchange but gradients
-        loss = self.loss(label, logits, lengths=length, denominator=batch.counts if self.counted else None)
-        if self.naive and self.engine.strategy is not None:
-            loss /= self.engine.replicas  # strategies sum the replicas' gradients; Horovod takes their mean by itself
-        return loss
+        if not self.naive:
+            # the pipeline counted all replicas' characters, so that the step has nothing to exchange but gradients
+            return self.loss(label, logits, batch=batch)
+        own = tf.reduce_sum(length) if self.loss.average == "token" else tf.math.count_nonzero(length)
+        return self.loss(label, logits, lengths=length, denominator=own) / self.engine.replicas
