@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import tensorflow as tf
@@ -224,19 +225,24 @@ def _within(rows: Any, limit: Any) -> tf.Tensor:
 
 
 def _bucketed(backend: backends.Backend, function: str, length: tf.Tensor, buckets: Buckets | None) -> tf.Tensor:
-    """The boundary at or above an agreed length, in the graph too."""
-    length = tf.cast(length, tf.int32)
+    """The boundary at or above an agreed length, in the graph too. -1, which no tensor can be padded to, where a check
+    failed whose assertion XLA dropped."""
+    length = tf.cast(tf.where(tf.math.is_nan(length), tf.constant(-1, length.dtype), length), tf.int32)
     if buckets is None:
         return length
-    boundaries, last = tf.constant(buckets.boundaries), buckets.boundaries[-1]
+    listed = buckets.boundaries
+    if buckets.beyond == "quarters":  # as far as int32 goes: a graph has no loop for the rest
+        listed = tuple(itertools.takewhile(lambda size: size < 2**31, map(buckets.boundary, itertools.count())))
+    boundaries, last = tf.constant(listed), listed[-1]
     above = -(-length // last) * last
-    if buckets.beyond == "raise":
+    if buckets.beyond != "multiples":
+        above = tf.constant(-1)
         rule = exchange.Rule(
             f"length is above the last boundary of the buckets, expected at most {last}", length, length <= last
         )
         exchange.enforce(backend, function, [rule])
-    at = tf.minimum(tf.searchsorted(boundaries, [length])[0], len(buckets.boundaries) - 1)
-    return tf.where(length <= last, boundaries[at], above)
+    at = tf.minimum(tf.searchsorted(boundaries, [length])[0], len(listed) - 1)
+    return tf.where(length < 0, -1, tf.where(length <= last, boundaries[at], above))
 
 
 def _pad(leaf: nests.Leaf, to: tf.Tensor) -> Padded:

@@ -130,7 +130,8 @@ def refuse_layers(backend: backends.Backend) -> None:
 def check_counted(counts: Counts, sources: dict[str, Any], padding_value: Any) -> None:
     """Counts hold what the pipeline counted; a mask or weight that it did not count would make the mean wrong."""
     given = {name for name, source in sources.items() if source is not None}
-    if not given & {"lengths", "keras_mask"} and padding_value is None:
+    weighted = isinstance(counts, WeightedCounts) and len(getattr(sources["sample_weight"], "shape", ())) > 1
+    if not (given & {"lengths", "keras_mask"} or weighted) and padding_value is None:
         raise ValueError(
             f"{_NAME}: denominator holds Counts, but nothing says which positions they count. Give lengths= too."
         )

@@ -139,7 +139,9 @@ class DistributedLoss(tf.keras.losses.Loss):
         if denominator is not None:
             count = self._count_from(denominator, sources)
             sums, rules = self._sums(y_true, y_pred, sources, gate)
-            rules.append(exchange.Rule("denominator is below 0, expected a count", count, count >= 0))
+            is_count = tf.logical_or(count > 0, tf.logical_and(tf.equal(count, 0), tf.equal(sums.tokens, 0)))
+            text = "denominator is below 0, or 0 beside valid positions, expected their count (found: it, valid here)"
+            rules.append(exchange.Rule(text, (count, sums.tokens), is_count))
             if isinstance(denominator, Counts):
                 rules += self._counted_rules(backend, denominator, sums, y_true, y_pred, sources)
             gate.ok = exchange.enforce(backend, _NAME, rules)
@@ -179,8 +181,13 @@ class DistributedLoss(tf.keras.losses.Loss):
             raise ValueError(
                 errors.sentence(_NAME, "batch", f"given beside {', '.join(twice)}", "to bring them itself")
             )
-        is_weighted = tf.is_tensor(inputs.sample_weight) or isinstance(inputs.sample_weight, np.ndarray)
-        sources.update(lengths=inputs.lengths, sample_weight=inputs.sample_weight if is_weighted else None)
+        weight = inputs.sample_weight
+        if not (tf.is_tensor(weight) or isinstance(weight, np.ndarray)):
+            sources["lengths"] = inputs.lengths
+        elif len(weight.shape) > 2:  # of areas, which lengths of one axis do not tell
+            sources["sample_weight"] = weight
+        else:
+            sources.update(lengths=inputs.lengths, sample_weight=weight)
         return None if self._is_fixed() else inputs.counts
 
     def _average_globally(
@@ -377,7 +384,8 @@ class DistributedLoss(tf.keras.losses.Loss):
                 every = [named.get(i, leaf) for i, leaf in enumerate(leaves)]
                 return self._losses(*tf.nest.pack_sequence_as((y_true, y_pred), every))
 
-            self._of_no_rows[key] = of_any_rows
+            # concrete, so that it is a graph also where tf.config.run_functions_eagerly wants none
+            self._of_no_rows[key] = of_any_rows.get_concrete_function()
         return self._of_no_rows[key](*(leaves[i] for i in tensors))
 
     def _asked(self, y_true: Any, y_pred: Any) -> tf.Tensor:

@@ -52,7 +52,7 @@ class DistributedOptimizer(tf.keras.optimizers.Optimizer):
         if _KERAS >= 3:
             return super().__new__(cls)
         _check(optimizer)
-        return backends.resolve(backend, function=_NAME).keras_2_optimizer(optimizer)
+        return backends.resolve_step(backend, function=_NAME).keras_2_optimizer(optimizer)
 
     def __init__(self, optimizer: Any, *, backend: Any = None, name: str | None = None) -> None:
         _check(optimizer)
@@ -69,7 +69,7 @@ class DistributedOptimizer(tf.keras.optimizers.Optimizer):
         """As in Keras. Collective."""
         gradients = list(grads)
         held = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        resolved = backends.resolve(self._backend, function=_NAME)
+        resolved = backends.resolve_step(self._backend, function=_NAME)
         for i, whole in zip(held, resolved.whole_gradients([gradients[i] for i in held])):
             gradients[i] = whole
         if not self.built and trainable_variables is not None:

@@ -33,13 +33,14 @@ from mutations import MUTANTS, Mutant
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COPIED = ("distpad", "tests", "launch", "pyproject.toml")
 LIMIT_S = 200  # of one world, below the time limit of a single test, so that a hang is never taken for a failed test
+ALL_LIMIT_S = 900  # of all that a world's mutants are attacked with
 JOBS = 2
 BY_DEFAULT = {"mirrored:2": "not wide", "multiworker:2": "not wide", "horovod:2": "not wide"}  # elsewhere the core
 # the last lines of pytest's output; "Failed: Timeout" or an exception of the product is no assertion
 ASSERTED = re.compile(r"^FAILED \S+::(.+?) - (?:AssertionError|assert\b|Failed: DID NOT RAISE)", re.MULTILINE)
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "2", "COLUMNS": "400", "PYTHONDONTWRITEBYTECODE": "1"}
 FORKS = multiprocessing.get_context("forkserver")
-START = f"import sys, worlds; sys.exit(worlds.run(sys.argv[1], sys.argv[2:], limit_s={LIMIT_S}))"
+START = "import sys, worlds; sys.exit(worlds.run(sys.argv[2], sys.argv[3:], limit_s=float(sys.argv[1])))"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +104,7 @@ def passes_unchanged(world: str, mutants: list[Mutant]) -> bool:
     selections = sorted({mutant.selection for mutant in mutants if mutant.world == world})
     start = time.monotonic()
     with copy() as folder:
-        code, output = run(folder, world, " or ".join(f"({selection})" for selection in selections))
+        code, output = run(folder, world, " or ".join(f"({selection})" for selection in selections), ALL_LIMIT_S)
     print(f"{'(unchanged)':<40} {world:<11} {'passes' if code == 0 else 'FAILS':<60} {time.monotonic() - start:5.0f} s")
     if code:
         print(f"{world}: the tests must pass before they can kill anything (exit code {code})\n{output}")
@@ -139,13 +140,13 @@ def copy() -> Iterator[pathlib.Path]:
         yield pathlib.Path(folder)
 
 
-def run(folder: pathlib.Path, world: str, selection: str) -> tuple[int, str]:
+def run(folder: pathlib.Path, world: str, selection: str, limit_s: float = LIMIT_S) -> tuple[int, str]:
     """The selected tests of a copy in a world: exit code and output of all its ranks."""
     arguments = ["-k", selection, "-m", BY_DEFAULT.get(world, "core")]
     if worlds.parse(world)[0] not in worlds.STARTERS:
-        return forked(folder, world, arguments)
+        return forked(folder, world, arguments, limit_s)
     done = subprocess.run(
-        [sys.executable, "-c", START, world, *arguments],
+        [sys.executable, "-c", START, str(limit_s), world, *arguments],
         cwd=folder / "tests",
         env={**os.environ, **QUIET},
         stdin=subprocess.DEVNULL,
@@ -157,11 +158,11 @@ def run(folder: pathlib.Path, world: str, selection: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def forked(folder: pathlib.Path, world: str, arguments: list[str]) -> tuple[int, str]:
+def forked(folder: pathlib.Path, world: str, arguments: list[str], limit_s: float) -> tuple[int, str]:
     """The same in a world of one process, forked from one that has imported TensorFlow: that takes most of the time."""
     process = FORKS.Process(target=within, args=(folder, world, arguments))
     process.start()
-    process.join(LIMIT_S)
+    process.join(limit_s)
     code = process.exitcode
     if code is None:
         process.kill()

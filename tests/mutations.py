@@ -341,8 +341,8 @@ MUTANTS = (
     Mutant(
         name="pipeline-resumes-one-step-late",
         file="pipeline/batches.py",
-        old="sources.steps_of_examples(examples, size, here, checks, step)",
-        new="sources.steps_of_examples(examples, size, here, checks, step + 1 if step else 0)",
+        old="step * size * here, self._opened",
+        new="(step + 1 if step else 0) * size * here, self._opened",
         selection="test_going_on_in_the_middle_of_an_epoch",
     ),
     Mutant(

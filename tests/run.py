@@ -154,9 +154,13 @@ class Queue:
         self.rows: list[Row] = []
         self.programs: dict[str, str] = {}  # of each stack whose environment is there: its folder of programs
         self.began = time.monotonic()
+        self.told = 0  # the signal that it was sent: raised at once, it could lose a process that is just being started
+
+    def tell(self, number: int, _: object) -> None:
+        self.told = number
 
     def run(self) -> None:
-        while self.waiting or self.running:
+        while (self.waiting or self.running) and not self.told:
             self.start()
             time.sleep(0.1)
             for each in list(self.running):
@@ -294,8 +298,6 @@ def main(words: list[str]) -> int:
             print(f"{task.stack:8} {task.name:14} {task.cores:4g} cores  {task.command}")
         return 0
     began = time.monotonic()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
     install_packages()
     environment = {**os.environ, **SETTINGS, "DISTPAD_TESTS": "all" if asked.all else "default"}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # each process would compile distpad and the tests again
@@ -304,10 +306,14 @@ def main(words: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="distpad-tests.") as folder:
         queue = Queue(asked.jobs, pathlib.Path(folder), environment)
         queue.waiting = tasks
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, queue.tell)
         try:
             queue.run()
         finally:
             queue.end()
+        if queue.told:
+            return 128 + queue.told
         return summarise(queue.rows, (time.monotonic() - began) / 60)
 
 

@@ -12,6 +12,7 @@ PYTEST = 'python -m pytest --junitxml="$REPORT"'
 SCRIPTS = r"git ls-files | grep -E '\.(sh|sbatch)$|^\.ci/run$' | xargs shellcheck -x -P SCRIPTDIR"
 OPENMPI5 = "launch/environment.sh {} --openmpi5 --horovod >&2"
 TOOLS = "tests/k8s/tools.sh"
+LAUNCH = "tests/launch --ignore tests/launch/test_launcher.py"
 
 
 class Suite(NamedTuple):
@@ -24,6 +25,11 @@ class Suite(NamedTuple):
     limit: int  # minutes after which it is ended
     command: str  # by default; "" where it runs under --all alone
     under_all: str = ""  # where that is another: marks and modules are chosen here, wide tests by tests/conftest.py
+
+
+def together(count: int) -> str:
+    """So many tests at once, where they wait more than they compute: those of one xdist_group one after the other."""
+    return f"{PYTEST} -n {count} --dist loadgroup"
 
 
 def world(spec: str, *arguments: str) -> str:
@@ -44,27 +50,27 @@ def core(name: str, stack: str, cores: float, seconds: int, also: str = "") -> S
     return Suite(name, stack, cores, seconds, 30, world(name, expression), world(name))
 
 
-KERAS = "keras or optimizer"  # whatever runs Keras's fit: Keras 2 and Keras 3 go ways of their own there
+KERAS = "keras or optimizer or fit"  # whatever runs Keras's fit: Keras 2 and Keras 3 go ways of their own there
 SUITES = [
-    Suite("lint", "current", 1, 30, 5, f"ruff check . && ruff format --check . && mypy distpad && {SCRIPTS}"),
+    Suite("lint", "current", 1, 15, 5, f"ruff check . && ruff format --check . && mypy distpad && {SCRIPTS}"),
     Suite("single", "current", 1, 150, 15, f"{PYTEST} tests/single"),
     Suite("mirrored:2", "current", 1, 200, 30, world("mirrored:2")),
-    Suite("multiworker:2", "current", 2, 180, 30, world("multiworker:2")),
-    Suite("horovod:2", "current", 2, 150, 30, world("horovod:2")),
+    Suite("multiworker:2", "current", 1.5, 180, 30, world("multiworker:2")),
+    Suite("horovod:2", "current", 1.5, 150, 30, world("horovod:2")),
     core("local", "current", 1, 15),
     core("onedevice", "current", 1, 15),
     Suite("mirrored:1", "current", 1, 0, 30, "", world("mirrored:1")),
     core("mirrored:4", "current", 1, 30),
     core("horovod:3", "current", 2, 30),
-    core("mpirun:2", "current", 2, 30),
+    core("mpirun:2", "current", 1.5, 30),
     Suite("examples", "current", 1, 120, 40, f"{PYTEST} tests/examples"),
-    Suite("launch", "current", 1, 120, 20, f"{PYTEST} tests/launch --ignore tests/launch/test_launcher.py"),
-    Suite("launcher", "current", 0.4, 240, 20, f"{PYTEST} tests/launch/test_launcher.py"),
+    Suite("launch", "current", 1.5, 120, 20, f"{together(2)} {LAUNCH}"),
+    Suite("launcher", "current", 1, 120, 20, f"{together(4)} tests/launch/test_launcher.py"),
     Suite(
-        *("cluster", "current", 0.7, 300, 35, f"{PYTEST} tests/cluster"),
-        under_all=f"{OPENMPI5.format('current')} && {PYTEST} tests/cluster",
+        *("cluster", "current", 1.5, 240, 35, f"{together(3)} tests/cluster"),
+        under_all=f"{OPENMPI5.format('current')} && {together(3)} tests/cluster",
     ),
-    Suite("k8s", "current", 1, 200, 60, f"{TOOLS} && {PYTEST} tests/k8s"),
+    Suite("k8s", "current", 1.5, 150, 60, f"{TOOLS} && {together(2)} tests/k8s"),
     Suite("mutants", "current", 1, 0, 60, "", "python tests/mutants.py"),
     Suite(
         *(
@@ -78,12 +84,12 @@ SUITES = [
         under_all=f"{PYTEST} tests/single",
     ),
     Suite("mirrored:2", "classic", 1, 200, 30, world("mirrored:2")),
-    core("multiworker:2", "classic", 2, 60, KERAS),
-    core("horovod:2", "classic", 2, 60, KERAS),
+    core("multiworker:2", "classic", 1.5, 60, KERAS),
+    core("horovod:2", "classic", 1.5, 60, KERAS),
     Suite("local", "classic", 1, 0, 30, "", world("local")),
     Suite("mirrored:4", "classic", 1, 0, 30, "", world("mirrored:4")),
     Suite("examples", "classic", 1, 30, 40, f"{PYTEST} -m 'not one_stack' tests/examples", f"{PYTEST} tests/examples"),
-    Suite("launch", "classic", 1, 0, 20, "", f"{PYTEST} tests/launch --ignore tests/launch/test_launcher.py"),
+    Suite("launch", "classic", 1.5, 0, 20, "", f"{together(2)} {LAUNCH}"),
     Suite(
         *("smoke", "classic", 1, 0, 30, ""),
         f"{OPENMPI5.format('classic')} && {TOOLS} && {PYTEST} -m smoke tests/cluster tests/k8s/test_running.py",

@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from distpad import averages, exchange, fitting, masking
+from distpad import averages, errors, exchange, fitting, masking
 from distpad.metrics import classes, means, ratio
 
 
@@ -15,9 +15,11 @@ class TokenAccuracy(means.PositionMean):
     """The share of valid positions whose label is predicted.
 
     ``y_true`` holds ids ``[batch, length]`` (or one-hot vectors beside scores), ``y_pred`` scores
-    ``[batch, length, classes]``, logits or probabilities, of which the largest is taken, or whole numbers: ids.
+    ``[batch, length, classes]``, logits or probabilities, of which the largest is taken, or whole numbers: ids. Floats
+    ``[batch, length]`` or ``[batch, length, 1]`` are probabilities of binary labels, as in Keras's BinaryAccuracy.
 
     Args:
+      threshold: binary predictions above it are label 1; None: 0.5, of probabilities. Logits want 0.0.
       padding_value, backend, name: see ``distpad.metrics``.
 
     >>> metric = TokenAccuracy()
@@ -26,8 +28,21 @@ class TokenAccuracy(means.PositionMean):
     0.5
     """
 
+    def __init__(self, *, threshold: float | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.threshold = None if threshold is None else errors.real_number(self._kind, "threshold", threshold)
+
+    def _rules(self, y_true: Any, y_pred: Any) -> list[exchange.Rule]:
+        return [classes.binary_rule(self.threshold, y_true, y_pred)]
+
     def _values(self, y_true: Any, y_pred: Any) -> tf.Tensor:
+        if classes.is_binary(y_true, y_pred):
+            return tf.equal(*classes.binary_ids(self.threshold, y_true, y_pred))
         return tf.equal(*classes.ids_of(self._kind, y_true, y_pred))
+
+    def get_config(self) -> dict[str, Any]:
+        """As in Keras."""
+        return {**super().get_config(), "threshold": self.threshold}
 
 
 @tf.keras.utils.register_keras_serializable("distpad")
@@ -38,6 +53,7 @@ class SequenceAccuracy(ratio.Ratio):
     sequences; of those of positions it only matters which are 0: such positions need not be right.
 
     Args:
+      threshold: as in ``TokenAccuracy``.
       padding_value, backend, name: see ``distpad.metrics``.
 
     >>> metric = SequenceAccuracy(padding_value=-1)
@@ -46,11 +62,24 @@ class SequenceAccuracy(ratio.Ratio):
     0.5
     """
 
+    def __init__(self, *, threshold: float | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.threshold = None if threshold is None else errors.real_number(self._kind, "threshold", threshold)
+
+    def get_config(self) -> dict[str, Any]:
+        """As in Keras."""
+        return {**super().get_config(), "threshold": self.threshold}
+
     def _sums(self, y_true: Any, y_pred: Any, sources: dict[str, Any]) -> tuple[averages.Sums, list[exchange.Rule]]:
         sources = {**sources, "keras_mask": masking.keras_mask(y_pred)}
         y_true, y_pred = self._tensor("y_true", y_true), self._tensor("y_pred", y_pred)
         valid, rules = self._valid(y_true, y_pred, sources)
-        right = tf.equal(*classes.ids_of(self._kind, y_true, y_pred))
+        if classes.is_binary(y_true, y_pred):
+            cleaned = masking.clean(y_pred, valid.looked_at, prediction=True)
+            rules = [*rules, classes.binary_rule(self.threshold, y_true, cleaned)]
+            right = tf.equal(*classes.binary_ids(self.threshold, y_true, y_pred))
+        else:
+            right = tf.equal(*classes.ids_of(self._kind, y_true, y_pred))
         counted, fits, rank = valid.looked_at, valid.fits, right.shape.rank
         inner = list(range(1, rank))
         if counted is None:

@@ -4,7 +4,49 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from distpad import errors
+from distpad import errors, exchange
+
+_BINARY = (
+    "y_pred holds a value outside 0 to 1, expected probabilities beside binary labels (found: the first such value)"
+)
+
+
+def is_binary(y_true: tf.Tensor, y_pred: tf.Tensor) -> bool:
+    """Whether predictions are one number a position: ``[batch, length]`` or ``[batch, length, 1]`` beside labels of
+    as many axes, or of one axis less than the latter."""
+    if not all(isinstance(given, tf.Tensor) for given in (y_true, y_pred)) or not y_pred.dtype.is_floating:
+        return False
+    both = y_true.shape.rank, y_pred.shape.rank
+    return both == (2, 2) or (None not in both and y_pred.shape[-1] == 1 and both[1] - both[0] in (0, 1))
+
+
+def binary_rule(threshold: float | None, y_true: tf.Tensor, y_pred: tf.Tensor) -> exchange.Rule:
+    """Without a threshold, binary predictions are probabilities; padding in them is replaced."""
+    text = f"{_BINARY}. Write threshold=0.0 for logits"
+    if threshold is not None or not is_binary(y_true, y_pred):
+        return exchange.Rule(text, 0, True)
+    flat = tf.reshape(tf.cast(y_pred, tf.float64), [-1])
+    outside = tf.logical_not(tf.logical_and(flat >= 0, flat <= 1))  # NaN, too
+    at = tf.reduce_min(tf.concat([tf.where(outside, tf.range(tf.size(flat)), tf.size(flat)), [tf.size(flat)]], 0))
+    return exchange.Rule(text, tf.concat([flat, [0.0]], 0)[at], tf.logical_not(tf.reduce_any(outside)))
+
+
+def binary_ids(threshold: float | None, y_true: tf.Tensor, y_pred: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Labels and thresholded predictions ``[batch, length]`` or ``[batch]``."""
+    guesses = tf.cast(y_pred > tf.cast(0.5 if threshold is None else threshold, y_pred.dtype), tf.int64)
+    if y_pred.shape[-1] == 1 and (y_pred.shape.rank > 2 or y_pred.shape.rank > y_true.shape.rank):
+        guesses = tf.squeeze(guesses, -1)
+    if y_true.shape.rank > guesses.shape.rank:
+        y_true = tf.squeeze(y_true, -1)
+    return tf.cast(y_true, tf.int64), guesses
+
+
+def refuse_binary(function: str, y_true: tf.Tensor, y_pred: tf.Tensor, remedy: str) -> None:
+    """Where one number a position is no score of classes."""
+    if is_binary(y_true, y_pred):
+        found = f"{tuple(y_pred.shape)} beside labels {tuple(y_true.shape)}"
+        expected = "scores [batch, length, classes], one axis more than the labels"
+        raise ValueError(errors.sentence(function, "the shape of y_pred", found, expected, remedy))
 
 
 def ids_of(function: str, y_true: tf.Tensor, y_pred: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

@@ -72,6 +72,7 @@ class ErrorRate(ratio.Ratio):
         except (ValueError, TypeError) as error:
             raise type(error)(f"{self._kind}: {error}.") from error
         if reference is None:
+            classes.refuse_binary(self._kind, y_true, y_pred, "Write decode= with a function that gives ids.")
             labels, guesses = classes.ids_of(self._kind, y_true, y_pred) if predicted is None else (y_true, None)
             counted = tf.ones_like(labels, tf.bool) if positions is None else fitting.widen(positions, 2)
             counted = tf.broadcast_to(counted, tf.shape(labels))

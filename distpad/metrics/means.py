@@ -18,12 +18,17 @@ class PositionMean(ratio.Ratio):
         """``[batch, length, ...]``, of labels and predictions in which padding is replaced."""
         raise NotImplementedError
 
+    def _rules(self, y_true: Any, y_pred: Any) -> list[exchange.Rule]:
+        """What must hold of them."""
+        return []
+
     def _sums(self, y_true: Any, y_pred: Any, sources: dict[str, Any]) -> tuple[averages.Sums, list[exchange.Rule]]:
         sources = {**sources, "keras_mask": masking.keras_mask(y_pred)}
         y_true, y_pred = self._tensor("y_true", y_true), self._tensor("y_pred", y_pred)
         valid, rules = self._valid(y_true, y_pred, sources)
         counted = valid.looked_at
-        cleaned = (masking.clean(y, counted, prediction=i == 1) for i, y in enumerate((y_true, y_pred)))
+        cleaned = [masking.clean(y, counted, prediction=i == 1) for i, y in enumerate((y_true, y_pred))]
+        rules += self._rules(*cleaned)
         values = tf.cast(self._values(*cleaned), tf.float64)
         if not values.shape.rank:
             found = f"of rank {values.shape.rank}"

@@ -35,6 +35,7 @@ class Perplexity(means.PositionMean):
         self.from_logits = from_logits
 
     def _values(self, y_true: Any, y_pred: Any) -> tf.Tensor:
+        classes.refuse_binary(self._kind, y_true, y_pred, "Stack 1 - p and p for two classes.")
         labels = tf.cast(classes.labels_of(self._kind, y_true, y_pred), tf.int64)
         if self.from_logits:
             return tf.nn.sparse_softmax_cross_entropy_with_logits(labels, y_pred)

@@ -87,7 +87,8 @@ def pad(
         (``tf.errors.InvalidArgumentError`` where a graph can only see it when it runs); elements that are no
         sequences; ranks that differ; sizes that differ along an axis that is not ragged; ``ragged_axes`` out of range,
         doubled or empty; a ``value`` that does not broadcast or that ``dtype`` cannot hold; dtypes without a common
-        one; elements that ``dtype`` cannot hold; tensors of unknown rank.
+        one; lists with None or other objects, unless ``dtype=object``; integers above 2**53 beside floats; elements
+        that ``dtype`` cannot hold; tensors of unknown rank.
 
     >>> batch = pad([[1, 2, 3], [4]])
     >>> batch.values.tolist(), batch.lengths.tolist()

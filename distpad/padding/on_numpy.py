@@ -121,12 +121,33 @@ class _Reader:
             raise
         if array.dtype == object and array.ndim and any(isinstance(x, (list, tuple, np.ndarray)) for x in array.flat):
             return None
+        if is_list and self._dtype is None:
+            _check_leaves(item, array, path[0])
         if is_list and array.dtype.kind in "US":
             text = str if array.dtype.kind == "U" else bytes
             if not all(isinstance(leaf, text) for leaf in np.asarray(item, object).flat):
                 what = f"of text and other things in sequences[{path[0]}]"
                 raise ValueError(errors.sentence("pad", "sequences", what, "one kind of element", "Give dtype=object."))
         return array
+
+
+def _check_leaves(item: Any, array: np.ndarray, index: int) -> None:
+    """Refuse a list that NumPy would make Python objects of, and integers that it would round beside others."""
+    if array.dtype == object and not any(isinstance(part, np.ndarray) for part in item):
+        leaf = next((x for x in array.flat if not isinstance(x, (bool, int, float, complex, str, bytes))), None)
+        found = f"with {reprlib.repr(leaf)} in sequences[{index}]"
+        if leaf is None and None not in array:
+            found = f"with integers of more than 64 bits or of other kinds in sequences[{index}]"
+        raise ValueError(errors.sentence("pad", "sequences", found, "numbers or text", "Or give dtype=object."))
+    large = array.dtype == np.float64 and bool((np.abs(array) >= rules.EXACT).any())
+    leaves = np.asarray(item, object).flat if large else ()
+    if any(isinstance(leaf, (int, np.integer)) and abs(int(leaf)) > rules.EXACT for leaf in leaves):
+        raise _rounded(index)
+
+
+def _rounded(index: int) -> ValueError:
+    found, remedy = f"with integers above 2**53 beside others in sequences[{index}]", "Convert them, or give dtype=."
+    return ValueError(errors.sentence("pad", "sequences", found, "integers that float64 holds exactly", remedy))
 
 
 def _rank(blocks: list[Block], options: rules.Options) -> int:
@@ -223,6 +244,9 @@ def _dtype(blocks: list[Block], options: rules.Options) -> np.dtype:
     if options.dtype is None:
         seen = filled or [block for block in blocks if block.typed]
         dtype = rules.common_dtype([block.array.dtype for block in seen] or [filling])
+        for path, array, *_ in filled if dtype.kind in "fc" else ():
+            if array.dtype.kind in "iu" and ((array > rules.EXACT) | (array < -rules.EXACT)).any():
+                raise _rounded(path[0])
         return np.promote_types(dtype, filling) if dtype.kind in "US" and dtype.kind == filling.kind else dtype
     dtype = rules.numpy_dtype(options.dtype)
     if dtype.kind in "US" and dtype.itemsize == 0:  # str and bytes: as long as the longest

@@ -10,6 +10,8 @@ import numpy as np
 
 from distpad import errors
 
+EXACT = 2**53  # float64 holds integers exactly up to here
+
 
 class Options(NamedTuple):
     """The options of ``pad``, checked as far as they can be without the data."""

@@ -413,7 +413,7 @@ class PaddedBatches:
         """Go on there when iterated next: nothing is lost and nothing seen twice.
 
         A position within an epoch is compared with what the source gives when it is read next: its first steps must
-        hold the same examples as when the position was saved. Else, as where it shuffles anew in each iteration, some
+        hold the same examples as when the position was saved. Else, as where it shuffles again in each iteration, some
         examples would be repeated and others left out.
 
         Raises ValueError for the state of another source, a position that there is not, or no state; when iterated

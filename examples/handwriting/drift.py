@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
+from distpad import backends
 from handwriting import engines, learner, model, rows
 from handwriting.engines import Engine
 
@@ -35,9 +36,9 @@ def measure(
     start = time.monotonic()
     weights = model.build(config).get_weights()
     # All workers build the single device's learner, so that their layers are named alike; only worker 0 trains it.
-    single = list(
-        _train(engines.LOCAL, data, config, batch_size, steps if engine.worker == 0 else 0, weights, naive=False)
-    )
+    own = steps if engine.worker == 0 else 0
+    alone = functools.partial(_train, engines.LOCAL, data, config, batch_size, own, weights, naive=False)
+    single = backends.run_alone(lambda: list(alone()))
     result: dict[str, object] = {"backend": engine.name, "replicas": engine.replicas, "batch_size": batch_size}
     for name, naive in (("distpad", False), ("naive", True)):
         several = _train(engine, data, config, batch_size, steps, weights, naive=naive)

@@ -60,13 +60,11 @@ class Learner:
             self.model = model.build(config)
             self.optimizer = optimizer()
             self.optimizer.build(self.model.trainable_variables)
-        average, backend = "token" if naive else average, engine.backend
         if config.head == "ctc":
-            self.loss = distpad.DistributedLoss(ctc, per="sequence", average=average, backend=backend)
+            self.loss = distpad.DistributedLoss(ctc, per="sequence", average=average, backend=engine.backend)
         else:
-            entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
-            self.loss = distpad.DistributedLoss(entropy, average=average, backend=backend)
-        self.counted = isinstance(average, str)  # a number is its own denominator
+            entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+            self.loss = distpad.DistributedLoss(entropy, average=average, backend=engine.backend)
         self.step = engine.compile(self._step)
 
     def broadcast(self) -> None:
@@ -92,8 +90,8 @@ class Learner:
         logits = self.model({"image": batch.data["image"], "width": width, "positions": tf.shape(label)[1]})
         if self.config.head == "ctc":
             label = {"label": label, "length": length, "columns": model.columns(width)}
-        if self.naive:  # what is divided by this replica's own characters, the engine sums up
-            own = self.loss(label, logits, lengths=length, denominator=batch.counts.local[0])
-            return own / self.engine.replicas
-        # the pipeline counted all replicas' characters, so that the step has nothing to exchange but gradients
-        return self.loss(label, logits, lengths=length, denominator=batch.counts if self.counted else None)
+        if not self.naive:
+            # the pipeline counted all replicas' characters, so that the step has nothing to exchange but gradients
+            return self.loss(label, logits, batch=batch)
+        own = tf.reduce_sum(length) if self.loss.average == "token" else tf.math.count_nonzero(length)
+        return self.loss(label, logits, lengths=length, denominator=own) / self.engine.replicas

@@ -70,7 +70,8 @@ def test_own_loss_that_averages_locally_is_not_certified(certified, world):
     assert "NOT PASSED" in output and "own mean" in output, output
 
 
-@pytest.mark.parametrize("world", [pytest.param("horovod:2", marks=pytest.mark.wide), "multiworker:2"])
+@pytest.mark.wide
+@pytest.mark.parametrize("world", ["horovod:2", "multiworker:2"])
 def test_a_worker_that_dies_leaves_nobody_waiting(world):
     code, output, seconds = worlds.start(world, HERE / "dying_worker.py", limit_s=LIMIT_S)
     assert "worker 0 made a step" in output and "worker 1 made a step" in output, output

@@ -47,9 +47,20 @@ def test_its_commands_are_understood(line):
     assert "\npython examples/labels/integers.py\n" in done.stdout
 
 
-@pytest.mark.parametrize(
-    "line", [line if "mpirun" in line else pytest.param(line, marks=pytest.mark.wide) for line in COMMANDS]
-)
+def test_a_small_training_by_mpirun():
+    """That by ssh, and by horovodrun, is in tests/cluster/test_launch.py, that by srun in test_sbatch.py beside it."""
+    if not shutil.which("mpirun"):
+        (pytest.fail if os.environ.get("DISTPAD_CI") else pytest.skip)("mpirun is missing")
+    # two workers on two busy cores: Open MPI would wait for messages at full speed
+    slow = ["--launcher-arg=--mca", "--launcher-arg=mpi_yield_when_idle", "--launcher-arg=1"]
+    done = run(["launch/mpirun.sh", "-np", "2", *slow, "--", "python", "tests/small_training.py", "2"])
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        assert re.search(rf"worker {rank} of 2 on \S+ trained, error small", done.stdout), done.stdout
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("line", COMMANDS)
 def test_its_commands_run(line):
     command = shlex.split(line)
     for program in {"horovodrun", "mpirun"} & {pathlib.Path(command[0]).stem}:

@@ -60,7 +60,7 @@ def test_geometric(low, more, factor):
 
 
 @settings(relaxed, max_examples=20)
-@given(BOUNDARIES, st.integers(0, 500), st.sampled_from(["raise", "multiples"]))
+@given(BOUNDARIES, st.integers(0, 500), st.sampled_from(["raise", "multiples", "quarters"]))
 def test_the_graph_rounds_alike(boundaries, n, beyond):
     """pad_to_global_max rounds in TensorFlow what Buckets rounds in Python."""
     buckets = distpad.Buckets(boundaries, beyond=beyond)
@@ -170,3 +170,15 @@ def test_lengths_beyond_those_of_the_sample():
     assert distpad.Buckets.from_lengths([1, 4], 2, beyond="multiples")(9) == 12
     with pytest.raises(ValueError, match="the last boundary"):
         distpad.Buckets.from_lengths([1, 4], 2)(9)
+
+
+def test_auto_boundaries_are_a_quarter_apart_and_go_on_forever():
+    buckets = distpad.Buckets.auto()
+    expected = [16, 20, 25, 32, 40, 50, 64, 80, 100, 126, 158]
+    assert sorted({buckets(n) for n in range(159)}) == expected
+    for n in [*range(3000), 10**6, 10**9 + 1]:
+        index, boundary = buckets.index(n), buckets(n)
+        assert boundary == buckets.boundary(index) >= n and (index == 0 or buckets.boundary(index - 1) < n)
+        assert boundary < 32 or (boundary % 2 == 0 and boundary <= 1.25 * n + 2)
+    assert distpad.Buckets([4, 10], beyond="quarters")(11) == 13 and repr(buckets) == "Buckets([16], beyond='quarters')"
+    assert buckets == distpad.Buckets.auto() != distpad.Buckets([16])

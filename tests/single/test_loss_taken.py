@@ -177,6 +177,17 @@ def test_batch_brings_weights():
     assert float(found) == (1 * 1 + 2 * 3 + 1 * 4) / 4
 
 
+@pytest.mark.parametrize("average", ["token", "sequence_sum", "sequence_mean"])
+def test_batch_of_areas(average):
+    """Two ragged axes: images of 1 x 2 and 2 x 1, and a filler row."""
+    sizes = {"y": distpad.Pad(axis=(0, 1))}
+    images = [{"y": np.full(shape, value, "float32")} for shape, value in [((1, 2), 3.0), ((2, 1), 5.0), ((1, 1), 9.0)]]
+    batches = distpad.PaddedBatches(images, 2, padding=sizes, tokens="y")
+    loss_fn = distpad.DistributedLoss(lambda t, p: tf.abs(t - p), average=average)
+    found = [float(loss_fn(batch.data["y"], tf.zeros_like(batch.data["y"]), batch=batch)) for batch in batches]
+    assert found == ([8.0, 9.0] if average == "sequence_sum" else [4.0, 9.0])
+
+
 def test_batch_beside_what_it_brings_is_refused():
     inputs, y_pred = LossInputs(tf.constant([3, 1]), None, counts_of([3, 1])), tf.zeros([2, 3, 1])
     loss_fn = distpad.DistributedLoss("mse")
@@ -232,7 +243,15 @@ def test_counts_for_another_number_of_replicas_are_found_out(average, graph):
 # -- no rows -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_loss_of_no_rows_is_traced_once():
+@pytest.fixture(params=[False, True])
+def eagerly(request):
+    """As to debug a step."""
+    tf.config.run_functions_eagerly(request.param)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
+def test_a_loss_of_no_rows_is_traced_once(eagerly):
     traced = []
 
     def loss(y_true, y_pred):

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import tensorflow as tf
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distpad.launcher import nodelist, tfconfig
@@ -18,6 +18,7 @@ from worlds import end
 
 LABELS = st.from_regex(r"[a-z]([a-z0-9-]{0,8}[a-z0-9])?", fullmatch=True)
 COUNTS = st.integers(1, 4)
+unhurried = settings(deadline=None)  # the machine may be busy
 
 
 def read(config: str) -> tuple[list[str], int]:
@@ -37,6 +38,7 @@ def read(config: str) -> tuple[list[str], int]:
 # -- the same on all workers, but for the index -----------------------------------------------------------------------
 
 
+@unhurried
 @given(st.lists(LABELS, min_size=1, max_size=6, unique=True), st.data())
 def test_tensorflow_reads_a_cluster(names, data):
     addresses = [f"{name}:{data.draw(st.integers(1, 65535))}" for name in names]
@@ -45,6 +47,7 @@ def test_tensorflow_reads_a_cluster(names, data):
         assert tfconfig.cluster(addresses, str(index)) == tfconfig.cluster(tuple(addresses), index)
 
 
+@unhurried
 @given(st.dictionaries(LABELS, COUNTS, min_size=1, max_size=5), st.integers(1, 65532))
 def test_workers_on_hosts_with_slots(hosts, port):
     expected = []
@@ -55,6 +58,7 @@ def test_workers_on_hosts_with_slots(hosts, port):
         assert read(tfconfig.from_hosts(hosts.items(), index, port=port)) == (expected, index)
 
 
+@unhurried
 @given(st.dictionaries(LABELS, COUNTS, min_size=1, max_size=5), st.integers(1, 65532))
 def test_every_task_of_slurm_finds_itself(hosts, port):
     compressed = ",".join(map(str, hosts.values()))
@@ -71,6 +75,7 @@ def test_every_task_of_slurm_finds_itself(hosts, port):
             procid += 1
 
 
+@unhurried
 @given(LABELS, LABELS, st.integers(1, 12))
 def test_every_pod_of_an_indexed_job_finds_itself(job, service, completions):
     for index in range(completions):
@@ -80,6 +85,7 @@ def test_every_pod_of_an_indexed_job_finds_itself(job, service, completions):
     assert read(config) == ([f"{job}-0.{service}.team-a.svc:2222"], 0)
 
 
+@unhurried
 @given(LABELS, st.dictionaries(LABELS, st.tuples(COUNTS, COUNTS), min_size=1, max_size=3), st.booleans())
 def test_every_pod_of_a_jobset_finds_itself(jobset, sizes, renamed):
     subdomain = {"subdomain": "workers"} if renamed else {}
@@ -104,7 +110,14 @@ def test_ipv6_addresses_get_their_brackets():
 
 
 SERVES = """
+import os, socket, sys
 import tensorflow as tf
+from distpad.launcher import tfconfig
+host = sys.argv[1]
+with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as held:  # as late as can be: others look too
+    held.bind((host, 0))
+    port = held.getsockname()[1]
+os.environ["TF_CONFIG"] = tfconfig.from_hosts([(host, 1)], 0, port=port)
 strategy = tf.distribute.MultiWorkerMirroredStrategy()
 print("replicas", strategy.num_replicas_in_sync, flush=True)
 """
@@ -116,19 +129,17 @@ def test_tensorflow_serves_at_such_an_address(host):
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as held:
             held.bind((host, 0))
-            free_port = held.getsockname()[1]
     except OSError as error:
         pytest.skip(f"{host} cannot be bound here: {error}")
     process = subprocess.Popen(
-        [sys.executable, "-c", SERVES],
-        env={**os.environ, "TF_CONFIG": tfconfig.from_hosts([(host, 1)], 0, port=free_port)},
+        [sys.executable, "-c", SERVES, host],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=100)
+        output, _ = process.communicate(timeout=200)
     finally:
         end(process)
     assert process.returncode == 0 and "replicas 1" in output, output
@@ -157,6 +168,7 @@ def test_node_lists(text, expected):
     assert nodelist.slurm_hostnames(text) == expected.split()
 
 
+@unhurried
 @given(st.data())
 def test_node_lists_of_random_numbers(data):
     """Numbers of one width, cut into ranges at random, are found again in their order."""
@@ -197,6 +209,7 @@ def test_node_lists_that_are_refused(text, message):
         nodelist.slurm_hostnames(text)
 
 
+@unhurried
 @given(st.lists(st.tuples(st.integers(1, 99), st.integers(1, 9)), min_size=1, max_size=9))
 def test_tasks_per_node(runs):
     text = ",".join(f"{tasks}(x{times})" if times > 1 else str(tasks) for tasks, times in runs)

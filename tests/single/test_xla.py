@@ -127,6 +127,19 @@ def test_a_metric():
     assert np.isnan(metric.result())
 
 
+@pytest.mark.parametrize("buckets", [None, distpad.Buckets([4])])
+def test_padding_to_a_length_that_is_refused(buckets):
+    """Integers have no NaN: nothing can be compiled for such lengths."""
+
+    @tf.function(jit_compile=True)
+    def pad(lengths):
+        return distpad.pad_to_global_max(tf.ones([2, 3], tf.int32), lengths=lengths, buckets=buckets).mask
+
+    assert pad(tf.constant([2, 1])).numpy().sum() == 3
+    with pytest.raises(tf.errors.InvalidArgumentError, match="must be non-negative"):
+        pad(tf.constant([9, 1]))
+
+
 def test_half_precision_and_no_valid_position():
     loss_fn = distpad.DistributedLoss("mse")
 
