@@ -146,12 +146,12 @@ def certify(
 
     Collective: all workers call it.
 
-    >>> certify(cases=12, backend="local").passed
+    >>> certify(cases=12).passed
     True
     >>> model = tf.keras.Sequential([tf.keras.Input([None, 2]), tf.keras.layers.Dense(3)])
     >>> loss = losses.DistributedLoss(tf.keras.losses.MeanSquaredError(reduction="none"))
     >>> batch = {"x": np.ones([4, 5, 2], "float32"), "y": np.ones([4, 5, 3], "float32"), "lengths": [5, 2, 0, 3]}
-    >>> certify(model, loss, batch=batch, cases=7, backend="local").passed
+    >>> certify(model, loss, batch=batch, cases=7).passed
     True
     """
     errors.whole_number("certify", "cases", cases, least=1)

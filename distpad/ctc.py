@@ -35,10 +35,10 @@ class CTC:
 
     >>> import distpad
     >>> ctc = CTC(blank_index=0, too_long="leave_out")
-    >>> loss_fn = distpad.DistributedLoss(ctc, per="sequence", average="sequence_sum", backend="local")
+    >>> loss_fn = distpad.DistributedLoss(ctc, per="sequence", average="sequence_sum")
     >>> labels, lengths, frames = tf.constant([[1, 1], [2, 0]]), tf.constant([2, 1]), tf.constant([2, 2])
     >>> loss = loss_fn((labels, lengths, frames), tf.zeros([2, 2, 3]), lengths=lengths)  # 1, 1 needs a blank between
-    >>> round(float(tf.exp(-loss)), 3), ctc.left_out(backend="local")  # three of the nine paths: 2 2, 0 2, 2 0
+    >>> round(float(tf.exp(-loss)), 3), ctc.left_out()  # three of the nine paths: 2 2, 0 2, 2 0
     (0.333, 1)
 
     Source: A. Graves et al., Connectionist temporal classification, 2006. The recursion is in TensorFlow operations

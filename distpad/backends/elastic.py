@@ -81,7 +81,7 @@ class ElasticState:
     Making one is no collective. Source: Horovod's elastic training (https://horovod.readthedocs.io/en/stable/elastic).
 
     >>> weight = tf.Variable(1.0)
-    >>> state = ElasticState([weight], step=0, backend="local")
+    >>> state = ElasticState([weight], step=0)
     >>> state.step = 10
     >>> state.commit()
     >>> _, state.step = weight.assign(5.0), 17
@@ -121,7 +121,7 @@ class ElasticState:
           A function that returns what the last call returns. Collective among workers.
 
         >>> train = ElasticState.run(lambda state, rate: state.step * rate)
-        >>> train(ElasticState([], step=3, backend="local"), 2)
+        >>> train(ElasticState([], step=3), 2)
         6
         """
 
