@@ -182,6 +182,10 @@ class HorovodBackend(base.Backend):
         self._hvd.shutdown()
 
     def _all_reduce(self, tensor: tf.Tensor, op: Any, name: str) -> tf.Tensor:
+        if not tf.executing_eagerly():
+            # Horovod's operations are not marked as stateful: of constants, TensorFlow would evaluate them while it
+            # infers shapes, on the ranks alone where all inputs are constants.
+            tensor = tf.compat.v1.placeholder_with_default(tensor, tensor.shape)
         return self._hvd.allreduce(tensor, op=op, name=name, process_set=self.process_set)
 
     def _on_host(self, array: np.ndarray, op: Any, name: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from handwriting.engines import Engine
 from handwriting.learner import Learner
 
 KEEP = 2
+PLACE_BYTES = 1024  # of the place in the data, as JSON
 
 
 def found(folder: Path) -> str | None:
@@ -43,14 +45,14 @@ class Checkpoints:
         self._thrown_away = None if self.engine.worker == 0 else tempfile.TemporaryDirectory()
         where = str(folder) if self._thrown_away is None else self._thrown_away.name
         with self.engine.scope():
-            self._place = tf.Variable([0, 0], dtype=tf.int64, trainable=False, name="place")  # epoch and step
+            # as bytes, since Horovod broadcasts no strings
+            self._place = tf.Variable(_as_bytes({}), trainable=False, name="place")
         self._checkpoint = tf.train.Checkpoint(model=learner.model, optimizer=learner.optimizer, place=self._place)
         self._manager = tf.train.CheckpointManager(self._checkpoint, where, max_to_keep=KEEP)
 
     def save(self, step: int) -> None:
         """All workers call this at the same step."""
-        state = self.batches.state_dict()
-        self._place.assign([state["epoch"], state["step"]])
+        self._place.assign(_as_bytes(self.batches.state_dict()))
         if self.engine.worker == 0 or self.engine.strategy is not None:
             self._manager.save(checkpoint_number=step)
 
@@ -81,5 +83,9 @@ class Checkpoints:
         self._checkpoint.restore(latest).assert_existing_objects_matched()
 
     def _move(self) -> None:
-        epoch, step = map(int, self._place.numpy())
-        self.batches.load_state_dict({**self.batches.state_dict(), "epoch": epoch, "step": step})
+        self.batches.load_state_dict(json.loads(self._place.numpy().tobytes()))
+
+
+def _as_bytes(state: dict) -> np.ndarray:
+    """A state as JSON, filled up with spaces, which JSON ignores."""
+    return np.frombuffer(json.dumps(state).encode().ljust(PLACE_BYTES), np.uint8)

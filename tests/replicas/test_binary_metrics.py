@@ -10,6 +10,7 @@ import tensorflow as tf
 
 import distpad
 from distpad import metrics
+from replica_world import alone
 
 WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2")
 
@@ -88,7 +89,8 @@ def test_in_fit_as_kerass_binary_accuracy():
     assert found["own"] == pytest.approx(found["keras"]) and 0 < found["own"] < 1
 
 
-def test_the_threshold_is_saved():
+@alone
+def test_the_threshold_is_saved(world):
     config = metrics.TokenAccuracy(threshold=0.25, backend="local").get_config()
     assert metrics.TokenAccuracy.from_config(config).threshold == 0.25
     with pytest.raises(TypeError, match="TokenAccuracy: threshold is 'half', expected a number"):
