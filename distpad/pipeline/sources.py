@@ -129,7 +129,10 @@ def examples_of(source: Any, checked: int, first: int, opened: int, tokens: Sequ
             source = kept.map(lambda _, example: example)
         examples = iter(source.as_numpy_iterator())
         head = [*itertools.islice(examples, _HEAD)]
-        _refuse_batches(head, tokens)
+        shapes = [spec.shape for spec in tf.nest.flatten(source.element_spec) if isinstance(spec, tf.TensorSpec)]
+        # As batches, the last of which is short, or which were padded. Examples of one size have neither.
+        if all(shape.rank and shape[0] is None for shape in shapes) or any(None in shape[1:] for shape in shapes):
+            _refuse_batches(head, tokens)
         return itertools.chain(head, examples)
     examples = iter(source)
     if examples is source and opened > 1:

@@ -77,7 +77,9 @@ def test_micro_batches_are_one_big_batch(world, linear, average, micros, way, gr
             assert max(map(oracle.relative_error, found, expected)) <= LIMIT[dtype]
 
 
-@pytest.mark.parametrize("graph", [True, pytest.param(False, marks=pytest.mark.core)])
+@pytest.mark.parametrize(
+    "graph", [pytest.param(True, marks=pytest.mark.worlds("mirrored:2")), pytest.param(False, marks=pytest.mark.core)]
+)
 def test_a_function_for_each_micro_batch(world, linear, graph):
     """One call adds one micro-batch, another one takes; a step that was given up leaves nothing behind."""
     variables, adding, dtype = linear

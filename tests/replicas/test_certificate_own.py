@@ -354,7 +354,7 @@ def test_a_global_value_after_a_certificate_is_that_of_the_engine(world, one_kin
 
 @pytest.mark.worlds("mirrored:2")
 @pytest.mark.parametrize("average", ["token", pytest.param("sequence_sum", marks=pytest.mark.wide)])
-def test_ctc_that_leaves_out_what_cannot_be_aligned(world, average, one_kind):
+def test_ctc_that_leaves_out_what_cannot_be_aligned(world, average, eagerly):
     """Rows of three frames, some with texts that need more."""
     with world.scope():
         dense = tf.keras.layers.Dense(CLASSES, name="dense")

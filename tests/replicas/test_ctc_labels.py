@@ -376,7 +376,7 @@ def test_logits_of_unknown_sizes():
 
 
 @pytest.mark.worlds("mirrored:2")  # of one device
-@pytest.mark.parametrize("denominator", [None, 3])
+@pytest.mark.parametrize("denominator", [pytest.param(None, marks=pytest.mark.wide), 3])
 @alone
 def test_its_distributed_loss_compiles(denominator):
     ctc = distpad.CTC(blank_index=0)

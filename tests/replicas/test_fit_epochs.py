@@ -13,7 +13,15 @@ import oracle
 WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2")
 
 
-@pytest.mark.parametrize(("how", "count"), [("new datasets", 20), ("one dataset", 46), ("repeat", 46), ("repeat", 15)])
+@pytest.mark.parametrize(
+    ("how", "count"),
+    [
+        ("new datasets", 20),
+        pytest.param("one dataset", 46, marks=pytest.mark.worlds("mirrored:2")),
+        pytest.param("repeat", 46, marks=pytest.mark.worlds("multiworker:2")),
+        pytest.param("repeat", 15, marks=pytest.mark.wide),
+    ],
+)
 def test_three_calls_of_fit_train_three_epochs(world, how, count):
     """Also with an evaluation, and a saved position, between them; and a job that goes on there trains the fourth."""
     data = feeding.examples(count)

@@ -85,7 +85,14 @@ def error_of(found, wanted):
 # -- clipping ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("clip", "eager"), [*itertools.product([None, *LIMITS], [True]), ("global_clipnorm", False)])
+@pytest.mark.parametrize(
+    ("clip", "eager"),
+    [
+        (None, True),
+        *[pytest.param(clip, True, marks=pytest.mark.worlds("mirrored:2")) for clip in LIMITS],
+        ("global_clipnorm", False),
+    ],
+)
 def test_clips_the_global_gradient(world, clip, eager):
     limits = {clip: LIMITS[clip]} if clip else {}
     optimizer = lambda: distpad.DistributedOptimizer(tf.keras.optimizers.SGD(RATE, **limits))

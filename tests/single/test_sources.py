@@ -177,6 +177,8 @@ def test_examples_of_equal_length_are_not_taken_for_batches():
     assert len(list(made(dataset(fixed=4), padding=BOTH))) == 12
     pairs = tf.data.Dataset.from_tensor_slices((np.ones([6, 5, 3]), np.ones([6, 5], np.int64)))
     assert len(list(made(pairs, padding={0: distpad.Pad(), 1: distpad.Pad()}, tokens=1))) == 3
+    series = tf.data.Dataset.from_tensor_slices({"x": np.ones([6, 5, 3]), "y": np.ones([6, 5, 1])})
+    assert len(list(made(series, padding=BOTH))) == 3
     one = tf.data.Dataset.from_tensors({"x": np.ones([3, 4]), "y": np.ones([3, 4])})
     assert len(list(made(one))) == 1
 
