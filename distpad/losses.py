@@ -303,7 +303,7 @@ class DistributedLoss(tf.keras.losses.Loss):
         sources = {**sources, "padding_value": self.padding_value}
         try:
             if self.per == "sequence":
-                valid, positions, rules = masking.of_sequences(y_true, **sources)
+                valid, positions, rules = masking.of_sequences(y_true, y_pred, **sources)
                 valid, own_rules = self._screened(y_true, y_pred, self._with_tokens(valid), counting)
                 rules += own_rules
             else:
@@ -316,6 +316,8 @@ class DistributedLoss(tf.keras.losses.Loss):
             masking.clean(y_true, positions, prediction=False), masking.clean(y_pred, rows, prediction=True, gate=gate)
         )
         loss_checks.check_rank(losses, self.per, valid, y_true, y_pred)
+        if self.per == "sequence" and (sources["lengths"] is not None or self.padding_value is not None):
+            loss_checks.refuse_positions(self.loss, y_true, y_pred)
         if self.per == "position":
             self._warn_unmasked(losses, valid)
         average = self.average if self.per == "position" else "sequence_sum"

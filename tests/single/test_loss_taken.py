@@ -121,6 +121,17 @@ def test_an_axis_that_only_one_of_them_has_is_named(loss, given, shape, other, n
         loss_fn(tf.ones(shape), tf.ones(other), **given)
 
 
+@pytest.mark.parametrize("given", [{"lengths": [3, 1]}, {"padding_value": -1.0}])
+@pytest.mark.parametrize(("shape", "other", "name"), [((2, 3), (2, 3, 1), "y_true"), ((2, 3, 1), (2, 3), "y_pred")])
+def test_positions_are_no_features_of_a_sequence_either(given, shape, other, name):
+    """Keras's mean over positions is one over padding, which lengths cannot reach."""
+    options = {key: given[key] for key in given if key == "padding_value"}
+    loss_fn = distpad.DistributedLoss("mse", per="sequence", average="sequence_sum", **options)
+    arguments = {key: given[key] for key in given if key == "lengths"}
+    with pytest.raises(ValueError, match=rf"{name} has shape \(2, 3\) .*Write {name}\[\.\.\., None\]"):
+        loss_fn(tf.ones(shape), tf.ones(other), **arguments)
+
+
 def test_a_series_with_its_axis_is_right():
     assert mean_of("mse") == 7.5
     loss_fn = distpad.DistributedLoss(lambda t, p: tf.square(t - p[..., 0]))  # a callable that knows its ranks
