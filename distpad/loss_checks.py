@@ -80,7 +80,7 @@ def check_rank(losses: tf.Tensor, per: str, valid: masking.Valid, y_true: Any, y
     if per == "sequence":
         return
     longer = _with_one_more_axis(y_true, y_pred)
-    if longer and (rank == 1 or (rank == longer.rank and losses.shape[-1] != 1)):
+    if longer and (rank == 1 or (rank == longer.rank and losses.shape[-1] != 1) or (valid.rank or 0) > rank):
         name, other = ("y_true", "y_pred") if longer.of == "y_pred" else ("y_pred", "y_true")
         raise ValueError(
             f"{_NAME}: {name} has shape {longer.short} and {other} {longer.long}, expected the same number of axes: "

@@ -132,6 +132,12 @@ def test_positions_are_no_features_of_a_sequence_either(given, shape, other, nam
         loss_fn(tf.ones(shape), tf.ones(other), **arguments)
 
 
+def test_the_axis_of_channels_of_masks_of_images_is_named():
+    loss_fn = distpad.DistributedLoss("mse")
+    with pytest.raises(ValueError, match=r"y_true has shape \(2, 3, 4\) .*Write y_true\[\.\.\., None\]"):
+        loss_fn(tf.ones([2, 3, 4]), tf.ones([2, 3, 4, 1]), tf.ones([2, 3, 4]))
+
+
 def test_a_series_with_its_axis_is_right():
     assert mean_of("mse") == 7.5
     loss_fn = distpad.DistributedLoss(lambda t, p: tf.square(t - p[..., 0]))  # a callable that knows its ranks
