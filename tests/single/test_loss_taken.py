@@ -245,6 +245,13 @@ def test_counts_of_another_feature_for_one_value_a_sequence():
         ctc(y_true, logits, lengths=[2, 1], denominator=counts_of([3, 1]))
 
 
+def test_one_position_of_many_is_found_out():
+    loss_fn, values = distpad.DistributedLoss("mse"), tf.ones([1, 40000, 1])
+    assert float(loss_fn(values, 0 * values, lengths=[39999], denominator=counts_of([39999]))) == 1
+    with pytest.raises(ValueError, match="Counts of other positions"):
+        loss_fn(values, 0 * values, lengths=[39999], denominator=counts_of([40000]))
+
+
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("average", ["token", "sequence_sum"])
 def test_counts_for_another_number_of_replicas_are_found_out(average, graph):
