@@ -316,6 +316,7 @@ class DistributedLoss(tf.keras.losses.Loss):
         losses = self._losses(
             masking.clean(y_true, positions, prediction=False), masking.clean(y_pred, rows, prediction=True, gate=gate)
         )
+        valid = masking.of_rows(valid, losses)
         loss_checks.check_rank(losses, self.per, valid, y_true, y_pred)
         if self.per == "sequence" and (sources["lengths"] is not None or self.padding_value is not None):
             loss_checks.refuse_positions(self.loss, y_true, y_pred)

@@ -162,6 +162,14 @@ def of_sequences(
     return valid, fitting.all_of(counted)[0], rules
 
 
+def of_rows(valid: Valid, losses: tf.Tensor) -> Valid:
+    """Weights ``[batch, 1]`` of a loss ``[batch]``, which are how Keras 2 hands on those of rows, as ``[batch]``."""
+    weight = valid.weight
+    if losses.shape.rank != 1 or valid.mask is not None or weight is None or weight.shape[1:] != [1]:
+        return valid
+    return valid._replace(weight=tf.squeeze(weight, 1), rank=None)
+
+
 def has_positions(y_true: Any, y_pred: Any) -> bool:
     """Whether labels of a loss with one value a sequence have an axis of positions. Those of one class a sequence,
     ``[batch, classes]`` beside as many scores or ``[batch, 1]``, have none, however long the sequences are."""

@@ -99,6 +99,14 @@ def test_plain_classification_needs_no_mask(average, given, weights):
     np.testing.assert_allclose(found, np.average(each_row(), weights=weights), rtol=1e-6)
 
 
+@pytest.mark.parametrize("average", ["token", "sequence_sum", "sequence_mean"])
+def test_weights_of_rows_may_have_an_axis(average):
+    """As Keras 2 hands them on from fit."""
+    loss_fn = distpad.DistributedLoss(LOSSES.SparseCategoricalCrossentropy(from_logits=True), average=average)
+    weight = np.array([1.0, 0.0, 2.0, 0.5], np.float32)
+    assert float(loss_fn(LABELS, LOGITS, weight[:, None])) == float(loss_fn(LABELS, LOGITS, weight))
+
+
 @pytest.mark.parametrize(
     "given", [{"lengths": [1, 1, 1, 1]}, {"mask": np.ones([4, 5], bool)}, {"sample_weight": np.ones([4, 5])}]
 )
