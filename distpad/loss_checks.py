@@ -19,7 +19,7 @@ def as_keras_casts(loss: Any, y_true: Any, y_pred: Any) -> Any:
     numbers too. Keras's own losses get whole numbers as they are, since classes above 2**24 are no float32."""
     if not (isinstance(y_true, tf.Tensor) and isinstance(y_pred, tf.Tensor) and y_pred.dtype.is_floating):
         return y_true
-    own = type(loss).__module__.split(".")[0] in ("keras", "tf_keras", "tensorflow_addons")
+    own = _is_of_keras(loss)
     wanted = y_true.dtype.is_floating or (y_true.dtype.is_integer and hasattr(loss, "dtype") and not own)
     return tf.cast(y_true, y_pred.dtype) if wanted else y_true
 
@@ -80,7 +80,7 @@ def check_rank(losses: tf.Tensor, per: str, valid: masking.Valid, y_true: Any, y
     if per == "sequence":
         return
     longer = _with_one_more_axis(y_true, y_pred)
-    if longer and (rank == 1 or (rank == longer.rank and losses.shape[-1] != 1)):
+    if longer and (rank == 1 or (rank == longer.rank and losses.shape[-1] != 1) or (valid.rank or 0) > rank):
         name, other = ("y_true", "y_pred") if longer.of == "y_pred" else ("y_pred", "y_true")
         raise ValueError(
             f"{_NAME}: {name} has shape {longer.short} and {other} {longer.long}, expected the same number of axes: "
@@ -92,6 +92,23 @@ def check_rank(losses: tf.Tensor, per: str, valid: masking.Valid, y_true: Any, y
             'positions were given. Write per="sequence" if it has one value a sequence. If it averages over positions '
             "because they are its last axis, write y_true[..., None] and y_pred[..., None]."
         )
+
+
+def refuse_positions(loss: Any, y_true: Any, y_pred: Any) -> None:
+    """Refuse a loss of Keras's that takes the positions of a sequence for features: it averages over padding too."""
+    longer = _with_one_more_axis(y_true, y_pred)
+    if longer and _is_of_keras(loss):
+        name, other = ("y_true", "y_pred") if longer.of == "y_pred" else ("y_pred", "y_true")
+        raise ValueError(
+            f'{_NAME}: {name} has shape {longer.short} and {other} {longer.long}, expected with per="sequence" and '
+            "lengths or a padding value a loss that leaves padding out: this one takes positions for features. Write "
+            f"{name}[..., None], and leave per= away."
+        )
+
+
+def _is_of_keras(loss: Any) -> bool:
+    module = loss.__module__ if inspect.isfunction(loss) else type(loss).__module__
+    return module.split(".")[0] in ("keras", "tf_keras", "tensorflow_addons")
 
 
 class _Longer(NamedTuple):

@@ -115,7 +115,7 @@ def counted_rule(
 
 @tf.autograph.experimental.do_not_convert
 def of_sequences(
-    y_true: Any, *, mask: Any, lengths: Any, padding_value: Any, keras_mask: Any, sample_weight: Any
+    y_true: Any, y_pred: Any = None, *, mask: Any, lengths: Any, padding_value: Any, keras_mask: Any, sample_weight: Any
 ) -> tuple[Valid, tf.Tensor | None, list[Rule]]:
     """The rows that count in a loss with one value a sequence, and the mask of their labels' positions, if known.
 
@@ -123,7 +123,7 @@ def of_sequences(
     tensor without any of them is all valid.
     """
     rules = length_rules()
-    width = tf.shape(y_true)[1] if isinstance(y_true, tf.Tensor) and y_true.shape.rank > 1 else None
+    width = tf.shape(y_true)[1] if has_positions(y_true, y_pred) else None
     rows, positions = [], []
     tokens = None
     said = mask is not None and check_mask(mask).shape.rank == 1  # then the lengths do not say which rows count
@@ -160,6 +160,23 @@ def of_sequences(
     valid = Valid(row_mask, weight, 1, tokens, tf.logical_and(positions_fit, rows_fit))
     counted = [fitting.Source("mask", valid.looked_at), *positions]
     return valid, fitting.all_of(counted)[0], rules
+
+
+def of_rows(valid: Valid, losses: tf.Tensor) -> Valid:
+    """Weights ``[batch, 1]`` of a loss ``[batch]``, which are how Keras 2 hands on those of rows, as ``[batch]``."""
+    weight = valid.weight
+    if losses.shape.rank != 1 or valid.mask is not None or weight is None or weight.shape[1:] != [1]:
+        return valid
+    return valid._replace(weight=tf.squeeze(weight, 1), rank=None)
+
+
+def has_positions(y_true: Any, y_pred: Any) -> bool:
+    """Whether labels of a loss with one value a sequence have an axis of positions. Those of one class a sequence,
+    ``[batch, classes]`` beside as many scores or ``[batch, 1]``, have none, however long the sequences are."""
+    if not isinstance(y_true, tf.Tensor) or y_true.shape.rank < 2:
+        return False
+    of_rows = isinstance(y_pred, tf.Tensor) and y_true.shape.rank == 2 and y_pred.shape.rank in (1, 2)
+    return not (of_rows and y_true.shape[1] is not None and y_true.shape[1] in (1, *y_pred.shape[1:]))
 
 
 @tf.autograph.experimental.do_not_convert

@@ -88,7 +88,7 @@ def _of_positions(rows: dict[str, Any], y_true: Any, y_pred: Any, padding_value:
 
 def _of_sequences(rows: dict[str, Any], y_true: Any, y_pred: Any, padding_value: Any) -> _Found:
     positions, factors, tokens = [], [], None
-    width = tf.shape(y_true)[1] if isinstance(y_true, tf.Tensor) and y_true.shape.rank > 1 else None
+    width = tf.shape(y_true)[1] if masking.has_positions(y_true, y_pred) else None
     mask = rows.get("mask")
     says_rows = mask is not None and mask.shape.rank == 1  # then rows without any positions may count
     if "lengths" in rows:

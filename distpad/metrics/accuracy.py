@@ -33,7 +33,7 @@ class TokenAccuracy(means.PositionMean):
         self.threshold = None if threshold is None else errors.real_number(self._kind, "threshold", threshold)
 
     def _rules(self, y_true: Any, y_pred: Any) -> list[exchange.Rule]:
-        return [classes.binary_rule(self.threshold, y_true, y_pred)]
+        return [classes.binary_rule(self.threshold, y_true, y_pred), classes.vector_rule(y_true, y_pred)]
 
     def _values(self, y_true: Any, y_pred: Any) -> tf.Tensor:
         if classes.is_binary(y_true, y_pred):
@@ -79,6 +79,7 @@ class SequenceAccuracy(ratio.Ratio):
             rules = [*rules, classes.binary_rule(self.threshold, y_true, cleaned)]
             right = tf.equal(*classes.binary_ids(self.threshold, y_true, y_pred))
         else:
+            rules = [*rules, classes.vector_rule(masking.clean(y_true, valid.looked_at, prediction=False), y_pred)]
             right = tf.equal(*classes.ids_of(self._kind, y_true, y_pred))
         counted, fits, rank = valid.looked_at, valid.fits, right.shape.rank
         inner = list(range(1, rank))

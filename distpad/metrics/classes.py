@@ -31,6 +31,19 @@ def binary_rule(threshold: float | None, y_true: tf.Tensor, y_pred: tf.Tensor) -
     return exchange.Rule(text, tf.concat([flat, [0.0]], 0)[at], tf.logical_not(tf.reduce_any(outside)))
 
 
+def vector_rule(y_true: tf.Tensor, y_pred: tf.Tensor) -> exchange.Rule:
+    """Vectors beside scores are one-hot: of several labels a position, the largest component tells one. Padding in them
+    is replaced by zeros, which are left alone."""
+    text = "y_true holds vectors with several largest components, expected one-hot ones (found: how many of them)"
+    tensors = isinstance(y_true, tf.Tensor) and isinstance(y_pred, tf.Tensor) and y_pred.dtype.is_floating
+    of_vectors = tensors and y_true.shape.rank == y_pred.shape.rank and y_true.shape[-1] != 1
+    if not of_vectors or is_binary(y_true, y_pred) or not (y_true.dtype.is_floating or y_true.dtype.is_integer):
+        return exchange.Rule(text, 0, True)
+    largest = tf.reduce_max(y_true, axis=-1, keepdims=True)
+    shared = tf.math.count_nonzero(tf.logical_and(y_true == largest, largest > 0), axis=-1) > 1
+    return exchange.Rule(text, tf.math.count_nonzero(shared), tf.logical_not(tf.reduce_any(shared)))
+
+
 def binary_ids(threshold: float | None, y_true: tf.Tensor, y_pred: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Labels and thresholded predictions ``[batch, length]`` or ``[batch]``."""
     guesses = tf.cast(y_pred > tf.cast(0.5 if threshold is None else threshold, y_pred.dtype), tf.int64)

@@ -57,16 +57,21 @@ class Elements:
         return (tf.nest.map_structure(lambda rows: rows[real], joined[0]),)
 
     def refuse_predict(self) -> None:
-        """Raise where Keras's predict iterates a dataset that holds filler rows, which no batch can tell it to leave
-        out. The frame of predict is the only trace of it."""
-        dataset = self.dataset()
-        for frame in [] if self.predicts or dataset is None else sys._current_frames().values():
+        """Raise where Keras's predict iterates a dataset that holds filler rows, or what was made of it: no batch can
+        tell it to leave them out. The frame of predict is the only trace of it. One in a callback of fit's may be about
+        other data."""
+        dataset, frames = self.dataset(), []
+        for frame in () if self.predicts else sys._current_frames().values():
             caller: Any = frame
             while caller is not None:
-                if caller.f_code.co_name == "predict" and caller.f_locals.get("x") is dataset:
-                    remedy = "Write for_keras(x=..., y=None): then predict gets the real rows alone."
-                    raise ValueError(errors.sentence(_NAME, "y", "given for predict", "None", remedy))
+                if isinstance(caller.f_locals.get("self"), tf.keras.Model):
+                    frames.append(caller)
                 caller = caller.f_back
+        given = [frame.f_locals.get("x") for frame in frames if frame.f_code.co_name == "predict"]
+        trains = any(frame.f_code.co_name in ("fit", "evaluate") for frame in frames)
+        if any(x is dataset or (isinstance(x, tf.data.Dataset) and not trains) for x in given if x is not None):
+            remedy = "Write for_keras(x=..., y=None): then predict gets the real rows alone."
+            raise ValueError(errors.sentence(_NAME, "y", "given for predict", "None", remedy))
 
     def signature(self, features: Features, rows: int | None) -> Any:
         """The specs of an element; ragged axes are None in all, so that all lengths share one trace.

@@ -96,3 +96,21 @@ def test_the_threshold_is_saved(world):
     with pytest.raises(TypeError, match="TokenAccuracy: threshold is 'half', expected a number"):
         metrics.TokenAccuracy(threshold="half")
     assert distpad.metrics is metrics
+
+
+@pytest.mark.parametrize("kind", [distpad.metrics.TokenAccuracy, distpad.metrics.SequenceAccuracy])
+def test_several_labels_a_position_are_no_class(world, kind):
+    """The largest of several is one of them, whichever comes first."""
+    with world.scope():
+        metric = kind(backend=world.backend)
+    scores, lengths = tf.constant([[[0.9, 0.1, 0.2], [0.3, 0.4, 0.8]]]), [1]
+    labels = {n: tf.constant([[n, [5, 5, 0]]]) for n in ((1, 0, 0), (1, 0, 1))}  # what is no position says nothing
+
+    def update(several):
+        metric.update_state(labels[(1, 0, int(several))], scores, lengths=lengths)
+        return tf.constant(0)
+
+    world.run(lambda r: update(False), np.int64, graph=False)
+    assert float(metric.result()) == 1
+    with pytest.raises(ValueError, match="y_true holds vectors with several largest components"):
+        world.run(lambda r: update(True), np.int64, graph=False)

@@ -345,6 +345,27 @@ def test_a_mask_of_rows_decides_alone_which_rows_count(world):
         assert found == 3.0
 
 
+@pytest.mark.parametrize("average", ["token", "sequence_sum"])
+@pytest.mark.parametrize("form", ["class", "column", "one-hot", "one-hot by hand"])
+def test_classes_of_a_sequence_are_no_positions(world, form, average):
+    """One label a text, of which the classes have an axis: no length reaches along it, shorter or longer."""
+    lengths = lambda r: np.array([2 + r, 9, 0])
+    classes, scores = np.array([4, 0, 1]), np.random.default_rng(0).normal(size=[3, 5])
+    y_true = np.eye(5)[classes] if "one-hot" in form else classes[:, None] if form == "column" else classes
+    keras = tf.keras.losses
+    loss = (keras.CategoricalCrossentropy if form == "one-hot" else keras.SparseCategoricalCrossentropy)(
+        from_logits=True, reduction="none"
+    )
+    if form == "one-hot by hand":
+        loss = tf.nn.softmax_cross_entropy_with_logits
+    loss_fn = distpad.DistributedLoss(loss, per="sequence", average=average, backend=world.backend)
+    call = lambda rows: loss_fn.global_value(loss_fn(tf.constant(y_true), tf.constant(scores), lengths=rows))
+    each = np.log(np.exp(scores).sum(1)) - scores[np.arange(3), classes]
+    count = sum(lengths(r).sum() if average == "token" else 2 for r in range(world.num_replicas))
+    for found in world.run(call, lengths, graph=False).values():
+        assert oracle.relative_error(found, world.num_replicas * each[:2].sum() / count) <= 1e-6
+
+
 def test_an_empty_replica_has_all_gradients_that_the_others_have(world):
     """The variables of the loss itself (a CRF's transitions) and every leaf of the predictions, without a graph too."""
     transitions, weight = tf.Variable(tf.ones([3], tf.float64)), tf.Variable(tf.constant(2.0, tf.float64))

@@ -89,5 +89,7 @@ def test_predict_of_what_holds_filler_rows_is_refused(world):
     model, dataset = classifier(world), batches.for_keras(x="x", y="label")
     with pytest.raises(tf.errors.OpError, match=r"for_keras: y is given for predict, expected None.*y=None"):
         model.predict(dataset, verbose=0)
+    with pytest.raises(tf.errors.OpError, match=r"for_keras: y is given for predict, expected None.*y=None"):
+        model.predict(dataset.map(lambda x, y, weights: x), verbose=0)
     with world.scope():
         assert np.isfinite(model.evaluate(batches_of(world, texts(), 4)[1].for_keras(x="x", y="label"), verbose=0))

@@ -171,7 +171,12 @@ def test_wrong_per(per):
             "denominator is a WeightedCounts, but sample_weight is missing",
         ),
         ({"padding_value": 0}, {"y_true": np.zeros([2])}, ValueError, "padding_value was given, but y_true is no"),
-        ({"per": "sequence"}, {}, ValueError, 'rank 2, expected .batch. with per="sequence"'),
+        (
+            {"per": "sequence", "average": "sequence_sum"},
+            {},
+            ValueError,
+            'rank 2, expected .batch. with per="sequence"',
+        ),
         ({"backend": "nccl"}, {}, ValueError, "DistributedLoss: backend is 'nccl', expected one of 'local', 'horovod'"),
     ],
 )

@@ -99,6 +99,14 @@ def test_plain_classification_needs_no_mask(average, given, weights):
     np.testing.assert_allclose(found, np.average(each_row(), weights=weights), rtol=1e-6)
 
 
+@pytest.mark.parametrize("average", ["token", "sequence_sum", "sequence_mean"])
+def test_weights_of_rows_may_have_an_axis(average):
+    """As Keras 2 hands them on from fit."""
+    loss_fn = distpad.DistributedLoss(LOSSES.SparseCategoricalCrossentropy(from_logits=True), average=average)
+    weight = np.array([1.0, 0.0, 2.0, 0.5], np.float32)
+    assert float(loss_fn(LABELS, LOGITS, weight[:, None])) == float(loss_fn(LABELS, LOGITS, weight))
+
+
 @pytest.mark.parametrize(
     "given", [{"lengths": [1, 1, 1, 1]}, {"mask": np.ones([4, 5], bool)}, {"sample_weight": np.ones([4, 5])}]
 )
@@ -119,6 +127,23 @@ def test_an_axis_that_only_one_of_them_has_is_named(loss, given, shape, other, n
     loss_fn = distpad.DistributedLoss(loss, average="sequence_sum")
     with pytest.raises(ValueError, match=rf"{name} has shape \(2, 3\) .*Write {name}\[\.\.\., None\]"):
         loss_fn(tf.ones(shape), tf.ones(other), **given)
+
+
+@pytest.mark.parametrize("given", [{"lengths": [3, 1]}, {"padding_value": -1.0}])
+@pytest.mark.parametrize(("shape", "other", "name"), [((2, 3), (2, 3, 1), "y_true"), ((2, 3, 1), (2, 3), "y_pred")])
+def test_positions_are_no_features_of_a_sequence_either(given, shape, other, name):
+    """Keras's mean over positions is one over padding, which lengths cannot reach."""
+    options = {key: given[key] for key in given if key == "padding_value"}
+    loss_fn = distpad.DistributedLoss("mse", per="sequence", average="sequence_sum", **options)
+    arguments = {key: given[key] for key in given if key == "lengths"}
+    with pytest.raises(ValueError, match=rf"{name} has shape \(2, 3\) .*Write {name}\[\.\.\., None\]"):
+        loss_fn(tf.ones(shape), tf.ones(other), **arguments)
+
+
+def test_the_axis_of_channels_of_masks_of_images_is_named():
+    loss_fn = distpad.DistributedLoss("mse")
+    with pytest.raises(ValueError, match=r"y_true has shape \(2, 3, 4\) .*Write y_true\[\.\.\., None\]"):
+        loss_fn(tf.ones([2, 3, 4]), tf.ones([2, 3, 4, 1]), tf.ones([2, 3, 4]))
 
 
 def test_a_series_with_its_axis_is_right():
@@ -226,6 +251,13 @@ def test_counts_of_another_feature_for_one_value_a_sequence():
     assert float(ctc(y_true, logits, lengths=[2, 1], denominator=counts_of([2, 1]))) > 0
     with pytest.raises(ValueError, match=r"Counts of other positions.*0→\(4, 2, 3, 2\)"):
         ctc(y_true, logits, lengths=[2, 1], denominator=counts_of([3, 1]))
+
+
+def test_one_position_of_many_is_found_out():
+    loss_fn, values = distpad.DistributedLoss("mse"), tf.ones([1, 40000, 1])
+    assert float(loss_fn(values, 0 * values, lengths=[39999], denominator=counts_of([39999]))) == 1
+    with pytest.raises(ValueError, match="Counts of other positions"):
+        loss_fn(values, 0 * values, lengths=[39999], denominator=counts_of([40000]))
 
 
 @pytest.mark.parametrize("graph", [False, True])

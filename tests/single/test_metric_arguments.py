@@ -148,6 +148,8 @@ def test_configurations(make):
         options["decode"] = best_path
     if make is metrics.Perplexity:
         options["from_logits"] = True
+    if make in (metrics.TokenAccuracy, metrics.SequenceAccuracy):
+        options["threshold"] = 0.25
     metric = make(**options)
     config = metric.get_config()
     assert set(options) == set(config)
