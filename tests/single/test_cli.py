@@ -137,6 +137,7 @@ def test_own_model_and_loss(run):
     assert "2 replicas" in output.splitlines()[0] and "uneven rows" in output and output.splitlines()[-1] == "passed"
 
 
+@pytest.mark.wide  # tests/replicas certifies it in the worlds
 def test_own_loss_that_averages_locally(run):
     code, output, _ = run("certify", "to_certify:wrong", *TWO)
     assert code == 1 and "NOT PASSED" in output and "own mean" in output

@@ -488,7 +488,7 @@ def command():
         process.wait()
 
 
-@pytest.mark.one_stack
+@pytest.mark.wide  # tests/cluster asks real hosts
 @pytest.mark.timeout(LIMIT_S + 20)
 def test_the_table(command):
     code, output, complaints = command("table")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import time
 import numpy as np, tensorflow as tf, distpad
@@ -39,6 +41,7 @@ model.fit(batches.for_keras(x="x", y="y"), verbose=0, callbacks=[Stop()])
 """
 
 
+@pytest.mark.wide  # in the worlds, an error of the source ends fit, too
 def test_after_an_error_in_fit():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "KeyError: 'enough'" in done.stderr

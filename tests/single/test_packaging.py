@@ -72,7 +72,9 @@ def test_an_editable_checkout(tmp_path):
     assert installed(tmp_path, "-e", place) == (place / "distpad", place / "k8s", kinds())
 
 
-@pytest.mark.parametrize("more", [(), ("k8s/image",)], ids=["nothing", "what images have"])
+@pytest.mark.parametrize(
+    "more", [pytest.param((), marks=pytest.mark.wide), ("k8s/image",)], ids=["nothing", "what images have"]
+)
 def test_without_the_manifests(tmp_path, more):
     place = source(tmp_path / "source", *more)
     assert installed(tmp_path, "-e", place) == (place / "distpad", place / "k8s", [])
