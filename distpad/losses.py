@@ -139,8 +139,11 @@ class DistributedLoss(tf.keras.losses.Loss):
         if denominator is not None:
             count = self._count_from(denominator, sources)
             sums, rules = self._sums(y_true, y_pred, sources, gate)
-            is_count = tf.logical_or(count > 0, tf.logical_and(tf.equal(count, 0), tf.equal(sums.tokens, 0)))
-            text = "denominator is below 0, or 0 beside valid positions, expected their count (found: it, valid here)"
+            is_nothing = tf.logical_and(tf.equal(count, 0), tf.equal(sums.tokens, 0))
+            is_count = tf.logical_or(tf.logical_and(count > 0, tf.math.is_finite(count)), is_nothing)
+            text = (
+                "denominator is below 0, not finite, or 0 beside valid positions, expected their count (it, valid here)"
+            )
             rules.append(exchange.Rule(text, (count, sums.tokens), is_count))
             if isinstance(denominator, Counts):
                 rules += self._counted_rules(backend, denominator, sums, y_true, y_pred, sources)
