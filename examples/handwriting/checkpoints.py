@@ -45,7 +45,7 @@ class Checkpoints:
         self._thrown_away = None if self.engine.worker == 0 else tempfile.TemporaryDirectory()
         where = str(folder) if self._thrown_away is None else self._thrown_away.name
         with self.engine.scope():
-            # as bytes, since Horovod broadcasts no strings
+            # as numbers, since engines broadcast neither strings nor bytes
             self._place = tf.Variable(_as_bytes({}), trainable=False, name="place")
         self._checkpoint = tf.train.Checkpoint(model=learner.model, optimizer=learner.optimizer, place=self._place)
         self._manager = tf.train.CheckpointManager(self._checkpoint, where, max_to_keep=KEEP)
@@ -83,9 +83,9 @@ class Checkpoints:
         self._checkpoint.restore(latest).assert_existing_objects_matched()
 
     def _move(self) -> None:
-        self.batches.load_state_dict(json.loads(self._place.numpy().tobytes()))
+        self.batches.load_state_dict(json.loads(self._place.numpy().astype(np.uint8).tobytes()))
 
 
 def _as_bytes(state: dict) -> np.ndarray:
-    """A state as JSON, filled up with spaces, which JSON ignores."""
-    return np.frombuffer(json.dumps(state).encode().ljust(PLACE_BYTES), np.uint8)
+    """A state as the bytes of its JSON, filled up with spaces, which JSON ignores."""
+    return np.frombuffer(json.dumps(state).encode().ljust(PLACE_BYTES), np.uint8).astype(np.int32)

@@ -55,6 +55,7 @@ def test_on_one_device_an_error_above_the_limit_is_exit_code_1() -> None:
     assert output.count("NOT PASSED: distpad's gradient error is") == 1
 
 
+@pytest.mark.wide  # in one process the same programs run by default
 def test_all_kinds_on_four_replicas_of_one_process_print_the_figures_of_the_readme() -> None:
     code, output = start("mirrored:4", "all", "--replicas", "4")
     check(code, output, tables=4, replicas=4)

@@ -192,10 +192,8 @@ def certified(job: elastic_job.Job) -> list[int]:
     return [int(count) for count in re.findall(r"distpad certificate: .* on (\d+) workers", job.output)]
 
 
-@pytest.mark.one_stack
-@pytest.mark.parametrize(
-    "world", ["mirrored:2", *[pytest.param(name, marks=pytest.mark.wide) for name in ("multiworker:2", "horovod:2")]]
-)
+@pytest.mark.wide  # tests/replicas/test_certificate_own.py certifies what is wrong in the worlds
+@pytest.mark.parametrize("world", ["mirrored:2", "multiworker:2", "horovod:2"])
 def test_certify_stops_a_training_whose_gradients_are_off(tmp_path, world):
     backend, replicas = world.split(":")
     arguments = ("--backend", backend, "--replicas", replicas, "--certify", "--out", tmp_path)

@@ -338,6 +338,7 @@ class Stop(tf.keras.callbacks.Callback):
 
 
 def test_leaving_early_leaves_no_thread_and_fit_goes_on(world):
+    before = {*threading.enumerate()}  # of iterators that models of other tests keep
     _, sampler, batches = sampled(world)
     fed = fed_by(world, batches, len(sampler.plan(0)), x="x", y="y")
     if isinstance(fed[0], tf.data.Dataset):
@@ -351,7 +352,7 @@ def test_leaving_early_leaves_no_thread_and_fit_goes_on(world):
     assert len(fit(world, model, fed).history["loss"]) == 1
     gc.collect()  # until then another worker may keep its iterator, and this one wait to tell it of its leaving
     until = time.monotonic() + HANG_S
-    while left := [thread.name for thread in threading.enumerate() if thread.name.startswith("distpad-")]:
+    while left := [each.name for each in {*threading.enumerate()} - before if each.name.startswith("distpad-")]:
         assert time.monotonic() < until, left
         time.sleep(0.1)
 
