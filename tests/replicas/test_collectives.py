@@ -148,6 +148,9 @@ def test_gather_drops_filling_rows(world):
         for replica, row in enumerate(values):
             mine = batch_of(replica)["label"][0]
             np.testing.assert_array_equal(row[: len(mine)], mine)
+    step = lambda rows: distpad.gather(rows, rows=1, backend=world.backend).values
+    for values in world.run(step, lambda r: 10 * r + np.arange(3)[:, None], graph=False).values():
+        assert values[:, 0].tolist() == [10 * r for r in range(world.num_replicas)]
 
 
 def test_gather_of_every_dtype(world):
