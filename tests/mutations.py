@@ -574,7 +574,7 @@ MUTANTS = (
         name="counts-of-another-feature-are-taken",
         file="losses.py",
         old="is_close = tf.reduce_all(",
-        new="is_close = tf.reduce_any(",
+        new="is_close = tf.constant(True) if self.name else tf.reduce_all(",
         selection="test_counts_of_another_feature",
     ),
     Mutant(

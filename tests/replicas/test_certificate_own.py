@@ -349,7 +349,11 @@ def test_a_global_value_after_a_certificate_is_that_of_the_engine(world, one_kin
         return right(batch)
 
     assert certified(world, step=with_both, batch=batch_of()).passed  # held against itself on one device
-    assert value(step) == before
+    try:
+        after = value(step)
+    except ValueError as refused:  # by a loss that takes this for one device
+        after = refused
+    assert after == before
 
 
 @pytest.mark.worlds("mirrored:2")
