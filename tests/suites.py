@@ -83,14 +83,9 @@ SUITES = [
         ),
         under_all=f"{PYTEST} tests/single",
     ),
-    # certificates and the shapes of collectives are arithmetic that the other stack shows
-    Suite(
-        *("mirrored:2", "classic", 1, 120, 30),
-        world("mirrored:2", "--ignore-glob='*test_certificate_own.py'", "--ignore-glob='*test_gather*.py'"),
-        world("mirrored:2"),
-    ),
+    core("mirrored:2", "classic", 1, 80, f"{KERAS} or test_every_loss or test_loss or test_ctc or compiled"),
     core("multiworker:2", "classic", 1.5, 60, KERAS),
-    core("horovod:2", "classic", 1.5, 60, KERAS),
+    Suite("horovod:2", "classic", 1.5, 50, 30, world("horovod:2", f'-k "{KERAS}"'), world("horovod:2")),
     Suite("local", "classic", 1, 0, 30, "", world("local")),
     Suite("mirrored:4", "classic", 1, 0, 30, "", world("mirrored:4")),
     Suite("examples", "classic", 1, 15, 40, f"{PYTEST} -m 'not one_stack' tests/examples", f"{PYTEST} tests/examples"),

@@ -54,7 +54,8 @@ def _horovod(count: int) -> list[str]:
 def _mpirun(count: int) -> list[str]:
     root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
     quiet = ["--mca", "btl_vader_single_copy_mechanism", "none"]  # containers forbid what it would use
-    return ["mpirun", *root, "--oversubscribe", "--bind-to", "none", *quiet, "-np", str(count)]
+    waits = ["--mca", "mpi_yield_when_idle", "1"]  # beside other tests, a rank that waits leaves the core to them
+    return ["mpirun", *root, "--oversubscribe", "--bind-to", "none", *quiet, *waits, "-np", str(count)]
 
 
 def _multiworker(count: int) -> list[str]:

@@ -159,6 +159,7 @@ def test_a_table_used_by_rows_and_as_a_whole(world):
             np.testing.assert_array_equal(found, [[3, 3], [5, 5], [3, 3]])
 
 
+@pytest.mark.worlds("mirrored:2")
 def test_reduced_once_a_step(world, linear):
     """Counted in the traced graph: three micro-batches ask for what one batch and ``distpad.gradient`` ask for."""
     variables, adding, dtype = linear

@@ -139,6 +139,7 @@ def test_a_loss_of_keras_that_reduces_does_not_pass(world, one_kind, eagerly):
     assert bool(re.search("own mean", certificate.diagnosis)) == (world.num_replicas > 1)
 
 
+@pytest.mark.worlds("mirrored:2")
 @pytest.mark.parametrize("down", [False, pytest.param(True, marks=pytest.mark.worlds("mirrored:2"))])
 def test_a_factor_is_named(world, one_kind, down):
     replicas = world.num_replicas
@@ -378,6 +379,7 @@ def test_ctc_that_leaves_out_what_cannot_be_aligned(world, average, eagerly):
     assert ctc.left_out(backend=world.backend) > 0
 
 
+@pytest.mark.worlds("mirrored:2")
 def test_numpy_agrees(world, one_kind):
     """The one device that gradients are compared with is itself NumPy's."""
     model, loss = model_in(world, dtype="float64"), distpad.DistributedLoss(each, backend=world.backend)

@@ -95,6 +95,7 @@ def run(world, loss_fn, given, *, graph=False, **options):
     return world.run(step, given, graph=graph)
 
 
+@pytest.mark.worlds("mirrored:2")
 def test_the_loss_is_the_sum_over_all_alignments(world):
     for blank in (0, -1, 1):
         for row in rows_of(0, blank):
@@ -105,7 +106,16 @@ def test_the_loss_is_the_sum_over_all_alignments(world):
             np.testing.assert_allclose(found, [-np.log(probability(odds, row["y"], blank))], rtol=1e-5)
 
 
-@pytest.mark.parametrize(("blank", "graph"), [(0, False), (-1, False), (1, False), (-1, True)])
+@pytest.mark.parametrize(
+    ("blank", "graph"),
+    [
+        (0, False),
+        *[
+            pytest.param(*each, marks=pytest.mark.worlds("mirrored:2"))
+            for each in [(-1, False), (1, False), (-1, True)]
+        ],
+    ],
+)
 def test_the_gradients_of_one_device(world, blank, graph):
     every = [row for r in range(world.num_replicas) for row in rows_of(r, blank)]
     value, gradient = expected(every, blank)
@@ -214,6 +224,7 @@ def test_it_is_saved_with_its_loss():
 # -- keras.losses.CTC -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.worlds("mirrored:2")
 @pytest.mark.skipif(not KERAS_3, reason="Keras 2 has no CTC loss")
 @pytest.mark.parametrize("remedy", [None, "certain blanks", "distpad.CTC"])
 def test_padding_changes_the_value_of_kerass_own(world, remedy):

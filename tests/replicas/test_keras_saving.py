@@ -33,6 +33,7 @@ def inner_loss(kind):
     return tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
 
 
+@pytest.mark.worlds("mirrored:2")
 @pytest.mark.parametrize(("suffix", "kind"), FORMATS)
 def test_a_loaded_model_trains_on(world, tmp_path, suffix, kind):
     if suffix != ".keras" and world.strategy is not None:

@@ -383,6 +383,7 @@ def keras_rows():
     return rounded(rows, "float32")
 
 
+@pytest.mark.worlds("mirrored:2")
 @pytest.mark.parametrize(
     ("mask_by", "graph"),
     [

@@ -147,6 +147,7 @@ def global_policy():
     tf.keras.mixed_precision.set_global_policy("float32")
 
 
+@pytest.mark.worlds("mirrored:2")
 @pytest.mark.parametrize(("policy", "overflow"), [("mixed_float16", True), ("mixed_bfloat16", False)])
 def test_fit_is_that_of_one_device(world, global_policy, policy, overflow):
     """compile and fit under the policy; an overflow in the last row is one replica's, and its step is skipped on all.

@@ -269,6 +269,7 @@ def test_it_passes_on_what_is_the_optimizers(world):
 # -- XLA --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.worlds("mirrored:2")
 @pytest.mark.skipif(KERAS < 3, reason="off by default in Keras 2")
 def test_compilation_by_xla(world):
     """Where nothing is reduced it may be on; else it fails, and not in silence."""

@@ -9,6 +9,8 @@ import tensorflow as tf
 import distpad
 from distpad import certificate
 
+pytestmark = pytest.mark.one_stack
+
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
@@ -23,6 +25,7 @@ def test_wrong_arguments(arguments, error, message):
         distpad.certify(backend="local", **arguments)
 
 
+@pytest.mark.wide
 def test_all_kinds_and_all_averages_are_in_the_least_number_of_cases(monkeypatch):
     asked = []
 

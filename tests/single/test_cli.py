@@ -105,6 +105,7 @@ def test_certify_passes(run, run_here, arguments, head):
     assert "WARNING" not in complaints and "Traceback" not in complaints
 
 
+@pytest.mark.wide
 def test_the_mean_of_means_does_not_pass(run):
     code, output, _ = run("certify", *TWO, "--naive")
     assert code == 1

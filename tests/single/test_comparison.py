@@ -10,6 +10,8 @@ import distpad
 from distpad import backends
 from distpad.comparison import average, layers, rows
 
+pytestmark = pytest.mark.one_stack
+
 LOCAL = backends.LocalBackend()
 AVERAGES = ("token", "sequence_sum", "sequence_mean", 7.5)
 
@@ -93,6 +95,7 @@ def test_sequences(way, source):
     assert np.allclose(found, expected(losses, counted * 1.0, way, tokens), rtol=1e-12)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("per", "padding_value"),
     [
@@ -222,6 +225,7 @@ def test_a_step_gives_a_gradient_for_each_variable_of_the_model():
     assert named.passed
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(("half", "limit"), [("float16", 1e-2), pytest.param("bfloat16", 1e-1, marks=pytest.mark.wide)])
 def test_half_precision_has_its_own_limit(half, limit):
     dense = tf.keras.layers.Dense(8, dtype=f"mixed_{half}", activation="tanh")
@@ -231,6 +235,7 @@ def test_half_precision_has_its_own_limit(half, limit):
     assert certificate.passed and {(line.dtype, line.limit) for line in certificate.lines} == {(half, limit)}
 
 
+@pytest.mark.wide
 def test_a_batch_in_which_nothing_counts_is_told():
     model = tf.keras.Sequential([tf.keras.Input([None, 2]), tf.keras.layers.Dense(2)])
     loss = distpad.DistributedLoss(tf.nn.sparse_softmax_cross_entropy_with_logits, backend=LOCAL)

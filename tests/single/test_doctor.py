@@ -16,6 +16,8 @@ import pytest
 from distpad.launcher import spec
 from distpad.preflight import checks, facts, findings, hosts, network, software
 
+pytestmark = pytest.mark.one_stack
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LIMIT_S = 200  # on a machine that others use too; alone it takes 10 s
 GB = 1 << 30

@@ -18,6 +18,8 @@ import pytest
 import distpad
 import suites
 
+pytestmark = pytest.mark.one_stack
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SOURCES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted((ROOT / "distpad").rglob("*.py"))

@@ -57,6 +57,7 @@ def kinds() -> list[str]:
     return sorted(path.name for path in (ROOT / "k8s" / "overlays").iterdir())
 
 
+@pytest.mark.wide
 def test_a_wheel_of_a_source_archive(tmp_path):
     run(sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path, cwd=source(tmp_path / "source", "k8s"))
     (archive,) = tmp_path.glob("distpad-*.tar.gz")

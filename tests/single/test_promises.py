@@ -12,6 +12,8 @@ import distpad
 from distpad import backends
 from distpad.backends import promises
 
+pytestmark = pytest.mark.one_stack
+
 TWO = json.dumps({"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 0}})
 ALONE = promises.Report("Horovod", workers=1, replicas=1, hosts=1, controller="mpi")
 OVER_GLOO = promises.Report("Horovod", workers=1, replicas=1, hosts=1, controller="gloo")

@@ -12,6 +12,8 @@ import sys
 import pytest
 from test_readme import help_of, uses_of
 
+pytestmark = pytest.mark.one_stack
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DIFFS = re.findall(r"^```diff\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)

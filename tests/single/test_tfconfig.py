@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from distpad.launcher import nodelist, tfconfig
 from worlds import end
 
+pytestmark = pytest.mark.one_stack
+
 LABELS = st.from_regex(r"[a-z]([a-z0-9-]{0,8}[a-z0-9])?", fullmatch=True)
 COUNTS = st.integers(1, 4)
 unhurried = settings(deadline=None)  # the machine may be busy
