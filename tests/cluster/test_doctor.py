@@ -69,6 +69,7 @@ def test_faults_of_the_network(pair):
         assert re.search(row, output), f"{row}\n{output}"
 
 
+@pytest.mark.wide  # tests/cluster/test_launch.py meets one, too
 def test_an_ssh_server_that_is_down(pair):
     pair[1].stop_sshd()
     code, output = doctor(pair[0], "--json")

@@ -15,7 +15,7 @@ WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2")
 RANDOM = np.random.default_rng(8)
 X = RANDOM.normal(size=[8, 4, oracle.FEATURES]).astype("float32")
 Y = np.where(np.arange(4) < [[4], [1], [0], [2], [3], [1], [1], [2]], RANDOM.integers(0, oracle.CLASSES, [8, 4]), -99)
-FORMATS = [(".keras", "callable"), pytest.param(".keras", "keras", marks=pytest.mark.worlds("mirrored:2"))]
+FORMATS = [(".keras", "callable"), pytest.param(".keras", "keras", marks=pytest.mark.wide)]
 if KERAS < 3:  # whose default is a folder, and whose HDF5 finds no functions; most formats under Horovod alone
     formats = [("", "keras"), ("", "callable"), (".h5", "keras")]
     FORMATS += [pytest.param(*each, marks=pytest.mark.worlds("horovod:2")) for each in formats]

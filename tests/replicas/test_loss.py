@@ -67,8 +67,10 @@ def test_gradient_equals_one_device(world, average, scenario, source, dtype, gra
 @pytest.mark.core
 @pytest.mark.parametrize(
     ("average", "source"),
-    [("token", ("lengths", "weights", "nan")), ("sequence_mean", ("padding_value", "mask"))],
-    ids=["token", "sequence_mean"],
+    [
+        pytest.param("token", ("lengths", "weights", "nan"), id="token"),
+        pytest.param("sequence_mean", ("padding_value", "mask"), id="sequence_mean", marks=pytest.mark.wide),
+    ],
 )
 def test_one_traced_step_is_right_for_all_rows(world, average, source):
     """Traced for the shapes of the first rows, and then for any."""

@@ -388,10 +388,9 @@ def keras_rows():
     ("mask_by", "graph"),
     [
         ("sample_weight and padding_value", False),
-        pytest.param("keras mask", False, marks=pytest.mark.worlds("mirrored:2")),
         *[
-            pytest.param(mask_by, True, marks=pytest.mark.wide)
-            for mask_by in ("keras mask", "sample_weight and padding_value")
+            pytest.param(*each, marks=pytest.mark.wide)
+            for each in [("keras mask", False), ("keras mask", True), ("sample_weight and padding_value", True)]
         ],
     ],
 )
