@@ -24,7 +24,7 @@ from suites import SUITES, Suite
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STACKS = ("current", "classic")
-OVER = 0.5  # cores by which the queue may overbook: what waits for another's answer leaves as much
+OVER = 1.0  # cores by which the queue may overbook: what waits for another's answer leaves as much (0.5: a fifth idle)
 GRACE_S = 30
 SLOWEST = 10
 EXAMPLES = """examples:

@@ -134,6 +134,7 @@ def test_a_peer_that_is_not_there_is_named():
     assert all("not there within 12 s: train-1.workers.default.svc\n" in text for text in said), said
 
 
+@pytest.mark.wide  # as one that is not there
 def test_a_peer_that_nobody_knows_is_named():
     with gang("indexed-job", 2, workers=3) as (_, start):
         codes, said = finish(*(start(i, *scripted("all=sleep:600"), flags=("--wait-s", "8")) for i in range(2)))
@@ -141,6 +142,7 @@ def test_a_peer_that_nobody_knows_is_named():
     assert all("8 s: train-2.workers.default.svc (nothing knows the name)" in text for text in said), said
 
 
+@pytest.mark.wide  # as any other peer
 def test_the_first_pod_is_not_there():
     with gang("jobset", 2) as (_, start):
         codes, said = finish(start(1, *scripted("all=sleep:600"), flags=("--wait-s", "8")))
