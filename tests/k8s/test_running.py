@@ -190,7 +190,7 @@ def test_a_command_that_is_not_there_is_final(overlay):
 
 
 @pytest.mark.parametrize(
-    "overlay", [GANGS_ONCE[0], *(pytest.param(name, marks=wide) for name in (*GANGS_ONCE[1:], *MPI))]
+    "overlay", ["indexed-job", *(pytest.param(name, marks=wide) for name in ("jobset", "trainjob", *MPI))]
 )
 def test_failures_are_retried_up_to_the_limit(overlay):
     """One worker fails each time; the limit is of failures, not of pods that failed."""
