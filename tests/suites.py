@@ -50,7 +50,7 @@ def core(name: str, stack: str, cores: float, seconds: int, also: str = "") -> S
     return Suite(name, stack, cores, seconds, 30, world(name, expression), world(name))
 
 
-KERAS = "keras or optimizer or fit"  # whatever runs Keras's fit: Keras 2 and Keras 3 go ways of their own there
+KERAS = "keras or optimizer or test_fit or predicting"  # what runs fit: Keras 2 and 3 go ways of their own there
 SUITES = [
     Suite("lint", "current", 1, 15, 5, f"ruff check . && ruff format --check . && mypy distpad && {SCRIPTS}"),
     Suite("single", "current", 1, 160, 15, f"{PYTEST} tests/single"),
