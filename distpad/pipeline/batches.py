@@ -264,8 +264,7 @@ class PaddedBatches:
         Keras holds all epochs of one ``fit`` to the number of steps of the first. Where it varies (``max_tokens``),
         write ``repeat=True`` and ``fit(dataset, steps_per_epoch=len(batches))``: then nothing is left out. Leaving an
         epoch early goes on with the next, as in a loop. But under MirroredStrategy Keras 3 looks at a first batch in an
-        iteration of its own: there one that was left within the four batches that are read for it, and the first one
-        if it has no more than three, is begun again. ``state_dict`` counts the batches that tf.data asked for: under
+        iteration of its own: there an epoch that was left within the four batches that are read for it begins again. ``state_dict`` counts the batches that tf.data asked for: under
         strategies up to three more than were trained on, on one worker perhaps more than on another (save that of one,
         and load it on all); else those alone that ``fit`` has taken. An epoch of which no more than these were asked
         for begins again when ``fit`` is called again.
@@ -287,14 +286,14 @@ class PaddedBatches:
         ...     print(x.numpy().tolist(), y.numpy().tolist(), weights.numpy().tolist())
         [[1.0, 2.0], [3.0, 0.0]] [[1, 2], [3, 0]] [[1.0, 1.0], [1.0, 0.0]]
         """
-        if self._backend.fit_must_repeat and not repeat:
-            found = f"False with {self._backend.num_workers} workers of a strategy in Keras 2"
-            remedy = "Then write fit(dataset, steps_per_epoch=...)."
-            raise ValueError(errors.sentence("for_keras", "repeat", found, "True", remedy))
         if y is None and self._backend.num_workers > 1 and self._backend.fit_reads_ahead:
             remedy = "Let each worker predict in a loop: for batch in batches: strategy.run(...)."
             found = f"None with {self._backend.num_workers} workers of a strategy"
             raise ValueError(errors.sentence("for_keras", "y", found, "a feature", remedy))
+        if self._backend.fit_must_repeat and not repeat:
+            found = f"False with {self._backend.num_workers} workers of a strategy in Keras 2"
+            remedy = "Then write fit(dataset, steps_per_epoch=...)."
+            raise ValueError(errors.sentence("for_keras", "repeat", found, "True", remedy))
         self._check_engine(of_workers=True)
         elements = feeding.Elements(self._recipe, x, y, repeat)
         self._leave(elements)
@@ -326,6 +325,7 @@ class PaddedBatches:
             """Returns whether all of it was handed out. ``goes_on``: from the epoch before, in the same iteration."""
             elements.refuse_predict()
             is_first = next(looked_at) == 0
+            is_look = self._backend.fit_looks_at > 0 and feeding.keras_looks(otherwise=is_first)
             fresh = is_first and first is self._running and planned == self._at
             if not fresh and not goes_on:
                 self._leave(elements)
@@ -346,8 +346,8 @@ class PaddedBatches:
                     yield element
             if running is not self._running:
                 return False
-            is_short = is_first and self._handed < self._backend.fit_looks_at  # so that looking reads all of it
-            if not elements.repeats and not is_short:
+            is_short = self._handed < self._backend.fit_looks_at  # so that looking reads all of it
+            if not elements.repeats and not (is_look and is_short):
                 self._fed = []
             return not running.was_left
 

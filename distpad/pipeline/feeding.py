@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from distpad.pipeline.padder import Batch
 from distpad.pipeline.recipe import Recipe
 
 _NAME = "for_keras"
+_LOOKS = "_maybe_symbolic_build"
 _CHANNELS = itertools.count(1)  # of exchanges: each dataset has one, since tf.data's threads iterate several at once
 
 
@@ -60,13 +62,10 @@ class Elements:
         """Raise where Keras's predict iterates a dataset that holds filler rows, or what was made of it: no batch can
         tell it to leave them out. The frame of predict is the only trace of it. One in a callback of fit's may be about
         other data."""
-        dataset, frames = self.dataset(), []
-        for frame in () if self.predicts else sys._current_frames().values():
-            caller: Any = frame
-            while caller is not None:
-                if isinstance(caller.f_locals.get("self"), tf.keras.Model):
-                    frames.append(caller)
-                caller = caller.f_back
+        if self.predicts:
+            return
+        dataset = self.dataset()
+        frames = [frame for frame in _frames() if isinstance(frame.f_locals.get("self"), tf.keras.Model)]
         given = [frame.f_locals.get("x") for frame in frames if frame.f_code.co_name == "predict"]
         trains = any(frame.f_code.co_name in ("fit", "evaluate") for frame in frames)
         if any(x is dataset or (isinstance(x, tf.data.Dataset) and not trains) for x in given if x is not None):
@@ -146,6 +145,24 @@ def dataset(
     # TensorFlow wakes it before it says that all is cancelled. Whoever collects the iterator waits, with Python's lock.
     options.autotune.enabled = False
     return made.with_options(options)
+
+
+def keras_looks(*, otherwise: bool) -> bool:
+    """Whether Keras 3 looks at a first batch now, by which it builds the model: each call of fit under a strategy does
+    so in an iteration that it drops. The frame of a private method tells, while it waits for that batch; where Keras
+    has none of that name, ``otherwise`` (tests/replicas/test_fit_epochs.py notices)."""
+    if not hasattr(tf.keras.Model, _LOOKS):
+        return otherwise
+    return any(frame.f_code.co_name == _LOOKS for frame in _frames())
+
+
+def _frames() -> Iterator[types.FrameType]:
+    """Of all threads."""
+    for frame in sys._current_frames().values():
+        caller: types.FrameType | None = frame
+        while caller is not None:
+            yield caller
+            caller = caller.f_back
 
 
 def _as_nest(argument: str, given: Any) -> Any:
