@@ -264,10 +264,11 @@ class PaddedBatches:
         Keras holds all epochs of one ``fit`` to the number of steps of the first. Where it varies (``max_tokens``),
         write ``repeat=True`` and ``fit(dataset, steps_per_epoch=len(batches))``: then nothing is left out. Leaving an
         epoch early goes on with the next, as in a loop. But under MirroredStrategy Keras 3 looks at a first batch in an
-        iteration of its own: there an epoch that was left within the four batches that are read for it begins again. ``state_dict`` counts the batches that tf.data asked for: under
-        strategies up to three more than were trained on, on one worker perhaps more than on another (save that of one,
-        and load it on all); else those alone that ``fit`` has taken. An epoch of which no more than these were asked
-        for begins again when ``fit`` is called again.
+        iteration of its own: there an epoch that was left within the four batches that are read for it begins again.
+        ``state_dict`` counts the batches that tf.data asked for: under strategies up to three more than were trained
+        on, on one worker perhaps more than on another (save that of one, and load it on all); else those alone that
+        ``fit`` has taken. An epoch of which no more than these were asked for begins again when ``fit`` is called
+        again.
 
         Under Horovod, do not add ``prefetch``: who leaves an epoch must have asked for the same batches.
 
