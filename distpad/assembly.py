@@ -79,7 +79,7 @@ def _rows(
             remedy = "Give what strategy.run returned, and the batch's own lengths and indices."
             raise ValueError(errors.sentence(function, "tensors, lengths and indices", these, "of as many", remedy))
         for nest, counts, place in zip(tensors, lengths_here, indices_here):
-            leaves, complaint = nests.leaves_of(function, nest, axis, value, counts)
+            leaves, complaint = nests.leaves_of(function, nest, axis, value, counts, numbers=True)
             if complaint is not None:
                 raise complaint
             place = _indices(function, place)
@@ -109,7 +109,6 @@ def _indices(function: str, given: Any) -> np.ndarray:
 def _cut(function: str, leaf: nests.Leaf, places: np.ndarray) -> _Column:
     """The real elements of real rows, the ragged axis first."""
     values, name = leaf.tensor.numpy(), f"tensors{leaf.where}"
-    nests.check_numbers(function, leaf)
     if values.ndim == 0 or len(values) != len(places):
         raise ValueError(errors.sentence(function, f"the shape of {name}", values.shape, f"[{len(places)}, ...]"))
     if values.ndim == 1:

@@ -116,17 +116,10 @@ def gather(
         if rows is not None:
             raise ValueError(errors.sentence(function, "rows", "given", "none with indices, where -1 is filling"))
         return assembly.assemble(function, resolved, tensors, axis, value, lengths, indices)
-    leaves, complaint = nests.leaves_of(function, tensors, axis, value, lengths)
+    leaves, complaint = nests.leaves_of(function, tensors, axis, value, lengths, numbers=True)
     if complaint is None and any(leaf.axis == 0 for leaf in leaves):
         expected = "an axis behind the first, which holds the rows that are gathered"
         complaint = ValueError(errors.sentence(function, "axis", axis, expected))
-    for i, leaf in enumerate(leaves):
-        try:
-            nests.check_numbers(function, leaf)
-        except TypeError as error:
-            complaint = complaint or error
-            # numbers in its place, so that a trace reaches the exchange, which raises on all replicas
-            leaves[i] = leaf._replace(tensor=tf.zeros_like(leaf.tensor, tf.float32), value=tf.zeros([]))
     longest, kept, total = _agree(resolved, function, leaves, complaint, None, rows, gathers=True)
     gathered = []
     for leaf, to in zip(leaves, longest):

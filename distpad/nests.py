@@ -23,8 +23,11 @@ class Leaf(NamedTuple):
     where: str
 
 
-def leaves_of(function: str, tensors: Any, axis: Any, value: Any, lengths: Any) -> tuple[list[Leaf], Exception | None]:
-    """Flatten the nests side by side; single axes and values serve every tensor.
+def leaves_of(
+    function: str, tensors: Any, axis: Any, value: Any, lengths: Any, *, numbers: bool = False
+) -> tuple[list[Leaf], Exception | None]:
+    """Flatten the nests side by side; single axes and values serve every tensor. ``numbers``: refuse what no engine
+    gathers.
 
     What is wrong is returned, since it may be wrong on this replica alone: the exchange raises it on all. A leaf that
     it concerns is then one that the exchange can do with.
@@ -49,9 +52,13 @@ def leaves_of(function: str, tensors: Any, axis: Any, value: Any, lengths: Any) 
         known = tf.zeros([0, 0])
         try:
             known = _tensor(function, where, tensor)
+            if numbers:
+                check_numbers(function, where, known.dtype)
             leaves.append(_leaf(function, where, known, *others))
         except (ValueError, TypeError) as error:
             complaint = complaint or error
+            if known.dtype == tf.string:  # no exchange can do with it
+                known = tf.zeros_like(known, tf.float32)
             leaves.append(Leaf(known, min(1, known.shape.rank - 1), tf.zeros([], known.dtype), None, where))
     return leaves, complaint
 
@@ -77,12 +84,11 @@ def _tensor(function: str, where: str, given: Any) -> tf.Tensor:
     return tensor
 
 
-def check_numbers(function: str, leaf: Leaf) -> None:
+def check_numbers(function: str, where: str, dtype: tf.DType) -> None:
     """Refuse what no engine gathers."""
-    dtype = leaf.tensor.dtype
     if not (dtype.is_integer or dtype.is_floating or dtype.is_complex or dtype.is_bool):
         remedy = "Gather numbers, such as ids, and make text of them afterwards."
-        raise TypeError(errors.sentence(function, f"the dtype of tensors{leaf.where}", dtype.name, "numbers", remedy))
+        raise TypeError(errors.sentence(function, f"the dtype of tensors{where}", dtype.name, "numbers", remedy))
 
 
 def _leaf(function: str, where: str, tensor: tf.Tensor, axis: Any, value: Any, lengths: Any) -> Leaf:

@@ -44,6 +44,7 @@ SHORT = (
 # -- the data ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_stack
 def test_no_digit_to_train_on_is_one_to_test_with():
     train, test = digits.load("train"), digits.load("test")
     assert len(train.images) + len(test.images) == 1797 and len(test.images) == 359
@@ -54,6 +55,7 @@ def test_no_digit_to_train_on_is_one_to_test_with():
     assert not {places[i.tobytes()] for i in train.images} & {places[i.tobytes()] for i in test.images}
 
 
+@pytest.mark.one_stack
 def test_a_string_depends_on_seed_and_index_alone():
     first, second = strings.DigitStrings("train", seed=3, count=5), strings.DigitStrings("train", seed=3, count=9)
     expected = [first[index] for index in range(5)]
@@ -64,12 +66,14 @@ def test_a_string_depends_on_seed_and_index_alone():
     assert strings.DigitStrings("train", seed=4, count=1)[0].text != expected[0].text
 
 
+@pytest.mark.one_stack
 def test_widths_and_lengths_are_known_before_anything_is_drawn():
     source = strings.DigitStrings("test", seed=6, count=40)
     assert source.widths.tolist() == [len(example.image) for example in source]
     assert source.lengths.tolist() == [len(example.text) for example in source]
 
 
+@pytest.mark.one_stack
 def test_strings_vary_in_length_width_slant_and_thickness():
     drawn = list(strings.DigitStrings("train", seed=0, count=300))
     assert {len(example.text) for example in drawn} == set(range(1, 13))
@@ -263,6 +267,7 @@ def own_pictures(path: pathlib.Path, count: int = 12, ink_is_dark: bool = True) 
     return path
 
 
+@pytest.mark.one_stack
 def test_own_pictures_are_split_by_name_and_read_light_on_dark_or_dark_on_light(tmp_path):
     dark = own_pictures(tmp_path / "dark")
     light = own_pictures(tmp_path / "light", ink_is_dark=False)
@@ -297,6 +302,7 @@ def broken(change: str, path: pathlib.Path) -> pathlib.Path:
     return made
 
 
+@pytest.mark.one_stack
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -333,8 +339,9 @@ ENGINES = {
 @pytest.mark.parametrize(
     ("world", "proved"),
     [  # with the certificate and the drift where that costs least
-        *[("mirrored:2", True), ("multiworker:2", False), ("horovod:2", False)],
+        *[("mirrored:2", True), ("horovod:2", False)],
         *[pytest.param(world, True, marks=pytest.mark.wide) for world in ENGINES if world != "mirrored:2"],
+        pytest.param("multiworker:2", False, marks=pytest.mark.wide),  # tests/cluster trains small in it
     ],
 )
 def test_train_under_each_engine(tmp_path, world, proved):
@@ -398,6 +405,7 @@ def test_own_pictures_are_trained_on(tmp_path):
     assert json.loads((tmp_path / "out" / "reader" / "config.json").read_text())["alphabet"] == "023456789é"
 
 
+@pytest.mark.one_stack
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -425,6 +433,7 @@ def test_wrong_arguments_are_named(tmp_path, monkeypatch, capsys, arguments, mes
     assert end.value.code and message in f"{end.value.code} {capsys.readouterr().err}"
 
 
+@pytest.mark.one_stack
 def test_a_wrong_argument_ends_the_program_without_a_traceback(tmp_path):
     code, output = start("local", "train.py", "--batch", 1, "--replicas", 2, "--out", tmp_path)
     assert code != 0 and "--batch is 1" in output and "Traceback" not in output, output

@@ -192,7 +192,7 @@ def test_others_that_do_not_finish():
     assert codes == [124, 4] and "not all others within 2 s" in said[0]
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.wide)])
 def test_a_pod_that_is_killed(lost):
     with gang("indexed-job", 2) as (up, start):
         running = [start(i, *scripted("all=ignore-terms", "all=sleep:600")) for i in range(2)]

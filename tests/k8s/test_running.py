@@ -253,7 +253,7 @@ def test_a_preempted_launcher_saves_a_checkpoint_too():
 # -- a pod does not come ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("overlay", GANGS_ONCE)
+@pytest.mark.parametrize("overlay", ["jobset", *[pytest.param(o, marks=wide) for o in ("indexed-job", "trainjob")]])
 def test_a_missing_peer_is_named_and_counts(overlay):
     _, absent = ALL[overlay]
     with applied(overlay, command=["true"], wait_s=4) as cluster:

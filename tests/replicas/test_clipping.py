@@ -54,7 +54,8 @@ LIMITS = [0.999, 0.5, 1.001, 2.0, float("inf")]
     ("limit", "graph"),
     [
         pytest.param(0.999, False, marks=pytest.mark.core),
-        *[(limit, False) for limit in LIMITS[1:]],
+        (0.5, False),
+        *[pytest.param(limit, False, marks=pytest.mark.wide) for limit in LIMITS[2:]],
         (0.999, True),
         *[pytest.param(limit, True, marks=pytest.mark.wide) for limit in LIMITS[1:]],
     ],

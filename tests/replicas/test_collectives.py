@@ -153,6 +153,7 @@ def test_gather_drops_filling_rows(world):
         assert values[:, 0].tolist() == [10 * r for r in range(world.num_replicas)]
 
 
+@pytest.mark.wide  # test_gather_dtypes gathers them by default
 def test_gather_of_every_dtype(world):
     for dtype in ("uint8", "int8", "int64", "float16", "float64", "bfloat16", "bool"):
         step = lambda batch, dtype=dtype: distpad.gather(tf.cast(batch, dtype), backend=world.backend).values

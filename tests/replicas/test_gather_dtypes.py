@@ -64,7 +64,7 @@ def test_every_dtype_is_padded(world):
 @pytest.mark.parametrize("graph", [False, True])
 def test_strings_are_not_gathered(world, graph):
     """The sentence that gather has with indices, too; where one replica alone has them, the others hear of it."""
-    step = lambda nest: distpad.gather(nest, value={"a": 0, "b": ""}, backend=world.backend).values
+    step = lambda nest: distpad.gather(nest, backend=world.backend).values
     given = lambda r: {"a": tensor_of(r, "int32"), "b": tensor_of(r, "string")}
     text = r"gather: the dtype of tensors\[\\?'b\\?'\] is string, expected numbers. Gather numbers, such as ids"
     with pytest.raises((TypeError, tf.errors.InvalidArgumentError), match=text):
@@ -75,7 +75,7 @@ def test_strings_of_one_replica(world):
     if world.num_replicas == 1 or not world.several_workers:
         pytest.skip("the replicas of one process have one dtype")
     last = world.num_replicas - 1
-    step = lambda tensor: distpad.gather(tensor, value="" if tensor.dtype == tf.string else 0, backend=world.backend)
+    step = lambda tensor: distpad.gather(tensor, backend=world.backend)
     with pytest.raises((TypeError, ValueError), match="the dtype of tensors is string, expected numbers"):
         world.run(step, lambda r: tensor_of(r, "string" if r == last else "int32"), graph=False)
 

@@ -265,7 +265,7 @@ def all_close(found, rows, limit=1e-12):
 
 @pytest.mark.parametrize(
     ("graph", "epochs"),
-    [(False, [range(1), range(STEPS)]), (True, [range(1, STEPS)])],
+    [(False, [range(1), range(STEPS)]), pytest.param(True, [range(1, STEPS)], marks=pytest.mark.wide)],
     ids=["eager", "graph"],
 )
 def test_the_whole_data_set_as_one(world, graph, epochs):
@@ -387,11 +387,9 @@ def keras_rows():
 @pytest.mark.parametrize(
     ("mask_by", "graph"),
     [
-        ("sample_weight and padding_value", False),
-        *[
-            pytest.param(*each, marks=pytest.mark.wide)
-            for each in [("keras mask", False), ("keras mask", True), ("sample_weight and padding_value", True)]
-        ],
+        pytest.param(mask_by, graph, marks=pytest.mark.wide)  # test_binary_metrics compiles one by default
+        for mask_by in ("keras mask", "sample_weight and padding_value")
+        for graph in (False, True)
     ],
 )
 def test_compiled(world, mask_by, graph):

@@ -284,7 +284,7 @@ def test_weighted_counts_go_with_weights():
     assert float(value) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("layer", ["masking", "embedding"])
+@pytest.mark.parametrize("layer", ["masking", pytest.param("embedding", marks=pytest.mark.wide)])
 def test_the_mask_of_a_keras_layer_is_used(layer):
     """Predictions carry the mask of a Masking or Embedding layer as ``_keras_mask``, in Keras 2 and in Keras 3."""
     layers, x = tf.keras.layers, np.array([[3, 1, 0, 0], [2, 0, 0, 0]])

@@ -71,7 +71,8 @@ def test_between_epochs_it_is_legal(kind):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("stop", [2, 3, 9, 17])
+@pytest.mark.one_stack
+@pytest.mark.parametrize("stop", [2, 9, *[pytest.param(stop, marks=pytest.mark.wide) for stop in (3, 17)]])
 @pytest.mark.parametrize(
     "source",
     [
