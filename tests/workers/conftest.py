@@ -7,6 +7,6 @@ import pytest
 import replica_world
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)  # before any test runs an operation: a strategy must be made first
 def world() -> replica_world.World:
     return replica_world.made()
