@@ -36,7 +36,7 @@ class Trainer:
       build: makes the model, in the engine's scope.
       loss: ``loss(model, batch)``, a replica's share of the mean that is trained on.
       jit_compile: compile forward and backward with XLA; what reduces gradients stays outside.
-      batch: specs of a batch, for a step that is traced once for all sizes; None: for each size anew.
+      batch: specs of a batch, for a step that is traced once for all sizes; None: for each size.
     """
 
     def __init__(

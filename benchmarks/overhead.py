@@ -147,7 +147,7 @@ def blocking(backend: backends.Backend, held: list[dict[str, np.ndarray]], size:
             indices = np.arange(step * size, (step + 1) * size)
             counts = distpad.Counts(np.float64(sums[0]), np.float64(sums[1]))
             batch = distpad.Batch(data, {"x": lengths, "y": lengths}, np.int32(size), counts, indices)
-            yield backend.hand_over([batch])
+            yield backend.to_device([batch])
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def main() -> None:
         "Buckets.from_lengths, 100,000 different lengths, 8 boundaries": lambda: distpad.Buckets.from_lengths(
             different, 8
         ),
-        f"LengthSampler, {options.examples:,} lengths, made anew": lambda: planned(global_batch_size=256),
+        f"LengthSampler, {options.examples:,} lengths, made afresh": lambda: planned(global_batch_size=256),
         f"an epoch of {options.examples:,}, 256 examples a step": planned(global_batch_size=256),
         f"an epoch of {options.examples:,}, 65,536 tokens a step": planned(max_tokens=65_536),
     }.items():

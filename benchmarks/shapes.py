@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The first epoch with buckets and without: every new shape of a batch is a trace of the step, a compilation by XLA.
 
-The batches have two ragged features, pictures and labels. Each run makes a model anew and trains it for one epoch.
+The batches have two ragged features, pictures and labels. Each run makes a new model and trains it for one epoch.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def main() -> None:
     options = parser.parse_args()
 
     backend = backends.start("mirrored", options.replicas) if options.replicas else engine.start()
-    batch = backend.hand_over([drawn(r, options.batch_size) for r in range(backend.replicas_here)])
+    batch = backend.to_device([drawn(r, options.batch_size) for r in range(backend.replicas_here)])
     contenders = {
         name: functools.partial(run, trainer, batch, options.steps)
         for name, trainer in trainers(backend, options.units)

@@ -11,26 +11,26 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_ROOMS = {
-    "CTC": "ctc",
-    "Batch": "pipeline",
-    "Certificate": "certificate",
-    "Counts": "counts",
+_PACKAGES = {
+    "Batch": "data",
+    "Buckets": "padding",
+    "CTC": "losses",
+    "Certificate": "certification",
+    "Counts": "losses",
     "DistpadError": "errors",
     "DistributedLoss": "losses",
-    "DistributedOptimizer": "optimizers",
+    "DistributedOptimizer": "gradients",
     "ElasticState": "backends",
-    "GradientAccumulator": "accumulation",
-    "Buckets": "buckets",
-    "LengthSampler": "sampling",
-    "Pad": "pipeline",
+    "GradientAccumulator": "gradients",
+    "LengthSampler": "data",
+    "Pad": "data",
     "Padded": "padding",
-    "PaddedBatches": "pipeline",
+    "PaddedBatches": "data",
     "PeerError": "errors",
-    "WeightedCounts": "counts",
+    "WeightedCounts": "losses",
     "broadcast_variables": "gradients",
-    "certify": "certificate",
-    "clip_by_global_norm": "clipping",
+    "certify": "certification",
+    "clip_by_global_norm": "gradients",
     "gather": "collectives",
     "global_value": "gradients",
     "gradient": "gradients",
@@ -41,15 +41,15 @@ _ROOMS = {
     "unpad": "padding",
 }
 _MODULES = ("backends", "metrics")
-__all__ = sorted([*_ROOMS, *_MODULES])
+__all__ = sorted([*_PACKAGES, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"distpad.{name}")
-    if name not in _ROOMS:
+    if name not in _PACKAGES:
         raise AttributeError(f"module 'distpad' has no attribute {name!r}; it has: {', '.join(__all__)}")
-    return getattr(importlib.import_module(f"distpad.{_ROOMS[name]}"), name)
+    return getattr(importlib.import_module(f"distpad.{_PACKAGES[name]}"), name)
 
 
 def __dir__() -> list[str]:
@@ -59,30 +59,30 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds the two lists together
     from distpad import backends as backends
     from distpad import metrics as metrics
-    from distpad.accumulation import GradientAccumulator as GradientAccumulator
     from distpad.backends import ElasticState as ElasticState
-    from distpad.buckets import Buckets as Buckets
-    from distpad.certificate import Certificate as Certificate
-    from distpad.certificate import certify as certify
-    from distpad.clipping import clip_by_global_norm as clip_by_global_norm
+    from distpad.certification import Certificate as Certificate
+    from distpad.certification import certify as certify
     from distpad.collectives import gather as gather
     from distpad.collectives import pad_to_global_max as pad_to_global_max
-    from distpad.counts import Counts as Counts
-    from distpad.counts import WeightedCounts as WeightedCounts
-    from distpad.ctc import CTC as CTC
+    from distpad.data import Batch as Batch
+    from distpad.data import LengthSampler as LengthSampler
+    from distpad.data import Pad as Pad
+    from distpad.data import PaddedBatches as PaddedBatches
     from distpad.errors import DistpadError as DistpadError
     from distpad.errors import PeerError as PeerError
+    from distpad.gradients import DistributedOptimizer as DistributedOptimizer
+    from distpad.gradients import GradientAccumulator as GradientAccumulator
     from distpad.gradients import broadcast_variables as broadcast_variables
+    from distpad.gradients import clip_by_global_norm as clip_by_global_norm
     from distpad.gradients import global_value as global_value
     from distpad.gradients import gradient as gradient
     from distpad.gradients import scale_regularization as scale_regularization
+    from distpad.losses import CTC as CTC
+    from distpad.losses import Counts as Counts
     from distpad.losses import DistributedLoss as DistributedLoss
-    from distpad.optimizers import DistributedOptimizer as DistributedOptimizer
+    from distpad.losses import WeightedCounts as WeightedCounts
+    from distpad.padding import Buckets as Buckets
     from distpad.padding import Padded as Padded
     from distpad.padding import pad as pad
     from distpad.padding import pad_sequences as pad_sequences
     from distpad.padding import unpad as unpad
-    from distpad.pipeline import Batch as Batch
-    from distpad.pipeline import Pad as Pad
-    from distpad.pipeline import PaddedBatches as PaddedBatches
-    from distpad.sampling import LengthSampler as LengthSampler

@@ -32,24 +32,24 @@ def choice(function: str, argument: str, value: object, allowed: tuple[str, ...]
         raise ValueError(sentence(function, argument, repr(value), "one of " + ", ".join(map(repr, allowed))))
 
 
-def whole_number(function: str, argument: str, value: object, least: int) -> int:
-    """``value`` as an int; TypeError where it is no whole number, ValueError where it is below ``least``.
+def integer(function: str, argument: str, value: object, least: int) -> int:
+    """``value`` as an int; TypeError where it is no integer, ValueError where it is below ``least``.
 
-    >>> whole_number("certify", "cases", 32, least=1)
+    >>> integer("certify", "cases", 32, least=1)
     32
     """
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(sentence(function, argument, repr(value), "a whole number"))
+        raise TypeError(sentence(function, argument, repr(value), "an integer"))
     number = operator.index(value)
     if number < least:
         raise ValueError(sentence(function, argument, number, f"at least {least}"))
     return number
 
 
-def real_number(function: str, argument: str, value: object) -> float:
+def number(function: str, argument: str, value: object) -> float:
     """``value`` as a float; TypeError where it is no real number.
 
-    >>> real_number("PaddedBatches", "limit_s", 5)
+    >>> number("PaddedBatches", "limit_s", 5)
     5.0
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):

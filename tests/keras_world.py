@@ -58,6 +58,6 @@ def steps_dataset(world: World, steps: list[Any]) -> tf.data.Dataset:
     rows = len(tf.nest.flatten(parts[0])[0])
     columns = tf.nest.map_structure(lambda *pieces: tf.concat(pieces, axis=0), *parts)
     options = tf.data.Options()
-    options.autotune.enabled = False  # see distpad/pipeline/feeding.py
+    options.autotune.enabled = False  # see distpad/data/keras.py
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
     return tf.data.Dataset.from_tensor_slices(columns).batch(rows).with_options(options)

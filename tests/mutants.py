@@ -69,7 +69,7 @@ def main() -> int:
     if options.list:
         print(*(f"{mutant.name:<40} {mutant.world:<11} {mutant.file}" for mutant in chosen), sep="\n")
         return 0
-    outdated = [complaint for mutant in MUTANTS if (complaint := check(mutant))]
+    outdated = [argument_error for mutant in MUTANTS if (argument_error := check(mutant))]
     if outdated:
         print(*outdated, sep="\n")
         return 2

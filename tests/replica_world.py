@@ -136,11 +136,11 @@ def alone(test: Callable[..., None]) -> Callable[..., None]:
 def counting(backend):
     """The same backend, counting its sums: every exchange is one."""
 
-    def all_reduce_sum(self, tensor):
+    def all_reduce(self, tensor):
         self.calls += 1
-        return type(backend).all_reduce_sum(self, tensor)
+        return type(backend).all_reduce(self, tensor)
 
-    counted = object.__new__(type("Counting", (type(backend),), {"all_reduce_sum": all_reduce_sum}))
+    counted = object.__new__(type("Counting", (type(backend),), {"all_reduce": all_reduce}))
     counted.__dict__.update(backend.__dict__, calls=0)
     return counted
 

@@ -49,7 +49,7 @@ class Backend(abc.ABC):
         """This replica's number among all, an int32 scalar."""
 
     @abc.abstractmethod
-    def all_reduce_sum(self, tensor: tf.Tensor) -> tf.Tensor:
+    def all_reduce(self, tensor: tf.Tensor) -> tf.Tensor:
         """The sum over all replicas, the same on each. Collective: one all-reduce."""
 
     @abc.abstractmethod
@@ -58,9 +58,9 @@ class Backend(abc.ABC):
 
     def all_reduce_max(self, tensor: tf.Tensor) -> tf.Tensor:
         """The maximum over all replicas, the same on each. Collective: one all-reduce."""
-        return tf.reduce_max(self.stack(tensor), axis=0)
+        return tf.reduce_max(self.all_gather(tensor), axis=0)
 
-    def stack(self, tensor: tf.Tensor) -> tf.Tensor:
+    def all_gather(self, tensor: tf.Tensor) -> tf.Tensor:
         """What each replica holds, ``[replicas, *shape]``, the same on each. Collective: one all-reduce.
 
         Each replica adds its own slot to zeros, so that one small sum carries maxima, sums and the evidence for an
@@ -71,15 +71,15 @@ class Backend(abc.ABC):
             return tensor[tf.newaxis]
         mine = tf.one_hot(self.replica_index(), tf.cast(count, tf.int32), on_value=True, off_value=False, dtype=tf.bool)
         mine = tf.reshape(mine, [-1] + [1] * tensor.shape.rank)
-        return self.all_reduce_sum(tf.where(mine, tensor[tf.newaxis], tf.zeros([], tensor.dtype)))
+        return self.all_reduce(tf.where(mine, tensor[tf.newaxis], tf.zeros([], tensor.dtype)))
 
     def total_of(self, variable: Any) -> tf.Tensor:
         """The sum of what each replica has added to a variable that it has its own part of, made in ``scope``; also
         called where no replica's code runs, between steps. Collective: one all-reduce."""
-        return self.all_reduce_sum(tf.convert_to_tensor(variable))
+        return self.all_reduce(tf.convert_to_tensor(variable))
 
     @property
-    def share_scale(self) -> Any:
+    def gradient_scale(self) -> Any:
         """What a replica's share of the global mean is multiplied by, so that the engine's reduction restores it; a
         number or a scalar tensor, as ``replica_count``."""
         return 1 if self.gradient_reduction == "sum" else self.replica_count()
@@ -107,25 +107,25 @@ class Backend(abc.ABC):
         """
         return self.host_max(maxima), self.host_sum(sums)
 
-    def host_stack(self, array: np.ndarray) -> np.ndarray:
+    def host_all_gather(self, array: np.ndarray) -> np.ndarray:
         """What each worker holds, ``[workers, *shape]``. Collective among workers."""
         slots = np.zeros((self.num_workers, *array.shape), array.dtype)
         slots[self.worker_index] = array
         return self.host_sum(slots)
 
-    def host_gather(self, given: bytes) -> list[bytes]:
+    def host_all_gather_bytes(self, given: bytes) -> list[bytes]:
         """What each worker gives, of any size, in worker order. Collective among workers."""
-        sizes = self.host_stack(np.array(len(given), np.int64))
+        sizes = self.host_all_gather(np.array(len(given), np.int64))
         words = np.zeros(-(-int(sizes.max()) // 4), np.int32)  # no engine sums bytes
         words.view(np.uint8)[: len(given)] = np.frombuffer(given, np.uint8)
-        return [row.tobytes()[:size] for row, size in zip(self.host_stack(words), sizes)]
+        return [row.tobytes()[:size] for row, size in zip(self.host_all_gather(words), sizes)]
 
     @property
     def replicas_here(self) -> int:
         """How many replicas this worker has."""
         return self.num_replicas // self.num_workers
 
-    def hand_over(self, values: Sequence[Any]) -> Any:
+    def to_device(self, values: Sequence[Any]) -> Any:
         """One nest of NumPy arrays for each replica of this worker, as tensors on its device, in the form that the
         engine's step takes. No collective: any thread may call it."""
         return tf.nest.map_structure(tf.convert_to_tensor, values[0])
@@ -143,7 +143,7 @@ class Backend(abc.ABC):
 
     fit_looks_at = 0  # so many batches at most are taken by an iteration that fit begins and drops before it trains
     fit_reads_ahead = 0  # so many batches at most are taken beyond those that fit trains on
-    fit_must_repeat = False  # whether fit begins no epoch anew
+    fit_must_repeat = False  # whether fit restarts no epoch
     leaves_apart = False  # whether workers that leave fit at the same step may have asked for different batches
 
     def fit_dataset(self, dataset: tf.data.Dataset) -> Any:
@@ -184,7 +184,7 @@ class Backend(abc.ABC):
         """What the engine's optimiser then does with the gradients that ``reduce_gradients`` returned."""
         return list(gradients)
 
-    def whole_gradients(self, gradients: Sequence[Any]) -> list[Any]:
+    def reduced_gradients(self, gradients: Sequence[Any]) -> list[Any]:
         """The global gradient, for an optimiser that looks at it before the engine's own reduction, which must leave it
         as it is. Collective."""
         return self.reduce_gradients(gradients)
@@ -196,15 +196,15 @@ class Backend(abc.ABC):
     def broadcast(self, variables: Sequence[tf.Variable], root: int) -> None:  # noqa: B027 (nothing is right)
         """Give all workers the values of worker ``root``. Strategies keep copies alike by themselves."""
 
-    def join_shares(self, value: Any) -> tf.Tensor:
+    def reduce_loss(self, value: Any) -> tf.Tensor:
         """The global value of a replica's share: the sum, or under "mean" the mean. Collective."""
         if isinstance(value, tf.distribute.DistributedValues):
             raise ValueError(
                 f"global_value: loss is a {type(value).__name__}, but no strategy is in scope. Write backend=strategy, "
                 "or use the loss's own global_value."
             )
-        total = self.all_reduce_sum(tf.convert_to_tensor(value))
-        return total / tf.cast(self.share_scale, total.dtype)
+        total = self.all_reduce(tf.convert_to_tensor(value))
+        return total / tf.cast(self.gradient_scale, total.dtype)
 
 
 def within(limit_s: float, exchange: Callable[[], _Result]) -> _Result:

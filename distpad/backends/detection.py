@@ -8,7 +8,8 @@ from typing import Any
 import tensorflow as tf
 
 from distpad import errors
-from distpad.backends import alone, base, horovod, local, promises, strategy
+from distpad.backends import alone, base, horovod, local, strategy
+from distpad.launcher import topology
 
 
 def resolve(backend: Any = None, *, function: str = "distpad") -> base.Backend:
@@ -25,7 +26,7 @@ def resolve(backend: Any = None, *, function: str = "distpad") -> base.Backend:
         several replicas.
       ValueError: a backend of fewer replicas than the strategy whose replica runs this code.
       TypeError: anything else.
-      DistpadError: the engine came up with fewer or other workers than the launcher promised (promises.py).
+      DistpadError: the engine came up with fewer or other workers than the launcher promised (topology.py).
 
     >>> resolve("local").num_replicas
     1
@@ -88,7 +89,7 @@ def _detect(function: str) -> base.Backend:
             return _in_scope(in_scope, function)
     if ranks:
         return horovod.HorovodBackend()
-    promises.refuse_alone(function)
+    topology.refuse_alone(function)
     return local.LocalBackend()
 
 
@@ -97,7 +98,7 @@ def _in_scope(in_scope: tf.distribute.Strategy, function: str) -> base.Backend:
     would train alone. One of a single device never looks like an engine; who means another writes backend=strategy."""
     found = strategy.StrategyBackend(in_scope)
     if found.num_workers == 1 and not isinstance(in_scope, tf.distribute.OneDeviceStrategy):
-        promises.refuse_alone(function)
+        topology.refuse_alone(function)
     return found
 
 

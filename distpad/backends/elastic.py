@@ -54,11 +54,11 @@ class ElasticState:
     Before ``train`` is called there may be no collective, since a worker that joins finds the others in theirs. What
     depends on who is rank 0, such as opening files, belongs into ``train``, which is called again after each change.
     Functions of TensorFlow may be made outside and are right for any number of workers, where distpad's own functions
-    are all that asks for it; they are traced anew for other shapes of a batch alone.
+    are all that asks for it; they are traced again for other shapes of a batch alone.
 
     A worker that joins must come within HOROVOD_GLOO_TIMEOUT_SECONDS (30, which is short for importing TensorFlow on a
     busy host). Where it does not, Horovod aborts those that wait for it, and the job ends: what is left is to start it
-    anew from a checkpoint.
+    again from a checkpoint.
 
     Without Horovod, in a single process, ``run`` calls the function and nothing more: a program runs alone as it is.
 

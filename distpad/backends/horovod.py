@@ -11,7 +11,8 @@ import numpy as np
 import tensorflow as tf
 
 from distpad import errors
-from distpad.backends import base, promises
+from distpad.backends import base
+from distpad.launcher import topology
 
 # What Horovod does not broadcast travels as something as wide.
 _CARRIERS = {tf.bfloat16: tf.uint16, tf.uint32: tf.int32, tf.uint64: tf.int64, tf.complex64: tf.int64}
@@ -39,7 +40,7 @@ class HorovodBackend(base.Backend):
     def __init__(self, op: str = "average", process_set: Any = None, compression: Any = None) -> None:
         _check_op(op)
         self._hvd = initialised()
-        promises.hold(_report(self._hvd))
+        topology.hold(_report(self._hvd))
         everyone = self._hvd.global_process_set
         self.process_set = process_set or everyone
         self.compression = compression or self._hvd.Compression.none
@@ -84,7 +85,7 @@ class HorovodBackend(base.Backend):
     # Every collective has a name of its own: Horovod pairs tensors by name, and what TensorFlow would call them
     # depends on the operations before them, which may differ between ranks where one of them reports an error.
 
-    def all_reduce_sum(self, tensor: tf.Tensor) -> tf.Tensor:
+    def all_reduce(self, tensor: tf.Tensor) -> tf.Tensor:
         return self._all_reduce(tensor, self._hvd.Sum, "distpad_sum")
 
     def all_reduce_max(self, tensor: tf.Tensor) -> tf.Tensor:
@@ -101,8 +102,8 @@ class HorovodBackend(base.Backend):
     def host_max(self, array: np.ndarray) -> np.ndarray:
         return self._on_host(array, self._hvd.Max, "distpad_host_max")
 
-    def host_gather(self, given: bytes) -> list[bytes]:
-        sizes = self.host_stack(np.array(len(given), np.int64))
+    def host_all_gather_bytes(self, given: bytes) -> list[bytes]:
+        sizes = self.host_all_gather(np.array(len(given), np.int64))
         with tf.device("CPU:0"):
             mine = tf.constant(np.frombuffer(given, np.uint8))
             rows = self._hvd.allgather(mine, name="distpad_host_rows", process_set=self.process_set).numpy()
@@ -115,7 +116,7 @@ class HorovodBackend(base.Backend):
             merged = self._merged(tf.constant(maxima), tf.constant(sums), f"plan_{channel}")
             return merged[0].numpy(), merged[1].numpy()
 
-        # Horovod waits for ever where a rank does not come. Its collectives are paired by name, from whichever thread.
+        # Horovod waits forever where a rank does not come. Its collectives are paired by name, from whichever thread.
         return base.within(limit_s, exchange)
 
     @functools.cached_property
@@ -237,10 +238,10 @@ def initialised() -> Any:
     return hvd
 
 
-def _report(hvd: Any) -> promises.Report:
+def _report(hvd: Any) -> topology.Report:
     """What Horovod says of the whole job, whichever process set is used."""
     size, controller = int(hvd.size()), "mpi" if hvd.mpi_enabled() else "gloo"
-    return promises.Report("Horovod", workers=size, replicas=size, hosts=_hosts(hvd, size), controller=controller)
+    return topology.Report("Horovod", workers=size, replicas=size, hosts=_hosts(hvd, size), controller=controller)
 
 
 def _hosts(hvd: Any, size: int) -> int | None:

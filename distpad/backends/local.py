@@ -23,7 +23,7 @@ class LocalBackend(base.Backend):
     def replica_index(self) -> tf.Tensor:
         return tf.constant(0)
 
-    def all_reduce_sum(self, tensor: tf.Tensor) -> tf.Tensor:
+    def all_reduce(self, tensor: tf.Tensor) -> tf.Tensor:
         return tensor
 
     def all_gather_rows(self, tensor: tf.Tensor) -> tf.Tensor:

@@ -9,7 +9,8 @@ from typing import Any
 import tensorflow as tf
 
 from distpad import errors
-from distpad.backends import base, horovod, local, promises, strategy
+from distpad.backends import base, horovod, local, strategy
+from distpad.launcher import topology
 
 KINDS = ("auto", "local", "mirrored", "multiworker", "horovod")
 _LAUNCHED = ("mirrored", "multiworker", "horovod")  # by distpad launch --backend
@@ -45,9 +46,9 @@ def start(kind: str = "auto", replicas: int | None = None) -> base.Backend:
     if auto:
         kind = told or _told_by_environment() or ("mirrored" if (replicas or 1) > 1 else "local")
     if kind == "mirrored" or (auto and kind == "local"):
-        promises.refuse_alone("start")
+        topology.refuse_alone("start")
     if kind == "mirrored" and replicas is None:
-        replicas = promises.number(os.environ, "DISTPAD_REPLICAS") or None
+        replicas = topology.number(os.environ, "DISTPAD_REPLICAS") or None
     backend = _make(kind, replicas)
     if replicas is not None and backend.num_replicas != replicas:
         raise ValueError(

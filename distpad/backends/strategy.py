@@ -11,7 +11,8 @@ import numpy as np
 import tensorflow as tf
 
 from distpad import errors
-from distpad.backends import base, promises
+from distpad.backends import base
+from distpad.launcher import topology
 
 # The collectives carry these; everything else travels as one of them and comes back as what it was.
 _CARRIED = {
@@ -76,7 +77,7 @@ class StrategyBackend(base.Backend):
     def replica_index(self) -> tf.Tensor:
         return tf.convert_to_tensor(self._context().replica_id_in_sync_group)
 
-    def all_reduce_sum(self, tensor: tf.Tensor) -> tf.Tensor:
+    def all_reduce(self, tensor: tf.Tensor) -> tf.Tensor:
         # identity: a function's argument that passed through nothing has no device to reduce to
         return self._context().all_reduce(tf.distribute.ReduceOp.SUM, tf.identity(tensor))
 
@@ -90,14 +91,14 @@ class StrategyBackend(base.Backend):
     def total_of(self, variable: Any) -> tf.Tensor:
         # the parts of a variable that is synchronised when it is read are summed outside replicas, and only there
         read = tf.convert_to_tensor(variable)
-        return self.all_reduce_sum(read) if self.in_replica() else read
+        return self.all_reduce(read) if self.in_replica() else read
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         return self.strategy.scope()
 
-    def join_shares(self, value: Any) -> tf.Tensor:
+    def reduce_loss(self, value: Any) -> tf.Tensor:
         if self.in_replica():
-            return super().join_shares(value)
+            return super().reduce_loss(value)
         return self.strategy.reduce(tf.distribute.ReduceOp.SUM, value, axis=None)
 
     def reduce_in_optimizer(self, gradients: Sequence[Any]) -> list[Any]:
@@ -105,7 +106,7 @@ class StrategyBackend(base.Backend):
         placed = tf.nest.map_structure(tf.identity, list(gradients), expand_composites=True)
         return self._context().all_reduce(tf.distribute.ReduceOp.SUM, placed)
 
-    def whole_gradients(self, gradients: Sequence[Any]) -> list[Any]:
+    def reduced_gradients(self, gradients: Sequence[Any]) -> list[Any]:
         """The sum on the first replica; on the others zeros, or NaN where it is not finite, so that all see that.
 
         The others have no rows of a sparse gradient but those, since the engine's reduction puts all rows together.
@@ -149,10 +150,10 @@ class StrategyBackend(base.Backend):
         return [tf.nest.pack_sequence_as(value, list(row)) for row in zip(*columns)]
 
     def host_sum(self, array: np.ndarray) -> np.ndarray:
-        return self.host_stack(array).sum(axis=0)
+        return self.host_all_gather(array).sum(axis=0)
 
     def host_max(self, array: np.ndarray) -> np.ndarray:
-        return self.host_stack(array).max(axis=0)
+        return self.host_all_gather(array).max(axis=0)
 
     def host_merge(
         self, maxima: np.ndarray, sums: np.ndarray, limit_s: float, channel: int = 0
@@ -161,7 +162,7 @@ class StrategyBackend(base.Backend):
             return self._merged_beside(maxima, sums, limit_s, channel)
         # strategies know no maximum: one sum of slots serves both
         try:
-            table = self.host_stack(np.concatenate([maxima, sums]), limit_s)
+            table = self.host_all_gather(np.concatenate([maxima, sums]), limit_s)
         except tf.errors.OpError as error:
             raise TimeoutError(str(error)) from error
         return table[:, : len(maxima)].max(axis=0), table[:, len(maxima) :].sum(axis=0)
@@ -194,7 +195,7 @@ class StrategyBackend(base.Backend):
 
     @property
     def fit_looks_at(self) -> int:  # type: ignore[override]
-        # Keras 3 takes one batch to build the model by, and then begins anew; the strategy reads up to three ahead
+        # Keras 3 takes one batch to build the model by, and then begins again; the strategy reads up to three ahead
         return 4 if _KERAS >= 3 and self.num_workers == 1 else 0
 
     @property
@@ -225,9 +226,9 @@ class StrategyBackend(base.Backend):
         # theirs. Nobody gets through this exchange before all have come to it, that is, have all results but this one:
         # so an error in it says only that somebody has left already.
         with contextlib.suppress(tf.errors.OpError):
-            self.host_stack(np.zeros(1), LEAVE_WITHIN_S)
+            self.host_all_gather(np.zeros(1), LEAVE_WITHIN_S)
 
-    def hand_over(self, values: Sequence[Any]) -> Any:
+    def to_device(self, values: Sequence[Any]) -> Any:
         devices, local = self.strategy.extended.worker_devices, iter(range(len(values)))
 
         def of_next(_: Any) -> Any:
@@ -237,7 +238,7 @@ class StrategyBackend(base.Backend):
 
         return self.strategy.experimental_distribute_values_from_function(of_next)
 
-    def host_stack(self, array: np.ndarray, limit_s: float | None = None) -> np.ndarray:
+    def host_all_gather(self, array: np.ndarray, limit_s: float | None = None) -> np.ndarray:
         array = np.asarray(array)
         if self.num_workers == 1:
             return array[np.newaxis]
@@ -285,4 +286,4 @@ def _hold_promises(strategy: tf.distribute.Strategy, workers: int, hosts: int) -
     if several or mirrored:
         name = "MultiWorkerMirroredStrategy" if several else "MirroredStrategy"  # its class is called otherwise
         replicas = strategy.num_replicas_in_sync
-        promises.hold(promises.Report(name, workers=workers, replicas=replicas, hosts=hosts))
+        topology.hold(topology.Report(name, workers=workers, replicas=replicas, hosts=hosts))

@@ -20,5 +20,5 @@ def main() -> None:
         print(code, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    # strategies leave thread pools behind on which an ordinary exit waits, sometimes for ever
+    # strategies leave thread pools behind on which an ordinary exit waits, sometimes forever
     os._exit(code if isinstance(code, int) else int(code is not None))

@@ -1,6 +1,6 @@
 """Pods that start together, end together, and of which none goes on without the others.
 
-TensorFlow's workers wait for one another: at the start, in each collective, and where one is gone, at worst for ever.
+TensorFlow's workers wait for one another: at the start, in each collective, and where one is gone, at worst forever.
 So the pods' entry points keep a register, in pod 0: a training starts when all are there; each pod hears of the first
 that fails or is lost, and ends; and none succeeds before all have. A pod that replaces a failed one is let in when the
 others have been replaced, too. They speak in lines of JSON over TCP.

@@ -14,7 +14,7 @@ SAME_EVERYWHERE = ("Python", "tensorflow", "tensorflow-cpu", "tensorflow-gpu", "
 NO_PYTHON = "this Python is not there: {python}. Install it at the same path, or name another with --python"
 NO_DISTPAD = "distpad is not installed there in this Python: {python}"
 CHANGED = (
-    "its host key is not the one that is known here. If it was set up anew: ssh-keygen -R {host}, then: ssh {host}"
+    "its host key is not the one that is known here. If it was set up again: ssh-keygen -R {host}, then: ssh {host}"
 )
 MEANINGS = (
     ("REMOTE HOST IDENTIFICATION HAS CHANGED", CHANGED),

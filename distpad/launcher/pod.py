@@ -188,5 +188,5 @@ def _given(environ: Mapping[str, str], name: str) -> str:
 def _number(environ: Mapping[str, str], name: str, least: int = 1) -> int:
     value = _given(environ, name)
     if not value.isdecimal() or int(value) < least:
-        raise ValueError(errors.sentence("pod", name, repr(value), f"a whole number from {least}"))
+        raise ValueError(errors.sentence("pod", name, repr(value), f"an integer from {least}"))
     return int(value)

@@ -36,7 +36,7 @@ def cluster(addresses: Sequence[str], index: Whole) -> str:
         JSON, equal on all workers but for the index.
 
     Raises:
-        TypeError: ``addresses`` is one string, or holds anything but strings; or ``index`` is no whole number.
+        TypeError: ``addresses`` is one string, or holds anything but strings; or ``index`` is no integer.
         ValueError: there is no address, one is malformed or stands there twice, or the index is out of range.
 
     >>> cluster(["node1:2222", "node2:2222"], 1)
@@ -58,7 +58,7 @@ def from_hosts(hosts: Iterable[tuple[str, int]], index: Whole, *, port: Whole) -
         JSON, equal on all workers but for the index.
 
     Raises:
-        TypeError: a number is no whole number, or a host no string.
+        TypeError: a number is no integer, or a host no string.
         ValueError: a host is malformed or stands there twice, it has no slot, a port is above 65535, or the index is
             out of range.
 
@@ -136,7 +136,7 @@ def from_indexed_job(
         JSON, equal on all workers but for the index.
 
     Raises:
-        TypeError: a number is no whole number, or a name no string.
+        TypeError: a number is no integer, or a name no string.
         ValueError: a name is no DNS label, or a number is out of range.
 
     >>> json.loads(from_indexed_job("train", 2, "0", service="workers", port=2222))["cluster"]["worker"]
@@ -179,7 +179,7 @@ def from_jobset(
         JSON, equal on all workers but for the index.
 
     Raises:
-        TypeError: a number is no whole number, or a name no string.
+        TypeError: a number is no integer, or a name no string.
         ValueError: a name is no DNS label, stands there twice, or is not in the list; or a number is out of range.
 
     >>> config = from_jobset("train", [("node", 2, 2)], "node", "1", "0", port=2222)
@@ -277,9 +277,9 @@ def _label(function: str, argument: str, value: str, label: str) -> None:
 def _whole(function: str, argument: str, value: Whole, least: int) -> int:
     if isinstance(value, str):
         if not re.fullmatch("[0-9]+", value):
-            raise ValueError(errors.sentence(function, argument, repr(value), f"a whole number from {least}"))
+            raise ValueError(errors.sentence(function, argument, repr(value), f"an integer from {least}"))
         value = int(value)
-    return errors.whole_number(function, argument, value, least)
+    return errors.integer(function, argument, value, least)
 
 
 def _below(function: str, argument: str, value: Whole, count: int) -> int:

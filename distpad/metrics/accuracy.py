@@ -6,7 +6,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from distpad import averages, errors, exchange, fitting, masking
+from distpad import errors
+from distpad.collectives import checked, shapes
+from distpad.losses import averages, masking
 from distpad.metrics import classes, means, ratio
 
 
@@ -15,7 +17,7 @@ class TokenAccuracy(means.PositionMean):
     """The share of valid positions whose label is predicted.
 
     ``y_true`` holds ids ``[batch, length]`` (or one-hot vectors beside scores), ``y_pred`` scores
-    ``[batch, length, classes]``, logits or probabilities, of which the largest is taken, or whole numbers: ids. Floats
+    ``[batch, length, classes]``, logits or probabilities, of which the largest is taken, or integers: ids. Floats
     ``[batch, length]`` or ``[batch, length, 1]`` are probabilities of binary labels, as in Keras's BinaryAccuracy.
 
     Args:
@@ -30,10 +32,10 @@ class TokenAccuracy(means.PositionMean):
 
     def __init__(self, *, threshold: float | None = None, **options: Any) -> None:
         super().__init__(**options)
-        self.threshold = None if threshold is None else errors.real_number(self._kind, "threshold", threshold)
+        self.threshold = None if threshold is None else errors.number(self._kind, "threshold", threshold)
 
-    def _rules(self, y_true: Any, y_pred: Any) -> list[exchange.Rule]:
-        return [classes.binary_rule(self.threshold, y_true, y_pred), classes.vector_rule(y_true, y_pred)]
+    def _checks(self, y_true: Any, y_pred: Any) -> list[checked.Check]:
+        return [classes.binary_check(self.threshold, y_true, y_pred), classes.vector_check(y_true, y_pred)]
 
     def _values(self, y_true: Any, y_pred: Any) -> tf.Tensor:
         if classes.is_binary(y_true, y_pred):
@@ -64,31 +66,36 @@ class SequenceAccuracy(ratio.Ratio):
 
     def __init__(self, *, threshold: float | None = None, **options: Any) -> None:
         super().__init__(**options)
-        self.threshold = None if threshold is None else errors.real_number(self._kind, "threshold", threshold)
+        self.threshold = None if threshold is None else errors.number(self._kind, "threshold", threshold)
 
     def get_config(self) -> dict[str, Any]:
         """As in Keras."""
         return {**super().get_config(), "threshold": self.threshold}
 
-    def _sums(self, y_true: Any, y_pred: Any, sources: dict[str, Any]) -> tuple[averages.Sums, list[exchange.Rule]]:
+    def _sums(self, y_true: Any, y_pred: Any, sources: dict[str, Any]) -> tuple[averages.Sums, list[checked.Check]]:
         sources = {**sources, "keras_mask": masking.keras_mask(y_pred)}
         y_true, y_pred = self._tensor("y_true", y_true), self._tensor("y_pred", y_pred)
-        valid, rules = self._valid(y_true, y_pred, sources)
+        valid, checks = self._valid(y_true, y_pred, sources)
         if classes.is_binary(y_true, y_pred):
-            cleaned = masking.clean(y_pred, valid.looked_at, prediction=True)
-            rules = [*rules, classes.binary_rule(self.threshold, y_true, cleaned)]
+            cleaned = masking.clean(y_pred, valid.effective_mask, prediction=True)
+            checks = [*checks, classes.binary_check(self.threshold, y_true, cleaned)]
             right = tf.equal(*classes.binary_ids(self.threshold, y_true, y_pred))
         else:
-            rules = [*rules, classes.vector_rule(masking.clean(y_true, valid.looked_at, prediction=False), y_pred)]
+            checks = [
+                *checks,
+                classes.vector_check(masking.clean(y_true, valid.effective_mask, prediction=False), y_pred),
+            ]
             right = tf.equal(*classes.ids_of(self._kind, y_true, y_pred))
-        counted, fits, rank = valid.looked_at, valid.fits, right.shape.rank
+        counted, is_broadcastable, rank = valid.effective_mask, valid.is_broadcastable, right.shape.rank
         inner = list(range(1, rank))
         if counted is None:
             counted = tf.ones_like(right)
         else:
-            counted, fit = fitting.fitted(fitting.Source("mask", counted, True), fitting.sizes_of(right, rank))
-            counted = tf.broadcast_to(fitting.widen(counted, rank), tf.shape(right))
-            fits = tf.logical_and(fits, fit)
+            counted, fit = shapes.broadcast(shapes.Source("mask", counted, True), shapes.sizes_of(right, rank))
+            counted = tf.broadcast_to(shapes.widen(counted, rank), tf.shape(right))
+            is_broadcastable = tf.logical_and(is_broadcastable, fit)
         whole = tf.reduce_all(tf.logical_or(right, tf.logical_not(counted)), axis=inner)
-        rows = masking.Valid(tf.reduce_any(counted, axis=inner), ratio.row_weight(valid.weight), 1, fits=fits)
-        return averages.sum_up(self._kind, tf.cast(whole, tf.float64), rows, "token"), rules
+        rows = masking.Valid(
+            tf.reduce_any(counted, axis=inner), ratio.row_weight(valid.weight), 1, is_broadcastable=is_broadcastable
+        )
+        return averages.sum_up(self._kind, tf.cast(whole, tf.float64), rows, "token"), checks

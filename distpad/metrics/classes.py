@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from distpad import errors, exchange
+from distpad import errors
+from distpad.collectives import checked
 
 _BINARY = (
     "y_pred holds a value outside 0 to 1, expected probabilities beside binary labels (found: the first such value)"
@@ -20,28 +21,28 @@ def is_binary(y_true: tf.Tensor, y_pred: tf.Tensor) -> bool:
     return both == (2, 2) or (None not in both and y_pred.shape[-1] == 1 and both[1] - both[0] in (0, 1))
 
 
-def binary_rule(threshold: float | None, y_true: tf.Tensor, y_pred: tf.Tensor) -> exchange.Rule:
+def binary_check(threshold: float | None, y_true: tf.Tensor, y_pred: tf.Tensor) -> checked.Check:
     """Without a threshold, binary predictions are probabilities; padding in them is replaced."""
     text = f"{_BINARY}. Write threshold=0.0 for logits"
     if threshold is not None or not is_binary(y_true, y_pred):
-        return exchange.Rule(text, 0, True)
+        return checked.Check(text, 0, True)
     flat = tf.reshape(tf.cast(y_pred, tf.float64), [-1])
     outside = tf.logical_not(tf.logical_and(flat >= 0, flat <= 1))  # NaN, too
     at = tf.reduce_min(tf.concat([tf.where(outside, tf.range(tf.size(flat)), tf.size(flat)), [tf.size(flat)]], 0))
-    return exchange.Rule(text, tf.concat([flat, [0.0]], 0)[at], tf.logical_not(tf.reduce_any(outside)))
+    return checked.Check(text, tf.concat([flat, [0.0]], 0)[at], tf.logical_not(tf.reduce_any(outside)))
 
 
-def vector_rule(y_true: tf.Tensor, y_pred: tf.Tensor) -> exchange.Rule:
+def vector_check(y_true: tf.Tensor, y_pred: tf.Tensor) -> checked.Check:
     """Vectors beside scores are one-hot: of several labels a position, the largest component tells one. Padding in them
     is replaced by zeros, which are left alone."""
     text = "y_true holds vectors with several largest components, expected one-hot ones (found: how many of them)"
     tensors = isinstance(y_true, tf.Tensor) and isinstance(y_pred, tf.Tensor) and y_pred.dtype.is_floating
     of_vectors = tensors and y_true.shape.rank == y_pred.shape.rank and y_true.shape[-1] != 1
     if not of_vectors or is_binary(y_true, y_pred) or not (y_true.dtype.is_floating or y_true.dtype.is_integer):
-        return exchange.Rule(text, 0, True)
+        return checked.Check(text, 0, True)
     largest = tf.reduce_max(y_true, axis=-1, keepdims=True)
     shared = tf.math.count_nonzero(tf.logical_and(y_true == largest, largest > 0), axis=-1) > 1
-    return exchange.Rule(text, tf.math.count_nonzero(shared), tf.logical_not(tf.reduce_any(shared)))
+    return checked.Check(text, tf.math.count_nonzero(shared), tf.logical_not(tf.reduce_any(shared)))
 
 
 def binary_ids(threshold: float | None, y_true: tf.Tensor, y_pred: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

@@ -7,7 +7,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from distpad import averages, errors, exchange, fitting, masking
+from distpad import errors
+from distpad.collectives import checked, shapes
+from distpad.losses import averages, masking
 from distpad.metrics import classes, ratio
 
 
@@ -60,13 +62,13 @@ class ErrorRate(ratio.Ratio):
             prediction_lengths=prediction_lengths,
         )
 
-    def _sums(self, y_true: Any, y_pred: Any, sources: dict[str, Any]) -> tuple[averages.Sums, list[exchange.Rule]]:
+    def _sums(self, y_true: Any, y_pred: Any, sources: dict[str, Any]) -> tuple[averages.Sums, list[checked.Check]]:
         prediction_lengths = sources.pop("prediction_lengths")
         sources["keras_mask"] = masking.keras_mask(y_pred)
         y_true = self._tensor("y_true", y_true)
         y_pred = masking.as_tensor(y_pred if self.decode is None else self.decode(y_pred))
         try:
-            valid, positions, rules = self._rows(y_true, y_pred, sources)
+            valid, positions, checks = self._rows(y_true, y_pred, sources)
             predicted, more = self._predicted(y_pred, prediction_lengths)
             reference = self._units("y_true", y_true) if y_true.shape.rank == 1 else None
         except (ValueError, TypeError) as error:
@@ -74,7 +76,7 @@ class ErrorRate(ratio.Ratio):
         if reference is None:
             classes.refuse_binary(self._kind, y_true, y_pred, "Write decode= with a function that gives ids.")
             labels, guesses = classes.ids_of(self._kind, y_true, y_pred) if predicted is None else (y_true, None)
-            counted = tf.ones_like(labels, tf.bool) if positions is None else fitting.widen(positions, 2)
+            counted = tf.ones_like(labels, tf.bool) if positions is None else shapes.widen(positions, 2)
             counted = tf.broadcast_to(counted, tf.shape(labels))
             reference = tf.ragged.boolean_mask(labels, counted)
             predicted = tf.ragged.boolean_mask(guesses, counted) if predicted is None else predicted
@@ -85,12 +87,12 @@ class ErrorRate(ratio.Ratio):
         edits = tf.ensure_shape(edits, [None])[:-1]  # its rank is lost where shapes of sparse tensors are not known
         valid = valid._replace(tokens=tf.cast(reference.row_lengths(), tf.float64))
         sums = averages.sum_up(self._kind, tf.cast(edits, tf.float64), valid, "token")
-        return sums, [*rules, *more]
+        return sums, [*checks, *more]
 
     def _rows(
         self, y_true: tf.Tensor, y_pred: Any, sources: dict[str, Any]
-    ) -> tuple[masking.Valid, Any, list[exchange.Rule]]:
-        """Which rows count, which positions are references, and the rules for the lengths."""
+    ) -> tuple[masking.Valid, Any, list[checked.Check]]:
+        """Which rows count, which positions are references, and the checks for the lengths."""
         weight = sources["sample_weight"]
         if weight is not None:
             weight = masking.check_weight(weight)
@@ -101,7 +103,7 @@ class ErrorRate(ratio.Ratio):
         padding_value = None if y_true.shape.rank == 1 else self.padding_value
         return masking.of_sequences(y_true, **sources, padding_value=padding_value)
 
-    def _predicted(self, y_pred: Any, lengths: Any) -> tuple[Any, list[exchange.Rule]]:
+    def _predicted(self, y_pred: Any, lengths: Any) -> tuple[Any, list[checked.Check]]:
         """Predicted sequences, ragged or sparse; None for scores, which lie on the labels' positions."""
         if isinstance(y_pred, (tf.RaggedTensor, tf.SparseTensor)):
             return y_pred, []
@@ -113,9 +115,9 @@ class ErrorRate(ratio.Ratio):
             return self._units("y_pred", y_pred), []
         sources = dict.fromkeys(("mask", "keras_mask", "sample_weight"))
         padding_value = self.padding_value
-        _, counted, rules = masking.of_sequences(y_pred, lengths=lengths, padding_value=padding_value, **sources)
+        _, counted, checks = masking.of_sequences(y_pred, lengths=lengths, padding_value=padding_value, **sources)
         counted = tf.ones_like(y_pred, tf.bool) if counted is None else counted
-        named = [rule._replace(text=f"prediction_{rule.text}") for rule in rules]
+        named = [check._replace(text=f"prediction_{check.text}") for check in checks]
         return tf.ragged.boolean_mask(y_pred, counted), named
 
     def _units(self, name: str, text: tf.Tensor) -> tf.RaggedTensor:
@@ -187,8 +189,8 @@ def _with_mask(sources: dict[str, Any], more: tf.Tensor) -> dict[str, Any]:
     """Sources of which the mask holds where ``more`` does, too."""
     if sources["mask"] is None:
         return {**sources, "mask": more}
-    both = [fitting.Source("mask", masking.check_mask(sources["mask"])), fitting.Source("mask", more, True)]
-    return {**sources, "mask": fitting.all_of(both)[0]}
+    both = [shapes.Source("mask", masking.check_mask(sources["mask"])), shapes.Source("mask", more, True)]
+    return {**sources, "mask": shapes.all_of(both)[0]}
 
 
 def _sparse(sequences: Any) -> tf.SparseTensor:

@@ -7,7 +7,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from distpad import averages, errors, exchange, masking
+from distpad import errors
+from distpad.collectives import checked
+from distpad.losses import averages, masking
 from distpad.metrics import ratio
 
 
@@ -18,24 +20,24 @@ class PositionMean(ratio.Ratio):
         """``[batch, length, ...]``, of labels and predictions in which padding is replaced."""
         raise NotImplementedError
 
-    def _rules(self, y_true: Any, y_pred: Any) -> list[exchange.Rule]:
+    def _checks(self, y_true: Any, y_pred: Any) -> list[checked.Check]:
         """What must hold of them."""
         return []
 
-    def _sums(self, y_true: Any, y_pred: Any, sources: dict[str, Any]) -> tuple[averages.Sums, list[exchange.Rule]]:
+    def _sums(self, y_true: Any, y_pred: Any, sources: dict[str, Any]) -> tuple[averages.Sums, list[checked.Check]]:
         sources = {**sources, "keras_mask": masking.keras_mask(y_pred)}
         y_true, y_pred = self._tensor("y_true", y_true), self._tensor("y_pred", y_pred)
-        valid, rules = self._valid(y_true, y_pred, sources)
-        counted = valid.looked_at
+        valid, checks = self._valid(y_true, y_pred, sources)
+        counted = valid.effective_mask
         cleaned = [masking.clean(y, counted, prediction=i == 1) for i, y in enumerate((y_true, y_pred))]
-        rules += self._rules(*cleaned)
+        checks += self._checks(*cleaned)
         values = tf.cast(self._values(*cleaned), tf.float64)
         if not values.shape.rank:
             found = f"of rank {values.shape.rank}"
             raise ValueError(
                 errors.sentence(self._kind, "the function's result", found, "[batch, length, ...], unreduced")
             )
-        return averages.sum_up(self._kind, values, valid, "token"), rules
+        return averages.sum_up(self._kind, values, valid, "token"), checks
 
 
 @tf.keras.utils.register_keras_serializable("distpad")

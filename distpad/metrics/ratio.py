@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from distpad import averages, backends, errors, exchange, masking, scaling
+from distpad import backends, errors, precision
+from distpad.collectives import checked
+from distpad.losses import averages, masking
 
 
 class Ratio(tf.keras.metrics.Metric):
-    """A sum and the count that it is divided by, held by each replica in float64: exact for whole numbers to 2**53.
+    """A sum and the count that it is divided by, held by each replica in float64: exact for integers to 2**53.
 
     A metric belongs to the engine where it was made, as its variables do: make it inside ``with strategy.scope():``.
     Subclasses say what is summed up (``_sums``) and what becomes of the ratio (``_final``).
@@ -46,7 +48,7 @@ class Ratio(tf.keras.metrics.Metric):
         Args:
           y_true: labels; y_pred: predictions ``[batch, length, ...]``; see the class.
           sample_weight: ``[batch]`` or more leading axes; what weighs 0 is treated like padding.
-          lengths: ``[batch]`` whole numbers, the valid positions of each row (the rest is padding behind them).
+          lengths: ``[batch]`` integers, the valid positions of each row (the rest is padding behind them).
           mask: bool, leading axes of the positions. A mask that Keras's layers attached to ``y_pred`` counts, too;
             several sources are combined with AND.
 
@@ -66,14 +68,16 @@ class Ratio(tf.keras.metrics.Metric):
                 f"{self._kind}: made for {self._engine.name}, expected {here.name}, where it is updated. Make it "
                 "inside `with strategy.scope():`, or behind hvd.init()."
             )
-        sums, rules = self._sums(y_true, y_pred, sources)
-        ok = exchange.enforce(here, self._kind, [*rules, masking.fit_rule(sums.rows, sums.fits)])
+        sums, checks = self._sums(y_true, y_pred, sources)
+        ok = checked.check_locally(
+            here, self._kind, [*checks, masking.broadcast_check(sums.rows, sums.is_broadcastable)]
+        )
         parts = tf.stack([tf.cast(part, tf.float64) for part in (sums.total, sums.tokens)])
         if ok is not True:  # XLA drops assertions
             parts = tf.where(ok, parts, tf.constant(np.nan, tf.float64))
         self._parts.assign_add(parts)
 
-    def _sums(self, y_true: Any, y_pred: Any, sources: dict[str, Any]) -> tuple[averages.Sums, list[exchange.Rule]]:
+    def _sums(self, y_true: Any, y_pred: Any, sources: dict[str, Any]) -> tuple[averages.Sums, list[checked.Check]]:
         raise NotImplementedError
 
     def _final(self, ratio: tf.Tensor) -> tf.Tensor:
@@ -92,11 +96,11 @@ class Ratio(tf.keras.metrics.Metric):
         return self._final(tf.math.divide_no_nan(total, count))
 
     def reset_state(self) -> None:
-        """Begin anew, on all replicas of this worker. Not collective."""
+        """Begin again, on all replicas of this worker. Not collective."""
         self._parts.assign(tf.zeros([2], tf.float64))
 
     def get_config(self) -> dict[str, Any]:
-        """As in Keras. A backend that is no string is detected anew."""
+        """As in Keras. A backend that is no string is detected when the loss runs."""
         given = self._given if isinstance(self._given, str) else None
         return {"name": self.name, "padding_value": self.padding_value, "backend": given}
 
@@ -106,9 +110,9 @@ class Ratio(tf.keras.metrics.Metric):
         if isinstance(tensor, (tf.RaggedTensor, tf.SparseTensor)):
             kind = type(tensor).__name__
             raise TypeError(errors.sentence(self._kind, name, f"a {kind}", "a padded tensor", "Use distpad.pad."))
-        return tf.nest.map_structure(scaling.wide, tensor)
+        return tf.nest.map_structure(precision.wide, tensor)
 
-    def _valid(self, y_true: Any, y_pred: Any, sources: dict[str, Any]) -> tuple[masking.Valid, list[exchange.Rule]]:
+    def _valid(self, y_true: Any, y_pred: Any, sources: dict[str, Any]) -> tuple[masking.Valid, list[checked.Check]]:
         """The positions that count, from all sources."""
         try:
             return masking.of_positions(y_true, y_pred, **sources, padding_value=self.padding_value)

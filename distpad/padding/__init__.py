@@ -1,6 +1,7 @@
-"""Padding on the host: pure functions from lists of sequences to batches, and back."""
+"""Padding on the host: pure functions from lists of sequences to batches, and back; and the lengths to pad to."""
 
 from distpad.padding.batch import Padded, pad, unpad
+from distpad.padding.buckets import Buckets
 from distpad.padding.keras import pad_sequences
 
-__all__ = ["Padded", "pad", "pad_sequences", "unpad"]
+__all__ = ["Buckets", "Padded", "pad", "pad_sequences", "unpad"]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Union
 import numpy as np
 
 from distpad import errors
-from distpad.padding import on_numpy, rules, unpadding
+from distpad.padding import arguments, on_numpy, unpadding
 
 Axes = Union[int, Iterable[int]]
 
@@ -106,7 +106,7 @@ def pad(
     errors.choice("pad", "truncating", truncating, ("error", "pre", "post"))
     if not isinstance(mask, (bool, np.bool_)):
         raise TypeError(errors.sentence("pad", "mask", f"a {type(mask).__name__}", "True or False"))
-    options = rules.Options(
+    options = arguments.Options(
         _check_length(length), value, padding, truncating, dtype, _check_axes(ragged_axes), bool(mask)
     )
     tensorflow = _tensorflow_for(sequences)
@@ -127,7 +127,7 @@ def unpad(values: Any, lengths: Any = None, mask: Any = None) -> Any:
 
     Args:
       values: ``[batch, length, ...]``, array or tensor of any dtype.
-      lengths: ``[batch]`` whole numbers from 0 to the padded length.
+      lengths: ``[batch]`` integers from 0 to the padded length.
       mask: bool, ``[batch, length, ...]``, true on real elements. At least one of ``lengths`` and ``mask`` is given.
 
     Returns:
@@ -136,7 +136,7 @@ def unpad(values: Any, lengths: Any = None, mask: Any = None) -> Any:
 
     Raises:
       TypeError: ``values`` is no array or tensor, such as a whole ``Padded``; ``mask`` is not bool; ``lengths`` are no
-        whole numbers.
+        integers.
       ValueError: neither ``lengths`` nor ``mask``; shapes that do not fit ``values``; lengths out of range, or that
         contradict the mask (inside a graph, lengths are not checked).
 
@@ -166,7 +166,7 @@ def _check_length(length: Any) -> int | None:
     if length is None:
         return None
     if not _is_whole(length):
-        raise TypeError(errors.sentence("pad", "length", repr(length), "a whole number that is known now, or None"))
+        raise TypeError(errors.sentence("pad", "length", repr(length), "an integer that is known now, or None"))
     if operator.index(length) < 0:
         raise ValueError(errors.sentence("pad", "length", operator.index(length), "at least 0"))
     return operator.index(length)
@@ -180,7 +180,7 @@ def _check_axes(ragged_axes: Any) -> list[int] | None:
     )
     axes = list(ragged_axes) if several else [ragged_axes]
     if not all(map(_is_whole, axes)):
-        raise TypeError(errors.sentence("pad", "ragged_axes", repr(ragged_axes), "a whole number or several"))
+        raise TypeError(errors.sentence("pad", "ragged_axes", repr(ragged_axes), "an integer or several"))
     return [operator.index(axis) for axis in axes]
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 
 from distpad import errors
-from distpad.padding import rules
+from distpad.padding import arguments
 
 _UNKNOWN = -1  # in a table of sizes: this block says nothing about this axis
 _LARGEST = np.iinfo(np.int64).max
@@ -44,24 +44,24 @@ class Sizes(NamedTuple):
     table: np.ndarray
 
 
-def pad(sequences: Any, options: rules.Options) -> _Arrays:
+def pad(sequences: Any, options: arguments.Options) -> _Arrays:
     """Pad arrays and nested lists to ``(values, lengths, mask)``, as ``distpad.pad`` describes it."""
     if isinstance(sequences, np.ndarray) and sequences.dtype != object and sequences.shape[0] == 0 < sequences.ndim - 1:
         one = np.zeros((1, *sequences.shape[1:]), sequences.dtype)  # no rows, but a known shape
         values, lengths, mask = pad(one, options._replace(truncating="post"))
         return values[:0], lengths[:0], None if mask is None else mask[:0]
-    options = options._replace(value=rules.as_value(options.value))
-    reader = _Reader(as_objects=rules.is_object(options.dtype))
+    options = options._replace(value=arguments.as_value(options.value))
+    reader = _Reader(as_objects=arguments.is_object(options.dtype))
     reader.read_batch(sequences)
     blocks, branches = reader.blocks, reader.branches
     rank = _rank(blocks, options)
-    wanted = None if options.ragged_axes is None else rules.resolve_axes(options.ragged_axes, rank)
+    wanted = None if options.ragged_axes is None else arguments.resolve_axes(options.ragged_axes, rank)
     first = wanted[0] if wanted else 0
     sizes = _sizes(blocks, branches, rank)
     lengths = _lengths(sizes, first, len(sequences))
     dtype, is_shapeless = _dtype(blocks, options), _is_shapeless(blocks)
     if options.truncating == "error":
-        rules.check_lengths(lengths, options.length)
+        arguments.check_lengths(lengths, options.length)
     elif options.length is not None and (lengths > options.length).any():
         blocks, branches = _cut(blocks, branches, first, lengths, options)
         sizes = _sizes(blocks, branches, rank)
@@ -71,7 +71,7 @@ def pad(sequences: Any, options: rules.Options) -> _Arrays:
     shape[first] = lengths.max(initial=0) if options.length is None else options.length
     if is_shapeless and options.value.ndim:
         shape[-options.value.ndim :] = options.value.shape  # nothing else tells the shape of a position
-    value = rules.filling(options.value, dtype, tuple(shape[axes[-1] + 1 :].tolist()))
+    value = arguments.filling(options.value, dtype, tuple(shape[axes[-1] + 1 :].tolist()))
     values = np.full((len(sequences), *shape), value, dtype)
     begins = shape[first] - lengths if options.padding == "pre" else np.zeros_like(lengths)
     if axes == [0] and not branches:
@@ -139,9 +139,9 @@ def _check_leaves(item: Any, array: np.ndarray, index: int) -> None:
         if leaf is None and None not in array:
             found = f"with integers of more than 64 bits or of other kinds in sequences[{index}]"
         raise ValueError(errors.sentence("pad", "sequences", found, "numbers or text", "Or give dtype=object."))
-    large = array.dtype == np.float64 and bool((np.abs(array) >= rules.EXACT).any())
+    large = array.dtype == np.float64 and bool((np.abs(array) >= arguments.EXACT).any())
     leaves = np.asarray(item, object).flat if large else ()
-    if any(isinstance(leaf, (int, np.integer)) and abs(int(leaf)) > rules.EXACT for leaf in leaves):
+    if any(isinstance(leaf, (int, np.integer)) and abs(int(leaf)) > arguments.EXACT for leaf in leaves):
         raise _rounded(index)
 
 
@@ -150,7 +150,7 @@ def _rounded(index: int) -> ValueError:
     return ValueError(errors.sentence("pad", "sequences", found, "integers that float64 holds exactly", remedy))
 
 
-def _rank(blocks: list[Block], options: rules.Options) -> int:
+def _rank(blocks: list[Block], options: arguments.Options) -> int:
     first_of_rank = {block.rank: block for block in reversed(blocks) if not block.is_open}
     rank = max(first_of_rank or [block.rank for block in blocks] or [1])
     first_of_rank.update({block.rank: block for block in blocks if block.rank > rank})
@@ -181,7 +181,7 @@ def _row(axis: int, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
 
 
 def _cut(
-    blocks: list[Block], branches: list[Branch], first: int, lengths: np.ndarray, options: rules.Options
+    blocks: list[Block], branches: list[Branch], first: int, lengths: np.ndarray, options: arguments.Options
 ) -> tuple[list[Block], list[Branch]]:
     """The blocks and branches of sequences that are cut to ``options.length`` along their axis ``first``."""
     limit, axis = int(options.length or 0), first + 1
@@ -221,7 +221,7 @@ def _ragged_axes(sizes: Sizes, wanted: list[int] | None) -> list[int]:
         if axis not in wanted:
             rows = least[:, axis].argmin(), sizes.table[:, axis].argmax()
             found = " and ".join(f"{sizes.table[row, axis]} in sequences[{sizes.owners[row]}]" for row in rows)
-            raise rules.uneven_axis(axis, f"Its size is {found}.", wanted)
+            raise arguments.uneven_axis(axis, f"Its size is {found}.", wanted)
     return wanted
 
 
@@ -234,26 +234,26 @@ def _lengths(sizes: Sizes, axis: int, batch: int) -> np.ndarray:
     uneven = np.flatnonzero(least < most)
     if len(uneven):
         index = uneven[0]
-        raise rules.uneven_lengths(axis, f"In sequences[{index}] it is {least[index]} and {most[index]}.")
+        raise arguments.uneven_lengths(axis, f"In sequences[{index}] it is {least[index]} and {most[index]}.")
     return most
 
 
-def _dtype(blocks: list[Block], options: rules.Options) -> np.dtype:
+def _dtype(blocks: list[Block], options: arguments.Options) -> np.dtype:
     filled = [block for block in blocks if block.array.size]
     filling = options.value.dtype
     if options.dtype is None:
         seen = filled or [block for block in blocks if block.typed]
-        dtype = rules.common_dtype([block.array.dtype for block in seen] or [filling])
+        dtype = arguments.common_dtype([block.array.dtype for block in seen] or [filling])
         for path, array, *_ in filled if dtype.kind in "fc" else ():
-            if array.dtype.kind in "iu" and ((array > rules.EXACT) | (array < -rules.EXACT)).any():
+            if array.dtype.kind in "iu" and ((array > arguments.EXACT) | (array < -arguments.EXACT)).any():
                 raise _rounded(path[0])
         return np.promote_types(dtype, filling) if dtype.kind in "US" and dtype.kind == filling.kind else dtype
-    dtype = rules.numpy_dtype(options.dtype)
+    dtype = arguments.numpy_dtype(options.dtype)
     if dtype.kind in "US" and dtype.itemsize == 0:  # str and bytes: as long as the longest
         text = [block.array for block in filled] + [options.value] * (filling.kind == dtype.kind)
         dtype = np.result_type(dtype, *{array.astype(dtype).dtype for array in text})
     for path, array, *_ in filled:
-        if rules.exact_cast(array, dtype) is None:
+        if arguments.exact_cast(array, dtype) is None:
             found = f"sequences[{path[0]}] ({array.dtype}) holds elements that would change."
             remedy = "Give a dtype that can hold them, or convert them first."
             raise ValueError(errors.sentence("pad", "dtype", dtype, "one that can hold all elements", found, remedy))

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from distpad import errors
-from distpad.padding import on_numpy, rules, unpadding
+from distpad.padding import arguments, on_numpy, unpadding
 
 
-def pad(tf: Any, sequences: Any, options: rules.Options) -> tuple[Any, Any, Any]:
+def pad(tf: Any, sequences: Any, options: arguments.Options) -> tuple[Any, Any, Any]:
     """Pad tensors to ``(values, lengths, mask)``, as ``distpad.pad`` describes it."""
     if isinstance(sequences, (list, tuple)) and not any(tf.is_tensor(item) for item in sequences):
         return _pad_nested(tf, sequences, options)
@@ -42,7 +42,7 @@ def pad(tf: Any, sequences: Any, options: rules.Options) -> tuple[Any, Any, Any]
     return values, lengths, mask if options.mask else None
 
 
-def _pad_nested(tf: Any, sequences: Any, options: rules.Options) -> tuple[Any, Any, Any]:
+def _pad_nested(tf: Any, sequences: Any, options: arguments.Options) -> tuple[Any, Any, Any]:
     """Lists of lists of tensors: looked at as NumPy does, which needs their elements."""
     if not tf.executing_eagerly():
         remedy = "Pad them outside of the graph, or make a tf.RaggedTensor with tf.ragged.stack first."
@@ -78,10 +78,10 @@ def _as_ragged(tf: Any, sequences: Any, wanted: list[int] | None) -> tuple[Any, 
         rule = "a tensor [batch, length, ...]"
         raise ValueError(errors.sentence("pad", "sequences", f"of shape {sequences.shape}", rule, _WRITE))
     if not isinstance(sequences, tf.RaggedTensor):
-        axes = [0] if wanted is None else rules.resolve_axes(wanted, rank)
+        axes = [0] if wanted is None else arguments.resolve_axes(wanted, rank)
         return _split(tf, tf.convert_to_tensor(sequences), axes[-1] + 1), axes
     unknown = [axis for axis in range(1, sequences.ragged_rank) if sequences.shape[axis + 1] is None]
-    axes = [0, *unknown] if wanted is None else rules.resolve_axes(wanted, rank)
+    axes = [0, *unknown] if wanted is None else arguments.resolve_axes(wanted, rank)
     flat, missing = sequences.flat_values, axes[-1] + 1 - sequences.ragged_rank
     flat = _split(tf, flat, missing) if missing > 0 else flat
     # rebuilt, since to_tensor fails on partitions of one static length in a batch without rows
@@ -123,10 +123,10 @@ def _join(tf: Any, tensors: list[Any], wanted: list[int] | None) -> tuple[Any, l
     """Dense tensors ``[n_i, ...]`` as one RaggedTensor."""
     known = list(zip(*(tensor.shape.as_list() for tensor in tensors)))  # of each axis, all sizes
     uneven = [axis for axis, sizes in enumerate(known) if axis and (None in sizes or len(set(sizes)) > 1)]
-    axes = [0, *uneven] if wanted is None else rules.resolve_axes(wanted, len(known))
+    axes = [0, *uneven] if wanted is None else arguments.resolve_axes(wanted, len(known))
     for axis in uneven:
         if axis not in axes and len(set(known[axis]) - {None}) > 1:
-            raise rules.uneven_axis(axis, f"Its sizes are {list(known[axis])}.", axes)
+            raise arguments.uneven_axis(axis, f"Its sizes are {list(known[axis])}.", axes)
     depth = axes[-1] + 1
     shapes = tf.stack([tf.shape(tensor, tf.int64)[:depth] for tensor in tensors])
     rows = [tf.reduce_prod(shapes[:, :axis], axis=1) for axis in range(depth)]
@@ -156,7 +156,7 @@ def _check_even(tf: Any, ragged: Any, axes: list[int]) -> None:
             sizes = ragged.row_lengths(axis + 1)
             sizes = sizes.flat_values if isinstance(sizes, tf.RaggedTensor) else sizes
             least, most = tf.reduce_min(sizes), tf.reduce_max(sizes)
-            error = rules.uneven_axis(axis, _between(tf, least, most), axes)
+            error = arguments.uneven_axis(axis, _between(tf, least, most), axes)
             _require(tf, least >= most, error, least, most)
 
 
@@ -166,7 +166,7 @@ def _lengths(tf: Any, ragged: Any, axis: int) -> Any:
     if axis > 1:
         sizes = sizes.merge_dims(1, axis - 1) if axis > 2 else sizes
         least, most = tf.reduce_min(sizes, axis=1), tf.reduce_max(sizes, axis=1)  # extreme values where there is none
-        error = rules.uneven_lengths(axis - 1, "It differs within a sequence.")
+        error = arguments.uneven_lengths(axis - 1, "It differs within a sequence.")
         _require(tf, tf.reduce_all(least >= most), error, least, most)
         sizes = tf.maximum(most, 0)
     return tf.cast(sizes, tf.int32)
@@ -174,7 +174,7 @@ def _lengths(tf: Any, ragged: Any, axis: int) -> Any:
 
 def _check_lengths(tf: Any, lengths: Any, limit: int) -> None:
     if tf.executing_eagerly():
-        rules.check_lengths(lengths.numpy(), limit)
+        arguments.check_lengths(lengths.numpy(), limit)
     else:
         remedy = "Give a larger length, or truncating='pre' or 'post' to cut sequences."
         error = ValueError(errors.sentence("pad", "length", limit, "at least the longest sequence's", remedy))
@@ -203,7 +203,7 @@ def _cast(tf: Any, ragged: Any, wanted: Any) -> Any:
     if tf.string in (dtype, ragged.dtype):
         raise error
     if tf.executing_eagerly():
-        if rules.exact_cast(flat.numpy(), np.dtype(dtype.as_numpy_dtype)) is None:
+        if arguments.exact_cast(flat.numpy(), np.dtype(dtype.as_numpy_dtype)) is None:
             raise error
         return tf.cast(ragged, dtype)
     cast = tf.cast(flat, dtype)
@@ -227,14 +227,14 @@ def _filling(tf: Any, value: Any, dtype: Any, inner: tuple[int, ...] | None) -> 
         if value.dtype != dtype:
             raise ValueError(errors.sentence("pad", "value", f"of dtype {value.dtype.name}", f"of dtype {dtype.name}"))
         return value
-    array = rules.as_value(value)
+    array = arguments.as_value(value)
     if dtype != tf.string:
-        return tf.constant(rules.filling(array, np.dtype(dtype.as_numpy_dtype), inner))
+        return tf.constant(arguments.filling(array, np.dtype(dtype.as_numpy_dtype), inner))
     if not all(isinstance(leaf, (str, bytes)) for leaf in array.astype(object).flat):
         raise ValueError(
             errors.sentence("pad", "value", repr(value), "a string, as the elements are", "Write value=''.")
         )
-    return tf.constant(rules.filling(array.astype(object), np.dtype(object), inner), tf.string)
+    return tf.constant(arguments.filling(array.astype(object), np.dtype(object), inner), tf.string)
 
 
 def _move_back(tf: Any, padded: Any, lengths: Any, axis: int) -> Any:

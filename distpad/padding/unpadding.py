@@ -16,7 +16,7 @@ def check_padded(shape: tuple[int, ...], lengths: Any, mask: Any) -> tuple[np.nd
     if lengths is not None:
         lengths = np.asarray(lengths)
         if lengths.dtype.kind not in "iu" and lengths.size:
-            raise TypeError(errors.sentence("unpad", "lengths", f"of dtype {lengths.dtype}", "whole numbers"))
+            raise TypeError(errors.sentence("unpad", "lengths", f"of dtype {lengths.dtype}", "integers"))
         if lengths.shape != shape[:1]:
             raise ValueError(errors.sentence("unpad", "lengths", f"of shape {lengths.shape}", f"of shape {shape[:1]}"))
     if mask is not None:

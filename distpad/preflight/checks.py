@@ -6,36 +6,36 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, Callable
 
-from distpad.preflight import cluster_rules, host_rules
+from distpad.preflight import cluster_checks, host_checks
 from distpad.preflight.findings import ERROR, OK, WARNING, Finding, Question
 
-HostRule = Callable[[str, Mapping[str, Any], Question], Iterator[Finding]]
-ClusterRule = Callable[[Mapping[str, Mapping[str, Any]], Question], Iterator[Finding]]
+HostCheck = Callable[[str, Mapping[str, Any], Question], Iterator[Finding]]
+ClusterCheck = Callable[[Mapping[str, Mapping[str, Any]], Question], Iterator[Finding]]
 
 # what is looked at | the rule. Of each host by itself:
-OF_A_HOST: dict[str, HostRule] = {
-    "probes": host_rules.probes,
-    "TensorFlow": host_rules.tensorflow,
-    "Keras": host_rules.keras,
-    "Addons": host_rules.addons,
-    "Horovod": host_rules.horovod,
-    "Horovod's NCCL": host_rules.nccl,
-    "GPUs": host_rules.gpus,
-    "slots": host_rules.slots,
-    "MPI": host_rules.mpi,
-    "operator": host_rules.operator,
-    "/dev/shm": host_rules.shared_memory,
-    "open files": host_rules.open_files,
-    "TF_CONFIG": host_rules.tf_config,
-    "ports": host_rules.ports,
+OF_A_HOST: dict[str, HostCheck] = {
+    "probes": host_checks.probes,
+    "TensorFlow": host_checks.tensorflow,
+    "Keras": host_checks.keras,
+    "Addons": host_checks.addons,
+    "Horovod": host_checks.horovod,
+    "Horovod's NCCL": host_checks.nccl,
+    "GPUs": host_checks.gpus,
+    "slots": host_checks.slots,
+    "MPI": host_checks.mpi,
+    "operator": host_checks.operator,
+    "/dev/shm": host_checks.shared_memory,
+    "open files": host_checks.open_files,
+    "TF_CONFIG": host_checks.tf_config,
+    "ports": host_checks.ports,
 }
 # and of all that answered, side by side:
-OF_ALL_HOSTS: dict[str, ClusterRule] = {
-    "names": cluster_rules.names,
-    "versions": cluster_rules.versions,
-    "builds": cluster_rules.builds,
-    "distpad's code": cluster_rules.own_code,
-    "code": cluster_rules.code,
+OF_ALL_HOSTS: dict[str, ClusterCheck] = {
+    "names": cluster_checks.names,
+    "versions": cluster_checks.versions,
+    "builds": cluster_checks.builds,
+    "distpad's code": cluster_checks.own_code,
+    "code": cluster_checks.code,
 }
 
 
@@ -53,7 +53,7 @@ def check(answers: Mapping[str, Mapping[str, Any]], question: Question) -> list[
             found.append(Finding(host, "reach", ERROR, answer["unreachable"], answer["remedy"]))
             continue
         found += _or_ok(host, "reach", [])
-        found += _or_ok(host, "clock", [*cluster_rules.clock(host, answer)])
+        found += _or_ok(host, "clock", [*cluster_checks.clock(host, answer)])
         for what, of_host in OF_A_HOST.items():
             found += _or_ok(host, what, [*of_host(host, facts[host], question)])
     if len(facts) > 1:

@@ -45,10 +45,10 @@ def packages() -> dict[str, str]:
 
 
 def engines(limit_s: float = LIMIT_S) -> dict[str, Any]:
-    """TensorFlow and Horovod, as they say of themselves (distpad/backends/builds.py), in a process that may crash."""
+    """TensorFlow and Horovod, as they say of themselves (distpad/launcher/builds.py), in a process that may crash."""
     quiet = {"TF_CPP_MIN_LOG_LEVEL": "2", "TF_ENABLE_ONEDNN_OPTS": "0"}
     alone = {name: value for name, value in os.environ.items() if name != "TF_CONFIG"}
-    command = [sys.executable, "-m", "distpad.backends.builds"]
+    command = [sys.executable, "-m", "distpad.launcher.builds"]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=limit_s, env={**alone, **quiet}

@@ -79,7 +79,7 @@ class Checkpoints:
     def _read(self) -> None:
         latest = found(self.folder)
         if latest is None:
-            raise ValueError(f"--resume: {self.folder} holds no checkpoint. Leave --resume out to start anew.")
+            raise ValueError(f"--resume: {self.folder} holds no checkpoint. Leave --resume out to start again.")
         self._checkpoint.restore(latest).assert_existing_objects_matched()
 
     def _move(self) -> None:

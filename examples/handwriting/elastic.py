@@ -44,7 +44,7 @@ def run(
     def begin(_: distpad.ElasticState) -> None:
         if options.certify:  # each world of workers
             engines.certify(learner.engine)
-        # checkpoints are made anew each time, since another worker may be the one that writes them
+        # checkpoints are made again each time, since another worker may be the one that writes them
         train_and_test(checkpoints.Checkpoints(learner, batches, folder), commit=commit)
         backend.host_sum(np.zeros(1))  # nobody leaves before worker 0 has written all: if it is lost, another does
 

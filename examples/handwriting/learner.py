@@ -25,7 +25,7 @@ def ctc(y_true: dict[str, tf.Tensor], y_pred: tf.Tensor) -> tf.Tensor:
     """
     label = y_true["label"]
     # On a CPU, sparse labels take the compiled kernel; dense ones would take a loop of many small operations.
-    # It refuses empty labels, which filling rows have: they get a character, and count for nothing all the same.
+    # It refuses empty labels, which filler rows have: they get a character, and count for nothing all the same.
     places = tf.where(tf.sequence_mask(tf.maximum(y_true["length"], 1), tf.shape(label)[1]))
     sparse = tf.SparseTensor(places, tf.gather_nd(label, places), tf.shape(label, out_type=tf.int64))
     return tf.nn.ctc_loss(sparse, y_pred, None, y_true["columns"], logits_time_major=False, blank_index=-1)

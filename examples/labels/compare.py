@@ -133,7 +133,7 @@ def _run(backend: distpad.backends.Backend, model: Linear, step: Step, batches: 
 
     results = backend.run(on_replica, lambda replica: batches[replica])
     shares = np.array(sum(float(loss) for loss, _ in results))  # of the global loss: distpad.global_value in a loop
-    loss = float(backend.host_sum(shares)) / backend.share_scale
+    loss = float(backend.host_sum(shares)) / backend.gradient_scale
     return loss, np.concatenate([gradient.numpy().ravel() for gradient in results[0][1]])
 
 

@@ -55,7 +55,7 @@ def step(model: compare.Linear, batch: compare.Batch) -> tuple:
 
 
 def keras_pad(features: list, labels: list) -> compare.Batch:
-    padded = tf.keras.utils.pad_sequences(features, dtype="float32")  # by default it would make them whole numbers
+    padded = tf.keras.utils.pad_sequences(features, dtype="float32")  # by default it would make them integers
     return {"x": padded, "y": tf.keras.utils.pad_sequences(labels)}
 
 

@@ -327,9 +327,9 @@ def _make_key(file: pathlib.Path) -> str:
     return file.with_suffix(".pub").read_text()
 
 
-def _wait(condition: Callable[[], bool], complaint: str, log: pathlib.Path | None = None) -> None:
+def _wait(condition: Callable[[], bool], argument_error: str, log: pathlib.Path | None = None) -> None:
     limit = time.monotonic() + LIMIT_S
     while not condition():
         if time.monotonic() > limit:
-            raise TimeoutError(f"{complaint} after {LIMIT_S} s\n{log.read_text() if log else ''}")
+            raise TimeoutError(f"{argument_error} after {LIMIT_S} s\n{log.read_text() if log else ''}")
         time.sleep(0.005)

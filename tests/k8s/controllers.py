@@ -183,7 +183,7 @@ def mpijob(resources: Sequence[Resource]) -> Iterator[str]:
         if roles["Worker"].get("restartPolicy") != "OnFailure":
             yield "a worker pod that failed is not replaced"
         if spec.get("runPolicy", {}).get("cleanPodPolicy") not in ("Running", "All"):
-            yield "workers run for ever"
+            yield "workers run forever"
         if spec.get("runPolicy", {}).get("backoffLimit") != 0:
             yield "the launcher's Job has no podFailurePolicy: it would start again what must not be"
         elastic = container(roles["Launcher"]["template"])["command"][2] == "mpi-elastic-launcher"
@@ -267,4 +267,4 @@ def _mpi_runtime(runtime: Resource, policy: dict[str, Any], jobs: dict[str, Any]
     yield from _mpi_pods(launcher, node, policy.get("sshAuthMountPath"))
 
 
-RULES: tuple[podrules.Rule, ...] = (*podrules.RULES, job_fields, not_retried, indexed_job, jobset, mpijob, trainjob)
+RULES: tuple[podrules.Check, ...] = (*podrules.RULES, job_fields, not_retried, indexed_job, jobset, mpijob, trainjob)

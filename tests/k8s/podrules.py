@@ -9,7 +9,7 @@ from typing import Any
 from k8s import manifests
 from k8s.manifests import Resource
 
-Rule = Callable[[Sequence[Resource]], Iterator[str]]
+Check = Callable[[Sequence[Resource]], Iterator[str]]
 
 
 def container(pod: Resource) -> dict[str, Any]:
@@ -122,4 +122,4 @@ def network(resources: Sequence[Resource]) -> Iterator[str]:
         yield f"egress beyond the job is {others}"
 
 
-RULES: tuple[Rule, ...] = (references, shared_memory, resources_are_limits, time_to_end, security, network)
+RULES: tuple[Check, ...] = (references, shared_memory, resources_are_limits, time_to_end, security, network)

@@ -8,7 +8,7 @@ from typing import Any
 from k8s import manifests
 
 Spec = dict[str, Any]
-Rule = Callable[[Spec], Iterator[str]]
+Check = Callable[[Spec], Iterator[str]]
 
 VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
 SYSCTLS = {
@@ -131,7 +131,7 @@ def capabilities(spec: Spec) -> Iterator[str]:
         yield from (f"{each['name']} adds {name}" for name in chosen.get("add", ()) if name != "NET_BIND_SERVICE")
 
 
-RULES: tuple[Rule, ...] = (
+RULES: tuple[Check, ...] = (
     *(host_namespaces, host_processes, privileged, volume_types, host_ports, host_probes, app_armor, se_linux),
     *(proc_mount, sysctls, privilege_escalation, non_root, root_user, seccomp, capabilities),
 )

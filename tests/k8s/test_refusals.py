@@ -99,7 +99,7 @@ def test_rules_in_cel_refuse(overlay, name, path, value, said):
     ],
 )
 def test_what_cannot_be_changed_later(overlay, name, path, value):
-    """So READMEs say: delete, and apply anew."""
+    """So READMEs say: delete, and apply again."""
     old, new = (
         manifests.find(manifests.overlay(overlay), name),
         manifests.find(manifests.changed(overlay, name, path, value), name),

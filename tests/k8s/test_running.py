@@ -241,7 +241,7 @@ def test_a_preempted_pod_saves_a_checkpoint_first(overlay):
 
 @wide
 def test_a_preempted_launcher_saves_a_checkpoint_too():
-    """Its Job is not started again: apply it anew."""
+    """Its Job is not started again: apply it again."""
     with applied("mpijob", *SMALL, "--steps=200", "--checkpoint-every=7") as cluster:
         cluster.until(lambda: saved(cluster), LIMIT_S)
         cluster.named("train-launcher").evict()

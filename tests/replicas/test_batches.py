@@ -120,7 +120,7 @@ def _check_rows(batch, by_id):
     real = int(batch.rows)
     assert (batch.indices[:real] >= 0).all() and (batch.indices[real:] == -1).all()
     assert (batch.lengths["y"][real:] == 0).all() and (batch.data["y"][real:] == 9).all()
-    assert (batch.lengths["x"] >= 1).all()  # attention over a filling row stays finite
+    assert (batch.lengths["x"] >= 1).all()  # attention over a filler row stays finite
     for row in range(real):
         example = by_id[int(batch.data["id"][row])]
         assert batch.indices[row] == batch.data["id"][row] % 1000

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 import distpad
 import oracle
-from distpad.comparison import rows, steps
+from distpad.certification import rows, steps
 
 WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2")
 
@@ -165,7 +165,7 @@ def test_a_step_of_the_users_own(world, eagerly):
 
 @pytest.mark.worlds("mirrored:2")
 def test_a_step_on_batches_of_the_pipeline(world, eagerly):
-    """Its counts are given anew in each case, and an empty replica gets filling, as it does in training."""
+    """Its counts are given again in each case, and an empty replica gets filling, as it does in training."""
     random = np.random.default_rng(4)
     source = [{"x": random.normal(size=[n, FEATURES]), "text": random.integers(0, CLASSES, n)} for n in (4, 1, 2, 6, 3)]
     padding = {"x": distpad.Pad(), "text": distpad.Pad()}

@@ -206,11 +206,11 @@ def test_what_the_pipeline_counted_is_refused_where_rows_are_left_out(world):
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="CTC: too_long is 'drop', expected one of 'error', 'leave_out'"):
         distpad.CTC(blank_index=0, too_long="drop")
-    with pytest.raises(TypeError, match=r"CTC: blank_index is 0\.5, expected a whole number"):
+    with pytest.raises(TypeError, match=r"CTC: blank_index is 0\.5, expected an integer"):
         distpad.CTC(blank_index=0.5)
     with pytest.raises(TypeError, match=r"CTC: y_true is int, expected \(labels, label lengths, frames\)"):
         distpad.CTC(blank_index=0)(1, tf.zeros([1, 2, 3]))
-    with pytest.raises(ValueError, match=r"CTC: frames is of shape \(1, 1\) and dtype int32, expected whole numbers"):
+    with pytest.raises(ValueError, match=r"CTC: frames is of shape \(1, 1\) and dtype int32, expected integers"):
         distpad.CTC(blank_index=0)(([[1]], [1], [[1]]), tf.zeros([1, 2, 3]))
 
 

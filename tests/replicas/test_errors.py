@@ -192,7 +192,7 @@ WRONG_HERE = {
     "a scalar length": ({"lengths": 2}, r"lengths have shape \(\)"),
     "a value of another dtype": ({"value": 0.5}, r"value is 0\.5, expected a int32"),
     "a value of two": ({"value": [1, 2]}, "value is .1, 2., expected one number"),
-    "an axis of text": ({"axis": "1"}, "axis is '1', expected a whole number"),
+    "an axis of text": ({"axis": "1"}, "axis is '1', expected an integer"),
 }
 
 

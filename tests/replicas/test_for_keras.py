@@ -13,7 +13,7 @@ import tensorflow as tf
 
 import distpad
 import oracle
-from distpad.pipeline import feeding
+from distpad.data import keras
 from keras_world import KERAS, around_model, fit_optimizer, model_class
 from replica_world import HANG_S
 
@@ -361,7 +361,7 @@ def test_leaving_early_leaves_no_thread_and_fit_goes_on(world):
 def test_a_worker_that_keeps_its_iterator_keeps_nobody_waiting(world):
     """As Python's garbage collector may, on one worker and not on another."""
     if world.num_replicas > 2:
-        pytest.skip("iterators of four replicas that were left stop later tests for minutes, see feeding.py")
+        pytest.skip("iterators of four replicas that were left stop later tests for minutes, see keras.py")
     data, sampler, _ = sampled(world)
     batches = made(world, (data, sampler), lookahead=2)
     dataset, _ = fed_by(world, batches, len(sampler.plan(0)), x="x", y="y")
@@ -385,14 +385,14 @@ def test_workers_that_left_at_any_step_go_on_together(world, slow, monkeypatch):
     """An exchange every other step, and a worker that is slow to pad: when all leave at the same step, the others have
     come to exchanges that it never comes to."""
     if world.num_replicas > 2:
-        pytest.skip("iterators of four replicas that were left stop later tests for minutes, see feeding.py")
-    made_of = feeding.Elements.of
+        pytest.skip("iterators of four replicas that were left stop later tests for minutes, see keras.py")
+    made_of = keras.Elements.of
 
     def slowly(*arguments):
         time.sleep(0.15 if world.backend.worker_index == slow % world.backend.num_workers else 0)
         return made_of(*arguments)
 
-    monkeypatch.setattr(feeding.Elements, "of", slowly)
+    monkeypatch.setattr(keras.Elements, "of", slowly)
     data, sampler, _ = sampled(world)
     batches = made(world, (data, sampler), lookahead=2)
     fed, model = fed_by(world, batches, len(sampler.plan(0)), x="x", y="y"), model_in(world)

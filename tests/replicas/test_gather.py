@@ -181,7 +181,7 @@ WRONG = {
     "twice": ({"tensors": [np.ones([2, 1])], "indices": [[0, 0]]}, "indices is 0 in several rows of worker 0"),
     "rows": ({"tensors": [np.ones([2, 1])], "indices": [[0]]}, r"shape of tensors is \(2, 1\)"),
     "lengths": ({"tensors": [np.ones([1, 1])], "indices": [[0]], "lengths": [[2]]}, r"lengths of tensors is \[2\]"),
-    "dtype of indices": ({"tensors": [np.ones([1, 1])], "indices": [[0.5]]}, "whole numbers"),
+    "dtype of indices": ({"tensors": [np.ones([1, 1])], "indices": [[0.5]]}, "integers"),
     "text": ({"tensors": [np.array([["a"]])], "indices": [[0]], "value": ""}, "is string, expected numbers"),
     "no list": ({"tensors": np.ones([1, 1]), "indices": [[0]]}, "tensors is a ndarray"),
     "steps": ({"tensors": [np.ones([1, 1])] * 2, "indices": [[0]]}, "number of indices is 1, expected 2"),

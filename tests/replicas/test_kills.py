@@ -41,7 +41,7 @@ def test_rows_of_padding_alone_are_no_sequences(world, average):
     total = sum((1.0 + r) ** 2 + (2.0 + r) ** 2 for r in range(world.num_replicas))
     for replica, (value, gradient) in world.run(step, given, graph=False).items():
         assert oracle.relative_error(value, total / count) <= 1e-6
-        wanted = np.array([2.0 + 2 * replica, 0.0, 4.0 + 2 * replica]) / count * world.backend.share_scale
+        wanted = np.array([2.0 + 2 * replica, 0.0, 4.0 + 2 * replica]) / count * world.backend.gradient_scale
         assert oracle.relative_error(gradient, wanted) <= 1e-6
 
 

@@ -122,7 +122,7 @@ def test_broadcast_of_keras_variables_and_slots(world):
 
 def test_sums_and_maxima_of_the_backend(world):
     def step(x):
-        return world.backend.all_reduce_sum(x), world.backend.all_reduce_max(x), world.backend.stack(x)
+        return world.backend.all_reduce(x), world.backend.all_reduce_max(x), world.backend.all_gather(x)
 
     replicas = np.arange(world.num_replicas, dtype="float64")
     for graph in (True, False):

@@ -295,7 +295,7 @@ def test_ctc_of_each_sequence(world, average):
     scale = np.abs(gradient).max()
     for replica, (found, found_gradient) in results.items():
         assert oracle.relative_error(found, value.numpy()) <= 1e-5
-        mine = gradient[starts[replica] : starts[replica + 1]] * world.backend.share_scale
+        mine = gradient[starts[replica] : starts[replica + 1]] * world.backend.gradient_scale
         assert np.all(np.abs(found_gradient - mine) <= 1e-5 * scale * world.num_replicas)
 
 

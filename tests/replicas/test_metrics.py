@@ -269,7 +269,7 @@ def all_close(found, rows, limit=1e-12):
     ids=["eager", "graph"],
 )
 def test_the_whole_data_set_as_one(world, graph, epochs):
-    """Updated in the step by every replica, asked inside and outside, begun anew."""
+    """Updated in the step by every replica, asked inside and outside, begun again."""
     with world.scope():
         held = {case: make() for case, (make, _, _) in CASES.items() if not graph or case in TRACED}
 
@@ -393,7 +393,7 @@ def keras_rows():
     ],
 )
 def test_compiled(world, mask_by, graph):
-    """fit and evaluate, of which each begins anew; under Horovod each rank has rows of its own."""
+    """fit and evaluate, of which each begins again; under Horovod each rank has rows of its own."""
     rows = keras_rows()
     ranks = world.several_workers and not world.strategy
     dealt = rows[world.backend.worker_index :: world.num_replicas] if ranks else rows
@@ -405,7 +405,7 @@ def test_compiled(world, mask_by, graph):
         columns.append((batch["y"] >= 0).astype("float32"))
     data = tf.data.Dataset.from_tensor_slices(tuple(columns)).batch(-(-len(dealt) // 2) if ranks else 4)
     options = tf.data.Options()
-    options.autotune.enabled = False  # see distpad/pipeline/feeding.py
+    options.autotune.enabled = False  # see distpad/data/keras.py
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
     data = data.with_options(options)
     with world.scope():

@@ -207,7 +207,7 @@ def test_the_sum_over_100_000_positions_is_not_of_half_precision(world, dtype):
 
     every = np.concatenate([errors(r).astype("float64").ravel() for r in range(world.num_replicas)])
     assert len(every) >= 100_000
-    share = float(world.backend.share_scale)
+    share = float(world.backend.gradient_scale)
     for replica, (value, gradient) in world.run(step, errors, graph=False).items():
         assert abs(value - np.mean(every**2)) <= 1e-6 * np.mean(every**2)
         wanted = 2 * errors(replica).astype("float64") / len(every) * 1000 * share

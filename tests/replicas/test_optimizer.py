@@ -159,7 +159,7 @@ def test_an_infinity_of_one_replica_is_seen_by_all(world, wrong):
 
     def step(x):
         sparse = tf.IndexedSlices(tf.ones([1, 2]) * x[1], tf.cast(x[1:], tf.int64), tf.constant([9, 2], tf.int64))
-        wrong, dense, sparse = world.backend.whole_gradients([x[:1], x[1:], sparse])
+        wrong, dense, sparse = world.backend.reduced_gradients([x[:1], x[1:], sparse])
         return wrong, *world.reduce([dense, tf.convert_to_tensor(sparse)])
 
     replicas = world.num_replicas

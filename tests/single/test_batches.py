@@ -203,7 +203,7 @@ def test_a_place_that_there_is_not_is_refused():
     source = [{"y": [1]}] * 4
     batches = made((source, sampler), None)
     state = batches.state_dict()
-    for step, match in ((3, "at most the 2 of epoch 0"), (0.5, "a whole number"), (-1, "at least 0")):
+    for step, match in ((3, "at most the 2 of epoch 0"), (0.5, "an integer"), (-1, "at least 0")):
         with pytest.raises((ValueError, TypeError), match=match):
             batches.load_state_dict({**state, "step": step})
     with pytest.raises(ValueError, match="step is 3, expected a multiple of accumulation_steps, which is 2"):
@@ -256,7 +256,7 @@ class Replicas(local.LocalBackend):
     def __init__(self, count):
         self.num_replicas = count
 
-    def hand_over(self, values):
+    def to_device(self, values):
         return values
 
 

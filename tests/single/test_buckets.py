@@ -80,7 +80,7 @@ def test_boundaries_of_any_whole_numbers():
 
 @pytest.mark.parametrize("boundaries", [[], [0, 4], [-1], [4, 4], [8, 4]])
 def test_rungs_must_rise_from_1_on(boundaries):
-    with pytest.raises(ValueError, match=r"Buckets: boundaries is \[.*\], expected rising whole numbers from 1 on"):
+    with pytest.raises(ValueError, match=r"Buckets: boundaries is \[.*\], expected rising integers from 1 on"):
         distpad.Buckets(boundaries)
 
 
@@ -156,10 +156,10 @@ def test_the_optimum_of_many_lengths(seed):
     ("lengths", "boundaries", "error", "words"),
     [
         ([], 2, ValueError, "lengths is empty, expected at least one"),
-        ([1.5], 2, TypeError, "lengths is of float64, expected whole numbers"),
+        ([1.5], 2, TypeError, "lengths is of float64, expected integers"),
         ([3, -1], 2, ValueError, "lengths is -1, expected at least 0"),
         ([3], 0, ValueError, "count is 0, expected at least 1"),
-        ([3], 2.0, TypeError, r"count is 2\.0, expected a whole number"),
+        ([3], 2.0, TypeError, r"count is 2\.0, expected an integer"),
     ],
 )
 def test_wrong_arguments_of_from_lengths(lengths, boundaries, error, words):

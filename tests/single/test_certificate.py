@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 import distpad
-from distpad import certificate
+from distpad.certification import certificate
 
 pytestmark = pytest.mark.one_stack
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.one_stack
     ("arguments", "error", "message"),
     [
         ({"cases": 0}, ValueError, "certify: cases is 0, expected at least 1"),
-        ({"cases": 1.5}, TypeError, r"certify: cases is 1\.5, expected a whole number"),
+        ({"cases": 1.5}, TypeError, r"certify: cases is 1\.5, expected an integer"),
         ({"seed": -1}, ValueError, "certify: seed is -1, expected at least 0"),
     ],
 )

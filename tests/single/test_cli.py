@@ -69,8 +69,8 @@ def run_here(tmp_path, monkeypatch, capsys):
 
 
 def test_without_a_command_it_explains_itself(run):
-    code, output, complaints = run()
-    assert "certify" in output + complaints and "Usage" in output + complaints
+    code, output, argument_errors = run()
+    assert "certify" in output + argument_errors and "Usage" in output + argument_errors
     assert code in (0, 2)  # as the version of Click has it
 
 
@@ -98,11 +98,11 @@ def test_help_of_certify(run):
     ],
 )
 def test_certify_passes(run, run_here, arguments, head):
-    code, output, complaints = (run if arguments is TWO else run_here)("certify", "--cases", "1", *arguments)
-    assert code == 0, complaints
+    code, output, argument_errors = (run if arguments is TWO else run_here)("certify", "--cases", "1", *arguments)
+    assert code == 0, argument_errors
     assert output.splitlines()[0] == f"distpad certificate: {head}"
     assert output.splitlines()[-1] == "passed"
-    assert "WARNING" not in complaints and "Traceback" not in complaints
+    assert "WARNING" not in argument_errors and "Traceback" not in argument_errors
 
 
 @pytest.mark.wide
@@ -115,26 +115,26 @@ def test_the_mean_of_means_does_not_pass(run):
 
 
 def test_an_unknown_backend_lists_the_known(run_here):
-    code, output, complaints = run_here("certify", "--backend", "nonsense")
+    code, output, argument_errors = run_here("certify", "--backend", "nonsense")
     assert (code, output) == (2, "")
-    assert "'nonsense', expected one of 'auto', 'local', 'mirrored', 'multiworker', 'horovod'" in complaints
-    assert "Traceback" not in complaints
+    assert "'nonsense', expected one of 'auto', 'local', 'mirrored', 'multiworker', 'horovod'" in argument_errors
+    assert "Traceback" not in argument_errors
 
 
 def test_another_number_of_replicas_than_asked_for(run_here):
-    code, output, complaints = run_here("certify", "--backend", "local", "--replicas", "3")
-    assert (code, output) == (2, "") and "replicas is 3, expected 1" in complaints
+    code, output, argument_errors = run_here("certify", "--backend", "local", "--replicas", "3")
+    assert (code, output) == (2, "") and "replicas is 3, expected 1" in argument_errors
 
 
 def test_a_misspelt_option(run):
-    code, output, complaints = run("certify", "--case", "3")
-    assert (code, output) == (2, "") and "--case" in complaints
+    code, output, argument_errors = run("certify", "--case", "3")
+    assert (code, output) == (2, "") and "--case" in argument_errors
 
 
 @pytest.mark.wide  # all kinds of steps: tests/replicas/test_certificate_own.py does it in every engine
 def test_own_model_and_loss(run):
-    code, output, complaints = run("certify", "to_certify:right", *TWO)
-    assert code == 0, complaints
+    code, output, argument_errors = run("certify", "to_certify:right", *TWO)
+    assert code == 0, argument_errors
     assert "2 replicas" in output.splitlines()[0] and "uneven rows" in output and output.splitlines()[-1] == "passed"
 
 
@@ -154,8 +154,8 @@ def test_own_loss_that_averages_locally(run):
     ],
 )
 def test_what_cannot_be_certified(run_here, arguments, message):
-    code, output, complaints = run_here("certify", *arguments)
-    assert (code, output) == (2, "") and message in complaints
+    code, output, argument_errors = run_here("certify", *arguments)
+    assert (code, output) == (2, "") and message in argument_errors
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 import distpad
 from distpad import backends
-from distpad.comparison import average, layers, rows
+from distpad.certification import layers, reference, rows
 
 pytestmark = pytest.mark.one_stack
 
@@ -34,7 +34,7 @@ def expected(losses, weights, way, tokens=None):
 
 def of_rows(loss, given, y_pred):
     given = {name: tf.convert_to_tensor(value) for name, value in given.items()}
-    return [float(figure) for figure in average.of_rows(loss, given, tf.convert_to_tensor(y_pred))]
+    return [float(figure) for figure in reference.of_rows(loss, given, tf.convert_to_tensor(y_pred))]
 
 
 @pytest.mark.parametrize("way", AVERAGES)

@@ -112,7 +112,7 @@ def test_outside_run_the_loss_says_where_it_belongs():
     strategy = tf.distribute.MirroredStrategy(["CPU:0"])
     backend = backends.resolve(strategy)
     with pytest.raises(ValueError, match=r"called outside MirroredStrategy.run, expected inside it"):
-        backend.all_reduce_sum(tf.constant(1.0))
+        backend.all_reduce(tf.constant(1.0))
 
 
 def test_a_parameter_server_strategy_is_refused():

@@ -480,9 +480,9 @@ def command():
     }
 
     def wait(name):
-        output, complaints = started[name].communicate(timeout=LIMIT_S)
-        assert secret not in output + complaints
-        return started[name].returncode, output, complaints
+        output, argument_errors = started[name].communicate(timeout=LIMIT_S)
+        assert secret not in output + argument_errors
+        return started[name].returncode, output, argument_errors
 
     yield wait
     for process in started.values():
@@ -493,8 +493,8 @@ def command():
 @pytest.mark.wide  # tests/cluster asks real hosts
 @pytest.mark.timeout(LIMIT_S + 20)
 def test_the_table(command):
-    code, output, complaints = command("table")
-    assert (code, complaints) == (0, "")
+    code, output, argument_errors = command("table")
+    assert (code, argument_errors) == (0, "")
     assert "TensorFlow" in output and "Python" in output and "checks passed" in output.splitlines()[-1]
     assert max(map(len, output.splitlines())) <= 100
 
@@ -504,11 +504,11 @@ def test_the_table(command):
 def test_the_report(command):
     import tensorflow as tf
 
-    code, output, complaints = command("json")
+    code, output, argument_errors = command("json")
     report = json.loads(output)
     (answer,) = report["hosts"].values()
     found = [findings.Finding(**each) for each in report["findings"]]
-    assert code == 1, complaints
+    assert code == 1, argument_errors
     assert [each.what for each in found if each.state == "error"] == ["TF_CONFIG"]
     assert answer["facts"]["errors"] == {}
     assert answer["facts"]["engines"]["tensorflow"]["version"] == tf.__version__
@@ -519,13 +519,13 @@ def test_the_report(command):
 
 @pytest.mark.timeout(LIMIT_S + 20)
 def test_wrong_usage(command):
-    code, output, complaints = command("usage")
-    assert (code, output) == (2, "") and "distpad doctor: -H a:none holds 'a:none'" in complaints
+    code, output, argument_errors = command("usage")
+    assert (code, output) == (2, "") and "distpad doctor: -H a:none holds 'a:none'" in argument_errors
 
 
 @pytest.mark.timeout(LIMIT_S + 20)
 def test_the_command_itself_imports_no_engine(command):
-    code, _, complaints = command("imports")
-    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in complaints.splitlines()}
+    code, _, argument_errors = command("imports")
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in argument_errors.splitlines()}
     assert code == 0 and "typer" in imported
     assert not imported & {"tensorflow", "keras", "horovod", "numpy"}

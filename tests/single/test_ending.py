@@ -10,7 +10,7 @@ import pytest
 SCRIPT = """
 import time
 import numpy as np, tensorflow as tf, distpad
-from distpad.pipeline import feeding
+from distpad.data import keras as feeding
 
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2

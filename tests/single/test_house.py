@@ -1,4 +1,4 @@
-"""The rules of the house, held against the code: imports and their direction, the facade, examples in docstrings."""
+"""The rules of the code, held against the code: imports and their direction, the facade, examples in docstrings."""
 
 from __future__ import annotations
 
@@ -26,28 +26,22 @@ SOURCES = {
 }
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOURCES.items()}
 
-# From top to bottom: a room imports from rooms below it alone. Modules of one line know nothing of each other.
-ROOMS = (
+# From top to bottom: a package imports from packages below it alone. Those of one line know nothing of each other.
+PACKAGES = (
     "__main__",
     "cli",
     "__init__",  # the facade; the command line stands above it, since it uses what users use
-    "certificate pipeline",
-    "comparison",
-    "accumulation losses metrics",
-    "clipping collectives ctc gradients optimizers",
-    "assembly",
-    "averages loss_checks nests replicated",
-    "masking",
-    "exchange",
-    "backends",
-    "sampling",
-    "fitting buckets padding scaling",
+    "certification data metrics",
+    "losses",
+    "gradients",
+    "collectives",
+    "backends padding",
     "preflight",
-    "counts gate launcher xla",
+    "launcher precision",
     "errors",
 )
 # The private names of others that are read: what Python documents in spite of the underscore (NamedTuple's methods,
-# os._exit, sys._current_frames), and Keras's mask, for which there is no other way (masking.py says why).
+# os._exit, sys._current_frames), and Keras's mask, for which there is no other way (losses/masking.py says why).
 PRIVATE_NAMES = {"_asdict", "_current_frames", "_exit", "_fields", "_keras_mask", "_replace"}
 SETTINGS = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
 
@@ -153,26 +147,28 @@ def own_imports(name: str) -> set[str]:
     return {module for module in imports(name) if module.split(".")[0] == "distpad"}
 
 
-def room(module: str) -> str:
+def package(module: str) -> str:
     return module.split(".")[1]
 
 
-def test_every_module_has_its_room():
-    listed = " ".join(ROOMS).split()
-    assert {room(module) for module in SOURCES} == set(listed), "add the module to ROOMS, at its height"
+def test_every_module_has_its_package():
+    listed = " ".join(PACKAGES).split()
+    assert {package(module) for module in SOURCES} == set(listed), "add the module to PACKAGES, at its height"
     assert len(listed) == len(set(listed))
 
 
 @pytest.mark.parametrize("module", SOURCES)
 def test_imports_point_down(module):
-    heights = {name: height for height, line in enumerate(ROOMS) for name in line.split()}
-    mine = heights[room(module)]
-    upwards = {other for other in own_imports(module) if room(other) != room(module) and heights[room(other)] <= mine}
+    heights = {name: height for height, line in enumerate(PACKAGES) for name in line.split()}
+    mine = heights[package(module)]
+    upwards = {
+        other for other in own_imports(module) if package(other) != package(module) and heights[package(other)] <= mine
+    }
     assert not upwards
 
 
 def test_no_cycles():
-    """Inside a room, too; a package's __init__ counts as importing what it names, not as imported by its modules."""
+    """Inside a package, too; a package's __init__ counts as importing what it names, not as imported by its modules."""
     left = {module: own_imports(module) - {module} for module in SOURCES}
     while free := [module for module, others in left.items() if not others & set(left)]:
         for module in free:
@@ -186,8 +182,14 @@ def names_of(tree: ast.AST) -> set[str]:
     return {name for name in dotted if re.fullmatch(r"[\w.]+", name)}
 
 
-@pytest.mark.parametrize("module", [module for module in SOURCES if room(module) != "backends"])
+# A program asks Horovod how it was built, since loading Horovod may end a process; an error says how to initialise it.
+KNOWING = ("distpad.launcher.builds", "distpad.launcher.topology")
+
+
+@pytest.mark.parametrize("module", [module for module in SOURCES if package(module) != "backends"])
 def test_only_backends_know_an_engine(module):
+    if module in KNOWING:
+        return
     assert not {name for name in imports(module) if name.split(".")[0] == "horovod"}
     assert "horovod.tensorflow" not in SOURCES[module].read_text(encoding="utf-8")
     assert not {name for name in names_of(TREES[module]) if re.match(r"(tf|tensorflow)\.distribute\b", name)}
@@ -213,7 +215,7 @@ def test_no_private_names_of_others(module):
 @pytest.mark.parametrize(
     "module",
     [  # a certificate takes ten seconds: tests/single/test_certificate.py shows it on both stacks
-        pytest.param(module, marks=[pytest.mark.one_stack] * (module == "distpad.certificate"))
+        pytest.param(module, marks=[pytest.mark.one_stack] * (module == "distpad.certification.certificate"))
         for module in SOURCES
         if not module.endswith("__main__")
     ],

@@ -139,7 +139,7 @@ def test_wrong_per(per):
         ({}, {"sample_weight": 2.0}, ValueError, r"sample_weight has rank 0, expected \[batch"),
         ({}, {"lengths": [[1, 2], [1, 2]]}, ValueError, r"lengths have shape \(2, 2\), expected \[batch\]"),
         ({}, {"lengths": 2}, ValueError, r"lengths have shape \(\), expected \[batch\]"),
-        ({}, {"lengths": [1.0, 2.0]}, TypeError, "lengths have dtype float32, expected whole numbers"),
+        ({}, {"lengths": [1.0, 2.0]}, TypeError, "lengths have dtype float32, expected integers"),
         ({}, {"lengths": [1, 4]}, ValueError, "lengths hold a value above the size of axis 1"),
         ({}, {"lengths": [1, -1]}, ValueError, "lengths hold a value below 0"),
         ({}, {"denominator": {"a": COUNTS}}, TypeError, r"mapping with \['a'\].*denominator=counts\[NAME\]"),
@@ -389,7 +389,7 @@ def test_a_keras_loss_of_ones_own_gets_its_labels_as_keras_casts_them():
     wide = np.array([[[1.0], [2.0]]])  # float64, as NumPy has it
     for own in (Own, Trusting):
         assert float(distpad.DistributedLoss(own(reduction="none"))(wide, y_pred)) == 1.5
-    if hasattr(Own(reduction="none"), "dtype"):  # Keras 3 casts whole numbers, too
+    if hasattr(Own(reduction="none"), "dtype"):  # Keras 3 casts integers, too
         assert float(distpad.DistributedLoss(Trusting(reduction="none"))(wide.astype("int64"), y_pred)) == 1.5
 
 

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import distpad
-from distpad.counts import LossInputs
+from distpad.losses.counts import LossInputs
 
 LOSSES = tf.keras.losses
 VALUES = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], "float32")

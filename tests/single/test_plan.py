@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import distpad
-from distpad.pipeline import plan
+from distpad.data import plan
 
 AXES, LOSSES = 2, 1
 

@@ -73,7 +73,7 @@ def test_a_missing_label_is_named(name):
 
 @pytest.mark.parametrize("workers", ["0", "two", "-1", "1.5"])
 def test_a_number_that_is_none(workers):
-    with pytest.raises(ValueError, match=r"pod: DISTPAD_WORKERS is '.+', expected a whole number from 1\."):
+    with pytest.raises(ValueError, match=r"pod: DISTPAD_WORKERS is '.+', expected an integer from 1\."):
         pod.member("indexed-job", {**JOB, "DISTPAD_WORKERS": workers}, 2222)
 
 

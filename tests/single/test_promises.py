@@ -10,22 +10,22 @@ import tensorflow as tf
 
 import distpad
 from distpad import backends
-from distpad.backends import promises
+from distpad.launcher import topology
 
 pytestmark = pytest.mark.one_stack
 
 TWO = json.dumps({"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 0}})
-ALONE = promises.Report("Horovod", workers=1, replicas=1, hosts=1, controller="mpi")
-OVER_GLOO = promises.Report("Horovod", workers=1, replicas=1, hosts=1, controller="gloo")
-TWO_RANKS = promises.Report("Horovod", workers=2, replicas=2, hosts=1, controller="mpi")
-STRATEGY = promises.Report("MultiWorkerMirroredStrategy", workers=1, replicas=1, hosts=1)
-MIRRORED = promises.Report("MirroredStrategy", workers=1, replicas=1, hosts=1)
+ALONE = topology.Report("Horovod", workers=1, replicas=1, hosts=1, controller="mpi")
+OVER_GLOO = topology.Report("Horovod", workers=1, replicas=1, hosts=1, controller="gloo")
+TWO_RANKS = topology.Report("Horovod", workers=2, replicas=2, hosts=1, controller="mpi")
+STRATEGY = topology.Report("MultiWorkerMirroredStrategy", workers=1, replicas=1, hosts=1)
+MIRRORED = topology.Report("MirroredStrategy", workers=1, replicas=1, hosts=1)
 OPEN_MPI_5 = {"PRTE_LAUNCHED": "1", "OMPI_COMM_WORLD_SIZE": "2"}  # as its ranks see it
 
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch):
-    for name in (*promises._WORKERS, "TF_CONFIG", "DISTPAD_HOSTS", "DISTPAD_REPLICAS", "DISTPAD_BACKEND"):
+    for name in (*topology._WORKERS, "TF_CONFIG", "DISTPAD_HOSTS", "DISTPAD_REPLICAS", "DISTPAD_BACKEND"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -66,7 +66,7 @@ BROKEN = {
         r"Horovod reports 1 host, expected 2, which DISTPAD_HOSTS promises. All 2 workers.*--hostfile.*--dry-run",
     ),
     "two hosts of one": (
-        promises.Report("Horovod", workers=2, replicas=2, hosts=2),
+        topology.Report("Horovod", workers=2, replicas=2, hosts=2),
         {"DISTPAD_HOSTS": "1"},
         r"reports 2 hosts, expected 1.*Two names of one host",
     ),
@@ -80,7 +80,7 @@ BROKEN = {
         {**OPEN_MPI_5, "DISTPAD_HOSTS": "2", "OMPI_MCA_orte_default_hostfile": "/etc/mpi/hostfile"},
         r"expected 2, which DISTPAD_HOSTS promises.*Open MPI 5, which ignores.*PRTE_MCA_prte_default_hostfile=/etc/mpi",
     ),
-    "no number": (ALONE, {"DISTPAD_WORKERS": "two"}, r"DISTPAD_WORKERS is 'two', expected a whole number"),
+    "no number": (ALONE, {"DISTPAD_WORKERS": "two"}, r"DISTPAD_WORKERS is 'two', expected an integer"),
     "fewer than the least": (
         ALONE,
         {"DISTPAD_WORKERS": "2", "HOROVOD_ELASTIC": "1", "HOROVOD_SIZE": "2"},
@@ -96,7 +96,7 @@ KEPT = {
     "mpirun inside a step": (TWO_RANKS, {"OMPI_COMM_WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "3"}),
     "one rank inside a step": (ALONE, {"OMPI_COMM_WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "3"}),
     "a batch script of two tasks": (ALONE, {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "7"}),
-    "hosts unknown to this rank": (promises.Report("Horovod", 3, 3, hosts=None), {"DISTPAD_HOSTS": "2"}),
+    "hosts unknown to this rank": (topology.Report("Horovod", 3, 3, hosts=None), {"DISTPAD_HOSTS": "2"}),
     "elastic, shrunk": (ALONE, {"HOROVOD_ELASTIC": "1", "HOROVOD_SIZE": "2", "DISTPAD_HOSTS": "2"}),
     "elastic, grown": (TWO_RANKS, {"HOROVOD_ELASTIC": "1", "DISTPAD_WORKERS": "1", "DISTPAD_HOSTS": "3"}),
     "foreign nonsense": (ALONE, {"OMPI_COMM_WORLD_SIZE": "many", "PMI_SIZE": "", "TF_CONFIG": "{"}),
@@ -106,12 +106,12 @@ KEPT = {
 @pytest.mark.parametrize(("report", "environ", "message"), BROKEN.values(), ids=BROKEN)
 def test_a_broken_promise_stops_the_job_and_says_why(report, environ, message):
     with pytest.raises(distpad.DistpadError, match=message):
-        promises.hold(report, environ)
+        topology.hold(report, environ)
 
 
 @pytest.mark.parametrize(("report", "environ"), KEPT.values(), ids=KEPT)
 def test_what_is_kept_or_was_never_promised(report, environ):
-    promises.hold(report, environ)
+    topology.hold(report, environ)
 
 
 # -- Open MPI 5 under an operator: hosts are named, and nobody reads them ----------------------------------------------
@@ -126,7 +126,7 @@ def operator(tmp_path):
 
 def test_open_mpi_5_on_a_launcher(operator):
     with pytest.raises(distpad.DistpadError, match=r"reports 1 host, expected those 2, which OMPI_MCA_orte_default"):
-        promises.hold(TWO_RANKS, operator)
+        topology.hold(TWO_RANKS, operator)
 
 
 @pytest.mark.parametrize(
@@ -139,16 +139,16 @@ def test_open_mpi_5_on_a_launcher(operator):
     ids=["told again", "no file", "Open MPI 4"],
 )
 def test_hosts_that_were_heeded(operator, change):
-    promises.hold(TWO_RANKS, {name: value for name, value in {**operator, **change}.items() if value})
+    topology.hold(TWO_RANKS, {name: value for name, value in {**operator, **change}.items() if value})
 
 
 def test_a_rank_on_a_host_of_the_file(operator, monkeypatch):
-    monkeypatch.setattr(promises.socket, "gethostname", lambda: "worker-1")
-    promises.hold(TWO_RANKS, operator)
+    monkeypatch.setattr(topology.socket, "gethostname", lambda: "worker-1")
+    topology.hold(TWO_RANKS, operator)
 
 
 def test_ranks_on_several_hosts(operator):
-    promises.hold(promises.Report("Horovod", 2, 2, hosts=2), operator)
+    topology.hold(topology.Report("Horovod", 2, 2, hosts=2), operator)
 
 
 # -- where it is asked ------------------------------------------------------------------------------------------------
@@ -207,5 +207,5 @@ def test_more_replicas_than_gpus(monkeypatch):
 
 def test_it_costs_nothing_in_a_step(monkeypatch):
     monkeypatch.setenv("DISTPAD_WORKERS", "2")
-    seconds = min(timeit.repeat(lambda: promises.hold(TWO_RANKS), number=1000, repeat=5)) / 1000
+    seconds = min(timeit.repeat(lambda: topology.hold(TWO_RANKS), number=1000, repeat=5)) / 1000
     assert seconds < 1e-3, seconds  # 10 microseconds on an idle machine

@@ -141,7 +141,7 @@ def test_workers_of_a_step_have_as_much_to_do():
         ({}, ValueError, "global_batch_size, max_tokens is none of them, expected one of them"),
         ({"global_batch_size": 1, "max_tokens": 1}, ValueError, "is both, expected one of them"),
         ({"global_batch_size": 0}, ValueError, "global_batch_size is 0, expected at least 1"),
-        ({"global_batch_size": 2.0}, TypeError, r"global_batch_size is 2\.0, expected a whole number"),
+        ({"global_batch_size": 2.0}, TypeError, r"global_batch_size is 2\.0, expected an integer"),
         ({"max_tokens": 4}, ValueError, r"max_tokens is 4, expected at least 5. Example 1 has 5 positions"),
         ({"global_batch_size": 1, "randomness": 2}, ValueError, "randomness is 2, expected from 0 to 1"),
         ({"global_batch_size": 1, "seed": -1}, ValueError, "seed is -1, expected at least 0"),

@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 import distpad
-from distpad.pipeline.features import Features
+from distpad.data.schema import Features
 
 PADDING = {"y": distpad.Pad()}
 BOTH = {"x": distpad.Pad(), "y": distpad.Pad()}

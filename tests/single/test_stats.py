@@ -6,7 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 import distpad
-from distpad.pipeline.stats import PaddingStats
+from distpad.data.stats import PaddingStats
 
 
 def test_each_position_is_booked_once_under_the_first_cause_that_made_it():

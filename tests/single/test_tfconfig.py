@@ -233,8 +233,8 @@ ERRORS = [
     (lambda: tfconfig.cluster([], 0), "cluster: addresses is [], expected at least one"),
     (lambda: tfconfig.cluster(["a:1"], 1), "cluster: index is 1, expected from 0 to 0, of 1"),
     (lambda: tfconfig.cluster(["a:1"], -1), "cluster: index is -1, expected at least 0"),
-    (lambda: tfconfig.cluster(["a:1"], "-1"), "cluster: index is '-1', expected a whole number from 0"),
-    (lambda: tfconfig.cluster(["a:1"], ""), "cluster: index is '', expected a whole number from 0"),
+    (lambda: tfconfig.cluster(["a:1"], "-1"), "cluster: index is '-1', expected an integer from 0"),
+    (lambda: tfconfig.cluster(["a:1"], ""), "cluster: index is '', expected an integer from 0"),
     (lambda: tfconfig.from_hosts([("a", 0)], 0, port=1), "from_hosts: slots is 0, expected at least 1"),
     (lambda: tfconfig.from_hosts([("a", 1)], 0, port=0), "from_hosts: port is 0, expected at least 1"),
     (

@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 import distpad
-from distpad import xla
+from distpad.collectives import checked
 
 
 def test_whether_xla_compiles():
@@ -16,21 +16,21 @@ def test_whether_xla_compiles():
 
     @tf.function
     def plain():
-        found["plain"] = xla.is_compiling()
+        found["plain"] = checked.is_compiling()
 
     @tf.function
     def inner():
-        found["inner"] = xla.is_compiling()
+        found["inner"] = checked.is_compiling()
 
     @tf.function(jit_compile=True)
     def compiled():
-        found["compiled"] = xla.is_compiling()
+        found["compiled"] = checked.is_compiling()
         inner()
 
     plain()
     compiled()
     assert found == {"plain": False, "compiled": True, "inner": True}
-    assert not xla.is_compiling()
+    assert not checked.is_compiling()
 
 
 def run(loss_fn, **given):

@@ -12,7 +12,7 @@ import worlds
 from replica_world import HANG_S
 
 PROGRAM = pathlib.Path(__file__).with_name("refused_step.py")
-CAUSE = "DistributedLoss: lengths have dtype float32, expected whole numbers"
+CAUSE = "DistributedLoss: lengths have dtype float32, expected integers"
 
 
 @pytest.mark.parametrize("kind", refused_step.KINDS)

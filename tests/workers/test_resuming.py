@@ -30,7 +30,7 @@ def test_one_workers_other_order_is_refused_on_all(world, changed):
     for _ in itertools.islice(before, 4):
         pass
     state = before.state_dict()
-    begins = world.backend.host_stack(np.array(state["begins"], np.float64))
+    begins = world.backend.host_all_gather(np.array(state["begins"], np.float64))
     assert (begins == begins[0]).all() and state["step"] == 4
     after = made(world, source[::-1] if worker == changed else source, lookahead=5)
     after.load_state_dict(state)

@@ -114,7 +114,7 @@ def test_adasum_and_unknown_operations_are_refused(world, horovod):
 def test_a_graph_refuses_on_all_workers(world):
     """Last of this file: TensorFlow's own collectives do not work again after a graph that failed."""
     message, seconds = refused_step.raised(world, "clipping_optimizer")
-    assert "DistributedLoss: lengths have dtype float32, expected whole numbers" in message
+    assert "DistributedLoss: lengths have dtype float32, expected integers" in message
     assert seconds < HANG_S
 
 

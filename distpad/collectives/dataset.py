@@ -1,0 +1,168 @@
+"""Assembly: what the steps of all workers gave, row by row, put together in the order of the data set."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from distpad import backends, errors
+from distpad.collectives import nests
+from distpad.padding import Padded
+
+
+class _Column(NamedTuple):
+    """One tensor of the nest, of all rows that a worker has: their real elements one behind the other."""
+
+    flat: np.ndarray  # [sum of lengths, *inner]
+    lengths: np.ndarray  # [rows]
+
+
+class _Rows(NamedTuple):
+    """A worker's rows; without columns, where it complained. Leaves tell of the arguments, on this worker."""
+
+    indices: np.ndarray
+    columns: list[_Column]
+    leaves: list[nests.Leaf]
+
+
+def assemble(
+    function: str, backend: backends.Backend, steps: Any, axis: Any, value: Any, lengths: Any, indices: Any
+) -> Padded:
+    """``gather`` with indices. What is wrong on one worker travels in the exchange, and is raised on all."""
+    argument_error: Exception | None = None
+    mine = _Rows(np.zeros(0, np.int64), [], [])
+    try:
+        mine = _rows(function, backend, steps, axis, value, lengths, indices)
+    except Exception as error:  # whatever it is, no other worker waits for this one
+        argument_error = error
+    headers, parts = zip(*map(_unpacked, backend.host_all_gather_bytes(_packed(mine, argument_error))))
+    if argument_error is not None:
+        raise argument_error
+    for worker, header in enumerate(headers):
+        if header["argument_error"]:
+            said = header["argument_error"].removeprefix(f"{function}: ")
+            raise ValueError(f"{function}: worker {worker} refused its arguments: {said}")
+        if header["columns"] != headers[0]["columns"]:
+            found = f"{header['columns']} on worker {worker}"
+            expected = f"{headers[0]['columns']}, as on worker 0"
+            raise ValueError(errors.sentence(function, "dtypes and inner axes of tensors", found, expected))
+    workers = np.repeat(np.arange(len(parts)), [len(part.indices) for part in parts])
+    order = np.lexsort((workers, np.concatenate([part.indices for part in parts])))
+    padded = []
+    for i, leaf in enumerate(mine.leaves):
+        flat, counts = (np.concatenate([part.columns[i][j] for part in parts]) for j in (0, 1))
+        padded.append(_padded(leaf, flat, counts, order))
+    return Padded(*(tf.nest.pack_sequence_as(steps[0], list(column)) for column in zip(*padded)))
+
+
+def _rows(
+    function: str, backend: backends.Backend, steps: Any, axis: Any, value: Any, lengths: Any, indices: Any
+) -> _Rows:
+    """This worker's rows, without filling."""
+    lengths = [None] * len(steps) if lengths is None and isinstance(steps, (list, tuple)) else lengths
+    for name, given in (("tensors", steps), ("lengths", lengths), ("indices", indices)):
+        if not isinstance(given, (list, tuple)):
+            raise TypeError(errors.sentence(function, name, f"a {type(given).__name__}", "a list with one item a step"))
+        if len(given) != len(steps) or not given:
+            expected = f"{len(steps) or 'at least one'}, one a step"
+            raise ValueError(errors.sentence(function, f"the number of {name}", len(given), expected))
+    places, pieces = [], []
+    leaves: list[nests.Leaf] = []
+    for each in zip(steps, lengths, indices):
+        tensors, lengths_here, indices_here = (_on_replicas(backend, item) for item in each)
+        lengths_here = lengths_here or [None] * len(tensors)
+        if not len(tensors) == len(lengths_here) == len(indices_here):
+            these = f"of {len(tensors)}, {len(lengths_here)} and {len(indices_here)} replicas"
+            remedy = "Give what strategy.run returned, and the batch's own lengths and indices."
+            raise ValueError(errors.sentence(function, "tensors, lengths and indices", these, "of as many", remedy))
+        for nest, counts, place in zip(tensors, lengths_here, indices_here):
+            leaves, argument_error = nests.leaves_of(function, nest, axis, value, counts, numbers=True)
+            if argument_error is not None:
+                raise argument_error
+            place = _indices(function, place)
+            places.append(place[place >= 0])
+            pieces.append([_cut(function, leaf, place) for leaf in leaves])
+    found = np.concatenate(places)
+    unique, times = np.unique(found, return_counts=True)
+    if np.any(times > 1):
+        twice = f"{unique[times > 1][0]} in several rows of worker {backend.worker_index}"
+        raise ValueError(errors.sentence(function, "indices", twice, "each once", "Gather one epoch at a time."))
+    columns = [_Column(*(np.concatenate(side) for side in zip(*column))) for column in zip(*pieces)]
+    return _Rows(found, columns, leaves)
+
+
+def _on_replicas(backend: backends.Backend, item: Any) -> list[Any]:
+    return [] if item is None else backend.local_results(item)
+
+
+def _indices(function: str, given: Any) -> np.ndarray:
+    indices = np.asarray(given)
+    if indices.ndim != 1 or indices.dtype.kind not in "iu":
+        found = f"of shape {indices.shape} and dtype {indices.dtype.name}"
+        raise TypeError(errors.sentence(function, "an item of indices", found, "[batch] integers"))
+    return indices.astype(np.int64)
+
+
+def _cut(function: str, leaf: nests.Leaf, places: np.ndarray) -> _Column:
+    """The real elements of real rows, the ragged axis first."""
+    values, name = leaf.tensor.numpy(), f"tensors{leaf.where}"
+    if values.ndim == 0 or len(values) != len(places):
+        raise ValueError(errors.sentence(function, f"the shape of {name}", values.shape, f"[{len(places)}, ...]"))
+    if values.ndim == 1:
+        return _Column(values[places >= 0], np.ones_like(places[places >= 0]))
+    if not 1 <= leaf.axis < values.ndim:
+        raise ValueError(errors.sentence(function, f"axis of {name}", leaf.axis, f"1 to {values.ndim - 1}"))
+    values = np.moveaxis(values, leaf.axis, 1)
+    lengths = _lengths(leaf, values.shape[:2])
+    if np.any((lengths < 0) | (lengths > values.shape[1])):
+        expected = f"0 to {values.shape[1]}, the size of the axis"
+        raise ValueError(errors.sentence(function, f"lengths of {name}", lengths.tolist(), expected))
+    lengths = np.where(places >= 0, lengths, 0)
+    return _Column(values[np.arange(values.shape[1]) < lengths[:, None]], lengths[places >= 0])
+
+
+def _lengths(leaf: nests.Leaf, shape: tuple[int, ...]) -> np.ndarray:
+    return np.full(shape[0], shape[1], np.int64) if leaf.lengths is None else leaf.lengths.numpy().astype(np.int64)
+
+
+def _padded(leaf: nests.Leaf, flat: np.ndarray, lengths: np.ndarray, order: np.ndarray) -> Padded:
+    """All rows in order, padded to the longest."""
+    lengths_in_order = tf.constant(lengths[order], tf.int32)
+    if leaf.tensor.shape.rank == 1:
+        return Padded(tf.constant(flat[order]), lengths_in_order, tf.ones([len(order)], tf.bool))
+    mask = np.arange(np.max(lengths, initial=0)) < lengths[:, None]
+    values = np.full((*mask.shape, *flat.shape[1:]), leaf.value.numpy(), flat.dtype)
+    values[mask] = flat
+    values, mask = np.moveaxis(values[order], 1, leaf.axis), mask[order]
+    mask = np.expand_dims(mask, tuple(range(1, leaf.axis)))
+    return Padded(
+        tf.constant(values), lengths_in_order, tf.constant(np.broadcast_to(mask, values.shape[: leaf.axis + 1]))
+    )
+
+
+def _packed(rows: _Rows, argument_error: Exception | None) -> bytes:
+    """As bytes. Dtypes go by TensorFlow's names, since NumPy writes bfloat16 as nothing it can read."""
+    shapes = [[tf.as_dtype(flat.dtype).name, list(flat.shape[1:])] for flat, _ in rows.columns]
+    header = json.dumps({"argument_error": str(argument_error or ""), "columns": shapes})
+    arrays = {"header": np.frombuffer(header.encode(), np.uint8), "indices": rows.indices}
+    for i, (flat, lengths) in enumerate(rows.columns):
+        arrays |= {f"flat{i}": np.frombuffer(flat.tobytes(), np.uint8), f"lengths{i}": lengths}
+    file = io.BytesIO()
+    np.savez(file, **arrays)  # type: ignore[arg-type] # takes the names for its options
+    return file.getvalue()
+
+
+def _unpacked(given: bytes) -> tuple[dict[str, Any], _Rows]:
+    """A worker's header and rows."""
+    arrays = np.load(io.BytesIO(given))
+    header = json.loads(arrays["header"].tobytes())
+    columns = []
+    for i, (dtype, inner) in enumerate(header["columns"]):
+        flat = np.frombuffer(arrays[f"flat{i}"].tobytes(), tf.as_dtype(dtype).as_numpy_dtype)
+        lengths = arrays[f"lengths{i}"]
+        columns.append(_Column(flat.reshape([int(lengths.sum()), *inner]), lengths))
+    return header, _Rows(arrays["indices"], columns, [])

@@ -1,0 +1,209 @@
+"""Config: the arguments of PaddedBatches, checked, and what follows from them alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from distpad import errors
+from distpad.data.schema import Name, Pad
+from distpad.padding.buckets import Buckets
+
+_NAME = "PaddedBatches"
+_ENDLESS = Buckets.auto()
+_TOGETHER = 2  # boundaries that sizes are apart at most, to be padded alike
+
+
+@dataclass(frozen=True)
+class Config:
+    """How batches are made: the same on all workers.
+
+    Attributes:
+      tokens: losses and the features whose positions they count; a single loss is called None.
+      weights: the losses that are weighted, and by which feature.
+      buckets: of each padded feature; "auto"; or None, to the longest.
+      lookahead: micro-batches, a multiple of ``accumulation_steps``.
+      warn_after_s, timeout_s: the only two that may differ between workers.
+    """
+
+    batch_size: int | None
+    padding: Mapping[Name, Pad]
+    tokens: Mapping[Any, Name]
+    weights: Mapping[Any, Name]
+    buckets: Mapping[Name, Buckets] | str | None
+    lookahead: int
+    accumulation_steps: int
+    drop_remainder: bool
+    replicated: bool
+    warn_after_s: float
+    timeout_s: float
+
+    @property
+    def axes(self) -> list[tuple[Name, int]]:
+        """All ragged axes, in the order in which their sizes travel."""
+        return [(name, axis) for name, pad in self.padding.items() for axis in pad.axes]
+
+    @property
+    def axis_buckets(self) -> list[Buckets] | None:
+        """The given buckets of each of them."""
+        return [self.buckets[name] for name, _ in self.axes] if isinstance(self.buckets, Mapping) else None
+
+    def counted_axes(self, name: Name) -> list[int]:
+        """The axes of an example over which the positions of a counted feature lie."""
+        return sorted(self.padding[name].axes)
+
+    def padded_sizes(self, agreed: tuple[int, ...], sampled: Buckets | None, longest: int | None) -> tuple[int, ...]:
+        """What the ragged axes of a step are padded to, whose longest sizes over all replicas are ``agreed``.
+
+        Given buckets go together, the highest that one of them needs: as many shapes as boundaries. With "auto", sizes
+        go together that are at most two boundaries apart: texts are not padded to the length of their recordings.
+
+        Args:
+          sampled: with "auto", the buckets of the lengths that a sampler plans by; ``longest`` is that of this step.
+        """
+        if self.buckets is None:
+            return agreed
+        given = self.axis_buckets
+        if given is None:
+            others = [_ENDLESS.index(size) for size in agreed if not sampled or size != longest]
+            highest = max(others, default=0)
+            raised = iter([highest if highest - index <= _TOGETHER else index for index in others])
+            return tuple(
+                sampled(size) if sampled and size == longest else _ENDLESS.boundary(next(raised)) for size in agreed
+            )
+        index = max(each.index(size) for each, size in zip(given, agreed))
+        return tuple(each.boundary(index) for each in given)
+
+    def check_sizes(self, sizes: Sequence[int]) -> None:
+        """Raise ValueError where one is above its buckets; ``sizes`` are of ``axes``."""
+        for buckets, (name, axis), size in zip(self.axis_buckets or (), self.axes, sizes):
+            try:
+                buckets.index(size)
+            except ValueError as error:
+                raise ValueError(f"{_NAME}: axis {axis} of {name!r}: {error}") from None
+
+    def as_json(self) -> dict[str, Any]:
+        """What is compared between workers."""
+        return {
+            "batch_size": self.batch_size,
+            "padding": {str(n): {"axis": list(pad.axes), "value": str(pad.value)} for n, pad in self.padding.items()},
+            "tokens": {str(loss): str(name) for loss, name in self.tokens.items()},
+            "weights": {str(loss): str(name) for loss, name in self.weights.items()},
+            "buckets": {str(name): repr(buckets) for name, buckets in self.buckets.items()}
+            if isinstance(self.buckets, Mapping)
+            else self.buckets,
+            "lookahead": self.lookahead,
+            "accumulation_steps": self.accumulation_steps,
+            "drop_remainder": self.drop_remainder,
+            "replicated": self.replicated,
+        }
+
+
+def checked(
+    *,
+    batch_size: Any,
+    padding: Any,
+    tokens: Any,
+    weights: Any,
+    buckets: Any,
+    lookahead: Any,
+    accumulation_steps: Any,
+    drop_remainder: Any,
+    replicated: Any,
+    warn_after_s: float,
+    timeout_s: float,
+) -> Config:
+    """Raises ValueError or TypeError for the first argument that is wrong."""
+    if batch_size is not None:
+        batch_size = errors.integer(_NAME, "batch_size", batch_size, least=1)
+    accumulation_steps = errors.integer(_NAME, "accumulation_steps", accumulation_steps, least=1)
+    lookahead = errors.integer(_NAME, "lookahead", lookahead, least=1)
+    for name, seconds in (("warn_after_s", warn_after_s), ("timeout_s", timeout_s)):
+        if not errors.number(_NAME, name, seconds) > 0:
+            raise ValueError(errors.sentence(_NAME, name, seconds, "above 0 seconds"))
+    padding = _checked_padding(padding)
+    tokens = _checked_tokens(tokens, padding)
+    return Config(
+        batch_size=batch_size,
+        padding=padding,
+        tokens=tokens,
+        weights=_checked_weights(weights, tokens),
+        buckets=_checked_buckets(buckets, padding),
+        lookahead=-(-lookahead // accumulation_steps) * accumulation_steps,
+        accumulation_steps=accumulation_steps,
+        drop_remainder=bool(drop_remainder),
+        replicated=bool(replicated),
+        warn_after_s=float(warn_after_s),
+        timeout_s=float(timeout_s),
+    )
+
+
+def _checked_padding(padding: Any) -> dict[Name, Pad]:
+    if not isinstance(padding, Mapping) or not padding:
+        raise TypeError(errors.sentence(_NAME, "padding", repr(padding), "a mapping from features to distpad.Pad"))
+    for name, pad in padding.items():
+        if not isinstance(pad, Pad):
+            raise TypeError(errors.sentence(_NAME, f"padding[{name!r}]", repr(pad), "a distpad.Pad"))
+    return {name: padding[name] for name in sorted(padding, key=str)}
+
+
+def _checked_tokens(tokens: Any, padding: Mapping[Name, Pad]) -> dict[Any, Name]:
+    losses = dict(tokens) if isinstance(tokens, Mapping) else {None: tokens}
+    if not losses:
+        raise ValueError(errors.sentence(_NAME, "tokens", "empty", "at least one loss"))
+    if isinstance(tokens, Mapping) and None in losses:
+        raise ValueError(errors.sentence(_NAME, "tokens", repr(tokens), "names of losses; for a single one, a feature"))
+    for name in losses.values():
+        _check_name("tokens", name)
+        if name not in padding:
+            raise ValueError(errors.sentence(_NAME, "tokens", repr(name), f"a padded feature: {list(padding)}"))
+        axes = sorted(padding[name].axes)
+        if len(axes) > 1 and axes != [*range(len(axes))]:
+            found = f"{name!r}, with ragged axes {axes}"
+            raise ValueError(errors.sentence(_NAME, "tokens", found, "a feature whose leading axes are ragged"))
+    return losses
+
+
+def _checked_weights(weights: Any, tokens: Mapping[Any, Name]) -> dict[Any, Name]:
+    if weights is None:
+        return {}
+    for name in weights.values() if isinstance(weights, Mapping) else [weights]:
+        _check_name("weights", name)
+    if not isinstance(weights, Mapping):
+        return dict.fromkeys(tokens, weights)
+    unknown = [loss for loss in weights if loss not in tokens]
+    if unknown:
+        raise ValueError(errors.sentence(_NAME, "weights", f"for {unknown}", f"losses of tokens: {list(tokens)}"))
+    return dict(weights)
+
+
+def _check_name(argument: str, name: Any) -> None:
+    if isinstance(name, bool) or not isinstance(name, (str, int)):
+        rule = "a feature's name, or a mapping from losses to features"
+        raise TypeError(errors.sentence(_NAME, argument, repr(name), rule))
+
+
+def _checked_buckets(buckets: Any, padding: Mapping[Name, Pad]) -> dict[Name, Buckets] | str | None:
+    if buckets is None:
+        return None
+    if isinstance(buckets, str):
+        errors.choice(_NAME, "buckets", buckets, ("auto",))
+        return buckets
+    buckets = dict(buckets) if isinstance(buckets, Mapping) else dict.fromkeys(padding, buckets)
+    for name, given in buckets.items():
+        if not isinstance(given, Buckets):
+            kinds = "a distpad.Buckets, a mapping to them, 'auto' or None"
+            raise TypeError(errors.sentence(_NAME, "buckets", repr(given), kinds))
+        if name not in padding:
+            raise ValueError(errors.sentence(_NAME, "buckets", f"for {name!r}", f"padded features: {list(padding)}"))
+    missing = [name for name in padding if name not in buckets]
+    if missing:
+        raise ValueError(errors.sentence(_NAME, "buckets", f"without {missing}", "one for each padded feature"))
+    boundaries = {name: len(given.boundaries) for name, given in buckets.items()}
+    if len(set(boundaries.values())) > 1:
+        remedy = "A step uses the same boundary of each."
+        raise ValueError(
+            errors.sentence(_NAME, "buckets", f"with boundaries {boundaries}", "equally many for each", remedy)
+        )
+    return buckets

@@ -1,0 +1,263 @@
+"""Epoch: one epoch's way through the pipeline. The only place where its parts, threads and exchanges, meet."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from distpad import backends, errors
+from distpad.data import collate, plan, reader, sync
+from distpad.data.config import Config
+from distpad.data.schema import Features
+from distpad.data.stats import PaddingStats
+
+_NAME = "PaddedBatches"
+BEGINNING = 8  # steps that a saved position is compared by
+_NOTHING = -(2.0**60)  # in a maximum: this worker has nothing to say
+
+
+class Epoch:
+    """Reads, agrees, pads and hands over the steps of one epoch, from ``first_step`` on.
+
+    Its collectives come from the thread that takes the batches, and at the same steps on all workers: one header
+    and one window before the first step, then each next window in the middle of the one before.
+
+    Args:
+      position: where it begins, and what of: to be the same on all workers. ``"begins"`` are the fingerprints of its
+        first steps that were saved with a step behind them.
+      beginning: of it, as this worker reads it.
+      sizes_of: what the ragged axes of a step of the epoch are padded to, given their longest sizes.
+      to_device: makes what is handed out of the replicas' batches in NumPy; left out, the backend does.
+      channel: where the workers meet.
+      repeats: whether the next epoch begins as soon as this one ends, perhaps on one worker before another.
+    """
+
+    def __init__(
+        self,
+        backend: backends.Backend,
+        config: Config,
+        steps: Callable[[], Iterator[reader.Step]],
+        *,
+        features: Features | None,
+        stats: PaddingStats,
+        position: dict,
+        beginning: reader.Beginning,
+        sizes_of: Callable[[int, tuple[int, ...]], tuple[int, ...]],
+        to_device: Callable[[Features, Sequence[collate.Batch]], Any] | None = None,
+        channel: sync.Channel,
+        repeats: bool = False,
+    ) -> None:
+        self.features = features
+        self.was_left = False  # by another worker, before its end
+        self.is_at_end = False  # whether no batch follows the one that was handed out last
+        self.begins: list[int] = position["begins"]  # fingerprints of its first steps, over all workers
+        self._sizes_of, self._beginning = sizes_of, beginning
+        self._backend, self._config, self._stats, self._first = backend, config, stats, position["step"]
+        versions = {"tensorflow": tf.__version__, "numpy": np.__version__}
+        self._configuration = json.dumps({**config.as_json(), **position, "versions": versions}, sort_keys=True)
+        self._repeats = repeats
+        self._agreement = sync.WindowSync(backend, config.warn_after_s, config.timeout_s, channel)
+        self._reader = reader.Reader(steps, config, features, beginning)
+        self._padder = collate.Padder(backend, config, stats, to_device or _as_steps_take(backend))
+        self._read: reader.Window | None = None  # taken from the reader, not planned yet
+        self._planned = 0  # steps
+        self._rows = config.batch_size or 1  # of a replica, in the last batch that was read
+        self._error: BaseException | None = None  # of the last window that was planned
+        self._failed_at: int | None = None
+        self._begun: plan.Merged | None = None  # the first window
+        self.has_begun = False  # whether all workers have agreed on it, as they all know at the same exchange
+
+    def close(self) -> None:
+        """End both threads. A collective where the epoch was left early, if ``Backend.leaves_apart``; else none."""
+        self._agreement.leave()
+        self._reader.close()
+        self._padder.close()
+
+    def finish(self) -> None:
+        """Close it behind its last batch. No collective."""
+        self._agreement.end()
+        self.close()
+
+    def begin(self) -> Features | None:
+        """The first exchanges, which ``batches`` makes where nobody did: what examples are like, None without any.
+
+        Raises what the workers' examples, or reading the first of them, raised. Collective among workers.
+        """
+        try:
+            return self._begin()
+        except sync.Left as left:
+            raise errors.PeerError(f"{_NAME}: another worker left before the first step.") from left
+
+    def _begin(self) -> Features | None:
+        self._compare()
+        self._begun = self._plan()
+        if self.features is None and self._begun.failure:
+            self._fail(self._begun.failure)
+        return self.features
+
+    def batches(self) -> Iterator[Any]:
+        """Collective among workers, as the class says. Ends early where another worker has left."""
+        try:
+            yield from self._agreed()
+        except sync.Left:
+            self.was_left = True
+
+    def _agreed(self) -> Iterator[Any]:
+        if self._begun is None:
+            self._begin()
+        window = self._begun
+        assert window is not None, "begin has planned it"
+        while True:
+            following = None
+            for i, step in enumerate(window.steps):
+                if i == len(window.steps) // 2 and not (window.is_last or window.failure):
+                    following = self._plan()
+                began = time.perf_counter()
+                batch = self._padder.take()
+                self._stats.padding_seconds += time.perf_counter() - began
+                self._stats.steps += 1
+                if i % self._config.accumulation_steps == 0:
+                    self._stats.add_group(float(step.tokens.sum()))
+                self.is_at_end = i + 1 == len(window.steps) and _is_end(following or window._replace(steps=[]))
+                yield batch
+            if window.failure:
+                self._fail(window.failure)
+            if following is None:
+                return
+            window = following
+
+    def _compare(self) -> None:
+        """The first exchange: the same configuration and kind of examples on all workers, but not the same examples."""
+        workers, worker = self._backend.num_workers, self._backend.worker_index
+        maxima, sums = self._agreement.merge((8, 3 + BEGINNING), self._header, "the first window")
+        known = self.features
+        if maxima[0] != -maxima[1]:
+            sync.raise_differences(self._agreement, self._configuration, "configurations")
+        if sums[0] > 1 and maxima[4] != -maxima[5]:
+            sync.raise_differences(self._agreement, known.to_text() if known else "", "examples")
+        if sums[1] > 1 and maxima[6] == -maxima[7] and not self._config.replicated:
+            raise ValueError(
+                f"{_NAME}: source gives the same examples on all {sums[1]:.0f} workers that have any, expected "
+                "different ones. Write dataset.shard(num_workers, worker_index), or replicated=True if that is meant."
+            )
+        self._check_beginning(sums[2] > 0, [int(fingerprint) for fingerprint in sums[3:]])
+        if 0 < sums[0] < workers:  # who has no example learns what they are like
+            teller = workers - int(maxima[2])
+            text = self._agreement.tell(known.to_text() if known and worker == teller else None, int(maxima[3]))
+            self.features = known or Features.from_text(text, self._config.padding)
+
+    def _header(self, limit_s: float) -> sync.Vectors | None:
+        window = self._window(limit_s)
+        if window is None:
+            return None
+        self.features = window.features or self.features
+        configured = plan.fingerprint(self._configuration)
+        maxima = [configured, -configured, 0, 0, *[_NOTHING] * 4]
+        if self.features:
+            text = self.features.to_text()
+            hashed = plan.fingerprint(text)
+            first = self._backend.num_workers - self._backend.worker_index
+            maxima[2:6] = [first, len(text.encode()), hashed, -hashed]
+        if window.digest:
+            maxima[6:8] = [window.digest, -window.digest]
+        # of fewer steps, where there are no more, the last counts; one that failed before its first step tells nothing
+        known = [*window.beginning, *[*window.beginning[-1:], 0.0][:1] * BEGINNING][:BEGINNING]
+        sums = [bool(self.features), bool(window.digest), window.report.failed_at == 0, *known]
+        return np.array(maxima), np.array(sums, np.float64)
+
+    def _check_beginning(self, is_unknown: bool, found: list[int]) -> None:
+        """Take the fingerprints of the epoch's first steps; or compare those that were saved with what is read now."""
+        if not self._first:
+            self.begins = found[: min(self._config.lookahead, self._beginning.steps)]
+            return
+        checked = min(self._first, len(self.begins))
+        if not is_unknown and found[checked - 1] != self.begins[checked - 1]:
+            raise ValueError(
+                f"{_NAME}: source begins with other examples than where the position was saved (its first {checked} "
+                "steps, over all workers), expected the same: going on at that step would repeat some examples and "
+                "leave others out. Let every iteration give one order (tf.data's shuffle(seed=..., "
+                "reshuffle_each_iteration=False)), shuffle by a LengthSampler, or save at the end of an epoch."
+            )
+
+    def _plan(self) -> plan.Merged:
+        """Agree on the next window, and have its steps padded."""
+        config, workers = self._config, self._backend.num_workers
+        axes, losses = len(config.axes), len(config.tokens)
+
+        def report(limit_s: float) -> sync.Vectors | None:
+            read = self._window(limit_s)
+            return None if read is None else plan.pack(read.report, self._backend.worker_index, workers)
+
+        begin = self._first + self._planned
+        steps = f"steps {begin} to {begin + config.lookahead - 1}"
+        sizes = 1 + config.lookahead * axes, config.lookahead * (1 + 2 * losses)
+        full = (config.batch_size or 0) * self._backend.num_replicas if config.drop_remainder else None
+
+        merged: plan.Merged | None = None
+
+        def is_last(vectors: sync.Vectors) -> bool:
+            nonlocal merged
+            merged = plan.merge(
+                *vectors,
+                window=config.lookahead,
+                axes=axes,
+                losses=losses,
+                workers=workers,
+                sizes_of=lambda i, agreed: self._sizes_of(begin + i, agreed),
+                accumulation_steps=config.accumulation_steps,
+                full_rows=full,
+            )
+            self.has_begun = True
+            return merged.is_last and not merged.failure and not self._repeats
+
+        self._agreement.merge(sizes, report, steps, is_last)
+        assert merged is not None, "all were ready"
+        self._stats.plan_seconds, self._agreement.seconds = self._stats.plan_seconds + self._agreement.seconds, 0.0
+        read, self._read = self._read, None
+        assert read is not None, "the report was made from it"
+        self._planned += config.lookahead
+        self._error, self._failed_at = read.error, read.report.failed_at
+        for i, step in enumerate(merged.steps):
+            micro = read.batches[i] if i < len(read.batches) else None
+            self._rows = micro.batch_size if micro else self._rows
+            assert self.features is not None, "a step has rows, so that somebody knew what they are like"
+            self._padder.order(collate.Order(micro, step, self.features, self._rows))
+        return merged
+
+    def _window(self, limit_s: float) -> reader.Window | None:
+        """The window that is to be planned next, as soon as it is read."""
+        if self._read is None:
+            began = time.perf_counter()
+            read = self._reader.take(limit_s)
+            self._stats.source_seconds += time.perf_counter() - began
+            if read and read.features and self.features and read.features.to_text() != self.features.to_text():
+                # its first example came in a later window than the others'
+                texts = [self.features.to_text(), read.features.to_text()]
+                found = "; ".join(plan.differences(texts)).replace("worker 0", "the others").replace("worker 1", "here")
+                who = f"{_NAME}: the examples of worker {self._backend.worker_index}"
+                read = read.refused(ValueError(f"{who} differ from those of the others: {found}."))
+            self._read = read
+        return self._read
+
+    def _fail(self, failure: plan.Failure) -> None:
+        """On all workers: those that failed there raise their own error, the others learn what the first one said."""
+        error = self._error
+        is_first = failure.worker == self._backend.worker_index
+        said = self._agreement.tell(f"{type(error).__name__}: {error}" if is_first else None, is_last=True)
+        if error is not None and self._failed_at == failure.step:
+            raise error
+        step = self._first + self._planned - self._config.lookahead + failure.step
+        raise errors.PeerError(f"{_NAME}: worker {failure.worker} failed at step {step} of the epoch: {said}")
+
+
+def _is_end(window: plan.Merged) -> bool:
+    return not window.steps and window.is_last and not window.failure
+
+
+def _as_steps_take(backend: backends.Backend) -> Callable[[Features, Sequence[collate.Batch]], Any]:
+    return lambda _, batches: backend.to_device(batches)

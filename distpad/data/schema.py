@@ -1,0 +1,369 @@
+"""Features of an example: their names, dtypes and shapes, which axes are ragged, and rows of them padded to a batch."""
+
+from __future__ import annotations
+
+import collections
+import collections.abc
+import json
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Union
+
+import numpy as np
+import tensorflow as tf
+
+from distpad import errors
+
+Name = Union[str, int]  # a key of a dict; a place in a tuple; "0/image" where they are nested
+
+
+class Place(int):
+    """A place in a tuple as a key beside names of what is nested: TensorFlow sorts the keys of a mapping.
+
+    >>> sorted(["1/x", Place(0)])[0] == 0
+    True
+    """
+
+    def __lt__(self, other: Any) -> bool:
+        return True if isinstance(other, str) else int(self) < other
+
+    def __gt__(self, other: Any) -> bool:
+        return False if isinstance(other, str) else int(self) > other
+
+
+_NAMED_TUPLES: dict[str, type] = {}  # of examples, by module and name
+Row = list  # of arrays, one for each feature, in the order of Features.features
+
+
+@dataclass(frozen=True)
+class Pad:
+    """Which axes of an example's feature are ragged, and what they are filled with behind its end.
+
+    Args:
+      axis: one axis of an example (without the batch), or several; the first is that of positions.
+      value: the filling, one number that the feature's dtype has; or a string, where 0 is the empty one.
+
+    Raises:
+      ValueError: no axes, a negative one, one twice. TypeError: no integers, a ``value`` that is no scalar.
+
+    >>> Pad(axis=(0, 1)).axes, Pad(value=-1).axes
+    ((0, 1), (0,))
+    """
+
+    axis: int | Sequence[int] = 0
+    value: Any = 0
+
+    def __post_init__(self) -> None:
+        for axis in self._given:
+            errors.integer("Pad", "axis", axis, least=0)
+        if not self.axes or len(set(self.axes)) < len(self.axes):
+            raise ValueError(errors.sentence("Pad", "axis", self.axis, "one axis or several different ones"))
+        if not np.isscalar(self.value):
+            raise TypeError(errors.sentence("Pad", "value", repr(self.value), "one number or string"))
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The ragged axes, that of positions first."""
+        return tuple(map(operator.index, self._given))
+
+    @property
+    def _given(self) -> tuple[Any, ...]:
+        return tuple(self.axis) if isinstance(self.axis, collections.abc.Sequence) else (self.axis,)
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One array of each example; its ``shape`` is None on ragged axes."""
+
+    name: Name
+    dtype: np.dtype
+    shape: tuple[int | None, ...]
+    pad: Pad | None
+
+    def sizes(self, array: np.ndarray) -> list[int]:
+        """Those of the ragged axes."""
+        return [array.shape[axis] for axis in self.pad.axes] if self.pad else []
+
+    @property
+    def filling(self) -> Any:
+        """What stands at padded places."""
+        value = self.pad.value if self.pad else 0
+        return b"" if self.dtype == object and value == 0 else value
+
+
+class Features:
+    """What all examples have in common. ``to_text`` and ``from_text`` carry it to workers that have none."""
+
+    def __init__(self, skeleton: Any, features: Sequence[Feature]) -> None:
+        self.skeleton = skeleton
+        self.features = list(features)
+
+    @classmethod
+    def learn(cls, examples: Sequence[Any], padding: Mapping[Name, Pad], *, guess: bool) -> Features | None:
+        """From a few examples. An empty list says nothing of its dtype, so that another example's counts; where all are
+        empty, None, or with ``guess`` what NumPy makes of them."""
+        skeleton = _skeleton(examples[0])
+        rows = [_leaves(example, skeleton) for example in examples if _skeleton(example) == skeleton]
+        names = _names(skeleton)
+        _check_named(padding, names)
+        features = []
+        for name, column in zip(names, zip(*rows)):
+            typed = next((item for item in column if not _says_nothing(item)), None)
+            if typed is None and not guess:
+                return None
+            array = _as_array(column[0] if typed is None else typed, repr(name))
+            if array.dtype == np.int64 and _is_python(typed):
+                array = next((np.array(item, np.float64) for item in column if _is_float(item)), array)
+            pad = padding.get(name)
+            if pad and max(pad.axes) >= array.ndim:
+                rank = f"axes of an array of rank {array.ndim}" if array.ndim else "no padding: it is a scalar"
+                raise ValueError(_sentence(f"padding[{name!r}]", f"Pad(axis={pad.axis})", rank))
+            shape = tuple(None if pad and axis in pad.axes else size for axis, size in enumerate(array.shape))
+            features.append(Feature(name, array.dtype, shape, pad))
+            _check_dtype(features[-1])
+        return cls(skeleton, features)
+
+    def row(self, example: Any, place: int) -> Row:
+        """An example's arrays, checked. ValueError names the example and the feature that is not like the others."""
+        if _skeleton(example) != self.skeleton:
+            found = f"with {_names(_skeleton(example))}"
+            raise ValueError(_sentence(f"example {place}", found, f"the same features as the others, {self.names}"))
+        row = []
+        for feature, item in zip(self.features, _leaves(example, self.skeleton)):
+            where = f"{feature.name!r} of example {place}"
+            array = _as_array(item, where)
+            if _says_nothing(item):
+                rest = tuple(size or 0 for size in feature.shape[array.ndim :])
+                array = np.zeros(array.shape + rest, feature.dtype)
+            if array.dtype == np.int64 and feature.dtype == np.float64 and _is_python(item):
+                array = array.astype(np.float64)
+            if array.dtype != feature.dtype:
+                remedy = "Write 1.0 for 1, or np.float32 arrays." if _is_python(item) else "Cast one of them."
+                raise ValueError(_sentence(where, f"of dtype {array.dtype}", f"{feature.dtype}, as the first", remedy))
+            sizes_fit = array.ndim == len(feature.shape) and all(
+                want in (None, have) for want, have in zip(feature.shape, array.shape)
+            )
+            if not sizes_fit:
+                remedy = "" if feature.pad else f"Ragged? Add {feature.name!r} to padding."
+                wanted = f"{feature.shape} (None is ragged)"
+                raise ValueError(_sentence(where, f"of shape {array.shape}", wanted, remedy))
+            row.append(array)
+        return row
+
+    @property
+    def names(self) -> list[Name]:
+        return [feature.name for feature in self.features]
+
+    def blank_row(self) -> Row:
+        """Zeros (or empty strings) of length 1, where there never was an example."""
+        return [
+            np.full([1 if size is None else size for size in f.shape], b"" if f.dtype == object else 0, f.dtype)
+            for f in self.features
+        ]
+
+    def pack(self, leaves: Sequence[Any]) -> Any:
+        """Leaves in the structure of an example."""
+        return _packed(self.skeleton, dict(zip(self.names, leaves)))
+
+    def named(self, name: Name) -> Any:
+        """The features of that name: one, or all within the part of an example of that name, a nest of names; KeyError
+        where there is none."""
+        at = self.skeleton
+        if name in self.names:
+            return name
+        for part in str(name).split("/"):
+            at = {str(key): child for key, child in (_children(at) if isinstance(at, dict) else {}).items()}[part]
+        return _packed(at, {leaf: leaf for leaf in _names(at)})
+
+    def by_name(self, packed: Any) -> dict[Name, Any]:
+        """What ``pack`` made, taken apart."""
+        return dict(zip(self.names, _leaves(packed, self.skeleton)))
+
+    def to_text(self) -> str:
+        """For comparison and for peers: the padding is not in it, since all workers have that."""
+        features = [[f.name, tf.as_dtype(f.dtype).name, f.shape] for f in self.features]
+        return json.dumps({"structure": self.skeleton, "features": features}, sort_keys=True)
+
+    @classmethod
+    def from_text(cls, text: str, padding: Mapping[Name, Pad]) -> Features:
+        read = json.loads(text)
+        features = [
+            Feature(name, np.dtype(tf.as_dtype(dtype).as_numpy_dtype), tuple(shape), padding.get(name))
+            for name, dtype, shape in read["features"]
+        ]
+        return cls(read["structure"], features)
+
+
+def collate(
+    features: Sequence[Feature],
+    rows: Sequence[Row],
+    sizes: Mapping[Name, Sequence[int]],
+    batch_size: int,
+    last: Row,
+    emptied: frozenset[Name],
+) -> tuple[list[np.ndarray], dict[Name, np.ndarray]]:
+    """Pad rows to a batch of static shape.
+
+    Args:
+      features: of each column.
+      rows: at most ``batch_size``.
+      sizes: what the ragged axes of each feature are padded to.
+      last: repeated behind the rows, cut to ``sizes``; of ``emptied`` features nothing is left.
+
+    Returns:
+      For each feature ``[batch_size, *shape]``, and for each padded one its lengths, ``[batch_size]`` int32.
+    """
+    values, lengths = [], {}
+    for column, feature in enumerate(features):
+        ragged = dict(zip(feature.pad.axes if feature.pad else (), sizes.get(feature.name, ())))
+        shape = [ragged.get(axis, size or 0) for axis, size in enumerate(feature.shape)]
+        filled = [row[column] for row in rows]
+        repeated = batch_size - len(rows)
+        filling = last[column][tuple(slice(size) for size in shape)]
+        if feature.pad is None:
+            values.append(_stacked([*filled, *[filling] * repeated], shape, feature.dtype))
+            continue
+        axis = feature.pad.axes[0]
+        if feature.name in emptied:
+            filling = filling[tuple(slice(0) if at == axis else slice(None) for at in range(filling.ndim))]
+        batch = np.full([batch_size, *shape], feature.filling, feature.dtype)
+        every = [*filled, *[filling] * repeated]
+        for place, array in zip(batch, every):
+            place[tuple(map(slice, array.shape))] = array
+        values.append(batch)
+        lengths[feature.name] = np.array([array.shape[axis] for array in every], np.int32)
+    return values, {Place(name) if isinstance(name, int) else name: found for name, found in lengths.items()}
+
+
+def _stacked(arrays: Sequence[np.ndarray], shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    batch = np.empty([len(arrays), *shape], dtype)
+    for i, array in enumerate(arrays):
+        batch[i, ...] = array  # also where an element is an object, such as a text
+    return batch
+
+
+def _skeleton(example: Any, path: tuple[Name, ...] = ()) -> Any:
+    """The structure, with names for leaves: JSON, so that it can travel. Lists are leaves: people write labels so."""
+    if isinstance(example, Mapping):
+        kinds = {type(key) for key in example}
+        if not (kinds <= {str} or kinds <= {int}):
+            raise TypeError(_sentence("an example", f"a mapping with keys {[*example]}", "strings, or integers"))
+        return {"dict": [[key, _skeleton(example[key], (*path, key))] for key in sorted(example)]}
+    if isinstance(example, tuple):
+        if hasattr(example, "_fields"):
+            kind = f"{type(example).__module__}:{type(example).__qualname__}"
+            _NAMED_TUPLES[kind] = type(example)
+            children = [[name, _skeleton(getattr(example, name), (*path, name))] for name in example._fields]
+            return {"named": children, "type": kind}
+        return {"tuple": [_skeleton(item, (*path, i)) for i, item in enumerate(example)]}
+    return (path[0] if path else 0) if len(path) < 2 else "/".join(map(str, path))
+
+
+def _names(skeleton: Any) -> list[Name]:
+    if not isinstance(skeleton, dict):
+        return [skeleton]
+    return [name for child in _children(skeleton).values() for name in _names(child)]
+
+
+def _children(skeleton: Any) -> dict[Name, Any]:
+    """The parts of an example by their keys, fields or places."""
+    return (
+        dict(enumerate(skeleton["tuple"])) if "tuple" in skeleton else dict(skeleton.get("dict") or skeleton["named"])
+    )
+
+
+def named_arrays(example: Any) -> dict[Name, np.ndarray]:
+    """An example's features by their names."""
+    skeleton = _skeleton(example)
+    return dict(zip(_names(skeleton), map(np.asarray, _leaves(example, skeleton))))
+
+
+def _leaves(example: Any, skeleton: Any) -> list[Any]:
+    if not isinstance(skeleton, dict):
+        return [example]
+    if "dict" in skeleton:
+        return [leaf for key, child in skeleton["dict"] for leaf in _leaves(example[key], child)]
+    return [leaf for item, child in zip(example, _children(skeleton).values()) for leaf in _leaves(item, child)]
+
+
+def _packed(skeleton: Any, leaves: Mapping[Name, Any]) -> Any:
+    if not isinstance(skeleton, dict):
+        return leaves[skeleton]
+    if "dict" in skeleton:
+        return {key: _packed(child, leaves) for key, child in skeleton["dict"]}
+    if "named" in skeleton:
+        fields = {name: _packed(child, leaves) for name, child in skeleton["named"]}
+        return _named_tuple(skeleton["type"], [*fields])(**fields)
+    return tuple(_packed(child, leaves) for child in skeleton["tuple"])
+
+
+def _named_tuple(kind: str, fields: Sequence[str]) -> type:
+    """The class of that module and name; one like it, where this worker never had an example of it."""
+    if kind not in _NAMED_TUPLES:
+        _NAMED_TUPLES[kind] = collections.namedtuple(kind.rpartition(":")[2].rpartition(".")[2], fields)
+    return _NAMED_TUPLES[kind]
+
+
+def _says_nothing(item: Any) -> bool:
+    """Whether it is an empty list, or a list of such: of no dtype."""
+    return isinstance(item, list) and all(map(_says_nothing, item))
+
+
+def _is_python(item: Any) -> bool:
+    """Whether a number or a list of numbers is Python's own, which writes 1 where it means 1.0."""
+    return isinstance(item, (int, float, list))
+
+
+def _is_float(item: Any) -> bool:
+    if isinstance(item, list):
+        return any(map(_is_float, item))
+    return isinstance(item, float)
+
+
+def _as_array(item: Any, where: str) -> np.ndarray:
+    """An array of the pipeline's own: a source may use its buffers again while a window is read ahead."""
+    try:
+        array = np.array(item) if isinstance(item, np.ndarray) and item.flags.writeable else np.asarray(item)
+        if array.dtype.kind in "US":  # texts of different lengths are of one kind; NumPy's own drop zeros at the end
+            array = array.astype(object) if isinstance(item, np.ndarray) else np.array(item, object)
+    except ValueError as error:
+        remedy = "Pad it beforehand, or make it an array of equal rows."
+        raise ValueError(_sentence(where, f"a list that is no array ({error})", "one", remedy)) from None
+    if array.dtype.kind == "O" and not all(isinstance(leaf, (str, bytes)) for leaf in array.flat):
+        remedy = "Ragged tensors? Map each axis to a feature of its own, or to a tensor." * (array.ndim > 0)
+        raise TypeError(_sentence(where, f"of {type(item).__name__}", "numbers or strings, in arrays or lists", remedy))
+    return array
+
+
+def _check_dtype(feature: Feature) -> None:
+    """The dtype must be one of TensorFlow's, and have the padding value."""
+    dtype, value = feature.dtype, feature.filling
+    try:
+        tf.as_dtype(dtype)
+    except TypeError:
+        raise TypeError(_sentence(repr(feature.name), f"of dtype {dtype}", "one that TensorFlow has")) from None
+    if dtype.kind == "O" or isinstance(value, (str, bytes)):
+        fits = dtype.kind == "O" and isinstance(value, (str, bytes))
+    elif dtype.kind in "iub":
+        least, largest = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+        fits = bool(np.isreal(value)) and least <= value <= largest and value == int(value)
+    else:
+        with np.errstate(over="ignore"):
+            fits = bool(np.isfinite(np.array(value).astype(dtype))) == bool(np.isfinite(value))
+    if feature.pad and not fits:
+        found = f"Pad(value={feature.pad.value!r})"
+        raise ValueError(_sentence(f"padding[{feature.name!r}]", found, f"a value that {dtype} has"))
+
+
+def _check_named(padding: Mapping[Name, Pad], names: Sequence[Name]) -> None:
+    if len(set(names)) < len(names):
+        twice = sorted({str(name) for name in names if names.count(name) > 1})
+        raise ValueError(_sentence("an example", f"with {twice} twice, nested and not", "names that differ"))
+    for name in padding:
+        if name not in names:
+            raise ValueError(_sentence("padding", f"for {name!r}", f"features of an example: {names}"))
+
+
+def _sentence(argument: str, value: Any, rule: str, *more: str) -> str:
+    return errors.sentence("PaddedBatches", argument, value, rule, *more)

@@ -1,0 +1,82 @@
+"""Clipping by the norm of the global gradient: that of one device with the concatenated batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from distpad import backends, errors, precision
+from distpad.collectives import checked
+
+_NAME = "clip_by_global_norm"
+
+
+@tf.autograph.experimental.do_not_convert
+def clip_by_global_norm(
+    gradients: Sequence[Any], clip_norm: Any, *, backend: Any = None
+) -> tuple[list[Any], tf.Tensor]:
+    r"""Scale gradients so that the global gradient's norm is at most ``clip_norm``, before ``apply_gradients``.
+
+    With g the gradient of the global batch, over all variables together, what the optimiser gets is
+    :math:`g \cdot \min(1, clip\_norm / \lVert g \rVert)`. Under strategies each replica holds a share of g, whose own
+    norm says nothing. So g is summed for its norm, and all replicas scale their shares by the same factor; the
+    optimiser then sums them to the clipped g. (Keras 3's ``global_clipnorm`` clips the shares, before it sums them.)
+
+    A norm that is not finite makes every gradient NaN, on all replicas, wherever the infinity was: a loss scale
+    (Keras's ``LossScaleOptimizer``, which in Keras 3 looks at the first replica alone) then skips the step on all of
+    them. ``clip_norm=float("inf")`` does that and no more.
+
+    Args:
+      gradients: what ``distpad.gradient`` or ``GradientAccumulator.take`` returned: tensors, ``tf.IndexedSlices`` or
+        None.
+      clip_norm: the largest norm, above 0: a number or a scalar tensor, the same on all replicas.
+      backend: the loss's backend; left out, it is detected.
+
+    Returns:
+      The clipped gradients in their own dtypes, sparse ones sparse, None where there was none; and the norm before
+      clipping, a scalar of the widest dtype (float32 at least), the same on all replicas.
+
+    Raises:
+      TypeError: ``gradients`` is no list, ``clip_norm`` no number. ValueError: ``clip_norm`` is not above 0; where that
+        only shows inside a ``tf.function``, a ``tf.errors.InvalidArgumentError``.
+
+    Collective under strategies: one all-reduce of the gradients. None under Horovod, where they are reduced already.
+
+    >>> clipped, norm = clip_by_global_norm([tf.constant([3.0, 4.0]), None], 1.0)
+    >>> float(norm), [round(float(g), 3) for g in clipped[0]], clipped[1]
+    (5.0, [0.6, 0.8], None)
+
+    Source: R. Pascanu, T. Mikolov, Y. Bengio, On the difficulty of training recurrent neural networks, 2013.
+    """
+    if not isinstance(gradients, (list, tuple)):
+        raise TypeError(errors.sentence(_NAME, "gradients", type(gradients).__name__, "a list of gradients"))
+    resolved = backends.resolve_step(backend, function=_NAME)
+    clip_norm = clip_norm if tf.is_tensor(clip_norm) else errors.number(_NAME, "clip_norm", clip_norm)
+    positive = checked.Check("clip_norm is expected to be above 0", clip_norm, clip_norm > 0)
+    ok = checked.check_locally(resolved, _NAME, [positive])
+    held = [i for i, gradient in enumerate(gradients) if gradient is not None]
+    norm = _norm(resolved.reduce_in_optimizer([gradients[i] for i in held]))
+    limit = tf.cast(tf.convert_to_tensor(clip_norm, dtype_hint=norm.dtype), norm.dtype)  # a number is no float32 first
+    factor = tf.minimum(tf.ones([], norm.dtype), limit / norm)
+    factor = tf.where(tf.logical_and(ok, tf.math.is_finite(norm)), factor, float("nan"))
+    clipped = list(gradients)
+    for i in held:
+        clipped[i] = precision.scaled(gradients[i], factor)
+    return clipped, norm
+
+
+def _norm(gradients: Sequence[Any]) -> tf.Tensor:
+    """Over all of them together."""
+    squares = [_sum_of_squares(gradient) for gradient in gradients] or [tf.constant(0.0)]
+    widest = max((square.dtype for square in squares), key=lambda dtype: dtype.size)
+    return tf.sqrt(tf.add_n([tf.cast(square, widest) for square in squares]))
+
+
+def _sum_of_squares(gradient: Any) -> tf.Tensor:
+    gradient = tf.cast(gradient, precision.widened(gradient.dtype))
+    if isinstance(gradient, tf.IndexedSlices):  # rows of one index are one row, their sum
+        rows, places = tf.unique(gradient.indices)
+        gradient = tf.math.unsorted_segment_sum(gradient.values, places, tf.size(rows))
+    return tf.reduce_sum(tf.square(gradient))

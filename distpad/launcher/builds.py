@@ -1,0 +1,51 @@
+"""What TensorFlow and Horovod were built for. A program of its own, since loading either may end its process:
+
+    python -m distpad.launcher.builds
+
+prints a line of JSON for each as soon as it is known. Nothing is initialised that other processes would notice.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from typing import Any
+
+import tensorflow as tf
+
+
+def main() -> None:
+    """Print what was found."""
+    print(json.dumps({"tensorflow": _tensorflow()}), flush=True)
+    print(json.dumps({"horovod": _horovod()}), flush=True)
+
+
+def _tensorflow() -> dict[str, Any]:
+    build = tf.sysconfig.get_build_info()
+    return {
+        "version": tf.__version__,
+        "keras": getattr(tf.keras, "__version__", ""),
+        "cuda": build.get("cuda_version", ""),
+        "cudnn": build.get("cudnn_version", ""),
+        "for_gpus": bool(build.get("is_cuda_build") or build.get("is_rocm_build")),
+        "gpus": len(tf.config.list_physical_devices("GPU")),
+    }
+
+
+def _horovod() -> dict[str, Any] | None:
+    """None where it is not installed."""
+    try:
+        importlib.metadata.version("horovod")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    try:
+        import horovod.tensorflow as hvd
+
+        operations = {"gloo": hvd.gloo_built, "mpi": hvd.mpi_built, "nccl": hvd.nccl_built, "ccl": hvd.ccl_built}
+        return {"built_with": [name for name, built in operations.items() if built()]}
+    except Exception as error:  # of whatever kind: it does not load
+        return {"error": str(error).strip() or type(error).__name__}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""What DistributedLoss takes and refuses: losses, ranks, counts, and the place of a call."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from distpad import backends, errors
+from distpad.losses import masking
+from distpad.losses.counts import Counts, WeightedCounts
+
+_NAME = "DistributedLoss"
+_KERAS = int(getattr(tf.keras, "__version__", "2").split(".")[0])
+
+
+def as_keras_casts(loss: Any, y_true: Any, y_pred: Any) -> Any:
+    """Labels in the predictions' dtype, as Keras hands them to ``Loss.call``: floating ones, and in Keras 3 whole
+    numbers too. Keras's own losses get integers as they are, since classes above 2**24 are no float32."""
+    if not (isinstance(y_true, tf.Tensor) and isinstance(y_pred, tf.Tensor) and y_pred.dtype.is_floating):
+        return y_true
+    own = _is_of_keras(loss)
+    wanted = y_true.dtype.is_floating or (y_true.dtype.is_integer and hasattr(loss, "dtype") and not own)
+    return tf.cast(y_true, y_pred.dtype) if wanted else y_true
+
+
+def unreduced(loss: Any) -> Any:
+    """The loss itself; by its name in Keras; or where it has the default reduction, a copy without one."""
+    if isinstance(loss, str):
+        loss = _named(loss)
+    if hasattr(loss, "average") or not callable(loss):
+        kinds = "a Keras loss, its name, or a callable (y_true, y_pred)"
+        raise TypeError(errors.sentence(_NAME, "loss", repr(loss), kinds))
+    if isinstance(loss, type):
+        found = f"the class {loss.__name__}"
+        raise TypeError(errors.sentence(_NAME, "loss", found, "an instance", f"Write {loss.__name__}()."))
+    reduction = getattr(loss, "reduction", None)
+    if reduction in (None, "none"):
+        return loss
+    if reduction != ("sum_over_batch_size" if _KERAS >= 3 else "auto"):
+        found = f"a {type(loss).__name__} of reduction {reduction!r}"
+        remedy = f'Write {type(loss).__name__}(..., reduction="none").'
+        raise ValueError(errors.sentence(_NAME, "loss", found, "one of reduction none", remedy))
+    copied = object.__new__(type(loss))  # copy.copy goes through get_config, which need not tell everything
+    copied.__dict__.update(loss.__dict__, reduction="none")
+    return copied
+
+
+def _named(name: str) -> Any:
+    """Keras's loss of this name: an instance where its function has a class, which brings labels and predictions to the
+    same rank in Keras 2 too."""
+    try:
+        found = tf.keras.losses.get(name)
+    except ValueError:
+        found = None
+    if found is None:
+        raise ValueError(errors.sentence(_NAME, "loss", repr(name), "Keras's name of a loss, such as 'mse'"))
+    plain = getattr(found, "__name__", "").replace("_", "").lower()
+    classes = (getattr(tf.keras.losses, word) for word in dir(tf.keras.losses) if word.lower() == plain)
+    return next((each() for each in classes if isinstance(each, type)), found)
+
+
+def check_ignored(loss: Any, padding_value: Any) -> None:
+    """Keras's ignore_class makes losses 0 that would then be counted."""
+    # Keras 2 tells it in the configuration alone
+    ignored = loss.get_config().get("ignore_class") if isinstance(loss, tf.keras.losses.Loss) else None
+    if ignored is not None and ignored != padding_value:
+        remedy = f"Write padding_value={ignored!r}: what is ignored is not counted either."
+        raise ValueError(errors.sentence(_NAME, "the loss's ignore_class", ignored, "the padding value", remedy))
+
+
+def check_rank(losses: tf.Tensor, per: str, valid: masking.Valid, y_true: Any, y_pred: Any) -> None:
+    rank = losses.shape.rank
+    if rank is None:
+        raise ValueError(f"{_NAME}: the loss has no known rank, expected [batch, ...]. Set its shape with set_shape.")
+    if rank == 0:
+        raise ValueError(f"{_NAME}: the loss has rank 0, expected [batch, ...]. It must not reduce by itself.")
+    if per == "sequence" and rank != 1:
+        raise ValueError(f'{_NAME}: the loss has rank {rank}, expected [batch] with per="sequence".')
+    if per == "sequence":
+        return
+    longer = _with_one_more_axis(y_true, y_pred)
+    if longer and (rank == 1 or (rank == longer.rank and losses.shape[-1] != 1) or (valid.rank or 0) > rank):
+        name, other = ("y_true", "y_pred") if longer.of == "y_pred" else ("y_pred", "y_true")
+        raise ValueError(
+            f"{_NAME}: {name} has shape {longer.short} and {other} {longer.long}, expected the same number of axes: "
+            f"this loss, of shape {tuple(losses.shape)}, takes positions for features. Write {name}[..., None]."
+        )
+    if rank == 1 and (valid.rank or 1) > 1:
+        raise ValueError(
+            f"{_NAME}: the loss has shape [batch], expected [batch, length, ...], since lengths, a mask or weights of "
+            'positions were given. Write per="sequence" if it has one value a sequence. If it averages over positions '
+            "because they are its last axis, write y_true[..., None] and y_pred[..., None]."
+        )
+
+
+def refuse_positions(loss: Any, y_true: Any, y_pred: Any) -> None:
+    """Refuse a loss of Keras's that takes the positions of a sequence for features: it averages over padding too."""
+    longer = _with_one_more_axis(y_true, y_pred)
+    if longer and _is_of_keras(loss):
+        name, other = ("y_true", "y_pred") if longer.of == "y_pred" else ("y_pred", "y_true")
+        raise ValueError(
+            f'{_NAME}: {name} has shape {longer.short} and {other} {longer.long}, expected with per="sequence" and '
+            "lengths or a padding value a loss that leaves padding out: this one takes positions for features. Write "
+            f"{name}[..., None], and leave per= away."
+        )
+
+
+def _is_of_keras(loss: Any) -> bool:
+    module = loss.__module__ if inspect.isfunction(loss) else type(loss).__module__
+    return module.split(".")[0] in ("keras", "tf_keras", "tensorflow_addons")
+
+
+class _Longer(NamedTuple):
+    """Which of labels and predictions has one more axis, of size 1, than the other; and both shapes."""
+
+    of: str
+    rank: int
+    long: tuple
+    short: tuple
+
+
+def _with_one_more_axis(y_true: Any, y_pred: Any) -> _Longer | None:
+    if not (isinstance(y_true, tf.Tensor) and isinstance(y_pred, tf.Tensor)):
+        return None
+    for name, long, short in (("y_pred", y_pred.shape, y_true.shape), ("y_true", y_true.shape, y_pred.shape)):
+        if None not in (long.rank, short.rank) and long.rank == short.rank + 1 > 2 and long[-1] == 1:
+            return _Longer(name, long.rank, tuple(long), tuple(short))
+    return None
+
+
+def refuse_layers(backend: backends.Backend) -> None:
+    """Refuse a call inside a Keras layer: its value can only go to add_loss, which Keras divides by the replicas."""
+    if backend.gradient_reduction != "sum" or backend.num_replicas == 1:
+        return
+    frame = inspect.currentframe()
+    while frame is not None:
+        name = frame.f_code.co_name
+        if name in ("__call__", "losses") and isinstance(frame.f_locals.get("self"), tf.keras.layers.Layer):
+            layer = type(frame.f_locals["self"]).__name__
+            remedy = "Let the layer return its predictions, and give the loss to compile or call it in the step."
+            expected = "outside of layers: Keras divides what goes to add_loss by the number of replicas"
+            raise ValueError(errors.sentence(_NAME, "the place of the call", f"the layer {layer}", expected, remedy))
+        frame = frame.f_back
+
+
+def check_counted(counts: Counts, sources: dict[str, Any], padding_value: Any) -> None:
+    """Counts hold what the pipeline counted; a mask or weight that it did not count would make the mean wrong."""
+    given = {name for name, source in sources.items() if source is not None}
+    weighted = isinstance(counts, WeightedCounts) and len(getattr(sources["sample_weight"], "shape", ())) > 1
+    if not (given & {"lengths", "keras_mask"} or weighted) and padding_value is None:
+        raise ValueError(
+            f"{_NAME}: denominator holds Counts, but nothing says which positions they count. Give lengths= too."
+        )
+    if "mask" in given:
+        raise ValueError(
+            f"{_NAME}: mask was not counted in denominator, expected lengths alone. Give the number instead."
+        )
+    if ("sample_weight" in given) != isinstance(counts, WeightedCounts):
+        raise ValueError(
+            f"{_NAME}: denominator is a {type(counts).__name__}, but sample_weight is "
+            f"{'given' if 'sample_weight' in given else 'missing'}; expected WeightedCounts with the weights that were "
+            "counted, Counts without. Count them in the pipeline."
+        )

@@ -1,0 +1,330 @@
+"""CTC: the loss of a whole sequence over its alignments, with labels that cannot be aligned found before it runs."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from distpad import backends, errors
+from distpad.backends.variables import replica_variable
+from distpad.collectives import shapes
+from distpad.collectives.checked import Check
+
+_NAME = "CTC"
+_ZERO = -1e30  # the logarithm of 0: unlike -inf, its difference from itself is a number
+
+
+@tf.keras.utils.register_keras_serializable("distpad")
+class CTC:
+    """Connectionist temporal classification, ``-log p(label | logits)`` over all alignments, one value a sequence.
+
+    A label of n classes, k of them like the one before, needs n + k frames. For a shorter sequence ``tf.nn.ctc_loss``
+    gives 700 (dense labels) or fails on the one replica that has the label, while the others wait (sparse labels).
+    Here all replicas raise together, or leave the sequence out. So they do for classes that the logits do not have, for
+    the blank among the labels, and for lengths out of range.
+    (Under ``denominator`` a step has no exchange in which replicas could agree: the worker that has the label raises.)
+
+    Args:
+      blank_index: the class that stands for no label; -1 is the last.
+      too_long: what happens to a label that needs more frames than its row has. "error": all replicas raise, with the
+        replica, the row, and both numbers. "leave_out": the row is left out of numerator and count, and ``left_out``
+        says how many were. The count then follows from the model's output, so that ``Counts`` are refused.
+
+    Raises: ValueError: an unknown ``too_long``. TypeError: ``blank_index`` is no integer.
+
+    >>> import distpad
+    >>> ctc = CTC(blank_index=0, too_long="leave_out")
+    >>> loss_fn = distpad.DistributedLoss(ctc, per="sequence", average="sequence_sum")
+    >>> labels, lengths, frames = tf.constant([[1, 1], [2, 0]]), tf.constant([2, 1]), tf.constant([2, 2])
+    >>> loss = loss_fn((labels, lengths, frames), tf.zeros([2, 2, 3]), lengths=lengths)  # 1, 1 needs a blank between
+    >>> round(float(tf.exp(-loss)), 3), ctc.left_out()  # three of the nine paths: 2 2, 0 2, 2 0
+    (0.333, 1)
+
+    Source: A. Graves et al., Connectionist temporal classification, 2006. The recursion is in TensorFlow operations
+    that XLA compiles.
+    """
+
+    def __init__(self, *, blank_index: int, too_long: str = "error") -> None:
+        errors.choice(_NAME, "too_long", too_long, ("error", "leave_out"))
+        self.blank_index = errors.integer(_NAME, "blank_index", blank_index, least=-1)
+        self.too_long = too_long
+        self.drops_invalid = too_long == "leave_out"
+        self._left_out: tf.Variable | None = None
+
+    @tf.autograph.experimental.do_not_convert
+    def __call__(self, y_true: Any, y_pred: tf.Tensor) -> tf.Tensor:
+        """The loss of each sequence, ``[batch]``, float32 or as wide as the logits.
+
+        A row that breaks a check gives NaN; a row that is left out gives the loss of an empty text.
+
+        Args:
+          y_true: ``(labels [batch, length], label lengths [batch], frames [batch])``, integers; frames are the
+            real ones of each row of the logits. Positions after a row's labels or frames are ignored.
+          y_pred: logits ``[batch, frames, classes]``.
+        """
+        batch = _batch(y_true, y_pred, self.blank_index)
+        fine = _fine(batch.broken)
+        seen = tf.sequence_mask(batch.frames, tf.shape(batch.logits)[1])
+        # Broken rows are computed as empty texts, so that they fail nowhere else than in the exchange.
+        lengths = tf.where(fine, batch.lengths, 0)
+        labels = tf.where(tf.sequence_mask(lengths, tf.shape(batch.labels)[1]), batch.labels, 0)
+        log_odds = tf.nn.log_softmax(tf.where(seen[..., tf.newaxis], batch.logits, 0))
+        losses = _negative_log_likelihood(log_odds, *(_int32(x) for x in (labels, lengths, batch.frames, batch.blank)))
+        return tf.where(_fine(batch.broken[:-1]) if self.drops_invalid else fine, losses, np.nan)
+
+    @property
+    def checks(self) -> list[Check]:
+        """The checks that ``filter_invalid`` returns, where nothing is wrong."""
+        return [Check(text, found, True) for text, found in zip(_TEXTS, [(-1,) * 4, (-1,) * 2, *[(-1,) * 3] * 5])]
+
+    @tf.autograph.experimental.do_not_convert
+    def filter_invalid(
+        self, y_true: Any, y_pred: Any, rows: tf.Tensor | None, *, counting: bool
+    ) -> tuple[tf.Tensor | None, list[Check]]:
+        """Which rows can be computed, and what all replicas are held to; ``DistributedLoss`` asks before it averages.
+
+        Args:
+          y_true, y_pred: as above.
+          rows: bool ``[batch]``, those that count; None: all.
+          counting: whether those that are left out are added to ``left_out``.
+
+        Returns: bool ``[batch]``, None for all; and the checks, each with the first row that breaks it.
+        """
+        batch = _batch(y_true, y_pred, self.blank_index)
+        checks = list(batch.checks)
+        broken = batch.broken
+        if rows is not None:
+            rows, is_broadcastable = shapes.broadcast(shapes.Source("mask", rows), shapes.sizes_of(batch.logits, 1))
+            rows = tf.logical_and(rows, is_broadcastable)
+            broken = [each._replace(rows=tf.logical_and(each.rows, rows)) for each in broken]
+        kept = None
+        if self.drops_invalid:
+            short = broken[-1]
+            kept = tf.logical_not(short.rows)
+            if counting:
+                self._count(tf.math.count_nonzero(short.rows))
+            broken = [*broken[:-1], short._replace(rows=tf.zeros_like(short.rows))]
+        checks += [(tf.logical_not(tf.reduce_any(each.rows)), _first(each)) for each in broken]
+        return kept, [Check(text, found, ok) for text, (ok, found) in zip(_TEXTS, checks)]
+
+    def _count(self, number: tf.Tensor) -> None:
+        if self._left_out is None:
+            self._left_out = replica_variable([], tf.int64)
+        self._left_out.assign_add(number)
+
+    @tf.autograph.experimental.do_not_convert
+    def left_out(self, *, backend: Any = None) -> int:
+        """How many sequences all replicas have left out since this was made; the same on all workers.
+
+        Collective among workers; called outside the step.
+        """
+        resolved = backends.resolve(backend, function=f"{_NAME}.left_out")
+        mine = [] if self._left_out is None else resolved.local_results(self._left_out)
+        return int(resolved.host_sum(np.array(sum(map(int, mine)), np.int64)))
+
+    def get_config(self) -> dict[str, Any]:
+        """As in Keras."""
+        return {"blank_index": self.blank_index, "too_long": self.too_long}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> CTC:
+        return cls(**config)
+
+
+# -- what must hold ---------------------------------------------------------------------------------------------------
+
+_ROW = "(found: the first such row, {}; -1: none)"
+_TEXTS = (
+    "y_true and y_pred have different numbers of rows, expected the same (found: the rows of labels, label lengths, "
+    "frames and logits)",
+    "blank_index is no class of the logits, expected -1 to their last class (found: blank_index, and the number of "
+    "classes)",
+    "a label length is out of range, expected 0 to the width of the labels "
+    + _ROW.format("its label length, and that width"),
+    "frames are out of range, expected 0 to the frames of the logits "
+    + _ROW.format("its frames, and those of the logits"),
+    "a label holds a class that the logits do not have, expected at least 0 and less than their number of classes "
+    + _ROW.format("the class, and the number of classes"),
+    "a label holds the blank, which stands for no label, expected other classes only "
+    + _ROW.format("the position in the label, and the blank"),
+    "a label needs more frames than the logits have, expected at most those "
+    + _ROW.format("the frames that its label needs, and those that it has")
+    + ". CTC(too_long='leave_out') leaves such rows out",
+)
+
+
+class _Broken(NamedTuple):
+    """The rows that break one check, bool ``[batch]``, and the two numbers of each that show it."""
+
+    rows: tf.Tensor
+    found: tf.Tensor
+    allowed: tf.Tensor
+
+
+class _Batch(NamedTuple):
+    """A batch whose lengths and frames are in range, with what is wrong with it; integers are int64."""
+
+    labels: tf.Tensor
+    lengths: tf.Tensor
+    frames: tf.Tensor
+    logits: tf.Tensor
+    blank: tf.Tensor
+    checks: list[tuple[Any, tuple]]  # of the whole batch: whether it holds, and the evidence
+    broken: list[_Broken]
+
+
+def _batch(y_true: Any, y_pred: Any, blank_index: int) -> _Batch:
+    """All parts with as many rows as the logits, and every check looked at."""
+    labels, lengths, frames, logits = _parts(y_true, y_pred)
+    rows = tuple(tf.shape(part)[0] for part in (labels, lengths, frames, logits))
+    parts, same = [], [True]
+    for name, part in (("labels", labels), ("label lengths", lengths), ("frames", frames)):
+        sizes = [*shapes.sizes_of(logits, 1), *shapes.sizes_of(part, part.shape.rank)[1:]]
+        try:
+            part, is_broadcastable = shapes.broadcast(shapes.Source(name, part), sizes)
+        except ValueError as error:
+            raise ValueError(f"{_NAME}: {error}, the number of rows of the logits.") from error
+        parts.append(part)
+        same.append(is_broadcastable)
+    labels, lengths, frames = parts
+    count, time, classes = tf.unstack(tf.shape(logits, tf.int64))
+    width = tf.shape(labels, tf.int64)[1]
+    blank = tf.constant(blank_index, tf.int64) if blank_index >= 0 else classes - 1
+    each = lambda number: tf.fill([count], number)
+    long = tf.logical_or(lengths < 0, lengths > width)
+    far = tf.logical_or(frames < 0, frames > time)
+    broken = [_Broken(long, lengths, each(width)), _Broken(far, frames, each(time))]
+    lengths, frames = tf.clip_by_value(lengths, 0, width), tf.clip_by_value(frames, 0, time)
+    real = tf.sequence_mask(lengths, width)
+    unknown, position = _first_of_rows(tf.logical_and(real, tf.logical_or(labels < 0, labels >= classes)))
+    found = tf.gather(tf.pad(labels, [[0, 0], [0, 1]]), position, batch_dims=1)
+    broken.append(_Broken(unknown, found, each(classes)))
+    blanks, position = _first_of_rows(tf.logical_and(real, labels == blank))
+    broken.append(_Broken(blanks, position, each(blank)))
+    alike = tf.logical_and(labels[:, 1:] == labels[:, :-1], real[:, 1:])
+    needed = lengths + tf.math.count_nonzero(alike, axis=1)
+    broken.append(_Broken(tf.logical_and(needed > frames, _fine(broken)), needed, frames))
+    checks = [(tf.reduce_all(tf.stack(same)), rows), (blank < classes, (blank_index, classes))]
+    return _Batch(labels, lengths, frames, logits, tf.minimum(blank, classes - 1), checks, broken)
+
+
+def _parts(y_true: Any, y_pred: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Labels, their lengths, and the frames, all int64; and the logits, in float32 at least."""
+    if not isinstance(y_true, (tuple, list)) or len(y_true) != 3:
+        raise TypeError(errors.sentence(_NAME, "y_true", type(y_true).__name__, "(labels, label lengths, frames)"))
+    parts = []
+    for name, part, rank in zip(("labels", "label lengths", "frames", "logits"), (*y_true, y_pred), (2, 1, 1, 3)):
+        if isinstance(part, (tf.RaggedTensor, tf.SparseTensor)):
+            kind, remedy = f"a {type(part).__name__}", "Use distpad.pad."
+            raise TypeError(errors.sentence(_NAME, name, kind, "a padded tensor", remedy))
+        part = tf.convert_to_tensor(part)
+        kind = "floats" if rank == 3 else "integers"
+        if part.shape.rank != rank or not (part.dtype.is_floating if rank == 3 else part.dtype.is_integer):
+            found = f"of shape {part.shape} and dtype {part.dtype.name}"
+            raise ValueError(errors.sentence(_NAME, name, found, f"{kind} of rank {rank}"))
+        parts.append(tf.cast(part, tf.int64 if rank < 3 else part.dtype))
+    return *parts[:3], parts[3] if parts[3].dtype == tf.float64 else tf.cast(parts[3], tf.float32)
+
+
+def _first_of_rows(bad: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Of bool ``[batch, length]``: the rows that have a true position, and the first of them, or the length."""
+    width = tf.shape(bad, tf.int64)[1]
+    positions = tf.where(bad, tf.range(width), width)
+    return tf.reduce_any(bad, axis=1), tf.minimum(tf.reduce_min(positions, axis=1), width)
+
+
+def _fine(broken: list[_Broken]) -> tf.Tensor:
+    """The rows that break none of these checks, bool ``[batch]``."""
+    return tf.logical_not(tf.reduce_any(tf.stack([each.rows for each in broken]), axis=0))
+
+
+def _first(broken: _Broken) -> tuple[tf.Tensor, ...]:
+    """The first row that breaks a check, with its numbers; -1 where there is none."""
+    count = tf.shape(broken.rows, tf.int64)[0]
+    row = tf.reduce_min(tf.concat([tf.where(broken.rows, tf.range(count), count), [count]], 0))
+    columns = (tf.range(count), broken.found, broken.allowed)
+    return tuple(tf.concat([column, [-1]], 0)[row] for column in columns)
+
+
+# -- the recursion ----------------------------------------------------------------------------------------------------
+
+
+def _int32(tensor: tf.Tensor) -> tf.Tensor:
+    return tf.cast(tensor, tf.int32)
+
+
+def _negative_log_likelihood(
+    log_odds: tf.Tensor, labels: tf.Tensor, lengths: tf.Tensor, frames: tf.Tensor, blank: tf.Tensor
+) -> tf.Tensor:
+    """``-log p(label)`` of each row, ``[batch]``, from the logarithms of the odds ``[batch, frames, classes]``.
+
+    The states of a label of n classes are 2n + 1: blank, class, blank, class ... blank. The forward variable of a state
+    is the log probability of all paths that lead there, the backward variable that of all that lead on. The backward
+    variable is the forward one of the reversed sequence, so one loop over the frames computes both: the batch is twice
+    as large. XLA compiles the loop. tf.nn.ctc_loss for sparse labels does not compile; for dense labels its
+    transition matrix of states by states takes 4 to 30 times as long.
+    """
+    count, time, classes = tf.unstack(tf.shape(log_odds))
+    last = 2 * lengths  # the last state of each row
+    states = tf.stack([tf.fill(tf.shape(labels), blank), labels], axis=2)
+    width = 2 * tf.shape(labels)[1]
+    states = tf.pad(tf.reshape(states, [count, width]), [[0, 0], [0, 1]])
+    order = tf.range(width + 1)
+    states = tf.where(order < last[:, tf.newaxis], states, blank)  # [batch, states]
+    turned = tf.maximum(last[:, tf.newaxis] - order, 0)  # where each state is in the reversed sequence
+    turned_frames = tf.maximum(frames[:, tf.newaxis] - 1 - tf.range(time), 0)
+
+    @tf.custom_gradient
+    def likelihood(log_odds: tf.Tensor) -> Any:
+        both = tf.concat([log_odds, tf.gather(log_odds, turned_frames, batch_dims=1)], axis=0)
+        both_states = tf.concat([states, tf.gather(states, turned, batch_dims=1)], axis=0)
+        zero = tf.cast(_ZERO, both.dtype)
+        emitted = tf.gather(tf.transpose(both, [0, 2, 1]), both_states, batch_dims=1)  # [2 batch, states, frames]
+        emitted = tf.transpose(tf.where(emitted < _ZERO, zero, emitted), [2, 0, 1])
+        paths = _paths(emitted, both_states, blank)  # [frames + 1, 2 batch, states]
+        ends = tf.gather_nd(paths, tf.stack([frames, tf.range(count)], axis=1))  # [batch, states]
+        finals = [tf.gather(ends, tf.maximum(last - back, 0), batch_dims=1) for back in (0, 1)]
+        finals[1] = tf.where(last > 0, finals[1], _ZERO)
+        log_likelihood = tf.reduce_logsumexp(tf.stack(finals), axis=0)
+
+        def gradient(upstream: tf.Tensor) -> tf.Tensor:
+            forward, backward = (tf.transpose(part, [1, 0, 2]) for part in tf.split(paths[1:], 2, axis=1))
+            backward = tf.gather(backward, turned_frames, batch_dims=1)
+            backward = tf.gather(backward, turned, axis=2, batch_dims=1)
+            through = forward + backward - tf.transpose(emitted[:, :count], [1, 0, 2])
+            inside = (order <= last[:, tf.newaxis])[:, tf.newaxis]
+            odds = tf.nn.softmax(tf.where(inside, through, _ZERO))  # of each state at each frame
+            counts = tf.logical_and(tf.sequence_mask(frames, time), (log_likelihood > _ZERO / 2)[:, tf.newaxis])
+            odds = tf.where(counts[..., tf.newaxis], odds, 0) * -upstream[:, tf.newaxis, tf.newaxis]
+            places = states + classes * tf.range(count)[:, tf.newaxis]
+            of_classes = tf.math.unsorted_segment_sum(tf.transpose(odds, [0, 2, 1]), places, count * classes)
+            return tf.transpose(tf.reshape(of_classes, [count, classes, time]), [0, 2, 1])
+
+        impossible = log_likelihood < _ZERO / 2  # a logit of -inf: the only way, since the text has frames enough
+        return -tf.where(impossible, tf.cast(-np.inf, log_likelihood.dtype), log_likelihood), gradient
+
+    return likelihood(log_odds)
+
+
+def _paths(emitted: tf.Tensor, states: tf.Tensor, blank: tf.Tensor) -> tf.Tensor:
+    """The forward variables before the first frame and after each, ``[frames + 1, batch, states]``."""
+    skips = tf.logical_and(states != blank, states != tf.pad(states, [[0, 0], [2, 0]])[:, :-2])
+    closed = tf.where(skips, tf.zeros([], emitted.dtype), _ZERO)
+    begin = tf.where(tf.range(tf.shape(states)[1]) > 0, tf.fill(tf.shape(closed), tf.cast(_ZERO, closed.dtype)), 0)
+    time = tf.shape(emitted)[0]
+    shape = [None, None]
+    read = tf.TensorArray(emitted.dtype, time, element_shape=shape).unstack(emitted)
+    written = tf.TensorArray(emitted.dtype, time + 1, element_shape=shape).write(0, begin)
+
+    def step(frame: tf.Tensor, before: tf.Tensor, written: tf.TensorArray) -> tuple:
+        shifted = tf.pad(before, [[0, 0], [2, 0]], constant_values=_ZERO)
+        next_to, skipped = shifted[:, 1:-1], shifted[:, :-2] + closed
+        largest = tf.maximum(tf.maximum(before, next_to), skipped)
+        odds = tf.exp(before - largest) + tf.exp(next_to - largest) + tf.exp(skipped - largest)
+        after = largest + tf.math.log(odds) + read.read(frame)
+        return frame + 1, after, written.write(frame + 1, after)
+
+    *_, written = tf.while_loop(lambda frame, *_: frame < time, step, (0, begin, written), maximum_iterations=time)
+    return written.stack()

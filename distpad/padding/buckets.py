@@ -1,0 +1,210 @@
+"""Buckets: the few lengths that batches are padded to, so that a step has few shapes."""
+
+from __future__ import annotations
+
+import bisect
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from distpad import errors
+
+
+class Buckets:
+    """Rounds a length up to the next of a few boundaries.
+
+    Args:
+      boundaries: the boundaries, positive integers, rising.
+      beyond: what a length above the last boundary does: ``"raise"``, ``"multiples"`` of the last boundary, or
+        ``"quarters"``: boundaries go on, each a quarter above the one before, rounded up to even numbers from 32 on.
+
+    Raises:
+      ValueError: no boundaries, boundaries that do not rise or are below 1, an unknown ``beyond``.
+      TypeError: boundaries that are no integers.
+
+    >>> buckets = Buckets([8, 16, 32])
+    >>> buckets(9), buckets(16), buckets.boundaries
+    (16, 16, (8, 16, 32))
+    """
+
+    def __init__(self, boundaries: Iterable[int], *, beyond: str = "raise") -> None:
+        given = list(boundaries)
+        if any(isinstance(boundary, bool) or not hasattr(boundary, "__index__") for boundary in given):
+            raise TypeError(errors.sentence("Buckets", "boundaries", given, "integers"))
+        self.boundaries = tuple(operator.index(boundary) for boundary in given)
+        rising = all(a < b for a, b in zip(self.boundaries, self.boundaries[1:]))
+        if not self.boundaries or self.boundaries[0] < 1 or not rising:
+            raise ValueError(
+                errors.sentence("Buckets", "boundaries", list(self.boundaries), "rising integers from 1 on")
+            )
+        errors.choice("Buckets", "beyond", beyond, ("raise", "multiples", "quarters"))
+        self.beyond = beyond
+
+    @classmethod
+    def multiples(cls, m: int) -> Buckets:
+        """Round up to the next multiple of ``m``, without an end.
+
+        >>> Buckets.multiples(8)(17)
+        24
+        """
+        return cls([m], beyond="multiples")
+
+    @classmethod
+    def auto(cls) -> Buckets:
+        """The boundaries 16, 20, 25, 32, 40, 50, 64, ... without an end: few shapes, and at most a quarter of padding.
+
+        >>> buckets = Buckets.auto()
+        >>> buckets(3), buckets(21), buckets(126), buckets(127)
+        (16, 25, 126, 158)
+        """
+        return cls([16], beyond="quarters")
+
+    @classmethod
+    def geometric(cls, low: int, high: int, factor: float) -> Buckets:
+        """Boundaries from ``low`` to ``high``, each ``factor`` times the one before, so that padding is in proportion.
+
+        >>> Buckets.geometric(4, 64, 2.0).boundaries
+        (4, 8, 16, 32, 64)
+        """
+        if not 1 <= low <= high:
+            raise ValueError(errors.sentence("Buckets.geometric", "low", low, f"between 1 and high ({high})"))
+        if not factor > 1:
+            raise ValueError(errors.sentence("Buckets.geometric", "factor", factor, "above 1"))
+        boundaries, exact = [low], float(low)
+        while boundaries[-1] < high:
+            exact *= factor
+            boundaries.append(min(high, max(boundaries[-1] + 1, round(exact))))
+        return cls(boundaries)
+
+    @classmethod
+    def from_lengths(cls, lengths: Any, count: int, *, beyond: str = "raise") -> Buckets:
+        """The boundaries with the least padding of ``lengths``: the optimum, not a heuristic.
+
+        The sum of ``buckets(n) - n`` over all lengths is least among all sets of at most ``count`` boundaries; the last
+        is the longest length.
+
+        Args:
+          lengths: integers from 0 on, at least one: those of the data set, or a sample of them.
+          count: how many at most; fewer come back where there are fewer different lengths.
+          beyond: for lengths that were not in the sample, as in ``Buckets``.
+
+        Raises:
+          ValueError: no lengths, a negative one, a ``count`` below 1. TypeError: no integers.
+
+        Source: the cost of one boundary for a range of lengths is Monge, so that best cuts do not cross: F. F. Yao,
+        Efficient dynamic programming using quadrangle inequalities, STOC 1980.
+
+        >>> Buckets.from_lengths([2, 2, 2, 3, 9, 10], count=2).boundaries
+        (3, 10)
+        """
+        given = np.asarray(lengths)
+        if given.size == 0:
+            raise ValueError(errors.sentence("Buckets.from_lengths", "lengths", "empty", "at least one"))
+        if given.dtype.kind not in "iu":
+            raise TypeError(errors.sentence("Buckets.from_lengths", "lengths", f"of {given.dtype}", "integers"))
+        if given.min() < 0:
+            raise ValueError(errors.sentence("Buckets.from_lengths", "lengths", int(given.min()), "at least 0"))
+        count = errors.integer("Buckets.from_lengths", "count", count, least=1)
+        # a boundary is at least 1, so that lengths of 0 cost as much as those of 1
+        sizes, counts = np.unique(np.maximum(given.ravel().astype(np.int64), 1), return_counts=True)
+        return cls((int(size) for size in _least_padding(sizes, counts, count)), beyond=beyond)
+
+    def __call__(self, n: int) -> int:
+        """The smallest boundary that is at least ``n``. ValueError above the last, unless ``beyond`` goes on."""
+        return self.boundary(self.index(n))
+
+    def index(self, n: int) -> int:
+        """Which boundary that is, counted from 0; those beyond the last count on.
+
+        >>> Buckets([8, 16], beyond="multiples").index(40)
+        3
+        """
+        n = errors.integer("Buckets", "length", n, least=0)
+        last = self.boundaries[-1]
+        if n <= last:
+            return bisect.bisect_left(self.boundaries, n)
+        if self.beyond == "multiples":
+            return len(self.boundaries) - 2 - (-n // last)
+        if self.beyond == "quarters":
+            index = len(self.boundaries) - 1
+            while last < n:
+                index, last = index + 1, _quarter_more(last)
+            return index
+        raise ValueError(
+            errors.sentence(
+                "Buckets", "length", n, f"at most {last}, the last boundary", "Add a boundary, or beyond='multiples'."
+            )
+        )
+
+    def boundary(self, index: int) -> int:
+        """The length of a boundary that ``index`` returned."""
+        beyond = index - len(self.boundaries) + 1
+        if beyond <= 0:
+            return self.boundaries[index]
+        if self.beyond != "quarters":
+            return (beyond + 1) * self.boundaries[-1]
+        boundary = self.boundaries[-1]
+        for _ in range(beyond):
+            boundary = _quarter_more(boundary)
+        return boundary
+
+    def __repr__(self) -> str:
+        return f"Buckets({list(self.boundaries)}, beyond={self.beyond!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Buckets) and (self.boundaries, self.beyond) == (other.boundaries, other.beyond)
+
+    def __hash__(self) -> int:
+        return hash((self.boundaries, self.beyond))
+
+
+def _quarter_more(boundary: int) -> int:
+    more = -(-5 * boundary // 4)
+    return more + more % 2 if more >= 32 else more
+
+
+def _least_padding(sizes: np.ndarray, counts: np.ndarray, count: int) -> list[int]:
+    """Which of the rising ``sizes`` are boundaries.
+
+    With C and S the running sums of counts and of counts times sizes, ``cost[j]``, the least padding of the first j
+    sizes, is the least over i < j of cost[i] with one boundary less, plus sizes[j-1] (C[j] - C[i]) - (S[j] - S[i]).
+    """
+    number = np.concatenate([[0], np.cumsum(counts)])
+    total = np.concatenate([[0], np.cumsum(counts * sizes)])
+    size = np.concatenate([[0], sizes])
+    cost = size * number - total  # one boundary for all of the first j
+    cuts = []
+    for _ in range(min(count, len(sizes)) - 1):
+        cut = _best_cuts(cost + total, number, size)
+        cost = cost[cut] + size * (number - number[cut]) - (total - total[cut])
+        cuts.append(cut)
+    ends = [len(sizes)]
+    for cut in reversed(cuts):
+        ends.append(int(cut[ends[-1]]))
+    return sorted({int(size[end]) for end in ends if end > 0})
+
+
+def _best_cuts(start: np.ndarray, number: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """For each j the first i <= j with the least ``start[i] - size[j] * number[i]``.
+
+    These i never fall as j grows. So the j at multiples of a step are found first, and those between them are looked
+    for between what their neighbours found: all of one step at once, with n + n / step comparisons.
+    """
+    last = len(start) - 1
+    best = np.zeros(last + 1, np.int64)
+    step = 1 << max(last, 1).bit_length()
+    while step > 1:
+        step //= 2
+        at = np.arange(step, last + 1, 2 * step)
+        low, behind = best[at - step], at + step
+        high = np.where(behind <= last, np.minimum(best[np.minimum(behind, last)], at), at)
+        begins = np.concatenate([[0], np.cumsum(high - low + 1)])
+        where = np.repeat(np.arange(len(at)), high - low + 1)
+        candidates = np.arange(begins[-1]) - begins[where] + low[where]
+        values = start[candidates] - size[at][where] * number[candidates]
+        least = np.minimum.reduceat(values, begins[:-1])
+        hits = np.flatnonzero(values == least[where])
+        best[at] = candidates[hits[np.searchsorted(hits, begins[:-1])]]
+    return best
