@@ -1,14 +1,14 @@
-"""One small all-reduce that carries numbers and errors, so that all replicas act alike, or raise alike.
+"""The checked all-gather: one small all-reduce of numbers and errors, so that all replicas act alike or raise alike.
 
-Whatever differs between replicas (a length that is too long here, a rank that is different there) travels with the
-numbers. No replica raises before the others have seen why: so nobody is left waiting. XLA drops assertions: where a
-check fails, the numbers are NaN.
+Each replica sends its payload, and one status: the first of its checks that fails, with the text and the numbers that
+show it. Replicas may look at different things: no replica raises before all have seen the status of each, and so no
+replica waits for another that has left. XLA drops assertions: where a check fails there, the numbers are NaN.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,21 +16,22 @@ import tensorflow as tf
 
 from distpad import backends
 
-_WORD, _WORDS = 6, 32  # of an error's text, peers are shown so many words of so many bytes: a float64 holds six exactly
+_WORD, _WORDS = 6, 48  # a text travels as so many words of so many bytes: a float64 holds six bytes exactly
+_NUMBERS = 4  # of evidence that a check shows, at most
 
 
 class Check(NamedTuple):
-    """One thing that must hold on all replicas. All replicas give the same checks in the same order.
+    """Something that must hold on this replica.
 
     Attributes:
-      text: the argument and what is expected of it, as in "lengths hold a value that is expected to be at least 0".
-      found: the evidence on this replica, a number or a tuple of them.
-      ok: whether it holds here, a bool; None: ``found`` must be the same on all replicas.
+      text: the argument and what is expected of it, as in "lengths hold a value below 0, expected at least 0".
+      found: the evidence, a number or a tuple of at most four.
+      ok: whether it holds, a bool or a bool scalar.
     """
 
     text: str
     found: Any
-    ok: Any = None
+    ok: Any
 
 
 @tf.autograph.experimental.do_not_convert  # tracing is faster, and errors show this code, not a copy of it
@@ -46,32 +47,27 @@ def all_gather(
     Args:
       backend: the engine.
       function: the public function, for messages.
-      payload: numbers (scalars or tensors); they travel as float64, exact for integers to 2**53.
-      checks: what must hold.
-      argument_error: an error that this replica caught before the exchange; its payload is then without meaning.
+      payload: numbers (scalars), as many on all replicas; they travel as float64, exact for integers to 2**53.
+      checks: what must hold here.
+      argument_error: an error that this replica caught before the all-gather; its payload is then without meaning.
 
     Returns:
       ``[replicas, len(payload)]`` float64, the same on all replicas; NaN where XLA dropped an assertion that fails.
 
     Raises:
-      ValueError: eagerly, on all replicas, when one of them broke a check or complained.
+      ValueError: eagerly, on all replicas, when a check fails on one of them or one has an argument error.
       tf.errors.InvalidArgumentError: the same inside a ``tf.function``.
 
     Collective: one all-reduce.
     """
-    if backend.num_replicas == 1 or _traced_alone(backend):
-        # nobody waits for this replica: what is known to be wrong can be raised where it is
+    if backend.num_replicas == 1 or (backend.num_workers == 1 and not tf.executing_eagerly()):
+        # No other process waits for this one: an error that is known while a step is traced ends it on all replicas.
         if argument_error is not None:
             raise argument_error
         check_locally(backend, function, [check for check in checks if isinstance(check.ok, bool)])
-    good = [True if check.ok is None else check.ok for check in checks]
-    evidence = [check.found if isinstance(check.found, tuple) else (check.found,) for check in checks]
-    words = [] if backend.num_replicas == 1 or is_compiling() else _as_words(argument_error)
-    numbers = [argument_error is None, *good, *itertools.chain(*evidence), *payload]
+    report = _report(checks, argument_error, texts=not is_compiling())
     # Nothing here is differentiated: a gradient through the collective would be one more, on some replicas perhaps.
-    packed = tf.stop_gradient(
-        tf.concat([tf.stack([tf.cast(number, tf.float64) for number in numbers]), tf.constant(words, tf.float64)], 0)
-    )
+    packed = tf.stop_gradient(tf.concat([[tf.cast(n, tf.float64) for n in payload], report], 0))
     try:
         table = backend.all_gather(packed)
     except Exception as error:
@@ -83,112 +79,83 @@ def all_gather(
                 f"({len(payload)} here)."
             ) from error
         raise
-    ends = list(itertools.accumulate(map(len, evidence), initial=1 + len(checks)))
-    verdicts = [
-        _agreed(check, table[:, 1 + i], table[:, start:end] if end - start > 1 else table[:, start])
-        for i, (check, start, end) in enumerate(zip(checks, ends, ends[1:]))
-    ]
-    fine, payloads = table[:, 0] > 0, table[:, ends[-1] : ends[-1] + len(payload)]
-    if words:
-        first = tf.argmin(tf.cast(fine, tf.int32))
-        said = table[first, ends[-1] + len(payload) :]
-        if not tf.executing_eagerly():
-            verdicts.insert(
-                0, _Verdict(tf.reduce_all(fine), "a replica refused its arguments; it said", _text_of(said))
-            )
-        elif not np.all(fine):
-            if argument_error is not None:
-                raise argument_error
-            raise ValueError(
-                f"{function}: replica {int(first)} refused its arguments: {_text_of(said).numpy().decode()}"
-            )
-    else:
-        verdicts.insert(0, _Verdict(tf.reduce_all(fine), "a replica refused its arguments (0)", table[:, 0]))
-    several = f", {backend.replicas_here} a worker" if backend.num_workers > 1 else ""
-    ok = _require(function, verdicts, f"by replica{several}")
-    return payloads if ok is True else tf.where(ok, payloads, tf.constant(np.nan, tf.float64))
+    payloads, reports = tf.split(table, [len(payload), report.shape[0]], axis=1)
+    ok = tf.reduce_all(reports[:, 0] == 0)
+    if tf.executing_eagerly():
+        if not ok:
+            raise argument_error or ValueError(_message(function, reports.numpy()))
+        return payloads
+    ok = _assert(ok, lambda: _described(function, reports))
+    return tf.where(ok, payloads, tf.constant(np.nan, tf.float64))
 
 
 @tf.autograph.experimental.do_not_convert
 def check_locally(backend: backends.Backend, function: str, checks: Sequence[Check]) -> Any:
-    """Check checks on this replica alone, where a step has no exchange: it raises, and ends the step of its worker.
+    """Hold this replica alone to the checks, where a step has no exchange: a check that fails ends its worker's step.
 
-    Returns whether all hold: True where that is known, else a bool scalar, for graphs whose assertions XLA drops.
+    Returns: whether all hold: True where that is known, else a bool scalar, for graphs whose assertions XLA drops.
+
+    Raises: ValueError, or inside a ``tf.function`` tf.errors.InvalidArgumentError, for the first check that fails.
     """
     worker = f", worker {backend.worker_index}" if backend.num_workers > 1 else ""
     replica = backend.replica_index() if backend.in_replica() else None
-    verdicts = [_Verdict(check.ok, check.text, check.found) for check in checks if check.ok is not None]
-    return _require(function, verdicts, f"here{worker}" if replica is None else f"on this replica{worker}", replica)
-
-
-class _Verdict(NamedTuple):
-    """Whether something holds, what, and the evidence of each replica."""
-
-    ok: Any
-    text: str
-    found: Any
-
-
-def _agreed(check: Check, good: tf.Tensor, found: tf.Tensor) -> _Verdict:
-    """A check, after all replicas have reported on it."""
-    ok = tf.reduce_all(found == found[0]) if check.ok is None else tf.reduce_all(good > 0)
-    return _Verdict(ok, check.text, found)
-
-
-def _require(function: str, verdicts: Sequence[_Verdict], by: str, replica: Any = None) -> Any:
-    """Raise ValueError for the first verdict that is known to fail, or let the graph fail when it runs. The evidence is
-    that of all replicas, or of the replica of number ``replica``. Returns whether all hold, as ``check_locally``."""
-    for verdict in verdicts:
-        known = tf.executing_eagerly() or isinstance(verdict.ok, bool)
-        if known and not bool(verdict.ok):
-            raise ValueError(f"{function}: {verdict.text}; found {by}: {_listed(verdict.found, replica)}.")
-    verdicts = [verdict for verdict in verdicts if not isinstance(verdict.ok, bool)]
-    if tf.executing_eagerly() or not verdicts:
+    place = f"; found here{worker}: " if replica is None else f"; found on this replica{worker}: "
+    open_checks = []
+    for check in checks:
+        if not (tf.executing_eagerly() or isinstance(check.ok, bool)):
+            open_checks.append(check)
+        elif not check.ok:
+            number = None if replica is None else tf.get_static_value(replica)  # unknown while a step is traced
+            shown = _shown([float(n) for n in _numbers_of(check)])
+            raise ValueError(f"{function}: {check.text}{place}{'' if number is None else f'{int(number)}→'}{shown}.")
+    if not open_checks:
         return True
-    # One assertion for all, since each costs tracing time; what it prints must be constants and numbers.
-    printed: list[Any] = [f"{function}: one of these does not hold (0); what was found, {by}, stands behind it"]
-    printed += [":"] if replica is None else [", which is number", replica, ":"]
-    for verdict in verdicts:
-        printed += [f"; {verdict.text}", tf.cast(verdict.ok, tf.int32), tf.convert_to_tensor(verdict.found)]
-    ok = tf.reduce_all(tf.stack([verdict.ok for verdict in verdicts]))
-    asserted = tf.debugging.Assert(ok, printed, summarize=-1)  # of all replicas
-    with tf.control_dependencies([asserted]):  # no collective behind it begins on a replica that fails here
-        return tf.identity(ok)
+    oks = tf.stack([check.ok for check in open_checks])
+
+    def evidence() -> list[Any]:
+        first = tf.argmin(tf.cast(oks, tf.int32))
+        text = tf.gather(tf.constant([check.text for check in open_checks]), first)
+        who = [] if replica is None else [replica, "→"]
+        return [f"{function}: ", text, place, *who, tf.gather(_evidence(open_checks), first)]
+
+    return _assert(tf.reduce_all(oks), evidence)
 
 
-def _as_words(error: Exception | None) -> list[float]:
-    """The beginning of an error's text as numbers."""
-    text = str(error or "").encode("ascii", "replace")[: _WORD * _WORDS].ljust(_WORD * _WORDS, b"\0")
-    return [float(int.from_bytes(text[i : i + _WORD], "little")) for i in range(0, len(text), _WORD)]
+@tf.autograph.experimental.do_not_convert
+def check_gathered(function: str, checks: Sequence[Check]) -> Any:
+    """Hold all replicas to checks of what an all-gather brought: ``found`` is ``[replicas, numbers]``, alike on all.
+
+    Returns: whether all hold, as ``check_locally``. Raises: as ``all_gather``, for the first check that fails.
+    """
+    if tf.executing_eagerly():
+        for check in checks:
+            if not check.ok:
+                rows = enumerate(np.asarray(check.found))
+                listed = ", ".join(f"{replica}→{_shown(row)}" for replica, row in rows)
+                raise ValueError(f"{function}: {check.text}; found by replica: {listed}.")
+        return True
+    oks = tf.stack([check.ok for check in checks])
+
+    def evidence() -> list[Any]:
+        first, widest = tf.argmin(tf.cast(oks, tf.int32)), max(check.found.shape[1] for check in checks)
+        text = tf.gather(tf.constant([check.text for check in checks]), first)
+        wide = [tf.pad(check.found, [[0, 0], [0, widest - check.found.shape[1]]]) for check in checks]
+        return [f"{function}: ", text, "; found by replica: ", tf.gather(tf.stack(wide), first)]
+
+    return _assert(tf.reduce_all(oks), evidence)
 
 
-def _text_of(words: tf.Tensor) -> tf.Tensor:
-    """The text that ``_as_words`` made numbers of, a string scalar."""
-    places = tf.constant([256**i for i in range(_WORD)], tf.int64)
-    codes = tf.reshape(tf.cast(words, tf.int64)[:, tf.newaxis] // places % 256, [-1])
-    return tf.strings.unicode_encode(tf.cast(tf.boolean_mask(codes, codes > 0), tf.int32), "UTF-8")
-
-
-def _traced_alone(backend: backends.Backend) -> bool:
-    """Inside a tf.function of a single process an error while tracing ends the whole step, on all its replicas."""
-    return backend.num_workers == 1 and not tf.executing_eagerly()
-
-
-def _listed(found: Any, replica: Any) -> str:
-    def shown(value: np.ndarray) -> str:
-        return f"({', '.join(f'{part:g}' for part in value)})" if value.ndim else f"{value:g}"
-
-    if replica is None:
-        return ", ".join(f"{number}→{shown(value)}" for number, value in enumerate(np.atleast_1d(np.asarray(found))))
-    number = tf.get_static_value(replica)  # unknown only while a step is traced
-    return f"{'' if number is None else f'{int(number)}→'}{shown(np.asarray(found))}"
+def alike(text: str, found: tf.Tensor) -> Check:
+    """The check that all replicas have the same numbers."""
+    return Check(text, found, tf.reduce_all(found == found[:1]))
 
 
 def is_compiling() -> bool:
     """Whether the graph that is being traced is one of ``tf.function(jit_compile=True)``, or is called by one.
 
-    TensorFlow has no public function that tells. It marks each conditional to be lowered for its own executor, except
-    in graphs that XLA compiles: a conditional of constants shows it. tests/single/test_xla.py notices a change.
+    XLA has no kernel for strings and drops assertions. TensorFlow has no public function that tells. It marks each
+    conditional to be lowered for its own executor, except in graphs that XLA compiles: a conditional of constants shows
+    it. tests/single/test_xla.py notices a change.
 
     >>> is_compiling()
     False
@@ -202,3 +169,90 @@ def is_compiling() -> bool:
         return not operation.get_attr("_lower_using_switch_merge")
     except ValueError:
         return True
+
+
+# -- reports: [status, numbers, text], of one size on all replicas ----------------------------------------------------
+
+
+def _report(checks: Sequence[Check], argument_error: Exception | None, texts: bool) -> Any:
+    """What this replica has to say: 1 and the evidence where a check fails, else zeros."""
+    width = _WORDS if texts else 0
+    if argument_error is not None:
+        return tf.constant([1.0, *[np.nan] * _NUMBERS, *_as_words(str(argument_error))[:width]], tf.float64)
+    if tf.executing_eagerly():
+        failed = next((check for check in checks if not check.ok), None)
+        checks = [] if failed is None else [failed]
+    checks = [check for check in checks if check.ok is not True]
+    if not checks:
+        return tf.zeros([1 + _NUMBERS + width], tf.float64)
+    oks = tf.stack([check.ok for check in checks])
+    first = tf.argmin(tf.cast(oks, tf.int32))
+    report = [[tf.ones([], tf.float64)], tf.gather(_evidence(checks), first)]
+    if texts:
+        report.append(tf.gather(tf.constant([_as_words(check.text) for check in checks], tf.float64), first))
+    return tf.where(tf.reduce_all(oks), tf.zeros([], tf.float64), tf.concat(report, 0))
+
+
+def _numbers_of(check: Check) -> tuple[Any, ...]:
+    return check.found if isinstance(check.found, tuple) else (check.found,)
+
+
+def _evidence(checks: Sequence[Check]) -> tf.Tensor:
+    """The numbers of each check, ``[checks, 4]`` float64, NaN where it has fewer."""
+    rows = [[*_numbers_of(check), *[np.nan] * _NUMBERS][:_NUMBERS] for check in checks]
+    return tf.stack([[tf.cast(number, tf.float64) for number in row] for row in rows])
+
+
+def _message(function: str, reports: np.ndarray) -> str:
+    """What the first replica that failed says, with the numbers of all that say the same."""
+    failed = np.flatnonzero(reports[:, 0])
+    words = reports[:, 1 + _NUMBERS :]
+    text = _text_of(tf.constant(words[failed[0]])).numpy().decode()
+    same = [replica for replica in failed if np.array_equal(words[replica], words[failed[0]])]
+    numbers = reports[:, 1 : 1 + _NUMBERS]
+    shown = [(replica, _shown(numbers[replica, ~np.isnan(numbers[replica])])) for replica in same]
+    if not any(each for _, each in shown):  # the text of an error, which names the function
+        return f"{function}: replica {failed[0]} refused its arguments: {text}"
+    return f"{function}: {text}; found by replica: {', '.join(f'{replica}→{each}' for replica, each in shown)}."
+
+
+def _described(function: str, reports: tf.Tensor) -> list[Any]:
+    """The same in a graph, as an assertion prints it."""
+    failed = tf.where(reports[:, 0] > 0)[:, 0]
+    text = _text_of(reports[failed[0], 1 + _NUMBERS :])
+    found = tf.gather(reports, failed)[:, 1 : 1 + _NUMBERS]
+    return [f"{function}: ", text, "; found by replicas ", failed, " (nan: nothing): ", found]
+
+
+def _assert(ok: tf.Tensor, evidence: Callable[[], list[Any]]) -> tf.Tensor:
+    """``ok``, after an assertion in the graph that prints the evidence where it is False; XLA has none."""
+    if is_compiling():
+        return ok
+
+    def fail() -> tf.Tensor:
+        with tf.control_dependencies([tf.debugging.Assert(False, evidence(), summarize=-1)]):
+            return tf.constant(False)
+
+    # A conditional, so that a step in which all is well computes no text. No collective after it begins on a replica
+    # that fails here.
+    return tf.cond(ok, lambda: tf.constant(True), fail)
+
+
+@functools.lru_cache(maxsize=256)
+def _as_words(text: str) -> tuple[float, ...]:
+    """The beginning of a text as numbers."""
+    code = text.encode("ascii", "replace")[: _WORD * _WORDS].ljust(_WORD * _WORDS, b"\0")
+    return tuple(float(int.from_bytes(code[i : i + _WORD], "little")) for i in range(0, len(code), _WORD))
+
+
+def _text_of(words: tf.Tensor) -> tf.Tensor:
+    """The text that ``_as_words`` made numbers of, a string scalar."""
+    places = tf.constant([256**i for i in range(_WORD)], tf.int64)
+    codes = tf.reshape(tf.cast(words, tf.int64)[:, tf.newaxis] // places % 256, [-1])
+    return tf.strings.unicode_encode(tf.cast(tf.boolean_mask(codes, codes > 0), tf.int32), "UTF-8")
+
+
+def _shown(numbers: Sequence[float]) -> str:
+    """One number, or several in brackets."""
+    listed = ", ".join(f"{number:g}" for number in numbers)
+    return f"({listed})" if len(numbers) > 1 else listed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from distpad import backends, errors
@@ -142,39 +143,44 @@ def _agree(
 ) -> tuple[list[tf.Tensor], Any, tf.Tensor]:
     """Exchange all lengths at once; returns the padded length of each leaf, the rows to keep of this replica, and their
     sum over all replicas."""
-    checks, payload = [], []
+    checks, columns = [], []
     for leaf in leaves:
         rank, axis = leaf.tensor.shape.rank, leaf.axis
         in_range = 0 <= axis < rank
         size = tf.shape(leaf.tensor)[axis] if in_range else 0
         count, as_many = _count(leaf)
-        what = f"tensors{leaf.where}"
-        checks += [
-            checked.Check(f"{what} have ranks that differ, expected the same on all replicas", rank),
-            checked.Check(
-                f"{what} have dtypes that differ, expected the same on all", leaf.tensor.dtype.as_datatype_enum
-            ),
-            checked.Check(f"axis of {what} is out of range for their rank", rank, in_range),
-            checked.Check(f"lengths of {what} are expected to be as many as their rows", count, as_many),
-            *shapes.length_checks(leaf.lengths, None if leaf.lengths is None else size),
-        ]
-        if gathers:
-            inner = [tf.shape(leaf.tensor)[i] for i in range(1, rank) if i != axis]
-            # as many numbers for any rank, since what replicas report must have the same size
-            found = tuple([*inner, *[-1] * _MOST_INNER_AXES][:_MOST_INNER_AXES])
-            text = f"{what} have inner axes that differ, expected the same on all replicas (found: sizes; -1: no axis)"
-            checks.append(checked.Check(text, found))
-        payload.append(size)
+        inner = [tf.shape(leaf.tensor)[i] for i in range(1, rank) if i != axis] if gathers else []
+        # as many numbers for any rank, since the payloads of all replicas have the same size
+        inner = [*inner, *[-1] * _MOST_INNER_AXES][:_MOST_INNER_AXES]
+        columns.append([size, rank, leaf.tensor.dtype.as_datatype_enum, in_range, *inner])
+        text = f"lengths of tensors{leaf.where} are expected to be as many as their rows"
+        checks.append(checked.Check(text, count, as_many))
+        checks += shapes.length_checks(leaf.lengths, None if leaf.lengths is None else size)
     first = tf.shape(leaves[0].tensor)[0] if leaves[0].tensor.shape.rank else 0
     try:
         rows = first if rows is None else _whole_number(function, rows)
     except TypeError as error:
         rows, argument_error = first, argument_error or error
-    checks.append(
-        checked.Check("rows are expected to be from 0 to the rows that are there", rows, _within(rows, first))
-    )
-    table = checked.all_gather(backend, function, [*payload, rows], checks, argument_error)
-    longest = [_bucketed(backend, function, tf.reduce_max(table[:, i]), buckets) for i in range(len(leaves))]
+    text = "rows are expected to be from 0 to the rows that are there"
+    checks.append(checked.Check(text, rows, _within(rows, first)))
+    table = checked.all_gather(backend, function, [*itertools.chain(*columns), rows], checks, argument_error)
+    tables = tf.reshape(table[:, :-1], [-1, len(leaves), len(columns[0])])
+    gathered = []
+    for i, leaf in enumerate(leaves):
+        what, found = f"tensors{leaf.where}", tables[:, i]
+        text = f"{what} have inner axes that differ, expected the same on all replicas (found: sizes; -1: no axis)"
+        gathered += [
+            checked.alike(f"{what} have ranks that differ, expected the same on all replicas", found[:, 1:2]),
+            checked.alike(f"{what} have dtypes that differ, expected the same on all", found[:, 2:3]),
+            checked.Check(
+                f"axis of {what} is out of range for their rank", found[:, 1:2], tf.reduce_all(found[:, 3] > 0)
+            ),
+            checked.alike(text, found[:, 4:]),
+        ]
+    ok = checked.check_gathered(function, gathered)
+    if ok is not True:  # what follows waits for the assertion; XLA has none
+        tables = tf.where(ok, tables, tf.constant(np.nan, tf.float64))
+    longest = [_bucketed(backend, function, tf.reduce_max(tables[:, i, 0]), buckets) for i in range(len(leaves))]
     return longest, rows, tf.cast(tf.reduce_sum(table[:, -1]), tf.int32)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -29,13 +31,10 @@ def all_of(sources: list[Source]) -> tuple[tf.Tensor | None, Any]:
     Raises ValueError where it is known beforehand that they do not.
     """
     sources = [source for source in sources if source.mask is not None]
-    if not sources:
-        return None, True
+    if len(sources) < 2:
+        return (sources[0].mask if sources else None), True
     rank = max(source.mask.shape.rank for source in sources)
-    sizes = [
-        _largest([sizes_of(s.mask, s.mask.shape.rank)[i] for s in sources if s.mask.shape.rank > i])
-        for i in range(rank)
-    ]
+    sizes = _largest([source.mask for source in sources], rank)
     result, is_broadcastable = None, True
     for source in sources:
         mask, fit = broadcast(source, sizes)
@@ -45,7 +44,35 @@ def all_of(sources: list[Source]) -> tuple[tf.Tensor | None, Any]:
     return result, is_broadcastable
 
 
-def broadcast(source: Source, sizes: list[Any]) -> tuple[tf.Tensor, Any]:
+class Sizes:
+    """Leading sizes of a tensor: as far as they are known while a step is traced, and as a tensor.
+
+    Attributes:
+      static: a size or None for each axis.
+    """
+
+    def __init__(self, static: Sequence[int | None], dynamic: Callable[[], tf.Tensor]) -> None:
+        self.static = list(static)
+        self._dynamic = functools.cache(dynamic)
+
+    def dynamic(self, rank: int) -> tf.Tensor:
+        """The first ``rank`` sizes, int32."""
+        sizes = self._dynamic()
+        return sizes if rank == sizes.shape[0] else sizes[:rank]
+
+
+def sizes_of(tensor: tf.Tensor, rank: int) -> Sizes:
+    """The first ``rank`` sizes of a tensor."""
+    return Sizes(tensor.shape[:rank], lambda: tf.shape(tensor))
+
+
+def sizes_with_rows(like: tf.Tensor, tensor: tf.Tensor) -> Sizes:
+    """The sizes of a tensor, but as many rows as another has."""
+    static = [like.shape[0], *tensor.shape[1:]]
+    return Sizes(static, lambda: tf.concat([tf.shape(like)[:1], tf.shape(tensor)[1:]], axis=0))
+
+
+def broadcast(source: Source, sizes: Sizes) -> tuple[tf.Tensor, Any]:
     """A mask (or weight) brought to the leading ``sizes`` where it has others, and whether it had them.
 
     A shape that does not fit is an error on all replicas, which only the exchange can raise: until then the wrong one
@@ -53,37 +80,33 @@ def broadcast(source: Source, sizes: list[Any]) -> tuple[tf.Tensor, Any]:
 
     Raises ValueError where it is known beforehand that the mask does not fit.
     """
-    mask = source.mask
-    targets, good = [], []
-    for axis, (have, want) in enumerate(zip(sizes_of(mask, mask.shape.rank), sizes)):
-        if source.stretches and axis > 0 and isinstance(have, int) and have == 1:
-            targets.append(1)
-        elif isinstance(have, int) and isinstance(want, int):
-            if have != want:
-                raise ValueError(f"{source.name} has shape {tuple(mask.shape)}, expected size {want} on axis {axis}")
-            targets.append(have)
-        else:
-            equal = tf.equal(have, want)
-            if source.stretches and axis > 0:
-                want = tf.where(tf.equal(have, 1), 1, want)
-                equal = tf.logical_or(equal, tf.equal(have, 1))
-            targets.append(want)
-            good.append(equal)
-    if not good:
+    mask, is_known = source.mask, True
+    for axis, (have, want) in enumerate(zip(mask.shape, sizes.static)):
+        if have == 1 and source.stretches and axis > 0:
+            continue
+        if have is None or want is None:
+            is_known = False
+        elif have != want:
+            raise ValueError(f"{source.name} has shape {tuple(mask.shape)}, expected size {want} on axis {axis}")
+    if is_known:
         return mask, True
-    have, want = tf.shape(mask), tf.stack(targets)
+    have = tf.shape(mask)
+    want = sizes.dynamic(mask.shape.rank)
+    if source.stretches:
+        want = tf.where(tf.logical_and(have == 1, tf.range(mask.shape.rank) > 0), 1, want)
     longer = tf.pad(mask, tf.stack([tf.zeros_like(have), tf.maximum(want - have, 0)], axis=1))
-    return tf.slice(longer, tf.zeros_like(have), want), tf.reduce_all(good)
+    return tf.slice(longer, tf.zeros_like(have), want), tf.reduce_all(have == want)
 
 
-def sizes_of(tensor: tf.Tensor, rank: int) -> list[Any]:
-    """The leading sizes, an int where it is known beforehand."""
-    dynamic = tf.shape(tensor)
-    return [dynamic[axis] if size is None else size for axis, size in enumerate(tensor.shape[:rank])]
+def _largest(tensors: Sequence[tf.Tensor], rank: int) -> Sizes:
+    """Of each axis, over all tensors that have it."""
+    known = [[t.shape[axis] for t in tensors if t.shape.rank > axis] for axis in range(rank)]
+    static = [None if None in sizes else max(sizes) for sizes in known]
 
+    def dynamic() -> tf.Tensor:
+        return tf.reduce_max(tf.stack([tf.pad(tf.shape(t), [[0, rank - t.shape.rank]]) for t in tensors]), axis=0)
 
-def _largest(sizes: list[Any]) -> Any:
-    return max(sizes) if all(isinstance(size, int) for size in sizes) else tf.reduce_max(tf.stack(sizes))
+    return Sizes(static, dynamic)
 
 
 def check_lengths(lengths: Any) -> tf.Tensor:
@@ -103,13 +126,14 @@ def is_empty(given: Any) -> bool:
     return isinstance(given, (list, tuple)) and not given
 
 
-def length_checks(lengths: tf.Tensor | None = None, limit: Any = None) -> list[Check]:
-    """Lengths are 0 to ``limit``. Always two checks, since all replicas must report alike; no lengths: both hold."""
-    lengths = tf.zeros([0], tf.int64) if lengths is None else tf.cast(lengths, tf.int64)
-    lowest = tf.reduce_min(tf.concat([lengths, [0]], 0))
-    longest = tf.reduce_max(tf.concat([lengths, [0]], 0))
-    limit = longest if limit is None else tf.cast(limit, tf.int64)
-    return [
-        Check("lengths hold a value below 0, expected at least 0", lowest, lowest >= 0),
-        Check("lengths hold a value above the size of axis 1, expected at most that", longest, longest <= limit),
-    ]
+def length_checks(lengths: tf.Tensor | None, limit: Any = None) -> list[Check]:
+    """Lengths are 0 to ``limit``, where there are any."""
+    if lengths is None:
+        return []
+    lengths = tf.cast(lengths, tf.int64)
+    lowest, longest = tf.reduce_min(lengths), tf.reduce_max(lengths)  # of no lengths: above and below all others
+    checks = [Check("lengths hold a value below 0, expected at least 0", lowest, lowest >= 0)]
+    if limit is not None:
+        text = "lengths hold a value above the size of axis 1, expected at most that"
+        checks.append(Check(text, longest, longest <= tf.cast(limit, tf.int64)))
+    return checks

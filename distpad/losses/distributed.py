@@ -199,7 +199,7 @@ class DistributedLoss(tf.keras.losses.Loss):
         self, backend: backends.Backend, y_true: Any, y_pred: Any, sources: dict, gate: Gate
     ) -> tf.Tensor:
         argument_error = None
-        checks = [*shapes.length_checks(), *self._own_checks(), masking.broadcast_check()]
+        checks: list[checked.Check] = []
         try:
             sums, checks = self._sums(y_true, y_pred, sources, gate)
         except Exception as error:  # whatever the loss raised travels with the numbers: no other replica waits for them
@@ -210,8 +210,8 @@ class DistributedLoss(tf.keras.losses.Loss):
                 raise error from None
         payload = [sums.total, self._count_of(sums)]
         table = checked.all_gather(backend, _NAME, payload, checks, argument_error)
-        total = tf.reduce_sum(table[:, 0])
-        count = table[0, 1] if self._is_fixed() else tf.reduce_sum(table[:, 1])
+        total, count = tf.unstack(tf.reduce_sum(table, axis=0))
+        count = table[0, 1] if self._is_fixed() else count
         gate.ok = True if tf.executing_eagerly() else tf.logical_not(tf.math.is_nan(count))
         value = tf.math.divide_no_nan(total, count)
         if backend.gradient_reduction == "sum":
@@ -330,10 +330,6 @@ class DistributedLoss(tf.keras.losses.Loss):
         average = self.average if self.per == "position" else "sequence_sum"
         sums = averages.sum_up(_NAME, losses, valid, average, gate)
         return sums, [*checks, masking.broadcast_check(sums.rows, sums.is_broadcastable)]
-
-    def _own_checks(self) -> list[checked.Check]:
-        """Those of a loss that looks at its labels beforehand, as distpad.CTC does, where all is well."""
-        return list(self.loss.checks) if hasattr(self.loss, "filter_invalid") else []
 
     def _filtered(
         self, y_true: Any, y_pred: Any, valid: masking.Valid, counting: bool

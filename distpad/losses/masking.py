@@ -69,13 +69,13 @@ def of_positions(
 
     Raises ValueError or TypeError for sources of wrong rank, dtype or static shape.
     """
-    checks = shapes.length_checks()
+    checks: list[Check] = []
     sources = []
     if lengths is not None:
         lengths = _rows_like(y_pred, "lengths", shapes.check_lengths(lengths))
         limit = _length_axis(y_true, y_pred)
         checks = shapes.length_checks(lengths, limit)
-        sources.append(shapes.Source("lengths", tf.sequence_mask(_nothing_unless(checks, lengths), limit)))
+        sources.append(shapes.Source("lengths", tf.sequence_mask(lengths, limit)))
     if mask is not None:
         sources.append(shapes.Source("mask", _rows_like(y_pred, "mask", check_mask(mask))))
     if padding_value is not None:
@@ -122,7 +122,7 @@ def of_sequences(
     The positions of each row come from ``lengths``, from the padding value, or from a mask with a length axis; a label
     tensor without any of them is all valid.
     """
-    checks = shapes.length_checks()
+    checks: list[Check] = []
     width = tf.shape(y_true)[1] if has_positions(y_true, y_pred) else None
     rows, positions = [], []
     tokens = None
@@ -130,7 +130,6 @@ def of_sequences(
     if lengths is not None:
         lengths = shapes.check_lengths(lengths)
         checks = shapes.length_checks(lengths, width)
-        lengths = _nothing_unless(checks, lengths)
         rows += [] if said else [shapes.Source("lengths", lengths > 0)]
         tokens = tf.cast(lengths, tf.float64)
         if width is not None:
@@ -207,12 +206,7 @@ def clean(tensor: Any, mask: tf.Tensor | None, *, prediction: bool, gate: Gate |
     return (gate or Gate()).choose(shapes.widen(mask, tensor.shape.rank), tensor, filling)
 
 
-def _nothing_unless(checks: list[Check], lengths: tf.Tensor) -> tf.Tensor:
-    """Lengths that break a check make nothing valid, so that the loss gets as far as the exchange, which raises."""
-    return tf.where(tf.reduce_all([check.ok for check in checks]), lengths, tf.zeros_like(lengths))
-
-
-def broadcast_check(rows: Any = 0, is_broadcastable: Any = True) -> Check:
+def broadcast_check(rows: Any, is_broadcastable: Any) -> Check:
     """Sources and loss have shapes that go together; found is the loss's number of rows."""
     text = (
         "mask, lengths or sample_weight do not fit the loss, expected its leading axes in each (found: the loss's rows)"
