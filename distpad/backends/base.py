@@ -78,6 +78,8 @@ class Backend(abc.ABC):
         called where no replica's code runs, between steps. Collective: one all-reduce."""
         return self.all_reduce(tf.convert_to_tensor(variable))
 
+    is_elastic = False  # whether the number of workers may change while the job runs
+
     @property
     def gradient_scale(self) -> Any:
         """What a replica's share of the global mean is multiplied by, so that the engine's reduction restores it; a

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import json
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -32,7 +33,7 @@ class _Position(NamedTuple):
     begins: tuple[int, ...] = ()
 
 
-class PaddedBatches:
+class PaddedBatches(tf.train.experimental.PythonState):
     """Batches of this worker's examples, padded alike on all replicas of all workers, with the global counts.
 
     A thread reads ``lookahead`` steps ahead. Then all workers agree on these steps in one small exchange: how long each
@@ -71,6 +72,9 @@ class PaddedBatches:
       ValueError, TypeError: wrong arguments; while iterating, on all workers, configurations or examples that differ
         between them, and workers that all read the same examples.
       PeerError: while iterating, when another worker failed, was too slow, or left.
+
+    It is trackable: ``tf.train.Checkpoint(model=model, optimizer=optimizer, batches=batches)`` saves the position in
+    the data (``state_dict``) beside the variables, and restoring it goes on there.
 
     Iterating is collective among workers: one exchange of a few numbers a step, for ``lookahead`` steps at once. All
     workers leave a loop at the same step.
@@ -398,6 +402,14 @@ class PaddedBatches:
             return None
         size = (self._config.batch_size or 1) * self._backend.num_replicas
         return count // size if self._config.drop_remainder else -(-count // size)
+
+    def serialize(self) -> str:
+        """The position as JSON: ``tf.train.Checkpoint(batches=batches)`` saves it, as tf.data's iterators are saved."""
+        return json.dumps(self.state_dict())
+
+    def deserialize(self, string_value: str) -> None:
+        """Go on at a position that a checkpoint holds; see ``load_state_dict``."""
+        self.load_state_dict(json.loads(string_value))
 
     def state_dict(self) -> dict[str, Any]:
         """Where it stands, for JSON: behind the last whole optimiser step whose batches were handed out. Behind the
