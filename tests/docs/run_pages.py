@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
+import gc
 import io
 import json
 import linecache
@@ -110,6 +111,7 @@ def main() -> None:
     for name in distpad.__all__:
         getattr(distpad, name)
     tf.keras.layers.Dense  # noqa: B018 (Keras is imported when it is first used: here, not in each fork)
+    gc.freeze()  # or each fork's collections look at all that the imports made
     # tests/single/test_readme_adoption.py runs that one, on several numbers of replicas.
     readme = pages.blocks_of(pages.PAGES[0].read_text(encoding="utf-8"))
     seen = {"\n".join(pages.side_of(block.text, "+").split()) for block in readme if block.language == "diff"}

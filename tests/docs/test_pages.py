@@ -4,7 +4,6 @@ options exist, links lead somewhere, and the site builds without a warning."""
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import os
 import re
@@ -52,7 +51,7 @@ def results(tmp_path_factory):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=290,
+        timeout=580,
     )
     found = json.loads((folder / "results.json").read_text("utf-8")) if (folder / "results.json").exists() else {}
     return {"errors": {}, "help": {}, **found, "output": done.stdout[-3000:] + done.stderr[-6000:]}
@@ -67,13 +66,13 @@ def test_every_block_is_of_a_known_language(name):
     assert {block.language for block in BLOCKS[name]} <= pages.LANGUAGES
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)  # of all pages, which the first test runs
 @pytest.mark.parametrize("name", RUN)
 def test_python_runs(name, results):
-    if "horovod" in TEXTS[name] and importlib.util.find_spec("horovod") is None:
-        (pytest.fail if os.environ.get("DISTPAD_CI") else pytest.skip)("Horovod is not installed")
     assert name in results["errors"], f"the process ended before this page:\n{results['output']}"
     error = results["errors"][name]
+    if "No module named 'horovod'" in error and not os.environ.get("DISTPAD_CI"):
+        pytest.skip("Horovod is not installed")
     assert not error, error
 
 
@@ -108,7 +107,7 @@ def test_programs_exist(at, command):
     assert os.access(path, os.X_OK), f"{command[0]} is not executable"
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)  # of all pages, which the first test runs
 @pytest.mark.parametrize("use", sorted(USES), ids=" ".join)
 def test_options_exist(use, results):
     program, subcommand, option = use
