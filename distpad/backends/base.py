@@ -56,10 +56,6 @@ class Backend(abc.ABC):
     def all_gather_rows(self, tensor: tf.Tensor) -> tf.Tensor:
         """All replicas' rows, in replica order. The first axis may differ between them. Collective."""
 
-    def all_reduce_max(self, tensor: tf.Tensor) -> tf.Tensor:
-        """The maximum over all replicas, the same on each. Collective: one all-reduce."""
-        return tf.reduce_max(self.all_gather(tensor), axis=0)
-
     def all_gather(self, tensor: tf.Tensor) -> tf.Tensor:
         """What each replica holds, ``[replicas, *shape]``, the same on each. Collective: one all-reduce.
 

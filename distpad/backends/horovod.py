@@ -88,9 +88,6 @@ class HorovodBackend(base.Backend):
     def all_reduce(self, tensor: tf.Tensor) -> tf.Tensor:
         return self._all_reduce(tensor, self._hvd.Sum, "distpad_sum")
 
-    def all_reduce_max(self, tensor: tf.Tensor) -> tf.Tensor:
-        return self._all_reduce(tensor, self._hvd.Max, "distpad_max")
-
     def all_gather_rows(self, tensor: tf.Tensor) -> tf.Tensor:
         carried = {tf.bfloat16: tf.float32}.get(tensor.dtype, tensor.dtype)
         rows = self._hvd.allgather(tf.cast(tensor, carried), name="distpad_rows", process_set=self.process_set)
