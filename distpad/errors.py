@@ -32,15 +32,28 @@ def choice(function: str, argument: str, value: object, allowed: tuple[str, ...]
         raise ValueError(sentence(function, argument, repr(value), "one of " + ", ".join(map(repr, allowed))))
 
 
+def is_integer(value: object) -> bool:
+    """Whether ``value`` is an integer of Python's, NumPy's or an eager tensor; booleans are not.
+
+    >>> is_integer(3), is_integer(True), is_integer(3.0)
+    (True, False, False)
+    """
+    try:
+        operator.index(value)  # type: ignore[arg-type]
+    except TypeError:  # also of a symbolic tensor, whose value is not known yet
+        return False
+    return type(value).__name__ not in ("bool", "bool_")  # NumPy's has the second name; it is not imported here
+
+
 def integer(function: str, argument: str, value: object, least: int) -> int:
-    """``value`` as an int; TypeError where it is no integer, ValueError where it is below ``least``.
+    """``value`` as an int; TypeError if it is not an integer, ValueError if it is below ``least``.
 
     >>> integer("certify", "cases", 32, least=1)
     32
     """
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if not is_integer(value):
         raise TypeError(sentence(function, argument, repr(value), "an integer"))
-    number = operator.index(value)
+    number = operator.index(value)  # type: ignore[arg-type]
     if number < least:
         raise ValueError(sentence(function, argument, number, f"at least {least}"))
     return number

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from distpad import errors
+from distpad import errors, versions
 from distpad.backends import base
 from distpad.launcher import topology
 
@@ -27,8 +27,6 @@ _CARRIED = {
 
 _GROUPS = 1 << 20  # of collectives: the strategy's own are counted from 1
 LEAVE_WITHIN_S = 60.0  # how long a worker that is done waits for the others
-
-_KERAS = int(getattr(tf.keras, "__version__", "2").split(".")[0])
 
 
 class StrategyBackend(base.Backend):
@@ -196,7 +194,7 @@ class StrategyBackend(base.Backend):
     @property
     def fit_looks_at(self) -> int:  # type: ignore[override]
         # Keras 3 takes one batch to build the model by, and then begins again; the strategy reads up to three ahead
-        return 4 if _KERAS >= 3 and self.num_workers == 1 else 0
+        return 4 if versions.KERAS >= 3 and self.num_workers == 1 else 0
 
     @property
     def leaves_apart(self) -> bool:  # type: ignore[override]
@@ -205,7 +203,7 @@ class StrategyBackend(base.Backend):
 
     @property
     def fit_must_repeat(self) -> bool:  # type: ignore[override]
-        return self.num_workers > 1 and _KERAS < 3  # what fit is given is no dataset that it knows the size of
+        return self.num_workers > 1 and versions.KERAS < 3  # what fit is given is no dataset that it knows the size of
 
     def fit_dataset(self, dataset: tf.data.Dataset) -> Any:
         if self.num_workers == 1:

@@ -12,6 +12,7 @@ import numpy as np
 from distpad import errors
 from distpad.padding.buckets import Buckets
 
+_NAME = "LengthSampler"
 _PLANS = 2  # epochs that are kept: the one that runs, and the one that is read ahead
 
 
@@ -59,18 +60,19 @@ class LengthSampler:
         if (global_batch_size is None) == (max_tokens is None):
             found = "both" if max_tokens is not None else "none of them"
             raise ValueError(_sentence("global_batch_size, max_tokens", found, "one of them"))
-        self.global_batch_size = _whole_or_none("global_batch_size", global_batch_size)
-        self.max_tokens = _whole_or_none("max_tokens", max_tokens)
-        self.seed = _whole("seed", seed)
+        given = {"global_batch_size": global_batch_size, "max_tokens": max_tokens}
+        sizes = {name: errors.integer(_NAME, name, size, least=1) for name, size in given.items() if size is not None}
+        self.global_batch_size, self.max_tokens = sizes.get("global_batch_size"), sizes.get("max_tokens")
+        self.seed = errors.integer(_NAME, "seed", seed, least=0)
         if not isinstance(buckets, (Buckets, type(None))):
             raise TypeError(_sentence("buckets", repr(buckets), "a distpad.Buckets"))
-        self.randomness = errors.number("LengthSampler", "randomness", randomness)
+        self.randomness = errors.number(_NAME, "randomness", randomness)
         if not 0 <= self.randomness <= 1:
             raise ValueError(_sentence("randomness", randomness, "from 0 to 1"))
         self.buckets = buckets
         self.shuffle = bool(shuffle)
-        sizes, where = np.unique(self.lengths, return_inverse=True)
-        boundaries = [buckets(int(size)) if buckets else int(size) for size in sizes]
+        distinct, where = np.unique(self.lengths, return_inverse=True)
+        boundaries = [buckets(int(length)) if buckets else int(length) for length in distinct]
         self._boundaries = np.array(boundaries, np.int64)[where.reshape(-1)]  # of each example
         if self.max_tokens is not None and len(self.lengths) and self._boundaries.max() > self.max_tokens:
             longest = int(self._boundaries.argmax())
@@ -83,7 +85,7 @@ class LengthSampler:
 
         Raises ValueError for a negative epoch.
         """
-        epoch = _whole("epoch", epoch)
+        epoch = errors.integer(_NAME, "epoch", epoch, least=0)
         plan = self._plans.get(epoch)
         if plan is None:
             plan = self._make_plan(epoch)
@@ -164,8 +166,8 @@ class Shard:
     """
 
     def __init__(self, sampler: LengthSampler, worker_index: int, num_workers: int) -> None:
-        _whole("num_workers", num_workers, least=1)
-        if _whole("worker_index", worker_index) >= num_workers:
+        errors.integer(_NAME, "num_workers", num_workers, least=1)
+        if errors.integer(_NAME, "worker_index", worker_index, least=0) >= num_workers:
             raise ValueError(_sentence("worker_index", worker_index, f"from 0 to {num_workers - 1}"))
         self.sampler = sampler
         self.worker_index = worker_index
@@ -188,7 +190,7 @@ class Shard:
 
     def set_epoch(self, epoch: int) -> None:
         """Begin this epoch, from its first step, when iterated next."""
-        self._epoch, self._step, self._begun = _whole("epoch", epoch), 0, False
+        self._epoch, self._step, self._begun = errors.integer(_NAME, "epoch", epoch, least=0), 0, False
 
     def state_dict(self) -> dict[str, Any]:
         """Where it stands, for JSON: it holds for any number of workers."""
@@ -210,7 +212,7 @@ class Shard:
                 _sentence("state", "of another sampler", "one with the same lengths, options and seed as this")
             )
         self.set_epoch(state["epoch"])
-        self._step = _whole("state's step", state["step"])
+        self._step = errors.integer(_NAME, "state's step", state["step"], least=0)
         if self._step > len(self):
             raise ValueError(_sentence("state", f"at step {state['step']}", f"from 0 to {len(self)}"))
         if self._step == len(self):
@@ -245,13 +247,5 @@ def _checked_lengths(lengths: Any) -> np.ndarray:
     return lengths
 
 
-def _whole(name: str, number: Any, least: int = 0) -> int:
-    return errors.integer("LengthSampler", name, number, least)
-
-
-def _whole_or_none(name: str, number: Any) -> int | None:
-    return None if number is None else _whole(name, number, least=1)
-
-
 def _sentence(argument: str, value: Any, rule: str, *more: str) -> str:
-    return errors.sentence("LengthSampler", argument, value, rule, *more)
+    return errors.sentence(_NAME, argument, value, rule, *more)

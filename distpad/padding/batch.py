@@ -165,33 +165,25 @@ def unpad(values: Any, lengths: Any = None, mask: Any = None) -> Any:
 def _check_length(length: Any) -> int | None:
     if length is None:
         return None
-    if not _is_whole(length):
-        raise TypeError(errors.sentence("pad", "length", repr(length), "an integer that is known now, or None"))
-    if operator.index(length) < 0:
-        raise ValueError(errors.sentence("pad", "length", operator.index(length), "at least 0"))
-    return operator.index(length)
+    if not errors.is_integer(length):  # a symbolic tensor neither: the padded shape would not be static
+        raise TypeError(
+            errors.sentence("pad", "length", repr(length), "an integer known before the graph runs, or None")
+        )
+    return errors.integer("pad", "length", length, least=0)
 
 
 def _check_axes(ragged_axes: Any) -> list[int] | None:
     if ragged_axes is None:
         return None
     several = (
-        isinstance(ragged_axes, Iterable) and not isinstance(ragged_axes, (str, bytes)) and not _is_whole(ragged_axes)
+        isinstance(ragged_axes, Iterable)
+        and not isinstance(ragged_axes, (str, bytes))
+        and not errors.is_integer(ragged_axes)
     )
     axes = list(ragged_axes) if several else [ragged_axes]
-    if not all(map(_is_whole, axes)):
+    if not all(map(errors.is_integer, axes)):
         raise TypeError(errors.sentence("pad", "ragged_axes", repr(ragged_axes), "an integer or several"))
     return [operator.index(axis) for axis in axes]
-
-
-def _is_whole(number: Any) -> bool:
-    if isinstance(number, (bool, np.bool_)):
-        return False
-    try:
-        operator.index(number)
-    except TypeError:  # a symbolic tensor is none either: the padded shape would not be static
-        return False
-    return True
 
 
 def _check_sequences(sequences: Any) -> None:

@@ -31,7 +31,7 @@ class Buckets:
 
     def __init__(self, boundaries: Iterable[int], *, beyond: str = "raise") -> None:
         given = list(boundaries)
-        if any(isinstance(boundary, bool) or not hasattr(boundary, "__index__") for boundary in given):
+        if not all(map(errors.is_integer, given)):
             raise TypeError(errors.sentence("Buckets", "boundaries", given, "integers"))
         self.boundaries = tuple(operator.index(boundary) for boundary in given)
         rising = all(a < b for a, b in zip(self.boundaries, self.boundaries[1:]))
