@@ -135,17 +135,6 @@ class Backend(abc.ABC):
                 )
         return [value]
 
-    # -- for Keras's fit ----------------------------------------------------------------------------------------------
-
-    fit_looks_at = 0  # so many batches at most are taken by an iteration that fit begins and drops before it trains
-    fit_reads_ahead = 0  # so many batches at most are taken beyond those that fit trains on
-    fit_must_repeat = False  # whether fit restarts no epoch
-    leaves_apart = False  # whether workers that leave fit at the same step may have asked for different batches
-
-    def fit_dataset(self, dataset: tf.data.Dataset) -> Any:
-        """What fit is given for a dataset of this worker's batches, the rows of its replicas behind one another."""
-        return dataset
-
     # -- all together -------------------------------------------------------------------------------------------------
 
     def run(self, function: Callable[[Any], Any], given: Callable[[int], Any]) -> list[Any]:

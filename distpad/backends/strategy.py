@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from distpad import errors, versions
+from distpad import errors
 from distpad.backends import base
 from distpad.launcher import topology
 
@@ -188,36 +188,6 @@ class StrategyBackend(base.Backend):
 
         # TensorFlow's own limit costs a sleeping thread until it is over, and aborts all collectives of the process.
         return base.within(limit_s, exchange)
-
-    fit_reads_ahead = 3  # fewer where there is one replica
-
-    @property
-    def fit_looks_at(self) -> int:  # type: ignore[override]
-        # Keras 3 takes one batch to build the model by, and then begins again; the strategy reads up to three ahead
-        return 4 if versions.KERAS >= 3 and self.num_workers == 1 else 0
-
-    @property
-    def leaves_apart(self) -> bool:  # type: ignore[override]
-        # The strategy reads two batches ahead of the steps, whatever its InputOptions say.
-        return self.num_workers > 1
-
-    @property
-    def fit_must_repeat(self) -> bool:  # type: ignore[override]
-        return self.num_workers > 1 and versions.KERAS < 3  # what fit is given is no dataset that it knows the size of
-
-    def fit_dataset(self, dataset: tf.data.Dataset) -> Any:
-        if self.num_workers == 1:
-            return dataset  # whose rows fit deals out
-        # Fit would take every so many-th of its batches. As it is given here, each replica takes the next one.
-        if self.replicas_here > 1:
-            dataset = dataset.flat_map(self.dealt)
-        return self.strategy.distribute_datasets_from_function(lambda _: dataset)
-
-    def dealt(self, *batch: Any) -> tf.data.Dataset:
-        """A batch for each replica of this worker."""
-        rows_of = lambda leaf: tf.concat([[self.replicas_here, -1], tf.shape(leaf)[1:]], axis=0)
-        parts = tf.nest.map_structure(lambda leaf: tf.reshape(leaf, rows_of(leaf)), batch)
-        return tf.data.Dataset.from_tensor_slices(parts)
 
     def close(self) -> None:
         # A worker that exits as soon as it has its last result resets connections over which others still receive

@@ -4,32 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
-import threading
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping
-from typing import Any, NamedTuple
-
-import numpy as np
-import tensorflow as tf
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from distpad import backends, errors
-from distpad.data import config, epoch, keras, reader, sources, sync
+from distpad.data import config, epoch, feeder, keras, progress, reader, sources, sync
 from distpad.data.collate import Batch
-from distpad.data.schema import Features, Name, Pad
+from distpad.data.schema import Name, Pad
 from distpad.data.stats import PaddingStats
 from distpad.padding.buckets import Buckets
 
 _NAME = "PaddedBatches"
 _BOUNDARIES = 8  # for the lengths of a sampler
-
-
-class _Position(NamedTuple):
-    """Steps of an epoch that were consumed, and fingerprints of its first ones, to know it again by."""
-
-    epoch: int = 0
-    step: int = 0
-    begins: tuple[int, ...] = ()
 
 
 class PaddedBatches:
@@ -116,19 +103,16 @@ class PaddedBatches:
             timeout_s=timeout_s,
         )
         self.stats = PaddingStats()
-        self._features: Features | None = None
-        self._at = self._began_at = _Position()  # now, and where what was opened last began
-        self._begun = False  # whether the next iteration is that of the next epoch
         self._opened = 0
-        self._running: epoch.Epoch | None = None
-        self._counting = threading.Lock()
-        self._handed = 0  # so many batches in the iteration of fit that runs
-        self._fed: list[tuple[int, _Position]] = []  # its epochs: what was handed out before each, and where it began
+        self._progress = progress.Progress(self._make_epoch)
+        self._requests = feeder.Requests(self._backend, self._config, self._progress)
 
     def __iter__(self) -> Iterator[Batch]:
         self._check_engine()
-        self._leave(None)
-        yield from self._consume(self._open())  # opened by the first batch: an iterator that nobody uses has no threads
+        self._requests.leave()
+        yield from self._progress.consume(
+            self._progress.open()
+        )  # opened by the first batch: an iterator that nobody uses has no threads
 
     def __bool__(self) -> bool:
         return True  # whether or not its length is known
@@ -148,93 +132,24 @@ class PaddedBatches:
             found = f"that of {mine} {what}, when it was made"
             raise ValueError(errors.sentence(_NAME, "backend", found, f"that of the {others} {what} now", remedy))
 
-    def _untrained(self) -> _Position | None:
-        """The beginning of the epoch that is to begin again, since fit may have trained on nothing of it: its batches
-        were only looked at, or read ahead."""
-        ahead = self._backend.fit_reads_ahead
-        if self._fed and self._handed <= max(self._backend.fit_looks_at, ahead):
-            return self._fed[0][1]
-        return next((position for before, position in self._fed[1:] if before >= self._handed - ahead), None)
-
-    def _leave(self, elements: keras.Elements | None) -> None:
-        """End what is running. An epoch that fit only looked at will begin again. Collective where workers of a
-        strategy feed fit: each may have been asked for another number of batches."""
-        self._stop()  # all workers have left that loop
-        if elements and self._backend.fit_reads_ahead and self._backend.num_workers > 1:
-            settings = self._config.warn_after_s, self._config.timeout_s, elements.channel
-            handed = np.array([self._handed]), np.zeros(1)
-            meeting = sync.WindowSync(self._backend, *settings)
-            self._handed = meeting.merge((1, 1), lambda _: handed, "the next epoch", lambda _: True)[0][0]
-        untrained = self._untrained()
-        if untrained:
-            self._at, self._begun = untrained, False
-        self._fed = []
-
-    def _open(self, elements: keras.Elements | None = None) -> epoch.Epoch:
-        """Begin the next epoch, of batches or of what fit is fed, when the last was left."""
-        if self._begun:
-            self._at = _Position(self._at.epoch + 1)
-        self._begun, self._began_at = True, self._at
-        number, step, begins = self._at
+    def _make_epoch(self, cursor: epoch.Cursor, elements: keras.Elements | None) -> epoch.Epoch:
+        number, step, begins = cursor
         samples = self._sampler is not None
         checked = 1 if samples else min(step, len(begins)) if step else epoch.BEGINNING
-        running = epoch.Epoch(
+        return epoch.Epoch(
             self._backend,
             self._config,
             lambda: self._steps(number, step, checked if step else 0),
-            features=self._features,
+            cursor=cursor,
+            features=self._progress.features,
             stats=self.stats,
-            position={"source": self._belongs_to(), **self._place(), "for_keras": str(elements)},
+            compared={"source": self._belongs_to(), "for_keras": str(elements)},
             beginning=reader.Beginning(None if samples else self._backend.worker_index, checked),
             sizes_of=functools.partial(self._padded_sizes, number),
             to_device=elements.of if elements else None,
             channel=elements.channel if elements else sync.Channel(),
             repeats=bool(elements and elements.repeats),
         )
-        self._running = running
-        return running
-
-    def _stop(self) -> None:
-        """Close what is running; a thread of tf.data's that is still in it counts no more steps."""
-        with self._counting:
-            running, self._running = self._running, None
-            if running is not None and not running.has_begun:  # on another worker perhaps it was not even opened
-                self._rewind()
-        if running is not None:
-            running.close()
-
-    def _rewind(self) -> None:
-        self._at, self._begun = self._began_at, False
-
-    def _place(self) -> dict[str, Any]:
-        return {**self._at._asdict(), "begins": list(self._at.begins)}
-
-    def _consume(self, running: epoch.Epoch) -> Iterator[Any]:
-        ended = False
-        try:
-            for batch in running.batches():
-                with self._counting:
-                    if running is not self._running:
-                        remedy = "Give each loop a PaddedBatches of its own."
-                        raise errors.DistpadError(f"{_NAME}: this loop was left, and another has begun. {remedy}")
-                    self._features = running.features
-                    # before it is handed out: who saves while training on it has consumed it
-                    self._at = _Position(self._at.epoch, self._at.step + 1, tuple(running.begins))
-                    if running.is_at_end:
-                        self._at, self._begun, ended = _Position(self._at.epoch + 1), False, True
-                yield batch
-            with self._counting:
-                if running is not self._running:
-                    return
-                if running.was_left:
-                    if not running.has_begun:
-                        self._rewind()
-                    return
-                if not ended:  # there was no batch
-                    self._at, self._begun = _Position(self._at.epoch + 1), False
-            running.finish()
-        finally:
-            running.close()
 
     def for_keras(self, *, x: Any, y: Any, repeat: bool = False) -> Any:
         """A ``tf.data.Dataset`` of this worker's batches for ``fit``: ``(x, y, weights)``. Each iteration is an epoch.
@@ -287,78 +202,35 @@ class PaddedBatches:
         ...     print(x.numpy().tolist(), y.numpy().tolist(), weights.numpy().tolist())
         [[1.0, 2.0], [3.0, 0.0]] [[1, 2], [3, 0]] [[1.0, 1.0], [1.0, 0.0]]
         """
-        if y is None and self._backend.num_workers > 1 and self._backend.fit_reads_ahead:
+        behavior = self._requests.behavior
+        if y is None and behavior.leaves_apart:
             remedy = "Let each worker predict in a loop: for batch in batches: strategy.run(...)."
             found = f"None with {self._backend.num_workers} workers of a strategy"
             raise ValueError(errors.sentence("for_keras", "y", found, "a feature", remedy))
-        if self._backend.fit_must_repeat and not repeat:
+        if behavior.must_repeat and not repeat:
             found = f"False with {self._backend.num_workers} workers of a strategy in Keras 2"
             remedy = "Then write fit(dataset, steps_per_epoch=...)."
             raise ValueError(errors.sentence("for_keras", "repeat", found, "True", remedy))
         self._check_engine(of_workers=True)
-        elements = keras.Elements(self._config, x, y, repeat)
-        self._leave(elements)
-        first = self._open(elements)
-        self._begun = False  # what is read ahead here is the first iteration's, or is dropped
+        elements = keras.Elements(self._config, x, y, repeat, behavior.leaves_apart)
+        self._requests.leave(elements)
+        first = self._progress.open(elements)
         try:
-            self._features = first.begin()
-            if self._features is None:
+            features = self._progress.features = first.begin()
+            if features is None:
                 raise ValueError(errors.sentence("for_keras", "source", "empty on all workers", "at least one example"))
-            signature = elements.signature(self._features, self._rows())
+            signature = elements.signature(features, self._rows())
         except BaseException:
             first.close()
             raise
         # predict gets no batch that only fills up a group of steps, or that follows this worker's last example
+        every = self._steps_of_all()
         is_whole = self._config.accumulation_steps == self._backend.num_workers == 1
-        steps = self._steps_of_all() if is_whole or not elements.predicts else None
-        dataset = self._backend.fit_dataset(
-            keras.dataset(self._feeder(elements, first), signature, steps, repeats=repeat)
-        )
+        feed = feeder.Feeder(self._progress, self._requests, elements, first, every)
+        made = keras.dataset(feed, signature, every if is_whole or not elements.predicts else None, repeats=repeat)
+        dataset = keras.distributed(made, self._backend)
         elements.dataset = weakref.ref(dataset)
         return dataset
-
-    def _feeder(self, elements: keras.Elements, first: epoch.Epoch) -> Callable[[], Iterator[Any]]:
-        """What each iteration calls, in a thread of tf.data's; ``first`` is what the first one finds begun."""
-        planned, steps = self._at, self._steps_of_all()
-        looked_at = itertools.count()
-
-        def epoch_of(goes_on: bool) -> Generator[Any, None, bool]:
-            """Returns whether all of it was handed out. ``goes_on``: from the epoch before, in the same iteration."""
-            elements.refuse_predict()
-            is_first = next(looked_at) == 0
-            is_look = self._backend.fit_looks_at > 0 and keras.keras_looks(otherwise=is_first)
-            fresh = is_first and first is self._running and planned == self._at
-            if not fresh and not goes_on:
-                self._leave(elements)
-            if steps and self._at.step and not self._begun:
-                found = f"at step {self._at.step}, when a dataset of {steps} steps an epoch was made already"
-                raise ValueError(errors.sentence("load_state_dict", "state", found, "to be loaded before for_keras"))
-            running = first if fresh else self._open(elements)
-            self._begun = True
-            self._handed = self._handed if self._fed else 0
-            self._fed = [
-                *self._fed[:1],
-                *self._fed[1:][-3:],
-                (self._handed, self._began_at),
-            ]
-            for element in self._consume(running):
-                self._handed += 1
-                if not (elements.predicts and not len(tf.nest.flatten(element)[0])):
-                    yield element
-            if running is not self._running:
-                return False
-            is_short = self._handed < self._backend.fit_looks_at  # so that looking reads all of it
-            if not elements.repeats and not (is_look and is_short):
-                self._fed = []
-            return not running.was_left
-
-        def feed() -> Iterator[Any]:
-            # Not by Dataset.repeat: where a worker is stopped between two epochs, nobody would tell the others.
-            goes_on = False
-            while (yield from epoch_of(goes_on)) and elements.repeats:
-                goes_on = True
-
-        return feed
 
     def _rows(self) -> int | None:
         """Of a batch for fit, where all have as many."""
@@ -369,7 +241,7 @@ class PaddedBatches:
 
     def _steps_of_all(self) -> int | None:
         """Of each epoch to come, where it is known that they have as many."""
-        if self._at.step or (self._sampler is not None and self._sampler.max_tokens):
+        if self._progress.at.step or (self._sampler is not None and self._sampler.max_tokens):
             return None
         return self._length()
 
@@ -392,7 +264,7 @@ class PaddedBatches:
 
     def _known_steps(self) -> int | None:
         if self._sampler is not None:
-            return len(self._sampler.plan(self._at.epoch))
+            return len(self._sampler.plan(self._progress.at.epoch))
         count = sources.count_of(self._source)
         if self._backend.num_workers > 1 or count is None:
             return None
@@ -405,7 +277,7 @@ class PaddedBatches:
 
         With a sampler it holds for any number of workers; without one for as many, with sources in the same order.
         """
-        at, group = self._untrained() or self._at, self._config.accumulation_steps
+        at, group = self._requests.untrained() or self._progress.at, self._config.accumulation_steps
         step = at.step // group * group
         begins = list(at.begins if step else ())
         return {"epoch": at.epoch, "step": step, "begins": begins, "source": self._belongs_to()}
@@ -443,9 +315,9 @@ class PaddedBatches:
             rule = "fingerprints of the epoch's first steps, as state_dict returned them"
             raise ValueError(errors.sentence(_NAME, "state's begins", found, rule))
         begins = tuple(errors.integer(_NAME, "state's begins", each, least=0) for each in state["begins"])
-        self._stop()
-        self._at = _Position(number, step, begins if step else ())
-        self._begun, self._fed = False, []
+        self._progress.stop()
+        self._progress.move_to(epoch.Cursor(number, step, begins if step else ()))
+        self._requests.clear()
 
     def _belongs_to(self) -> dict[str, Any]:
         """What a position is a position of: the plan of a sampler, or so many examples of each worker a step."""

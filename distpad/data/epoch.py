@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -21,6 +21,15 @@ BEGINNING = 8  # steps that a saved position is compared by
 _NOTHING = -(2.0**60)  # in a maximum: this worker has nothing to say
 
 
+class Cursor(NamedTuple):
+    """A position in the data: consumed steps of an epoch, and the fingerprints of its first steps, by which a source is
+    recognised."""
+
+    epoch: int = 0
+    step: int = 0
+    begins: tuple[int, ...] = ()
+
+
 class Epoch:
     """Reads, agrees, pads and hands over the steps of one epoch, from ``first_step`` on.
 
@@ -28,8 +37,8 @@ class Epoch:
     and one window before the first step, then each next window in the middle of the one before.
 
     Args:
-      position: where it begins, and what of: to be the same on all workers. ``"begins"`` are the fingerprints of its
-        first steps that were saved with a step behind them.
+      cursor: where it begins, the same on all workers.
+      compared: what else must be the same on all workers.
       beginning: of it, as this worker reads it.
       sizes_of: what the ragged axes of a step of the epoch are padded to, given their longest sizes.
       to_device: makes what is handed out of the replicas' batches in NumPy; left out, the backend does.
@@ -43,9 +52,10 @@ class Epoch:
         config: Config,
         steps: Callable[[], Iterator[reader.Step]],
         *,
+        cursor: Cursor,
         features: Features | None,
         stats: PaddingStats,
-        position: dict,
+        compared: dict[str, Any],
         beginning: reader.Beginning,
         sizes_of: Callable[[int, tuple[int, ...]], tuple[int, ...]],
         to_device: Callable[[Features, Sequence[collate.Batch]], Any] | None = None,
@@ -55,11 +65,13 @@ class Epoch:
         self.features = features
         self.was_left = False  # by another worker, before its end
         self.is_at_end = False  # whether no batch follows the one that was handed out last
-        self.begins: list[int] = position["begins"]  # fingerprints of its first steps, over all workers
+        self.cursor = cursor
+        self.begins = [*cursor.begins]  # fingerprints of its first steps, over all workers
         self._sizes_of, self._beginning = sizes_of, beginning
-        self._backend, self._config, self._stats, self._first = backend, config, stats, position["step"]
+        self._backend, self._config, self._stats, self._first = backend, config, stats, cursor.step
         versions = {"tensorflow": tf.__version__, "numpy": np.__version__}
-        self._configuration = json.dumps({**config.as_json(), **position, "versions": versions}, sort_keys=True)
+        described = {**config.as_json(), **compared, **cursor._asdict(), "versions": versions}
+        self._configuration = json.dumps(described, sort_keys=True)
         self._repeats = repeats
         self._agreement = sync.WindowSync(backend, config.warn_after_s, config.timeout_s, channel)
         self._reader = reader.Reader(steps, config, features, beginning)
@@ -73,7 +85,7 @@ class Epoch:
         self.has_begun = False  # whether all workers have agreed on it, as they all know at the same exchange
 
     def close(self) -> None:
-        """End both threads. A collective where the epoch was left early, if ``Backend.leaves_apart``; else none."""
+        """End both threads. A collective where the epoch was left early, if the channel has handshakes; else none."""
         self._agreement.leave()
         self._reader.close()
         self._padder.close()

@@ -7,12 +7,12 @@ import itertools
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from distpad import errors
+from distpad import backends, errors, versions
 from distpad.data import shutdown
 from distpad.data.collate import Batch
 from distpad.data.config import Config
@@ -20,7 +20,7 @@ from distpad.data.schema import Feature, Features, Name
 from distpad.data.sync import Channel
 
 _NAME = "for_keras"
-_LOOKS = "_maybe_symbolic_build"
+_PEEKS = "_maybe_symbolic_build"
 _CHANNELS = itertools.count(1)  # of exchanges: each dataset has one, since tf.data's threads iterate several at once
 
 
@@ -30,13 +30,14 @@ class Elements:
     Args:
       x, y: names of features, or nests of them; ``y`` is None for ``predict``, which gets the real rows of ``x`` alone.
       repeats: whether the dataset goes on with the next epoch.
+      leaves_apart: see ``FitBehavior``.
 
     Raises TypeError for what is no name, ValueError for an empty nest.
     """
 
-    def __init__(self, config: Config, x: Any, y: Any, repeats: bool) -> None:
+    def __init__(self, config: Config, x: Any, y: Any, repeats: bool, leaves_apart: bool) -> None:
         self._config, self.repeats = config, repeats
-        self.channel = Channel(next(_CHANNELS))
+        self.channel = Channel(next(_CHANNELS), handshakes=leaves_apart)
         self.predicts = y is None
         self._given = {"x": _as_nest("x", x)} if self.predicts else {"x": _as_nest("x", x), "y": _as_nest("y", y)}
         self.dataset: Callable[[], Any] = lambda: None  # what fit is given
@@ -131,6 +132,52 @@ class Elements:
         return np.where(mask, weights, 0).astype(np.float32)  # chosen, not multiplied: a weight's padding may be NaN
 
 
+class FitBehavior(NamedTuple):
+    """How fit consumes datasets under a backend.
+
+    Attributes:
+      peeks: Maximum number of batches that Keras consumes to infer shapes before training.
+      reads_ahead: Maximum number of batches that tf.data requests beyond those that fit has trained on.
+      must_repeat: whether fit cannot restart the dataset between epochs.
+      leaves_apart: whether workers that leave fit at the same step may have requested different numbers of batches.
+    """
+
+    peeks: int = 0
+    reads_ahead: int = 0
+    must_repeat: bool = False
+    leaves_apart: bool = False
+
+
+def behavior_of(backend: backends.Backend) -> FitBehavior:
+    """How fit consumes datasets under this backend."""
+    if not isinstance(backend, backends.StrategyBackend):
+        return FitBehavior()
+    # Keras 3 builds the model from one batch, then iterates again. A strategy requests up to three batches ahead of the
+    # steps, whatever its InputOptions are. Several workers get a DistributedDataset, which Keras 3 does not peek into,
+    # and whose size Keras 2 does not know.
+    several, keras_3 = backend.num_workers > 1, versions.KERAS >= 3
+    return FitBehavior(4 if keras_3 and not several else 0, 3, several and not keras_3, several)
+
+
+def distributed(dataset: tf.data.Dataset, backend: backends.Backend) -> Any:
+    """Return a dataset of this worker's batches in the form that fit takes under the backend."""
+    if not isinstance(backend, backends.StrategyBackend) or backend.num_workers == 1:
+        return dataset  # fit splits each batch between the replicas
+    # Fit would shard a tf.data.Dataset between the workers; each replica takes the next element of this one.
+    here = backend.replicas_here
+    if here > 1:
+        dataset = dataset.flat_map(lambda *batch: split(batch, here))
+    return backend.strategy.distribute_datasets_from_function(lambda _: dataset)
+
+
+def split(batch: Any, replicas: int) -> tf.data.Dataset:
+    """A worker's batch as a dataset of one batch for each of its replicas."""
+    rows_of = lambda leaf: tf.concat([[replicas, -1], tf.shape(leaf)[1:]], axis=0)
+    return tf.data.Dataset.from_tensor_slices(
+        tf.nest.map_structure(lambda leaf: tf.reshape(leaf, rows_of(leaf)), batch)
+    )
+
+
 def dataset(
     epochs: Callable[[], Iterator[Any]], signature: Any, steps: int | None, *, repeats: bool
 ) -> tf.data.Dataset:
@@ -147,13 +194,15 @@ def dataset(
     return made.with_options(options)
 
 
-def keras_looks(*, otherwise: bool) -> bool:
-    """Whether Keras 3 looks at a first batch now, by which it builds the model: each call of fit under a strategy does
-    so in an iteration that it drops. The frame of a private method tells, while it waits for that batch; where Keras
-    has none of that name, ``otherwise`` (tests/replicas/test_fit_epochs.py notices)."""
-    if not hasattr(tf.keras.Model, _LOOKS):
+def is_peeking(*, otherwise: bool) -> bool:
+    """Whether Keras 3 consumes a first batch now, to build the model, in an iteration that it drops.
+
+    Each call of fit under a strategy does so. While Keras waits for the batch, a private method of its is on a stack;
+    if Keras has no method of that name, the answer is ``otherwise`` (tests/replicas/test_fit_epochs.py would fail).
+    """
+    if not hasattr(tf.keras.Model, _PEEKS):
         return otherwise
-    return any(frame.f_code.co_name == _LOOKS for frame in _frames())
+    return any(frame.f_code.co_name == _PEEKS for frame in _frames())
 
 
 def _frames() -> Iterator[types.FrameType]:

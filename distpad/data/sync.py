@@ -32,6 +32,7 @@ class Channel:
     """Where workers meet, one exchange after the other, whichever epoch it is of."""
 
     number: int = 0  # see Backend.host_merge
+    handshakes: bool = False  # whether workers that leave at the same step may have come to different exchanges
     meeting: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
 
@@ -42,7 +43,7 @@ class WindowSync:
     A worker whose source is slow does not keep the others in a collective: after ``warn_after_s`` it comes and says
     that it has nothing yet. Then all know its name, warn, and meet again, until ``limit_s`` is over.
 
-    Where workers that leave at the same step may have come to different exchanges (``Backend.leaves_apart``), each
+    Where workers that leave at the same step may have come to different exchanges (``Channel.handshakes``), each
     begins with a handshake: who leaves comes to one more of these, and whoever meets it there goes no further. It does
     so in a thread: others may leave much later, when Python's garbage collector gets to the iterator there. Only then
     does anything else begin on this channel.
@@ -52,7 +53,7 @@ class WindowSync:
 
     def __init__(self, backend: backends.Backend, warn_after_s: float, limit_s: float, channel: Channel) -> None:
         self.backend, self.warn_after_s, self.limit_s, self.channel = backend, warn_after_s, limit_s, channel
-        self._parts = bool(channel.number) and backend.leaves_apart  # whether who leaves is to tell the others
+        self._parts = channel.handshakes
         self.seconds = 0.0  # spent in exchanges
         self._left = False
         self._telling: threading.Thread | None = None
