@@ -207,17 +207,17 @@ class PaddedBatches:
         ...     print(x.numpy().tolist(), y.numpy().tolist(), weights.numpy().tolist())
         [[1.0, 2.0], [3.0, 0.0]] [[1, 2], [3, 0]] [[1.0, 1.0], [1.0, 0.0]]
         """
-        behavior = self._requests.behavior
-        if y is None and behavior.leaves_apart:
+        behaviour = self._requests.behaviour
+        if y is None and behaviour.leaves_apart:
             remedy = "Let each worker predict in a loop: for batch in batches: strategy.run(...)."
             found = f"None with {self._backend.num_workers} workers of a strategy"
             raise ValueError(errors.sentence("for_keras", "y", found, "a feature", remedy))
-        if behavior.must_repeat and not repeat:
+        if behaviour.must_repeat and not repeat:
             found = f"False with {self._backend.num_workers} workers of a strategy in Keras 2"
             remedy = "Then write fit(dataset, steps_per_epoch=...)."
             raise ValueError(errors.sentence("for_keras", "repeat", found, "True", remedy))
         self._check_engine(of_workers=True)
-        elements = keras.Elements(self._config, x, y, repeat, behavior.leaves_apart)
+        elements = keras.Elements(self._config, x, y, repeat, behaviour.leaves_apart)
         self._requests.leave(elements)
         first = self._progress.open(elements)
         try:
@@ -299,10 +299,10 @@ class PaddedBatches:
             iteration, on all workers: a source that begins with other examples.
         """
         if not isinstance(state, Mapping):
-            raise TypeError(errors.sentence(_NAME, "state", repr(state), "what state_dict returned"))
+            raise TypeError(errors.sentence(_NAME, "state", repr(state), "a result of state_dict"))
         missing = {"epoch", "step", "begins", "source"} - set(state)
         if missing:
-            raise ValueError(errors.sentence(_NAME, "state", f"without {sorted(missing)}", "what state_dict returned"))
+            raise ValueError(errors.sentence(_NAME, "state", f"without {sorted(missing)}", "a result of state_dict"))
         mine = self._belongs_to()
         if state["source"] != mine:
             raise ValueError(errors.sentence(_NAME, "state", f"of {state['source']}", f"one of {mine}"))
@@ -318,7 +318,7 @@ class PaddedBatches:
             raise ValueError(errors.sentence(_NAME, "state's step", step, rule))
         if not isinstance(state["begins"], (list, tuple)) or (step and not state["begins"]):
             found = f"{state['begins']!r} at step {step}"
-            rule = "fingerprints of the epoch's first steps, as state_dict returned them"
+            rule = "the fingerprints of the epoch's first steps, as state_dict returned them"
             raise ValueError(errors.sentence(_NAME, "state's begins", found, rule))
         begins = tuple(errors.integer(_NAME, "state's begins", each, least=0) for each in state["begins"])
         self._progress.stop()

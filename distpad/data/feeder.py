@@ -26,12 +26,12 @@ class Requests:
 
     Attributes:
       count: batches that were requested since the first of these epochs began.
-      behavior: how fit consumes datasets under this backend.
+      behaviour: how fit consumes datasets under this backend.
     """
 
     def __init__(self, backend: backends.Backend, config: Config, progress: Progress) -> None:
         self._backend, self._config, self._progress = backend, config, progress
-        self.behavior = keras.behavior_of(backend)
+        self.behaviour = keras.behaviour_of(backend)
         self.count = 0
         self._epochs: list[tuple[int, Cursor]] = []  # the count before each, and the cursor where it begins
 
@@ -47,8 +47,8 @@ class Requests:
 
     def untrained(self) -> Cursor | None:
         """The cursor of the epoch that must begin again, because fit may have trained on none of its batches."""
-        ahead = self.behavior.reads_ahead
-        if self._epochs and self.count <= max(self.behavior.peeks, ahead):
+        ahead = self.behaviour.reads_ahead
+        if self._epochs and self.count <= max(self.behaviour.peeks, ahead):
             return self._epochs[0][1]
         return next((cursor for before, cursor in self._epochs[1:] if before >= self.count - ahead), None)
 
@@ -58,7 +58,7 @@ class Requests:
         Collective if workers may have consumed different numbers of batches: then the largest number holds.
         """
         self._progress.stop()
-        if elements and self.behavior.leaves_apart:
+        if elements and self.behaviour.leaves_apart:
             limits = self._config.warn_after_s, self._config.timeout_s
             window_sync = sync.WindowSync(self._backend, *limits, elements.channel)
             mine = np.array([self.count]), np.zeros(1)
@@ -101,7 +101,7 @@ class Feeder:
         progress, requests, elements = self._progress, self._requests, self._elements
         elements.refuse_predict()
         is_first = next(self._iterations) == 0
-        is_peek = requests.behavior.peeks > 0 and keras.is_peeking(otherwise=is_first)
+        is_peek = requests.behaviour.peeks > 0 and keras.is_peeking(otherwise=is_first)
         is_open = is_first and self._first is progress.running
         if not is_open and not continues:
             requests.leave(elements)
@@ -116,7 +116,7 @@ class Feeder:
                 yield element
         if running is not progress.running:
             return False
-        is_short = requests.count < requests.behavior.peeks  # a peek consumes the whole epoch
+        is_short = requests.count < requests.behaviour.peeks  # a peek consumes the whole epoch
         if not elements.repeats and not (is_peek and is_short):
             requests.clear()
         return not running.was_left

@@ -30,7 +30,7 @@ class Elements:
     Args:
       x, y: names of features, or nests of names. ``y=None`` is for ``predict``: elements hold the real rows of ``x``.
       repeats: whether an iteration continues with the next epoch.
-      leaves_apart: see ``FitBehavior``.
+      leaves_apart: see ``FitBehaviour``.
 
     Attributes:
       channel: the channel of the dataset's exchanges.
@@ -140,7 +140,7 @@ class Elements:
         return np.where(mask, weights, 0).astype(np.float32)  # not a product: the padding of weights may be NaN
 
 
-class FitBehavior(NamedTuple):
+class FitBehaviour(NamedTuple):
     """How fit consumes datasets under a backend.
 
     Attributes:
@@ -156,15 +156,15 @@ class FitBehavior(NamedTuple):
     leaves_apart: bool = False
 
 
-def behavior_of(backend: backends.Backend) -> FitBehavior:
+def behaviour_of(backend: backends.Backend) -> FitBehaviour:
     """How fit consumes datasets under this backend."""
     if not isinstance(backend, backends.StrategyBackend):
-        return FitBehavior()
+        return FitBehaviour()
     # Keras 3 builds the model from one batch, then iterates again. A strategy requests up to three batches ahead of the
     # steps, whatever its InputOptions are. Several workers get a DistributedDataset, which Keras 3 does not peek into,
     # and whose size Keras 2 does not know.
     several, keras_3 = backend.num_workers > 1, versions.KERAS >= 3
-    return FitBehavior(4 if keras_3 and not several else 0, 3, several and not keras_3, several)
+    return FitBehaviour(4 if keras_3 and not several else 0, 3, several and not keras_3, several)
 
 
 def distributed(dataset: tf.data.Dataset, backend: backends.Backend) -> Any:

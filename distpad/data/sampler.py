@@ -204,10 +204,10 @@ class Shard:
           TypeError, ValueError: not a state, or the state of a sampler with other lengths or options.
         """
         if not isinstance(state, dict):
-            raise TypeError(_sentence("state", repr(state), "what state_dict returned"))
+            raise TypeError(_sentence("state", repr(state), "a result of state_dict"))
         missing = {"epoch", "step", "sampler"} - set(state)
         if missing:
-            raise ValueError(_sentence("state", f"without {sorted(missing)}", "what state_dict returned"))
+            raise ValueError(_sentence("state", f"without {sorted(missing)}", "a result of state_dict"))
         if state["sampler"] != self.sampler.fingerprint():
             raise ValueError(
                 _sentence("state", "of another sampler", "one with the same lengths, options and seed as this")

@@ -154,7 +154,7 @@ class WindowSync:
             _OPEN.add(self)
         if not self._acquire(self._patience_s):
             self._left = True  # no worker waits for this one
-            raise self._timed_out(what, self._patience_s, "they have not left the epoch before")
+            raise self._timed_out(what, self._patience_s, "they have not left the previous epoch")
         try:
             if self.channel.handshakes:
                 self._left = self._left or self._merged(np.zeros(1), np.zeros(1), what)[0][0] > 0
@@ -193,8 +193,8 @@ class WindowSync:
 
     def _wait_on(self, code: int, what: str, waited: float) -> None:
         """Warn of a worker that is not ready; raise if it took too long."""
-        seconds, behind = divmod(code - 1, self.backend.num_workers)
-        slow = self.backend.num_workers - 1 - behind
+        seconds, workers_after = divmod(code - 1, self.backend.num_workers)
+        slow = self.backend.num_workers - 1 - workers_after
         found = f"PaddedBatches: worker {slow} is still reading {what}, for {max(seconds, 1)} s now"
         if seconds < self.limit_s:
             _LOG.warning("%s; worker %d waits for it.", found, self.backend.worker_index)

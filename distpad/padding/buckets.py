@@ -200,8 +200,8 @@ def _best_cuts(start: np.ndarray, number: np.ndarray, size: np.ndarray) -> np.nd
     while step > 1:
         step //= 2
         at = np.arange(step, last + 1, 2 * step)
-        low, behind = best[at - step], at + step
-        high = np.where(behind <= last, np.minimum(best[np.minimum(behind, last)], at), at)
+        low, after = best[at - step], at + step
+        high = np.where(after <= last, np.minimum(best[np.minimum(after, last)], at), at)
         begins = np.concatenate([[0], np.cumsum(high - low + 1)])
         where = np.repeat(np.arange(len(at)), high - low + 1)
         candidates = np.arange(begins[-1]) - begins[where] + low[where]

@@ -249,17 +249,17 @@ def _lengths(sizes: Sizes, axis: int, batch: int) -> np.ndarray:
 
 def _dtype(blocks: list[Block], options: arguments.Options) -> np.dtype:
     filled = [block for block in blocks if block.array.size]
-    filling = options.value.dtype
+    value_dtype = options.value.dtype
     if options.dtype is None:
         seen = filled or [block for block in blocks if block.typed]
-        dtype = arguments.common_dtype([block.array.dtype for block in seen] or [filling])
+        dtype = arguments.common_dtype([block.array.dtype for block in seen] or [value_dtype])
         for path, array, *_ in filled if dtype.kind in "fc" else ():
             if array.dtype.kind in "iu" and ((array > arguments.EXACT) | (array < -arguments.EXACT)).any():
                 raise _rounded(path[0])
-        return np.promote_types(dtype, filling) if dtype.kind in "US" and dtype.kind == filling.kind else dtype
+        return np.promote_types(dtype, value_dtype) if dtype.kind in "US" and dtype.kind == value_dtype.kind else dtype
     dtype = arguments.numpy_dtype(options.dtype)
     if dtype.kind in "US" and dtype.itemsize == 0:  # str and bytes have the length of the longest string
-        text = [block.array for block in filled] + [options.value] * (filling.kind == dtype.kind)
+        text = [block.array for block in filled] + [options.value] * (value_dtype.kind == dtype.kind)
         dtype = np.result_type(dtype, *{array.astype(dtype).dtype for array in text})
     for path, array, *_ in filled:
         if arguments.exact_cast(array, dtype) is None:

@@ -247,8 +247,8 @@ def _move_back(tf: Any, padded: Any, lengths: Any, axis: int) -> Any:
 def unpad(tf: Any, values: Any, lengths: Any, mask: Any) -> Any:
     """The sequences of a padded batch as a RaggedTensor."""
     if isinstance(values, (tf.RaggedTensor, tf.SparseTensor)):
-        what = f"a {type(values).__name__}"
-        raise TypeError(errors.sentence("unpad", "values", what, "a dense tensor", f"{what} has no padding."))
+        kind = type(values).__name__
+        raise TypeError(errors.sentence("unpad", "values", f"a {kind}", "a dense tensor", f"A {kind} has no padding."))
     values = tf.convert_to_tensor(values)
     if tf.executing_eagerly():
         unpadding.check_padded(tuple(values.shape), lengths, mask)

@@ -321,7 +321,11 @@ real = np.array([[True, True, False], [True, False, False]])
         ((values, None, real.astype(int)), TypeError, "Write mask.astype(bool)."),
         ((values, None, real[:, :2]), ValueError, "mask is of shape (2, 2), expected of the first two or more axes"),
         ((values, None, real[0]), ValueError, "mask is of shape (3,)"),
-        ((np.ones([1, 2, 2]), [3], np.ones([1, 2, 2], bool)), ValueError, "lengths[0] is 3, expected 2, as in the mask"),
+        (
+            (np.ones([1, 2, 2]), [3], np.ones([1, 2, 2], bool)),
+            ValueError,
+            "lengths[0] is 3, expected 2, as in the mask",
+        ),
     ],
 )
 def test_errors_of_unpad(args: tuple, error: type, words: str) -> None:
