@@ -1,4 +1,4 @@
-"""The leaf: distpad's exceptions and the form of its messages. Imports nothing of distpad."""
+"""distpad's exceptions, the form of its messages, and checks of arguments. Imports no other module of distpad."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import operator
 
 
 class DistpadError(Exception):
-    """Base of the errors that are distpad's own. Wrong arguments are plain ``ValueError`` and ``TypeError``."""
+    """Base class of distpad's own errors. Wrong arguments raise ``ValueError`` and ``TypeError``."""
 
 
 class PeerError(DistpadError):
-    """Another worker failed: the message names the worker and repeats what it said."""
+    """Another worker failed: the message names the worker and repeats its error."""
 
 
 def sentence(function: str, argument: str, value: object, expected: str, *notes: str) -> str:
@@ -24,7 +24,7 @@ def sentence(function: str, argument: str, value: object, expected: str, *notes:
 
 
 def choice(function: str, argument: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Refuse a string option that is none of ``allowed``, listing them all.
+    """Raise ValueError for an option that is not in ``allowed``, listing all of them.
 
     >>> choice("pad", "padding", "post", ("pre", "post"))
     """
@@ -32,22 +32,35 @@ def choice(function: str, argument: str, value: object, allowed: tuple[str, ...]
         raise ValueError(sentence(function, argument, repr(value), "one of " + ", ".join(map(repr, allowed))))
 
 
+def is_integer(value: object) -> bool:
+    """Whether ``value`` is an integer of Python's, NumPy's or an eager tensor; booleans are not.
+
+    >>> is_integer(3), is_integer(True), is_integer(3.0)
+    (True, False, False)
+    """
+    try:
+        operator.index(value)  # type: ignore[arg-type]
+    except TypeError:  # also of a symbolic tensor, whose value is not known yet
+        return False
+    return type(value).__name__ not in ("bool", "bool_")  # NumPy's has the second name; it is not imported here
+
+
 def integer(function: str, argument: str, value: object, least: int) -> int:
-    """``value`` as an int; TypeError where it is no integer, ValueError where it is below ``least``.
+    """``value`` as an int; TypeError if it is not an integer, ValueError if it is below ``least``.
 
     >>> integer("certify", "cases", 32, least=1)
     32
     """
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if not is_integer(value):
         raise TypeError(sentence(function, argument, repr(value), "an integer"))
-    number = operator.index(value)
+    number = operator.index(value)  # type: ignore[arg-type]
     if number < least:
         raise ValueError(sentence(function, argument, number, f"at least {least}"))
     return number
 
 
 def number(function: str, argument: str, value: object) -> float:
-    """``value`` as a float; TypeError where it is no real number.
+    """``value`` as a float; TypeError if it is not a real number.
 
     >>> number("PaddedBatches", "limit_s", 5)
     5.0

@@ -8,9 +8,8 @@ from typing import Any
 import tensorflow as tf
 
 import distpad
+from distpad.versions import KERAS as KERAS
 from replica_world import World
-
-KERAS = int(getattr(tf.keras, "__version__", "2").split(".")[0])
 
 
 def needs_help(world: World) -> bool:

@@ -327,7 +327,7 @@ MUTANTS = (
     Mutant(
         name="pipeline-weights-not-counted",
         file="data/reader.py",
-        old="total = _weight(arrays[weights], counted_sizes, weights, place)",
+        old="total = _weight(arrays[weights], counted_sizes, weights, index)",
         new="pass",
         selection="test_weights_are_counted",
     ),
@@ -336,7 +336,7 @@ MUTANTS = (
         file="data/config.py",
         old="return tuple(each.boundary(index) for each in given)",
         new="return tuple(each(size) for each, size in zip(given, agreed))",
-        selection="test_ladders_make_one_shape_a_boundary",
+        selection="test_buckets_make_one_shape_per_boundary",
     ),
     Mutant(
         name="pipeline-resumes-one-step-late",

@@ -1,4 +1,4 @@
-"""One device beside the engine: what a step would give if this process were all there is."""
+"""One device beside the engine: runs a function as if this process were the only one."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ _HERE = threading.local()
 
 
 def run_alone(function: Callable[[], Any]) -> Any:
-    """Call ``function()`` as one device: no strategy is in scope, and any backend that is asked for is the local one.
+    """Call ``function()`` on one device: no strategy is in scope, and every backend resolves to the local one.
 
-    It runs in a thread of its own, since a strategy's scope belongs to a thread and has no public way out. No
-    collective of distpad's; a Horovod call of the function's own still reaches all ranks.
+    The function runs in a new thread, since a strategy's scope belongs to a thread and has no public way out. distpad
+    makes no collective; a call of Horovod inside the function still reaches all ranks.
 
-    Returns: what the function returns, and raises what it raises.
+    Returns:
+      The result of the function, whose errors it raises.
 
     >>> run_alone(is_alone), is_alone()
     (True, False)
@@ -38,5 +39,5 @@ def run_alone(function: Callable[[], Any]) -> Any:
 
 
 def is_alone() -> bool:
-    """Whether the caller is in a function that ``run_alone`` runs."""
+    """Whether the caller runs inside ``run_alone``."""
     return getattr(_HERE, "alone", False)

@@ -1,4 +1,4 @@
-"""Backend: what distpad asks of an engine, and what follows from that."""
+"""Backend: the operations of an engine that distpad uses, and their defaults."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _Result = TypeVar("_Result")
 
 
 class Backend(abc.ABC):
-    """One engine, seen from a replica (a device's copy of the model) or from a worker (a process).
+    """One engine, used by a replica (a device's copy of the model) or by a worker (a process).
 
-    An engine must sum a tensor over all replicas. All the rest has a default that is built on the sum, which an engine
-    replaces where it has something better. Every method that communicates is collective: all replicas (or workers)
-    call it in the same order, with the same shapes and dtypes.
+    An engine implements the abstract methods. The other methods have defaults that use the sum; an engine overrides
+    them with faster operations. Every method that communicates is collective: all replicas (or workers) call it in the
+    same order, with the same shapes and dtypes.
 
     Attributes:
-      name: for messages.
-      gradient_reduction: how the engine's training loop joins the replicas' gradients: "sum" or "mean".
-      num_replicas: over all workers.
-      num_workers, worker_index: processes, and which of them this is.
+      name: the engine's name in messages.
+      gradient_reduction: how the engine's training loop reduces the replicas' gradients: "sum" or "mean".
+      num_replicas: number of replicas over all workers.
+      num_workers, worker_index: number of processes, and the index of this one.
     """
 
     name: str
@@ -37,16 +37,16 @@ class Backend(abc.ABC):
     # -- in the step: called where a replica's code runs, eagerly or in a tf.function ---------------------------------
 
     def in_replica(self) -> bool:
-        """Whether the caller stands where a replica's code runs."""
+        """Whether the caller runs in a replica's code."""
         return True
 
     def replica_count(self) -> Any:
-        """``num_replicas`` for use in a step: a number, or a scalar tensor where it can change behind a trace."""
+        """``num_replicas`` for use in a step: a number, or a scalar tensor if it can change after tracing."""
         return self.num_replicas
 
     @abc.abstractmethod
     def replica_index(self) -> tf.Tensor:
-        """This replica's number among all, an int32 scalar."""
+        """This replica's index among all replicas, an int32 scalar."""
 
     @abc.abstractmethod
     def all_reduce(self, tensor: tf.Tensor) -> tf.Tensor:
@@ -54,17 +54,13 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def all_gather_rows(self, tensor: tf.Tensor) -> tf.Tensor:
-        """All replicas' rows, in replica order. The first axis may differ between them. Collective."""
-
-    def all_reduce_max(self, tensor: tf.Tensor) -> tf.Tensor:
-        """The maximum over all replicas, the same on each. Collective: one all-reduce."""
-        return tf.reduce_max(self.all_gather(tensor), axis=0)
+        """All replicas' rows, in replica order. The size of the first axis may differ between replicas. Collective."""
 
     def all_gather(self, tensor: tf.Tensor) -> tf.Tensor:
-        """What each replica holds, ``[replicas, *shape]``, the same on each. Collective: one all-reduce.
+        """Each replica's tensor, ``[replicas, *shape]``, the same on each. Collective: one all-reduce.
 
-        Each replica adds its own slot to zeros, so that one small sum carries maxima, sums and the evidence for an
-        error. Slots are chosen, not multiplied: NaN in one stays there.
+        Each replica writes its tensor to its own slot of zeros. The slots are selected, not multiplied, so that NaN
+        stays in its slot.
         """
         count = self.replica_count()
         if isinstance(count, int) and count == 1:
@@ -74,16 +70,20 @@ class Backend(abc.ABC):
         return self.all_reduce(tf.where(mine, tensor[tf.newaxis], tf.zeros([], tensor.dtype)))
 
     def total_of(self, variable: Any) -> tf.Tensor:
-        """The sum of what each replica has added to a variable that it has its own part of, made in ``scope``; also
-        called where no replica's code runs, between steps. Collective: one all-reduce."""
+        """The sum over all replicas of a variable of which each replica has its own part, made in ``scope``.
+
+        May also be called between steps, outside a replica's code. Collective: one all-reduce.
+        """
         return self.all_reduce(tf.convert_to_tensor(variable))
 
     is_elastic = False  # whether the number of workers may change while the job runs
 
     @property
     def gradient_scale(self) -> Any:
-        """What a replica's share of the global mean is multiplied by, so that the engine's reduction restores it; a
-        number or a scalar tensor, as ``replica_count``."""
+        """The factor on a replica's local contribution to the global mean: the engine's reduction cancels it.
+
+        A number or a scalar tensor, as ``replica_count``.
+        """
         return 1 if self.gradient_reduction == "sum" else self.replica_count()
 
     # -- between steps: called once by each worker, with NumPy arrays -------------------------------------------------
@@ -101,22 +101,22 @@ class Backend(abc.ABC):
     ) -> tuple[np.ndarray, np.ndarray]:
         """The maximum of one vector and the sum of another over all workers, in one exchange; both float64.
 
-        Exchanges of one channel meet in their order. Where fit can be fed, those of a channel above 0 may come from any
-        thread, whatever the others do meanwhile.
+        The exchanges of one channel are paired in their order. Exchanges of channels above 0, which serve Keras's fit,
+        may come from any thread, in any order with respect to the engine's other collectives.
 
-        Raises TimeoutError where the others did not come within ``limit_s`` seconds, or came with something else; an
-        engine that cannot tell waits as long as it always does. Collective among workers.
+        Raises TimeoutError if another worker does not come within ``limit_s`` seconds, or comes with other shapes. An
+        engine without time limits ignores ``limit_s``. Collective among workers.
         """
         return self.host_max(maxima), self.host_sum(sums)
 
     def host_all_gather(self, array: np.ndarray) -> np.ndarray:
-        """What each worker holds, ``[workers, *shape]``. Collective among workers."""
+        """Each worker's array, ``[workers, *shape]``. Collective among workers."""
         slots = np.zeros((self.num_workers, *array.shape), array.dtype)
         slots[self.worker_index] = array
         return self.host_sum(slots)
 
     def host_all_gather_bytes(self, given: bytes) -> list[bytes]:
-        """What each worker gives, of any size, in worker order. Collective among workers."""
+        """Each worker's bytes, of any size, in worker order. Collective among workers."""
         sizes = self.host_all_gather(np.array(len(given), np.int64))
         words = np.zeros(-(-int(sizes.max()) // 4), np.int32)  # no engine sums bytes
         words.view(np.uint8)[: len(given)] = np.frombuffer(given, np.uint8)
@@ -124,16 +124,18 @@ class Backend(abc.ABC):
 
     @property
     def replicas_here(self) -> int:
-        """How many replicas this worker has."""
+        """The number of replicas on this worker."""
         return self.num_replicas // self.num_workers
 
     def to_device(self, values: Sequence[Any]) -> Any:
-        """One nest of NumPy arrays for each replica of this worker, as tensors on its device, in the form that the
-        engine's step takes. No collective: any thread may call it."""
+        """Move nests of NumPy arrays, one for each replica of this worker, to the replicas' devices.
+
+        Returns the argument of the engine's step. No collective: any thread may call it.
+        """
         return tf.nest.map_structure(tf.convert_to_tensor, values[0])
 
     def local_results(self, value: Any) -> list[Any]:
-        """What each replica of this worker holds of what a step gave back, or of a variable; a nest each."""
+        """A step's result, or a variable, as a list of nests: one for each replica of this worker."""
         for leaf in tf.nest.flatten(value):
             if isinstance(leaf, tf.distribute.DistributedValues):
                 raise ValueError(
@@ -141,65 +143,56 @@ class Backend(abc.ABC):
                 )
         return [value]
 
-    # -- for Keras's fit ----------------------------------------------------------------------------------------------
-
-    fit_looks_at = 0  # so many batches at most are taken by an iteration that fit begins and drops before it trains
-    fit_reads_ahead = 0  # so many batches at most are taken beyond those that fit trains on
-    fit_must_repeat = False  # whether fit restarts no epoch
-    leaves_apart = False  # whether workers that leave fit at the same step may have asked for different batches
-
-    def fit_dataset(self, dataset: tf.data.Dataset) -> Any:
-        """What fit is given for a dataset of this worker's batches, the rows of its replicas behind one another."""
-        return dataset
-
-    # -- all together -------------------------------------------------------------------------------------------------
+    # -- steps: called by each worker ---------------------------------------------------------------------------------
 
     def run(self, function: Callable[[Any], Any], given: Callable[[int], Any]) -> list[Any]:
-        """Call ``function(given(r))`` in a graph for each replica r of this worker, all of them one step together.
+        """Call ``function(given(r))`` in a graph for each replica r of this worker, in one step.
 
-        Returns the results in replica order. Collective where ``function`` is.
+        Returns the results in replica order. Collective if ``function`` is.
         """
         return self.graph(function)(given)
 
     def graph(self, function: Callable[[Any], Any]) -> Callable[[Callable[[int], Any]], list[Any]]:
-        """``run`` for a function that is run often: traced once for each structure and shape of what is given."""
+        """``run`` for repeated use: the function is traced once for each structure and shape of its argument."""
         traced = tf.function(function)
         return lambda given: [traced(tf.nest.map_structure(tf.convert_to_tensor, given(self.worker_index)))]
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
-        """Where models are made: their variables are then the engine's, and the engine is found by detection."""
+        """The scope for making models: their variables belong to the engine, and detection finds the engine."""
         return contextlib.nullcontext()
 
-    def close(self) -> None:  # noqa: B027 (nothing is right)
-        """End what the engine keeps running here, before the process exits: all workers come to it, and leave together.
+    def close(self) -> None:  # noqa: B027 (the default has nothing to close)
+        """Close the engine before the process exits. All workers call it and leave together.
 
-        A worker that never comes holds up the others for a limited time, and breaks nothing.
+        If a worker does not call it, the others wait for a limited time.
         """
 
     # -- gradients and variables --------------------------------------------------------------------------------------
 
     def reduce_gradients(self, gradients: Sequence[Any]) -> list[Any]:
-        """Gradients as the optimiser should get them. Strategies reduce inside the optimiser, so nothing is done."""
+        """The gradients for the optimiser. Unchanged under strategies, whose optimisers reduce them."""
         return list(gradients)
 
     def reduce_in_optimizer(self, gradients: Sequence[Any]) -> list[Any]:
-        """What the engine's optimiser then does with the gradients that ``reduce_gradients`` returned."""
+        """The reduction that the engine's optimiser applies to the result of ``reduce_gradients``."""
         return list(gradients)
 
     def reduced_gradients(self, gradients: Sequence[Any]) -> list[Any]:
-        """The global gradient, for an optimiser that looks at it before the engine's own reduction, which must leave it
-        as it is. Collective."""
+        """The global gradients, in a form that the engine's own later reduction does not change. Collective.
+
+        For an optimiser that reads the gradients before the engine reduces them.
+        """
         return self.reduce_gradients(gradients)
 
     def keras_2_optimizer(self, optimizer: Any) -> Any:
-        """An optimiser of Keras 2 that reduces as the engine does; its own do that for strategies, before all else."""
+        """A Keras 2 optimiser that reduces as the engine does. Keras's own optimisers do so under strategies."""
         return optimizer
 
-    def broadcast(self, variables: Sequence[tf.Variable], root: int) -> None:  # noqa: B027 (nothing is right)
-        """Give all workers the values of worker ``root``. Strategies keep copies alike by themselves."""
+    def broadcast(self, variables: Sequence[tf.Variable], root: int) -> None:  # noqa: B027 (the default is complete)
+        """Assign the values of worker ``root`` on all workers. Strategies keep their copies equal themselves."""
 
     def reduce_loss(self, value: Any) -> tf.Tensor:
-        """The global value of a replica's share: the sum, or under "mean" the mean. Collective."""
+        """The global value of the replicas' local contributions: their sum, or under "mean" their mean. Collective."""
         if isinstance(value, tf.distribute.DistributedValues):
             raise ValueError(
                 f"global_value: loss is a {type(value).__name__}, but no strategy is in scope. Write backend=strategy, "
@@ -210,9 +203,9 @@ class Backend(abc.ABC):
 
 
 def within(limit_s: float, exchange: Callable[[], _Result]) -> _Result:
-    """What a collective of an engine without limits gives: it waits in a thread of its own, and the caller beside it.
+    """Return the result of a collective of an engine without time limits, which runs in a new thread.
 
-    Raises TimeoutError where the others did not come in time, or the collective failed.
+    Raises TimeoutError if the collective is not done within the limit, or fails.
     """
     done: list[Any] = []
 

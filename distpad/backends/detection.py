@@ -1,4 +1,4 @@
-"""Which engine runs this code. Detection never guesses: where two answers are possible, it says what to write."""
+"""Detection of the engine that runs this code. If two engines are possible, an error names the argument to write."""
 
 from __future__ import annotations
 
@@ -13,25 +13,24 @@ from distpad.launcher import topology
 
 
 def resolve(backend: Any = None, *, function: str = "distpad") -> base.Backend:
-    """The backend that ``backend=`` names; left out, the one in whose hands this code runs.
+    """Return the backend that ``backend=`` names, or detect the engine that runs this code.
 
     Args:
-      backend: a Backend, a ``tf.distribute.Strategy``, ``"local"``, ``"horovod"``, or None: Horovod when it is
+      backend: a Backend, a ``tf.distribute.Strategy``, ``"local"``, ``"horovod"``, or None: Horovod if it is
         initialised, else the strategy in scope, else one device.
       function: the public function's name, for messages.
 
     Raises:
-      ValueError: an unknown name; or, with None, a process that was started as one of several but has neither an
-        initialised Horovod nor a strategy of several workers in scope; or several Horovod ranks with a strategy of
-        several replicas.
-      ValueError: a backend of fewer replicas than the strategy whose replica runs this code.
-      TypeError: anything else.
-      DistpadError: the engine came up with fewer or other workers than the launcher promised (topology.py).
+      ValueError: an unknown name; a backend of fewer replicas than the strategy whose replica runs this code. With
+        None: a process that was started as one of several, but has neither an initialised Horovod nor a strategy of
+        several workers in scope; several Horovod ranks with a strategy of several replicas.
+      TypeError: another type.
+      DistpadError: the engine differs from the launcher's expected topology (topology.py).
 
     >>> resolve("local").num_replicas
     1
     """
-    if alone.is_alone():  # whatever the engine is, and whoever names it
+    if alone.is_alone():  # also with a backend that the caller names
         return local.LocalBackend()
     if backend is None:
         return _detect(function)
@@ -44,9 +43,9 @@ def resolve(backend: Any = None, *, function: str = "distpad") -> base.Backend:
 
 
 def resolve_step(backend: Any = None, *, function: str = "distpad") -> base.Backend:
-    """As ``resolve``, for what is part of a training step, which must span all replicas that train together.
+    """``resolve`` for a training step, which must span all replicas that train together.
 
-    Raises as ``resolve``; and ValueError where the backend is one device, but Horovod runs several ranks.
+    Raises the errors of ``resolve``; also ValueError if the backend is one device, but Horovod runs several ranks.
     """
     found = resolve(backend, function=function)
     ranks = _horovod_ranks()
@@ -68,9 +67,9 @@ def _named(backend: Any, function: str) -> base.Backend:
 
 
 def _too_few(function: str, found: base.Backend, running: int, of: str) -> ValueError:
-    """Each replica would take its own numbers for those of all."""
+    """The error for a backend whose sums would leave replicas out."""
     value = f"{found.name!r}, with {found.num_replicas} replica{'s' * (found.num_replicas > 1)}"
-    remedy = "Leave backend= away. For one device beside the others, use distpad.backends.run_alone."
+    remedy = "Omit backend=. For one device beside the others, use distpad.backends.run_alone."
     return ValueError(errors.sentence(function, "backend", value, f"one of all {running} {of}", remedy))
 
 
@@ -94,8 +93,10 @@ def _detect(function: str) -> base.Backend:
 
 
 def _in_scope(in_scope: tf.distribute.Strategy, function: str) -> base.Backend:
-    """The strategy in scope. One of a single worker among several is refused, as it is when there is no scope: each
-    would train alone. One of a single device never looks like an engine; who means another writes backend=strategy."""
+    """The backend of the strategy in scope.
+
+    Raises ValueError for a strategy of a single worker in a job of several workers, each of which would train alone.
+    """
     found = strategy.StrategyBackend(in_scope)
     if found.num_workers == 1 and not isinstance(in_scope, tf.distribute.OneDeviceStrategy):
         topology.refuse_alone(function)
@@ -103,6 +104,6 @@ def _in_scope(in_scope: tf.distribute.Strategy, function: str) -> base.Backend:
 
 
 def _horovod_ranks() -> int:
-    """The ranks of an initialised Horovod, or 0. Horovod is looked at only where the process has imported it."""
+    """The number of ranks of an initialised Horovod, or 0. Does not import Horovod."""
     hvd = sys.modules.get("horovod.tensorflow")
     return int(hvd.size()) if hvd is not None and hvd.is_initialized() else 0

@@ -1,4 +1,4 @@
-"""ElasticState: training that goes on when workers are lost or join, with as many as there are then."""
+"""ElasticState: training that continues with another number of workers when workers are lost or join."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from distpad import errors
 from distpad.backends import base, detection, horovod, local, variables
 
 _NAME = "ElasticState"
-# What an UnknownError says that comes from a collective: Horovod's own words, its operations, its transport.
+# Messages of an UnknownError from a failed collective: of Horovod, of its operations, of its transport.
 _LOST = re.compile(r"Horovod has been shut down|Horovod[A-Z]|gloo")
 
 
 class _Saved(NamedTuple):
-    """What a commit keeps in this worker's memory."""
+    """A commit in this worker's memory."""
 
     values: list[np.ndarray]
     position: dict[str, Any] | None
@@ -29,13 +29,13 @@ class _Saved(NamedTuple):
 
 
 class ElasticState:
-    """What workers of an elastic Horovod job have in common: variables, the place in the data, and plain objects.
+    """The state that the workers of an elastic Horovod job share: variables, the position in the data, and objects.
 
-    ``commit`` keeps a copy in memory. When a worker is lost, the others go back to their last commit, form a job of
-    those that are left, and go on; when hosts come or go, all leave their loop at a commit and form a new job. Then
-    whoever has trained longest tells the others, so that who joins learns all. The global batch is the sampler's,
-    whatever the number of workers: so training takes the same steps as if nothing had happened, and each example is
-    seen once an epoch.
+    ``commit`` keeps a copy of the state in memory. When a worker is lost, the remaining workers restore their last
+    commit, form a new job, and continue. When hosts are added or removed, all workers leave their loop at a commit and
+    form a new job. Then the worker with the most commits broadcasts its state, also to workers that join. The sampler
+    defines the global batch for any number of workers: training takes the same steps as without the change, and each
+    example comes once per epoch.
 
         hvd.init()
         state = distpad.ElasticState([model, optimizer], batches=batches, step=0)
@@ -43,7 +43,7 @@ class ElasticState:
         @distpad.ElasticState.run
         def train(state):
             while state.step < steps:
-                for batch in state.batches:  # goes on where the last commit was made
+                for batch in state.batches:  # continues after the last commit
                     step(batch)
                     state.step += 1
                     if state.step % 10 == 0:
@@ -51,34 +51,35 @@ class ElasticState:
 
         train(state)
 
-    Before ``train`` is called there may be no collective, since a worker that joins finds the others in theirs. What
-    depends on who is rank 0, such as opening files, belongs into ``train``, which is called again after each change.
-    Functions of TensorFlow may be made outside and are right for any number of workers, where distpad's own functions
-    are all that asks for it; they are traced again for other shapes of a batch alone.
+    Make no collective before the call of ``train``: when a worker joins, the others are already in theirs. Code that
+    depends on the rank, such as opening files on rank 0, belongs into ``train``, which is called again after each
+    change. tf.functions may be created outside ``train``; they stay correct after a resize if only distpad ops read the
+    world size. They are traced again only for new shapes of a batch.
 
-    A worker that joins must come within HOROVOD_GLOO_TIMEOUT_SECONDS (30, which is short for importing TensorFlow on a
-    busy host). Where it does not, Horovod aborts those that wait for it, and the job ends: what is left is to start it
-    again from a checkpoint.
+    A worker that joins must come within HOROVOD_GLOO_TIMEOUT_SECONDS (30 s by default, which is short for importing
+    TensorFlow on a busy host). If it does not, Horovod aborts the waiting workers and the job ends: start it again from
+    a checkpoint.
 
-    Without Horovod, in a single process, ``run`` calls the function and nothing more: a program runs alone as it is.
+    In a single process without Horovod, ``run`` only calls the function.
 
     Args:
-      variables: a list of TensorFlow, Keras 2 or Keras 3 variables, and of what has ``variables``, such as models and
-        optimisers. Optimisers must be built: ``optimizer.build(model.trainable_variables)``.
-      batches: a ``PaddedBatches`` over ``(indexable, LengthSampler)``, or None. Its place is committed with the rest.
+      variables: a list of TensorFlow, Keras 2 or Keras 3 variables, and of objects with ``variables``, as models and
+        optimisers. Build optimisers first: ``optimizer.build(model.trainable_variables)``.
+      batches: a ``PaddedBatches`` over ``(indexable, LengthSampler)``, or None. A commit includes its position.
       backend: see ``distpad.backends.resolve``: Horovod with all its ranks, or one device.
-      objects: become attributes, as ``state.step``. They are copied at each commit, and pickled to those that join.
+      objects: become attributes, such as ``state.step``. A commit copies them; workers that join receive them pickled.
 
     Attributes:
-      batches: as given.
+      batches: the argument.
       is_alone: whether this is a single process without Horovod.
 
     Raises:
-      ValueError: a place in ``batches`` that does not hold for other numbers of workers, since they have no sampler; an
-        engine that is not elastic; a process set; a name that the state uses itself.
-      TypeError: ``variables`` is no list, or one of them is neither a variable nor has any.
+      ValueError: ``batches`` without a sampler, whose position is not valid for another number of workers; an engine
+        that is not elastic; a process set; a name in ``objects`` that the state uses itself.
+      TypeError: ``variables`` is not a list, or holds an object that is not a variable and has no variables.
 
-    Making one is no collective. Source: Horovod's elastic training (https://horovod.readthedocs.io/en/stable/elastic).
+    Making a state is not a collective. Source: Horovod's elastic training
+    (https://horovod.readthedocs.io/en/stable/elastic).
 
     >>> weight = tf.Variable(1.0)
     >>> state = ElasticState([weight], step=0)
@@ -101,24 +102,24 @@ class ElasticState:
         self.batches = _checked_batches(batches)
         taken = [name for name in objects if hasattr(self, name) or name.startswith("_")]
         if taken:
-            raise ValueError(errors.sentence(_NAME, "objects", f"with {taken}", "names that the state has no use for"))
+            raise ValueError(errors.sentence(_NAME, "objects", f"with {taken}", "names that the state does not use"))
         self._names = tuple(objects)
         self._set_objects(objects)
-        self._age = 0  # commits in the life of what is held, on whichever workers
+        self._age = 0  # commits of this state since the start of the job, on any worker
         self.save()
 
     @staticmethod
     def run(function: Callable[..., Any]) -> Callable[..., Any]:
-        """Decorate the function that trains: it is called with the state, and again after each change of workers.
+        """Decorate the training function, so that it is called again with the state after each change of workers.
 
-        As Horovod's own ``hvd.elastic.run``, which takes the loss of a worker for the end of training where the
-        collective that failed has a name of its own or reduces a group: it returns None, as if all were done.
+        It replaces ``hvd.elastic.run``, which returns None, as if training were done, when a worker is lost during a
+        named or grouped collective.
 
         Args:
-          function: takes the state, and what else it is called with.
+          function: takes the state, then any other arguments.
 
         Returns:
-          A function that returns what the last call returns. Collective among workers.
+          A function that returns the result of the last call. Collective among workers.
 
         >>> train = ElasticState.run(lambda state, rate: state.step * rate)
         >>> train(ElasticState([], step=3), 2)
@@ -141,21 +142,21 @@ class ElasticState:
 
         return elastic
 
-    # -- what the function that trains calls --------------------------------------------------------------------------
+    # -- called by the training function ------------------------------------------------------------------------------
 
     def commit(self) -> None:
-        """Keep what is so now, and leave the loop where hosts have come or gone. All workers call it at the same step.
+        """Save the state in memory, and leave the loop if hosts were added or removed.
 
-        Costs a copy of the variables to host memory, and what ``check_host_updates`` costs.
+        All workers call it at the same step. It copies the variables to host memory and calls ``check_host_updates``.
 
-        Raises ValueError where there are more or fewer variables than when the state was made.
+        Raises ValueError if the number of variables has changed since the constructor.
         """
         self.save()
         self._age += 1
         self.check_host_updates()
 
     def check_host_updates(self) -> None:
-        """Leave the loop, by Horovod's HostsUpdatedInterrupt, where hosts have come or gone; nothing is lost by it.
+        """Leave the loop, by Horovod's HostsUpdatedInterrupt, if hosts were added or removed. No step is lost.
 
         All workers call it at the same step. Collective: two small broadcasts.
         """
@@ -166,29 +167,30 @@ class ElasticState:
                 self._hosts.check_host_updates()
         except RuntimeError as interrupt:
             if hasattr(interrupt, "skip_sync"):
-                # Horovod would skip it where hosts went alone; but others may have come since, and would wait for it.
+                # Horovod would skip the sync if hosts were only removed. Hosts may have been added since, whose workers
+                # would wait for the sync.
                 interrupt.skip_sync = False
-                self._move_to(self._position())  # ends the threads that read ahead, for another number of workers
+                self._move_to(self._position())  # ends the threads that read ahead for the old number of workers
             raise
 
     def save(self) -> None:
-        """Keep what is so now. No collective."""
+        """Save the state in memory. No collective."""
         values = [variable.numpy() for variable in self._variables()]
         self._saved = _Saved(values, self._position(), copy.deepcopy(self._objects()))
 
-    # -- what Horovod's loop calls ------------------------------------------------------------------------------------
+    # -- called by Horovod's loop -------------------------------------------------------------------------------------
 
     def restore(self) -> None:
-        """Go back to what was saved last. No collective."""
+        """Restore the state that was saved last. No collective."""
         for variable, value in zip(self._variables(), self._saved.values):
             variable.assign(value)
         self._move_to(self._saved.position)
         self._set_objects(copy.deepcopy(self._saved.objects))
 
     def sync(self) -> None:
-        """Take over what the worker holds that has seen most commits, the first of them. Collective.
+        """Take the state of the worker with the most commits, the first of these workers. Collective.
 
-        Raises ValueError on all workers where they do not hold variables of the same shapes and dtypes.
+        Raises ValueError on all workers if their variables differ in number, shapes or dtypes.
         """
         if self.is_alone:
             return
@@ -198,18 +200,18 @@ class ElasticState:
             root = self._eldest()
             self._backend.broadcast(held, root)
             mine = self._age, self._position(), self._objects()
-            told = _horovod_elastic().broadcast_object(mine, root_rank=root, name="distpad_elastic_objects")
-        self._age, position, objects = told
+            received = _horovod_elastic().broadcast_object(mine, root_rank=root, name="distpad_elastic_objects")
+        self._age, position, objects = received
         self._move_to(position)
         self._set_objects(objects)
         self.save()
 
     def on_hosts_updated(self, timestamp: Any, update: Any) -> None:
-        """Horovod's launcher knows of other hosts. Called in a thread of Horovod's."""
+        """Note that hosts were added or removed. Horovod calls it in a thread of its own."""
         self._hosts.on_hosts_updated(timestamp, update)
 
     def on_reset(self) -> None:
-        """A new job has formed. What was heard of hosts meanwhile is kept: a host may have come after it formed."""
+        """Adapt to a new job. Notes about hosts are kept, since a host may have been added after the job formed."""
         horovod.renew()
 
     # -- inside -------------------------------------------------------------------------------------------------------
@@ -217,13 +219,13 @@ class ElasticState:
     def _variables(self) -> list[tf.Variable]:
         found = _flat(self._tracked)
         if len(found) != self._count:
-            remedy = "Build optimisers before: optimizer.build(model.trainable_variables)."
-            raise ValueError(
-                errors.sentence(_NAME, "variables", f"{len(found)} now", f"{self._count}, as when it was made", remedy)
-            )
+            remedy = "Build optimisers first: optimizer.build(model.trainable_variables)."
+            rule = f"{self._count}, as in the constructor"
+            raise ValueError(errors.sentence(_NAME, "variables", f"{len(found)} now", rule, remedy))
         return found
 
     def _eldest(self) -> int:
+        """The first worker with the most commits."""
         workers, worker = self._backend.num_workers, self._backend.worker_index
         most = self._backend.host_max(np.array([self._age * workers + workers - 1 - worker], np.int64))
         return workers - 1 - int(most[0]) % workers
@@ -244,7 +246,7 @@ class ElasticState:
 
 
 def _flat(given: Sequence[Any]) -> list[tf.Variable]:
-    """Variables, and those of models and optimisers, of which some have a method for them and some a list."""
+    """The variables of a list of variables, models and optimisers; ``variables`` of an object is a list or a method."""
     found: list[Any] = []
     for item in given:
         held = getattr(item, "variables", [item])
@@ -256,7 +258,7 @@ def _checked_backend(backend: base.Backend) -> base.Backend:
     if not isinstance(backend, (horovod.HorovodBackend, local.LocalBackend)):
         raise ValueError(errors.sentence(_NAME, "backend", backend.name, "Horovod, which is elastic, or one device"))
     if isinstance(backend, horovod.HorovodBackend) and not backend.has_all_ranks:
-        raise ValueError(errors.sentence(_NAME, "backend", "of a process set", "one of all ranks"))
+        raise ValueError(errors.sentence(_NAME, "backend", "of a process set", "a backend of all ranks"))
     return backend
 
 
@@ -266,44 +268,47 @@ def _checked_batches(batches: Any) -> Any:
     if not (hasattr(batches, "state_dict") and hasattr(batches, "load_state_dict")):
         raise TypeError(errors.sentence(_NAME, "batches", type(batches).__name__, "a distpad.PaddedBatches"))
     if "sampler" not in batches.state_dict()["source"]:
-        remedy = "A place in a source of each worker's own means nothing to another number of workers."
+        remedy = "Without a sampler, a position is not valid for another number of workers."
         rule = "batches of (indexable, LengthSampler)"
         raise ValueError(errors.sentence(_NAME, "batches", "without a sampler", rule, remedy))
     return batches
 
 
 def _horovod_elastic() -> Any:
-    """``horovod.tensorflow``, with the parts of its elastic loop that are used here and are not promised to users."""
+    """Return ``horovod.tensorflow``. ImportError if its elastic module lacks undocumented names that are used here."""
     hvd = horovod.initialised()
     missing = [name for name in ("HorovodInternalError", "ObjectState", "run_fn") if not hasattr(hvd.elastic, name)]
     if missing:
-        raise ImportError(f"{_NAME}: this Horovod's elastic module has no {', '.join(missing)}, as 0.28.1 has.")
+        raise ImportError(f"{_NAME}: Horovod's elastic module lacks {', '.join(missing)}, expected them as in 0.28.1.")
     return hvd
 
 
 def _hosts(backend: base.Backend) -> Any:
-    """Horovod's own state, with nothing in it, as the ear for what its launcher says of hosts. None without Horovod."""
+    """An empty state of Horovod's own, which receives the launcher's notes about hosts. None without Horovod."""
     if not isinstance(backend, horovod.HorovodBackend):
         return None
     hvd = _horovod_elastic()
-    tell = functools.partial(hvd.broadcast_object, root_rank=0, name="distpad_elastic_hosts")
-    return hvd.elastic.ObjectState(bcast_object=tell, get_rank=hvd.rank)
+    broadcast = functools.partial(hvd.broadcast_object, root_rank=0, name="distpad_elastic_hosts")
+    return hvd.elastic.ObjectState(bcast_object=broadcast, get_rank=hvd.rank)
 
 
 @contextlib.contextmanager
 def _lost_peers() -> Iterator[None]:
-    """Raise what Horovod's loop recovers from, where a collective failed since a worker was lost."""
+    """Raise HorovodInternalError, from which Horovod's loop recovers, if a collective failed for a lost worker."""
     try:
         yield
     except Exception as error:
-        if _tells_of_a_lost_peer(error):
+        if _is_of_lost_peer(error):
             raise _horovod_elastic().elastic.HorovodInternalError(str(error)) from error
         raise
 
 
-def _tells_of_a_lost_peer(error: BaseException | None) -> bool:
-    """By its words, since TensorFlow knows no better than UnknownError; or what it was raised from, as PaddedBatches
-    does. Arguments that differ between workers are another error, and no reason to try again."""
+def _is_of_lost_peer(error: BaseException | None) -> bool:
+    """Whether an error, or one of its causes, comes from a collective that lost a worker.
+
+    TensorFlow raises UnknownError, so that only the message tells. Arguments that differ between workers are another
+    error, from which a new job would not recover.
+    """
     while error is not None:
         if isinstance(error, tf.errors.UnknownError) and _LOST.search(str(error)):
             return True
@@ -312,7 +317,7 @@ def _tells_of_a_lost_peer(error: BaseException | None) -> bool:
 
 
 def _re_form() -> None:
-    """Leave the job that was, and join the one that the launcher makes of the workers that there are now."""
+    """Leave the old job, and join the launcher's new job of the present workers."""
     hvd = _horovod_elastic()
     hvd.shutdown()
     hvd.init()

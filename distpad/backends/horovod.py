@@ -1,4 +1,4 @@
-"""Horovod: one replica a rank. Horovod itself is imported when a backend is made, never before."""
+"""HorovodBackend: one replica per rank. Making a backend imports Horovod; importing this module does not."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from distpad import errors
 from distpad.backends import base
 from distpad.launcher import topology
 
-# What Horovod does not broadcast travels as something as wide.
+# dtypes that Horovod does not broadcast, and the dtypes of the same width to which they are cast
 _CARRIERS = {tf.bfloat16: tf.uint16, tf.uint32: tf.int32, tf.uint64: tf.int64, tf.complex64: tf.int64}
 
 
 class HorovodBackend(base.Backend):
     """The ranks of an initialised Horovod, or of one of its process sets.
 
-    Numbers of ranks are asked for each time, never kept: an elastic job re-forms with others (see ``ElasticState``).
+    The numbers of ranks are read from Horovod each time, since an elastic job can change them (see ``ElasticState``).
 
     Args:
-      op: how gradients are reduced: "average" (Horovod's default) or "sum". Who keeps Horovod's own tape or optimiser
-        says here what it does. Adasum is refused: it is no mean.
+      op: how gradients are reduced: "average" (Horovod's default) or "sum". If you keep Horovod's own tape or
+        optimiser, give its operation. Adasum is an error, because it is neither a mean nor a sum.
       process_set: a ``hvd.ProcessSet`` that this rank belongs to; None for all ranks.
-      compression: what ``distpad.gradient`` compresses with, such as ``hvd.Compression.fp16``; None for nothing.
+      compression: the compression of ``distpad.gradient``, such as ``hvd.Compression.fp16``; None for no compression.
 
     Raises:
-      ValueError: an unknown ``op``, Adasum, Horovod not initialised, a process set without this rank.
+      ValueError: an unknown ``op``, Adasum, Horovod not initialised, or a process set without this rank.
       ImportError: Horovod is not installed.
-      DistpadError: Horovod came up with fewer or other ranks than the launcher promised.
+      DistpadError: Horovod's ranks differ from the launcher's expected topology.
     """
 
     name = "horovod"
@@ -44,16 +44,16 @@ class HorovodBackend(base.Backend):
         everyone = self._hvd.global_process_set
         self.process_set = process_set or everyone
         self.compression = compression or self._hvd.Compression.none
-        # The set of all ranks is not asked: right after init() it may still believe that it is empty (0.28.1 over MPI).
+        # The set of all ranks is not queried: right after init() it may still be empty (0.28.1 over MPI).
         if self.process_set is not everyone and not self.process_set.included():
-            remedy = "Run this code on the set's ranks alone."
+            remedy = "Run this code only on the ranks of the set."
             raise ValueError(
                 errors.sentence("HorovodBackend", "process_set", self.process_set, "a set with this rank", remedy)
             )
         self.gradient_reduction = {"average": "mean", "sum": "sum"}[op]
 
     @property
-    def num_workers(self) -> int:  # type: ignore[override] # who reads it, reads what is so now
+    def num_workers(self) -> int:  # type: ignore[override] # it can change in an elastic job
         return int(self._ranks().size())
 
     @property
@@ -65,7 +65,7 @@ class HorovodBackend(base.Backend):
         return int(self._ranks().rank())
 
     def _ranks(self) -> Any:
-        """Who knows their number: Horovod itself of all of them, for the reason given above."""
+        """The object with ``size`` and ``rank``: Horovod itself for all ranks, for the reason in ``__init__``."""
         return self._hvd if self.has_all_ranks else self.process_set
 
     def replica_count(self) -> Any:
@@ -76,21 +76,18 @@ class HorovodBackend(base.Backend):
 
     @property
     def has_all_ranks(self) -> bool:
-        """Whether it is Horovod's whole job, no part of it."""
+        """Whether the backend spans all ranks of the job."""
         return self.process_set is self._hvd.global_process_set
 
     @property
     def is_elastic(self) -> bool:  # type: ignore[override]
         return self.has_all_ranks and is_elastic()
 
-    # Every collective has a name of its own: Horovod pairs tensors by name, and what TensorFlow would call them
-    # depends on the operations before them, which may differ between ranks where one of them reports an error.
+    # Every collective has an explicit name. Horovod pairs tensors by name. TensorFlow's names depend on the operations
+    # before them, which may differ between ranks if one of them reports an error.
 
     def all_reduce(self, tensor: tf.Tensor) -> tf.Tensor:
         return self._all_reduce(tensor, self._hvd.Sum, "distpad_sum")
-
-    def all_reduce_max(self, tensor: tf.Tensor) -> tf.Tensor:
-        return self._all_reduce(tensor, self._hvd.Max, "distpad_max")
 
     def all_gather_rows(self, tensor: tf.Tensor) -> tf.Tensor:
         carried = {tf.bfloat16: tf.float32}.get(tensor.dtype, tensor.dtype)
@@ -117,12 +114,12 @@ class HorovodBackend(base.Backend):
             merged = self._merged(tf.constant(maxima), tf.constant(sums), f"plan_{channel}")
             return merged[0].numpy(), merged[1].numpy()
 
-        # Horovod waits forever where a rank does not come. Its collectives are paired by name, from whichever thread.
+        # Horovod waits forever for a rank that does not come. It pairs collectives by name, from any thread.
         return base.within(limit_s, exchange)
 
     @functools.cached_property
     def _merged(self) -> Any:
-        """Both reductions in one graph, so that they are submitted together and travel in one cycle."""
+        """Both reductions in one graph, so that they are submitted together, in one cycle of Horovod."""
 
         @tf.function(autograph=False, reduce_retracing=True)
         def merged(maxima: tf.Tensor, sums: tf.Tensor, name: str) -> tuple[tf.Tensor, tf.Tensor]:
@@ -135,7 +132,7 @@ class HorovodBackend(base.Backend):
         return merged
 
     def reduce_gradients(self, gradients: Sequence[Any]) -> list[Any]:
-        """Reduce all dense gradients in one fused group, sparse ones each by gathering; None stays None."""
+        """Reduce all dense gradients in one fused group, and each sparse gradient by gathering; None stays None."""
         op = self._hvd.Average if self.gradient_reduction == "mean" else self._hvd.Sum
         reduced = list(gradients)
         dense = [i for i, gradient in enumerate(reduced) if isinstance(gradient, tf.Tensor)]
@@ -145,7 +142,7 @@ class HorovodBackend(base.Backend):
         for i, tensor, (_, context) in zip(dense, group, packed):
             reduced[i] = self.compression.decompress(tensor, context)
         for i, gradient in enumerate(reduced):
-            # one by one: in 0.28.1 grouped_allreduce mixes up the shapes of sparse gradients among dense ones
+            # one by one, since grouped_allreduce of 0.28.1 confuses the shapes of sparse gradients among dense ones
             if isinstance(gradient, tf.IndexedSlices):
                 values = _named(gradient.values, f"distpad_values_{i}")
                 indices = _named(gradient.indices, f"distpad_indices_{i}")
@@ -157,7 +154,7 @@ class HorovodBackend(base.Backend):
         import horovod.tensorflow.keras as hvd
 
         scaling = tf.keras.mixed_precision.LossScaleOptimizer
-        if isinstance(optimizer, scaling):  # goes around Horovod's wrapper, which it asks to reduce before it looks
+        if isinstance(optimizer, scaling):  # wraps Horovod's optimiser, whose reduction it applies before its check
             settings = ("dynamic", "initial_scale", "dynamic_growth_steps")
             inner = self.keras_2_optimizer(optimizer.inner_optimizer)
             return scaling(inner, **{name: getattr(optimizer, name) for name in settings})
@@ -167,7 +164,7 @@ class HorovodBackend(base.Backend):
     def broadcast(self, variables: Sequence[tf.Variable], root: int) -> None:
         root_rank = self.process_set.ranks[root] if self.process_set.ranks else root
 
-        @tf.function(autograph=False)  # one graph: all variables travel together
+        @tf.function(autograph=False)  # one graph for all variables
         def assign_all() -> None:
             for i, variable in enumerate(variables):
                 carrier = _CARRIERS.get(variable.dtype, variable.dtype)
@@ -185,8 +182,8 @@ class HorovodBackend(base.Backend):
 
     def _all_reduce(self, tensor: tf.Tensor, op: Any, name: str) -> tf.Tensor:
         if not tf.executing_eagerly():
-            # Horovod's operations are not marked as stateful: of constants, TensorFlow would evaluate them while it
-            # infers shapes, on the ranks alone where all inputs are constants.
+            # Horovod's operations are not marked as stateful: TensorFlow would evaluate operations of constants during
+            # shape inference, and only on the ranks whose inputs are constants.
             tensor = tf.compat.v1.placeholder_with_default(tensor, tensor.shape)
         return self._hvd.allreduce(tensor, op=op, name=name, process_set=self.process_set)
 
@@ -196,27 +193,29 @@ class HorovodBackend(base.Backend):
 
 
 def is_elastic() -> bool:
-    """Whether this process was started by an elastic job's launcher, whose number of ranks may change."""
+    """Whether this process belongs to an elastic job, whose number of ranks may change."""
     return os.environ.get("HOROVOD_ELASTIC", "0") not in ("", "0")
 
 
 def renew() -> None:
-    """After an elastic job re-formed: let what is traced already know how many ranks there are, and which this is."""
+    """Update the number of ranks, and this rank, in functions that were traced before an elastic job re-formed."""
     hvd = initialised()
     _membership().assign([hvd.size(), hvd.rank()])
 
 
 @functools.lru_cache(maxsize=1)
 def _membership() -> tf.Variable:
-    """The number of ranks, and this one's, as a variable: so a function that was traced before an elastic job re-formed
-    is right behind it, too. Horovod's own ``size_op`` would be, but does not compile under XLA, where losses may be."""
+    """The number of ranks, and this rank, as a variable: a traced function stays correct after an elastic job re-forms.
+
+    Horovod's ``size_op`` does not compile under XLA.
+    """
     hvd = initialised()
-    with tf.init_scope():  # the first to ask may be a function that is being traced
+    with tf.init_scope():  # the caller may be a function that is being traced
         return tf.Variable([hvd.size(), hvd.rank()], trainable=False, dtype=tf.float64, name="distpad_membership")
 
 
 def _named(tensor: tf.Tensor, name: str) -> tf.Tensor:
-    """The tensor under a name of ours, for calls that take no name and make theirs from the tensor's."""
+    """The tensor with an explicit name, for collectives that take their name from the tensor."""
     return tf.identity(tensor, name=name)
 
 
@@ -227,7 +226,7 @@ def _check_op(op: str) -> None:
 
 
 def initialised() -> Any:
-    """The module ``horovod.tensorflow``, ready for use. ImportError where there is none, ValueError where it is not."""
+    """Return the module ``horovod.tensorflow``. ImportError if it is not installed, ValueError if not initialised."""
     try:
         import horovod.tensorflow as hvd
     except ImportError as error:
@@ -240,13 +239,13 @@ def initialised() -> Any:
 
 
 def _report(hvd: Any) -> topology.Report:
-    """What Horovod says of the whole job, whichever process set is used."""
+    """Horovod's report of the whole job, also with a process set."""
     size, controller = int(hvd.size()), "mpi" if hvd.mpi_enabled() else "gloo"
     return topology.Report("Horovod", workers=size, replicas=size, hosts=_hosts(hvd, size), controller=controller)
 
 
 def _hosts(hvd: Any, size: int) -> int | None:
-    """On how many hosts the ranks are. Horovod counts those that have this local rank: all have the first."""
+    """The number of hosts; None if this rank cannot know it. ``cross_size`` counts hosts that have this local rank."""
     if hvd.local_size() == size:
         return 1
     return int(hvd.cross_size()) if hvd.local_rank() == 0 or hvd.is_homogeneous() else None

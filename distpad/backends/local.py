@@ -1,4 +1,4 @@
-"""One device, one process: every collective is the identity."""
+"""LocalBackend: one device in one process. Every collective is the identity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Start an engine by name, for commands and examples that are told on the command line which one to use."""
+"""Start an engine by name, for programs that take it from the command line."""
 
 from __future__ import annotations
 
@@ -17,34 +17,31 @@ _LAUNCHED = ("mirrored", "multiworker", "horovod")  # by distpad launch --backen
 
 
 def start(kind: str = "auto", replicas: int | None = None) -> base.Backend:
-    """Make the backend that a process was started for. Call it before TensorFlow computes anything.
+    """Make the backend of this process. Call it before TensorFlow runs an operation.
 
     Args:
       kind: "local"; "mirrored": the GPUs of this machine, or ``replicas`` CPU devices; "multiworker": the workers of
-        TF_CONFIG; "horovod": the ranks of horovodrun or mpirun; "auto": what the launcher or the environment tells,
-        else "mirrored" where ``replicas`` are asked for, else "local".
-      replicas: how many replicas there must be; left out, as many as the launcher promised, or as there are.
+        TF_CONFIG; "horovod": the ranks of horovodrun or mpirun; "auto": the engine of the launcher or the environment,
+        else "mirrored" if ``replicas`` is above 1, else "local".
+      replicas: the required number of replicas; default: the launcher's expected number, or all devices.
 
     Raises:
-      ValueError: an unknown kind, another one than the launcher was told, another number of replicas than asked for, or
-        one of several processes that would work alone without having been told to be "local".
-      DistpadError: the engine came up with fewer or other workers, hosts or replicas than the launcher promised.
+      ValueError: an unknown kind, another kind than the launcher's, another number of replicas than required, or one
+        of several processes that would train alone, unless kind is "local".
+      DistpadError: the engine differs from the launcher's expected topology.
 
     >>> start("local").num_replicas
     1
     """
     errors.choice("start", "kind", kind, KINDS)
-    told = _told_by_launcher()
-    if told and kind not in ("auto", told):
+    launched = _kind_of_launcher()
+    if launched and kind not in ("auto", launched):
         remedy = f"Launch it with --backend {kind}, or write 'auto'." if kind in _LAUNCHED else "Start it by itself."
-        raise ValueError(
-            errors.sentence(
-                "start", "kind", repr(kind), f"{told!r}, as which distpad launch started this process", remedy
-            )
-        )
+        rule = f"{launched!r}, the --backend of distpad launch"
+        raise ValueError(errors.sentence("start", "kind", repr(kind), rule, remedy))
     auto = kind == "auto"
     if auto:
-        kind = told or _told_by_environment() or ("mirrored" if (replicas or 1) > 1 else "local")
+        kind = launched or _kind_of_environment() or ("mirrored" if (replicas or 1) > 1 else "local")
     if kind == "mirrored" or (auto and kind == "local"):
         topology.refuse_alone("start")
     if kind == "mirrored" and replicas is None:
@@ -52,7 +49,7 @@ def start(kind: str = "auto", replicas: int | None = None) -> base.Backend:
     backend = _make(kind, replicas)
     if replicas is not None and backend.num_replicas != replicas:
         raise ValueError(
-            f"start: replicas is {replicas}, expected {backend.num_replicas}, which is what {kind} was started with."
+            f"start: replicas is {replicas}, expected {backend.num_replicas}, the number of replicas of {kind}."
         )
     return backend
 
@@ -78,7 +75,7 @@ def _make(kind: str, replicas: int | None) -> base.Backend:
 
 
 def _gpu_of(local_rank: int, gpus: list[Any]) -> Any:
-    """A rank's own GPU, by its number on its host; a rank that is shown a single one knows it as number 0."""
+    """A rank's own GPU, by its index on its host. A rank to which a single GPU is visible knows it as index 0."""
     if len(gpus) > 1 and local_rank >= len(gpus):
         remedy = "Start as many ranks as there are GPUs (-H host:N), or show each rank one (CUDA_VISIBLE_DEVICES)."
         raise ValueError(
@@ -88,7 +85,7 @@ def _gpu_of(local_rank: int, gpus: list[Any]) -> Any:
 
 
 def _devices(replicas: int | None) -> list[str] | None:
-    """The first GPUs, or logical devices of the CPU; None for all that there are."""
+    """The first GPUs, or logical devices of the CPU; None for all devices."""
     if replicas is None:
         return None
     gpus = tf.config.list_physical_devices("GPU")
@@ -102,14 +99,14 @@ def _devices(replicas: int | None) -> list[str] | None:
     return [f"CPU:{i}" for i in range(replicas)]
 
 
-def _told_by_launcher() -> str | None:
-    told = os.environ.get("DISTPAD_BACKEND")
-    if told:
-        errors.choice("start", "DISTPAD_BACKEND", told, _LAUNCHED)
-    return told or None
+def _kind_of_launcher() -> str | None:
+    kind = os.environ.get("DISTPAD_BACKEND")
+    if kind:
+        errors.choice("start", "DISTPAD_BACKEND", kind, _LAUNCHED)
+    return kind or None
 
 
-def _told_by_environment() -> str | None:
+def _kind_of_environment() -> str | None:
     if any(name in os.environ for name in ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")):
         return "horovod"
     if json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster"):

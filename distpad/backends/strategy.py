@@ -1,4 +1,4 @@
-"""Any synchronous tf.distribute strategy: MirroredStrategy, MultiWorkerMirroredStrategy, OneDeviceStrategy."""
+"""StrategyBackend: synchronous tf.distribute strategies (Mirrored, MultiWorkerMirrored, OneDevice)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distpad import errors
 from distpad.backends import base
 from distpad.launcher import topology
 
-# The collectives carry these; everything else travels as one of them and comes back as what it was.
+# dtypes that the collectives do not support, and the dtypes to which they are cast for the transfer
 _CARRIED = {
     tf.bool: tf.int32,
     tf.uint8: tf.int32,
@@ -25,22 +25,21 @@ _CARRIED = {
     tf.bfloat16: tf.float32,
 }
 
-_GROUPS = 1 << 20  # of collectives: the strategy's own are counted from 1
-LEAVE_WITHIN_S = 60.0  # how long a worker that is done waits for the others
-
-_KERAS = int(getattr(tf.keras, "__version__", "2").split(".")[0])
+_GROUPS = 1 << 20  # first group key of channels; the strategy's own group keys begin at 1
+LEAVE_WITHIN_S = 60.0  # how long a worker that closes its backend waits for the others
 
 
 class StrategyBackend(base.Backend):
     """The replicas of a ``tf.distribute.Strategy``; its optimisers sum their gradients.
 
     Args:
-      strategy: a synchronous strategy. All of a worker's collectives must come from one thread, but for
-        what feeds Keras's fit.
+      strategy: a synchronous strategy. One thread of a worker makes all collectives, except for the exchanges of
+        channels above 0.
 
     Raises:
-      TypeError: no strategy. ValueError: a parameter server strategy, whose steps are not synchronous.
-      DistpadError: it came up with fewer or other workers or replicas than the launcher promised.
+      TypeError: not a strategy.
+      ValueError: a parameter server strategy, whose steps are not synchronous.
+      DistpadError: the strategy differs from the launcher's expected topology.
     """
 
     name = "strategy"
@@ -58,11 +57,11 @@ class StrategyBackend(base.Backend):
         self.strategy = strategy
         self.num_replicas = strategy.num_replicas_in_sync
         self.num_workers, self.worker_index, hosts = _workers(strategy)
-        _hold_promises(strategy, self.num_workers, hosts)
-        self._sums: dict[float | None, Callable[[Any], Any]] = {}  # by their time limits
+        _check_topology(strategy, self.num_workers, hosts)
+        self._sums: dict[float | None, Callable[[Any], Any]] = {}  # by time limit
 
     def in_replica(self) -> bool:
-        """Whether the caller is inside this strategy's ``run``: the default strategy's context means nothing here."""
+        """Whether the caller is inside this strategy's ``run``, not in the context of the default strategy."""
         context = tf.distribute.get_replica_context()
         return context is not None and context.strategy is self.strategy
 
@@ -78,7 +77,7 @@ class StrategyBackend(base.Backend):
         return tf.convert_to_tensor(self._context().replica_id_in_sync_group)
 
     def all_reduce(self, tensor: tf.Tensor) -> tf.Tensor:
-        # identity: a function's argument that passed through nothing has no device to reduce to
+        # identity: an unchanged argument of a function has no device for the result
         return self._context().all_reduce(tf.distribute.ReduceOp.SUM, tf.identity(tensor))
 
     def all_gather_rows(self, tensor: tf.Tensor) -> tf.Tensor:
@@ -89,7 +88,7 @@ class StrategyBackend(base.Backend):
         return tf.cast(context.all_gather(tf.cast(tf.identity(tensor), carried), axis=0), tensor.dtype)
 
     def total_of(self, variable: Any) -> tf.Tensor:
-        # the parts of a variable that is synchronised when it is read are summed outside replicas, and only there
+        # outside replicas, reading a variable that is synchronised on read sums its parts
         read = tf.convert_to_tensor(variable)
         return self.all_reduce(read) if self.in_replica() else read
 
@@ -102,14 +101,15 @@ class StrategyBackend(base.Backend):
         return self.strategy.reduce(tf.distribute.ReduceOp.SUM, value, axis=None)
 
     def reduce_in_optimizer(self, gradients: Sequence[Any]) -> list[Any]:
-        # identity: as above, and a constant has no device either
+        # identity: as above; a constant has no device either
         placed = tf.nest.map_structure(tf.identity, list(gradients), expand_composites=True)
         return self._context().all_reduce(tf.distribute.ReduceOp.SUM, placed)
 
     def reduced_gradients(self, gradients: Sequence[Any]) -> list[Any]:
-        """The sum on the first replica; on the others zeros, or NaN where it is not finite, so that all see that.
+        """The sum on the first replica, and zeros on the others, so that the strategy's own sum does not change it.
 
-        The others have no rows of a sparse gradient but those, since the engine's reduction puts all rows together.
+        Elements that are not finite are NaN on the other replicas, for a check of finiteness there. Of a sparse
+        gradient the other replicas hold only such rows, since the strategy concatenates the rows of all replicas.
         """
         if self.num_replicas == 1:
             return list(gradients)
@@ -121,7 +121,7 @@ class StrategyBackend(base.Backend):
                 kept = first | ~tf.reduce_all(tf.math.is_finite(gradient.values), axis=inner)
                 values, indices = (tf.boolean_mask(x, kept) for x in (of_first(gradient.values), gradient.indices))
                 return tf.IndexedSlices(values, indices, gradient.dense_shape)
-            # by choice, not times 0, which TensorFlow 2.15 folds to 0 whatever the other factor is
+            # not a product with 0, which TensorFlow 2.15 folds to 0 also for NaN
             nothing = tf.where(tf.math.is_finite(gradient), tf.cast(0, gradient.dtype), tf.cast(np.nan, gradient.dtype))
             return tf.where(first, gradient, nothing)
 
@@ -144,8 +144,8 @@ class StrategyBackend(base.Backend):
         columns = [column * self.replicas_here if leaf is None else column for leaf, column in zip(leaves, columns)]
         if len({len(column) for column in columns}) > 1:
             raise ValueError(
-                f"distpad: some of these values are one for each of {self.replicas_here} replicas, others one for all, "
-                "expected what strategy.run returned."
+                f"distpad: some values hold one component for each of {self.replicas_here} replicas, others a single "
+                "component, expected a result of strategy.run."
             )
         return [tf.nest.pack_sequence_as(value, list(row)) for row in zip(*columns)]
 
@@ -159,18 +159,18 @@ class StrategyBackend(base.Backend):
         self, maxima: np.ndarray, sums: np.ndarray, limit_s: float, channel: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
         if channel and self.num_workers > 1:
-            return self._merged_beside(maxima, sums, limit_s, channel)
-        # strategies know no maximum: one sum of slots serves both
+            return self._merge_in_channel(maxima, sums, limit_s, channel)
+        # strategies have no maximum: one all-gather serves both vectors
         try:
             table = self.host_all_gather(np.concatenate([maxima, sums]), limit_s)
         except tf.errors.OpError as error:
             raise TimeoutError(str(error)) from error
         return table[:, : len(maxima)].max(axis=0), table[:, len(maxima) :].sum(axis=0)
 
-    def _merged_beside(
+    def _merge_in_channel(
         self, maxima: np.ndarray, sums: np.ndarray, limit_s: float, channel: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Beside the steps, whose collectives are in groups of the strategy: in a group of its own, from any thread."""
+        """``host_merge`` from any thread, while steps run: in a collective group that the strategy does not use."""
         host = tf.DeviceSpec.from_string(self.strategy.extended.worker_devices[0])
 
         def reduced(array: np.ndarray, operation: str) -> np.ndarray:
@@ -178,7 +178,7 @@ class StrategyBackend(base.Backend):
                 input=tf.constant(array, tf.float64),
                 group_size=self.num_workers,
                 group_key=_GROUPS + channel,
-                instance_key=2 * len(array) + (operation == "Max"),  # TensorFlow keeps what it knows of each
+                instance_key=2 * len(array) + (operation == "Max"),  # one for each shape, since TensorFlow keeps them
                 ordering_token=[],
                 merge_op=operation,
                 final_op="Id",
@@ -188,43 +188,13 @@ class StrategyBackend(base.Backend):
             with tf.device(host.replace(device_type="CPU", device_index=0).to_string()):
                 return reduced(maxima, "Max"), reduced(sums, "Add")
 
-        # TensorFlow's own limit costs a sleeping thread until it is over, and aborts all collectives of the process.
+        # TensorFlow's own time limit keeps a thread asleep until it expires, and aborts all collectives of the process.
         return base.within(limit_s, exchange)
 
-    fit_reads_ahead = 3  # fewer where there is one replica
-
-    @property
-    def fit_looks_at(self) -> int:  # type: ignore[override]
-        # Keras 3 takes one batch to build the model by, and then begins again; the strategy reads up to three ahead
-        return 4 if _KERAS >= 3 and self.num_workers == 1 else 0
-
-    @property
-    def leaves_apart(self) -> bool:  # type: ignore[override]
-        # The strategy reads two batches ahead of the steps, whatever its InputOptions say.
-        return self.num_workers > 1
-
-    @property
-    def fit_must_repeat(self) -> bool:  # type: ignore[override]
-        return self.num_workers > 1 and _KERAS < 3  # what fit is given is no dataset that it knows the size of
-
-    def fit_dataset(self, dataset: tf.data.Dataset) -> Any:
-        if self.num_workers == 1:
-            return dataset  # whose rows fit deals out
-        # Fit would take every so many-th of its batches. As it is given here, each replica takes the next one.
-        if self.replicas_here > 1:
-            dataset = dataset.flat_map(self.dealt)
-        return self.strategy.distribute_datasets_from_function(lambda _: dataset)
-
-    def dealt(self, *batch: Any) -> tf.data.Dataset:
-        """A batch for each replica of this worker."""
-        rows_of = lambda leaf: tf.concat([[self.replicas_here, -1], tf.shape(leaf)[1:]], axis=0)
-        parts = tf.nest.map_structure(lambda leaf: tf.reshape(leaf, rows_of(leaf)), batch)
-        return tf.data.Dataset.from_tensor_slices(parts)
-
     def close(self) -> None:
-        # A worker that exits as soon as it has its last result resets connections over which others still receive
-        # theirs. Nobody gets through this exchange before all have come to it, that is, have all results but this one:
-        # so an error in it says only that somebody has left already.
+        # A worker that exits with its last result resets connections over which others still receive theirs. No worker
+        # completes this exchange before all have come to it, and so have all earlier results. An error in it means only
+        # that another worker has already left.
         with contextlib.suppress(tf.errors.OpError):
             self.host_all_gather(np.zeros(1), LEAVE_WITHIN_S)
 
@@ -242,7 +212,7 @@ class StrategyBackend(base.Backend):
         array = np.asarray(array)
         if self.num_workers == 1:
             return array[np.newaxis]
-        # a worker's first replica adds its worker's slot, the others add zeros
+        # the first replica of a worker adds the worker's slot, the others add zeros
         slots = np.zeros((self.num_workers, *array.shape), array.dtype)
         slots[self.worker_index] = array
         local = iter([slots])
@@ -252,7 +222,7 @@ class StrategyBackend(base.Backend):
         return self.strategy.experimental_local_results(self._sum_within(limit_s)(given))[0].numpy()
 
     def _sum_within(self, limit_s: float | None) -> Callable[[Any], Any]:
-        """The sum over all replicas, as a graph: eagerly it takes over twice as long, and TensorFlow warns of it."""
+        """The sum over all replicas, as a graph: an eager sum takes over twice as long, and TensorFlow warns of it."""
         if limit_s in self._sums:
             return self._sums[limit_s]
         options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=limit_s)
@@ -265,7 +235,7 @@ class StrategyBackend(base.Backend):
 
 
 def _workers(strategy: tf.distribute.Strategy) -> tuple[int, int, int]:
-    """The processes that train together, which of them this is (a chief comes first), and on how many hosts."""
+    """The number of workers, the index of this one (a chief comes first), and the number of hosts."""
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         return 1, 0, 1
     resolver = strategy.cluster_resolver
@@ -278,9 +248,11 @@ def _workers(strategy: tf.distribute.Strategy) -> tuple[int, int, int]:
     return len(chiefs + workers), index, len(hosts)
 
 
-def _hold_promises(strategy: tf.distribute.Strategy, workers: int, hosts: int) -> None:
-    """Only of strategies that a launcher may have meant: a given one of a single worker is taken at its word, unless
-    several replicas of one were promised."""
+def _check_topology(strategy: tf.distribute.Strategy, workers: int, hosts: int) -> None:
+    """Check a strategy against the launcher's expected topology.
+
+    A strategy of a single worker is checked only if the launcher started a MirroredStrategy: else the user means it.
+    """
     several = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
     mirrored = isinstance(strategy, tf.distribute.MirroredStrategy) and os.environ.get("DISTPAD_BACKEND") == "mirrored"
     if several or mirrored:

@@ -1,83 +1,78 @@
-"""PaddedBatches: read ahead, agree on a window's plan, pad, and hand over: a step has no collective of its own."""
+"""PaddedBatches: reads ahead, synchronises a window of steps between workers, and pads: the step has no collective."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import json
-import threading
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from distpad import backends, errors
-from distpad.data import config, epoch, keras, reader, sources, sync
+from distpad.data import config, epoch, feeder, keras, progress, reader, sources, sync
 from distpad.data.collate import Batch
-from distpad.data.schema import Features, Name, Pad
+from distpad.data.schema import Name, Pad
 from distpad.data.stats import PaddingStats
 from distpad.padding.buckets import Buckets
 
 _NAME = "PaddedBatches"
-_BOUNDARIES = 8  # for the lengths of a sampler
-
-
-class _Position(NamedTuple):
-    """Steps of an epoch that were consumed, and fingerprints of its first ones, to know it again by."""
-
-    epoch: int = 0
-    step: int = 0
-    begins: tuple[int, ...] = ()
+_BOUNDARIES = 8  # of the buckets that "auto" computes from a sampler's lengths
 
 
 class PaddedBatches(tf.train.experimental.PythonState):
     """Batches of this worker's examples, padded alike on all replicas of all workers, with the global counts.
 
-    A thread reads ``lookahead`` steps ahead. Then all workers agree on these steps in one small exchange: how long each
-    is padded, how many valid positions it has on all replicas, and where the epoch ends. Another thread pads and moves
-    to the devices what comes next. The step itself then has static shapes and the exact denominator:
+    A thread reads a window of ``lookahead`` steps ahead. Then one small exchange synchronises the window between all
+    workers: the padded length of each step, its number of valid positions over all replicas, and the end of the epoch.
+    Another thread pads the next batches and moves them to the devices. The step itself has static shapes and the exact
+    denominator:
 
         for batch in batches:
-            strategy.run(step, args=(batch,))  # loss_fn(..., lengths=..., denominator=batch.counts)
+            strategy.run(step, args=(batch,))  # loss_fn(y_true, y_pred, batch=batch)
 
-    Iterating it again is the next epoch. Every example is seen exactly once in each; where workers hold different
-    numbers of them, those that ran out get rows that do not count until all are done.
+    Each iteration is the next epoch. An epoch yields every example exactly once. If workers hold different numbers of
+    examples, a worker that has no more yields filler rows, which do not count, until all workers are done.
 
     Args:
       source: this worker's examples: a ``tf.data.Dataset`` of unbatched elements, an iterable of dicts (or tuples, or
-        single arrays), or ``(indexable, sampler)`` with a ``LengthSampler``. To be iterated again for each epoch.
+        single arrays), or ``(indexable, sampler)`` with a ``LengthSampler``. Each epoch iterates it again.
       batch_size: examples per replica; None with a sampler.
-      padding: feature names to ``Pad``. A feature of a tuple is named by its place, a single one 0.
+      padding: mapping from feature names to ``Pad``. A feature of a tuple is named by its index, a single array 0.
       tokens: the padded feature whose valid positions the loss averages over; or a mapping from losses to features.
-      weights: a feature with sample weights, one a position or one an example: then counts are sums of weights, and the
-        loss must be given the weights. With several losses, a mapping from those that are weighted.
-      buckets: what lengths are rounded up to, so that a step has few shapes. ``"auto"``: where a sampler plans by a
-        length, its buckets or the best 8 boundaries for all its lengths (with ``max_tokens`` and without buckets, the
-        longest); else ``Buckets.auto()``, alike for sizes that are at most two boundaries apart. A ``Buckets`` for
-        all features, or a mapping with equally many boundaries: a step uses the highest that a feature needs. None: to
-        the longest, exactly.
-      lookahead: steps that are planned at once; rounded up to whole groups of ``accumulation_steps``.
-      accumulation_steps: micro-batches that make up one optimiser step; ``counts`` are over all of them. The last group
-        of an epoch is filled up with batches that do not count.
+      weights: a feature with sample weights, one per position or one per example: then counts are sums of weights, and
+        the loss needs the weights too. With several losses, a mapping from the weighted losses to features.
+      buckets: the lengths to which batches are padded, so that a step has few shapes. ``"auto"``: with a sampler, its
+        buckets or the best 8 boundaries for its lengths (with ``max_tokens`` and without buckets, the longest length);
+        else ``Buckets.auto()``, where sizes that are at most two boundaries apart share the higher one. A ``Buckets``
+        for all features, or a mapping with equally many boundaries: a step uses the highest boundary that a feature
+        needs. None: the longest length, exactly.
+      lookahead: steps in a window; rounded up to a multiple of ``accumulation_steps``.
+      accumulation_steps: micro-batches in one optimiser step; ``counts`` are over all of them. Batches without valid
+        positions complete the last group of an epoch.
       drop_remainder: end an epoch before the first optimiser step that is not full on all replicas.
       replicated: allow all workers to read the same examples; with a sampler they never do.
       backend: see ``distpad.backends.resolve``.
-      warn_after_s: seconds after which all workers are warned of one whose source is slow.
-      timeout_s: seconds after which waiting for it, or for a worker that does not come, is an error.
+      warn_after_s: seconds after which all workers warn of a slow source, naming its worker.
+      timeout_s: seconds after which a slow source, or a worker that does not come to an exchange, is an error.
 
     Raises:
-      ValueError, TypeError: wrong arguments; while iterating, on all workers, configurations or examples that differ
-        between them, and workers that all read the same examples.
-      PeerError: while iterating, when another worker failed, was too slow, or left.
+      ValueError, TypeError: wrong arguments; while iterating, on all workers: configurations or examples that differ
+        between workers, or workers that all read the same examples.
+      PeerError: while iterating, if another worker failed, was too slow, or left.
 
+<<<<<<< HEAD
     It is trackable: ``tf.train.Checkpoint(model=model, optimizer=optimizer, batches=batches)`` saves the position in
     the data (``state_dict``) beside the variables, and restoring it goes on there.
 
     Iterating is collective among workers: one exchange of a few numbers a step, for ``lookahead`` steps at once. All
     workers leave a loop at the same step.
+=======
+    Collective: all workers iterate together and leave a loop at the same step. Iterating makes one exchange per window,
+    of a few numbers per step.
+>>>>>>> prose-data
 
     >>> source = [{"y": [1, 2, 3]}, {"y": [4]}, {"y": [5, 6]}]
     >>> batches = PaddedBatches(source, 2, padding={"y": Pad()}, tokens="y", buckets=None)
@@ -115,175 +110,107 @@ class PaddedBatches(tf.train.experimental.PythonState):
             lookahead=lookahead,
             accumulation_steps=accumulation_steps,
             drop_remainder=drop_remainder,
-            replicated=replicated or self._sampler is not None,  # a sampler never deals an example twice
+            replicated=replicated or self._sampler is not None,  # a sampler gives no example to two workers
             warn_after_s=warn_after_s,
             timeout_s=timeout_s,
         )
         self.stats = PaddingStats()
-        self._features: Features | None = None
-        self._at = self._began_at = _Position()  # now, and where what was opened last began
-        self._begun = False  # whether the next iteration is that of the next epoch
-        self._opened = 0
-        self._running: epoch.Epoch | None = None
-        self._counting = threading.Lock()
-        self._handed = 0  # so many batches in the iteration of fit that runs
-        self._fed: list[tuple[int, _Position]] = []  # its epochs: what was handed out before each, and where it began
+        self._opened = 0  # iterations of the source
+        self._progress = progress.Progress(self._make_epoch)
+        self._requests = feeder.Requests(self._backend, self._config, self._progress)
 
     def __iter__(self) -> Iterator[Batch]:
         self._check_engine()
-        self._leave(None)
-        yield from self._consume(self._open())  # opened by the first batch: an iterator that nobody uses has no threads
+        self._requests.leave()
+        # The first batch opens the epoch: an iterator that is never advanced starts no threads.
+        yield from self._progress.consume(self._progress.open())
 
     def __bool__(self) -> bool:
-        return True  # whether or not its length is known
+        return True  # whether or not the length is known
 
     def _check_engine(self, *, of_workers: bool = False) -> None:
-        """Raise where an engine is active now that was not when this was made: each replica, or with ``of_workers``
-        each worker, would train on batches and counts of one that knows nothing of the others."""
+        """Raise ValueError if the active engine has more replicas (or workers) than the engine at construction.
+
+        Each replica would train on batches and counts that ignore the other replicas.
+        """
         if not self._is_detected:
             return
         now = None
-        with contextlib.suppress(ValueError, errors.DistpadError):  # outside of the scope that it was made in
+        with contextlib.suppress(ValueError, errors.DistpadError):  # outside the scope of the constructor
             now = backends.resolve(function=_NAME)
         what = "workers" if of_workers else "replicas"
         if now is not None and getattr(now, f"num_{what}") > getattr(self._backend, f"num_{what}"):
-            mine, others = getattr(self._backend, f"num_{what}"), getattr(now, f"num_{what}")
-            remedy = "Make it in strategy.scope(), or after hvd.init(), or give backend=strategy."
-            found = f"that of {mine} {what}, when it was made"
-            raise ValueError(errors.sentence(_NAME, "backend", found, f"that of the {others} {what} now", remedy))
+            before, after = getattr(self._backend, f"num_{what}"), getattr(now, f"num_{what}")
+            remedy = "Make PaddedBatches in strategy.scope(), or after hvd.init(), or give backend=strategy."
+            found = f"an engine of {before} {what}, detected in the constructor"
+            raise ValueError(errors.sentence(_NAME, "backend", found, f"the active one, of {after} {what}", remedy))
 
-    def _untrained(self) -> _Position | None:
-        """The beginning of the epoch that is to begin again, since fit may have trained on nothing of it: its batches
-        were only looked at, or read ahead."""
-        ahead = self._backend.fit_reads_ahead
-        if self._fed and self._handed <= max(self._backend.fit_looks_at, ahead):
-            return self._fed[0][1]
-        return next((position for before, position in self._fed[1:] if before >= self._handed - ahead), None)
-
-    def _leave(self, elements: keras.Elements | None) -> None:
-        """End what is running. An epoch that fit only looked at will begin again. Collective where workers of a
-        strategy feed fit: each may have been asked for another number of batches."""
-        self._stop()  # all workers have left that loop
-        if elements and self._backend.fit_reads_ahead and self._backend.num_workers > 1:
-            settings = self._config.warn_after_s, self._config.timeout_s, elements.channel
-            handed = np.array([self._handed]), np.zeros(1)
-            meeting = sync.WindowSync(self._backend, *settings)
-            self._handed = meeting.merge((1, 1), lambda _: handed, "the next epoch", lambda _: True)[0][0]
-        untrained = self._untrained()
-        if untrained:
-            self._at, self._begun = untrained, False
-        self._fed = []
-
-    def _open(self, elements: keras.Elements | None = None) -> epoch.Epoch:
-        """Begin the next epoch, of batches or of what fit is fed, when the last was left."""
-        if self._begun:
-            self._at = _Position(self._at.epoch + 1)
-        self._begun, self._began_at = True, self._at
-        number, step, begins = self._at
+    def _make_epoch(self, cursor: epoch.Cursor, elements: keras.Elements | None) -> epoch.Epoch:
+        number, step, begins = cursor
         samples = self._sampler is not None
         checked = 1 if samples else min(step, len(begins)) if step else epoch.BEGINNING
-        running = epoch.Epoch(
+        return epoch.Epoch(
             self._backend,
             self._config,
             lambda: self._steps(number, step, checked if step else 0),
-            features=self._features,
+            cursor=cursor,
+            features=self._progress.features,
             stats=self.stats,
-            position={"source": self._belongs_to(), **self._place(), "for_keras": str(elements)},
+            compared={"source": self._belongs_to(), "for_keras": str(elements)},
             beginning=reader.Beginning(None if samples else self._backend.worker_index, checked),
             sizes_of=functools.partial(self._padded_sizes, number),
             to_device=elements.of if elements else None,
             channel=elements.channel if elements else sync.Channel(),
             repeats=bool(elements and elements.repeats),
         )
-        self._running = running
-        return running
-
-    def _stop(self) -> None:
-        """Close what is running; a thread of tf.data's that is still in it counts no more steps."""
-        with self._counting:
-            running, self._running = self._running, None
-            if running is not None and not running.has_begun:  # on another worker perhaps it was not even opened
-                self._rewind()
-        if running is not None:
-            running.close()
-
-    def _rewind(self) -> None:
-        self._at, self._begun = self._began_at, False
-
-    def _place(self) -> dict[str, Any]:
-        return {**self._at._asdict(), "begins": list(self._at.begins)}
-
-    def _consume(self, running: epoch.Epoch) -> Iterator[Any]:
-        ended = False
-        try:
-            for batch in running.batches():
-                with self._counting:
-                    if running is not self._running:
-                        remedy = "Give each loop a PaddedBatches of its own."
-                        raise errors.DistpadError(f"{_NAME}: this loop was left, and another has begun. {remedy}")
-                    self._features = running.features
-                    # before it is handed out: who saves while training on it has consumed it
-                    self._at = _Position(self._at.epoch, self._at.step + 1, tuple(running.begins))
-                    if running.is_at_end:
-                        self._at, self._begun, ended = _Position(self._at.epoch + 1), False, True
-                yield batch
-            with self._counting:
-                if running is not self._running:
-                    return
-                if running.was_left:
-                    if not running.has_begun:
-                        self._rewind()
-                    return
-                if not ended:  # there was no batch
-                    self._at, self._begun = _Position(self._at.epoch + 1), False
-            running.finish()
-        finally:
-            running.close()
 
     def for_keras(self, *, x: Any, y: Any, repeat: bool = False) -> Any:
-        """A ``tf.data.Dataset`` of this worker's batches for ``fit``: ``(x, y, weights)``. Each iteration is an epoch.
+        """Return a ``tf.data.Dataset`` of this worker's batches for ``fit``: ``(x, y, weights)``.
 
-        The weights are the mask of the ``tokens`` feature, times its ``weights``: so ``DistributedLoss`` averages over
-        what counts, and plain losses and weighted metrics leave padding out.
+        Each iteration of the dataset is an epoch. The weights are the mask of the ``tokens`` feature, times its
+        ``weights``: ``DistributedLoss`` averages over the valid positions, and plain losses and weighted metrics ignore
+        padding.
 
             model.compile(loss=distpad.DistributedLoss(...), ...)
             model.fit(batches.for_keras(x="image", y="text"), epochs=3)
 
         Args:
-          x, y: a feature's name, or a list, tuple or dict of names: what the model takes and is held against. The name
-            of a part of an example stands for all features in it. ``y=None``: for ``predict``, which then gets the real
-            rows of ``x`` alone, in order (``(x,)``, without weights); of a dataset with ``y`` it is refused.
-          repeat: go on with the next epoch, for ``fit(..., steps_per_epoch=...)``. With several workers of a
-            MultiWorkerMirroredStrategy, Keras 2 takes nothing else.
+          x, y: the inputs and the labels: a feature's name, or a list, tuple or dict of names. The name of a part of an
+            example selects all features in that part. ``y=None`` is for ``predict``: the dataset then yields ``(x,)``,
+            without filler rows, in the order of the source. ``predict`` on a dataset with ``y`` is an error.
+          repeat: continue with the next epoch, for ``fit(..., steps_per_epoch=...)``. Keras 2 needs it with several
+            workers of a MultiWorkerMirroredStrategy.
 
         Returns:
-          A ``tf.data.Dataset`` of ``(x, y, weights)``; with several workers of a MultiWorkerMirroredStrategy, which
-          would deal out a dataset once more, a ``tf.distribute.DistributedDataset`` of each replica's. Features
-          ``[rows, *shape]``, the rows of this worker's replicas behind one another, as MirroredStrategy deals them out;
-          weights ``[rows, length]`` float32 (``[rows, n, m]`` for two ragged axes), 0 on padding and in filler rows;
-          ``[rows]`` where no feature of ``y`` is padded: one label a row, such as a class; in a dict with the losses'
-          names where ``tokens`` is a mapping. Its shapes are None on ragged axes and,
-          with ``max_tokens``, for the rows: all lengths share one trace.
+          A ``tf.data.Dataset`` of ``(x, y, weights)``. With several workers of a MultiWorkerMirroredStrategy, which
+          would shard a dataset again, a ``tf.distribute.DistributedDataset`` of each replica's batches. Features are
+          ``[rows, *shape]``, the rows of this worker's replicas one after the other, as MirroredStrategy splits them.
+          Weights are ``[rows, length]`` float32 (``[rows, n, m]`` for two ragged axes), 0 on padding and filler rows;
+          ``[rows]`` if no feature of ``y`` is padded, as with one class per row; a dict by loss if ``tokens`` is a
+          mapping. Static shapes are None on ragged axes and, with ``max_tokens``, for the rows: all lengths share one
+          trace.
 
-        Keras holds all epochs of one ``fit`` to the number of steps of the first. Where it varies (``max_tokens``),
-        write ``repeat=True`` and ``fit(dataset, steps_per_epoch=len(batches))``: then nothing is left out. Leaving an
-        epoch early goes on with the next, as in a loop. But under MirroredStrategy Keras 3 looks at a first batch in an
-        iteration of its own: there an epoch that was left within the four batches that are read for it begins again.
-        ``state_dict`` counts the batches that tf.data asked for: under strategies up to three more than were trained
-        on, on one worker perhaps more than on another (save that of one, and load it on all); else those alone that
-        ``fit`` has taken. An epoch of which no more than these were asked for begins again when ``fit`` is called
-        again.
+        Keras gives all epochs of one ``fit`` the number of steps of the first. If that number varies (``max_tokens``),
+        write ``repeat=True`` and ``fit(dataset, steps_per_epoch=len(batches))``: then no batch is left out. After an
+        epoch was left early, the next iteration is the next epoch, as in a loop. There is one exception: an epoch that
+        was left within the batches that Keras consumes to infer shapes (up to four, in Keras 3 under MirroredStrategy)
+        begins again.
 
-        Under Horovod, do not add ``prefetch``: who leaves an epoch must have asked for the same batches.
+        ``state_dict`` counts the batches that tf.data requested. Under strategies these are up to three more than fit
+        trained on, and workers may differ: save the state of one worker, and load it on all. With other backends they
+        are exactly the batches that fit consumed. If fit requested no more than these batches of an epoch, the next
+        call of ``fit`` begins the epoch again.
 
-        What goes wrong in a source is raised by ``fit`` as a ``tf.errors.OpError`` with the original's message.
+        Under Horovod, do not add ``prefetch``: workers that leave an epoch must have requested the same batches.
+
+        ``fit`` raises an error of the source as a ``tf.errors.OpError`` with the original message.
 
         Raises:
-          ValueError: ``x`` or ``y`` is no feature, no worker has an example, or ``repeat`` is needed and was not given.
-          TypeError: ``x`` or ``y`` is no name.
-          And what the first iteration would raise while its first window is read.
+          ValueError: ``x`` or ``y`` is not a feature, no worker has an example, or ``repeat`` is required.
+          TypeError: ``x`` or ``y`` is not a name.
+          Also every error of the first window.
 
-        Collective among workers: all call it, in the same order; then as iterating.
+        Collective among workers: all call it, in the same order. Iterating the dataset is collective too.
 
         >>> source = [{"x": [1.0, 2.0], "y": [1, 2]}, {"x": [3.0], "y": [3]}]
         >>> batches = PaddedBatches(source, 2, padding={"x": Pad(), "y": Pad()}, tokens="y", buckets=None)
@@ -291,99 +218,56 @@ class PaddedBatches(tf.train.experimental.PythonState):
         ...     print(x.numpy().tolist(), y.numpy().tolist(), weights.numpy().tolist())
         [[1.0, 2.0], [3.0, 0.0]] [[1, 2], [3, 0]] [[1.0, 1.0], [1.0, 0.0]]
         """
-        if y is None and self._backend.num_workers > 1 and self._backend.fit_reads_ahead:
+        behaviour = self._requests.behaviour
+        if y is None and behaviour.leaves_apart:
             remedy = "Let each worker predict in a loop: for batch in batches: strategy.run(...)."
             found = f"None with {self._backend.num_workers} workers of a strategy"
             raise ValueError(errors.sentence("for_keras", "y", found, "a feature", remedy))
-        if self._backend.fit_must_repeat and not repeat:
+        if behaviour.must_repeat and not repeat:
             found = f"False with {self._backend.num_workers} workers of a strategy in Keras 2"
             remedy = "Then write fit(dataset, steps_per_epoch=...)."
             raise ValueError(errors.sentence("for_keras", "repeat", found, "True", remedy))
         self._check_engine(of_workers=True)
-        elements = keras.Elements(self._config, x, y, repeat)
-        self._leave(elements)
-        first = self._open(elements)
-        self._begun = False  # what is read ahead here is the first iteration's, or is dropped
+        elements = keras.Elements(self._config, x, y, repeat, behaviour.leaves_apart)
+        self._requests.leave(elements)
+        first = self._progress.open(elements)
         try:
-            self._features = first.begin()
-            if self._features is None:
+            features = self._progress.features = first.begin()
+            if features is None:
                 raise ValueError(errors.sentence("for_keras", "source", "empty on all workers", "at least one example"))
-            signature = elements.signature(self._features, self._rows())
+            signature = elements.signature(features, self._rows())
         except BaseException:
             first.close()
             raise
-        # predict gets no batch that only fills up a group of steps, or that follows this worker's last example
+        # predict gets no batch that only completes a group, or that follows this worker's last example
+        every = self._steps_of_all()
         is_whole = self._config.accumulation_steps == self._backend.num_workers == 1
-        steps = self._steps_of_all() if is_whole or not elements.predicts else None
-        dataset = self._backend.fit_dataset(
-            keras.dataset(self._feeder(elements, first), signature, steps, repeats=repeat)
-        )
+        feed = feeder.Feeder(self._progress, self._requests, elements, first, every)
+        made = keras.dataset(feed, signature, every if is_whole or not elements.predicts else None, repeats=repeat)
+        dataset = keras.distributed(made, self._backend)
         elements.dataset = weakref.ref(dataset)
         return dataset
 
-    def _feeder(self, elements: keras.Elements, first: epoch.Epoch) -> Callable[[], Iterator[Any]]:
-        """What each iteration calls, in a thread of tf.data's; ``first`` is what the first one finds begun."""
-        planned, steps = self._at, self._steps_of_all()
-        looked_at = itertools.count()
-
-        def epoch_of(goes_on: bool) -> Generator[Any, None, bool]:
-            """Returns whether all of it was handed out. ``goes_on``: from the epoch before, in the same iteration."""
-            elements.refuse_predict()
-            is_first = next(looked_at) == 0
-            is_look = self._backend.fit_looks_at > 0 and keras.keras_looks(otherwise=is_first)
-            fresh = is_first and first is self._running and planned == self._at
-            if not fresh and not goes_on:
-                self._leave(elements)
-            if steps and self._at.step and not self._begun:
-                found = f"at step {self._at.step}, when a dataset of {steps} steps an epoch was made already"
-                raise ValueError(errors.sentence("load_state_dict", "state", found, "to be loaded before for_keras"))
-            running = first if fresh else self._open(elements)
-            self._begun = True
-            self._handed = self._handed if self._fed else 0
-            self._fed = [
-                *self._fed[:1],
-                *self._fed[1:][-3:],
-                (self._handed, self._began_at),
-            ]
-            for element in self._consume(running):
-                self._handed += 1
-                if not (elements.predicts and not len(tf.nest.flatten(element)[0])):
-                    yield element
-            if running is not self._running:
-                return False
-            is_short = self._handed < self._backend.fit_looks_at  # so that looking reads all of it
-            if not elements.repeats and not (is_look and is_short):
-                self._fed = []
-            return not running.was_left
-
-        def feed() -> Iterator[Any]:
-            # Not by Dataset.repeat: where a worker is stopped between two epochs, nobody would tell the others.
-            goes_on = False
-            while (yield from epoch_of(goes_on)) and elements.repeats:
-                goes_on = True
-
-        return feed
-
     def _rows(self) -> int | None:
-        """Of a batch for fit, where all have as many."""
+        """The rows of every batch for fit; None if the number varies."""
         size = self._config.batch_size
         if self._sampler is not None and self._sampler.global_batch_size:
             size = -(-self._sampler.global_batch_size // self._backend.num_replicas)
         return size and size * self._backend.replicas_here
 
     def _steps_of_all(self) -> int | None:
-        """Of each epoch to come, where it is known that they have as many."""
-        if self._at.step or (self._sampler is not None and self._sampler.max_tokens):
+        """The steps of every further epoch; None if the number is unknown or varies."""
+        if self._progress.at.step or (self._sampler is not None and self._sampler.max_tokens):
             return None
         return self._length()
 
     def __len__(self) -> int:
-        """The steps of the epoch that runs or is to begin, all of them. TypeError where that is not known."""
+        """The steps of the running or the next epoch, consumed ones included. TypeError if the number is unknown."""
         steps = self._length()
         if steps is None:
             raise TypeError(
-                f"{_NAME}: the number of steps is not known before all are read; a LengthSampler tells it, and "
-                "where there is one worker a source with a length."
+                f"{_NAME}: the number of steps is unknown before the source is read, expected a LengthSampler, or one "
+                "worker and a source with a length."
             )
         return steps
 
@@ -396,7 +280,7 @@ class PaddedBatches(tf.train.experimental.PythonState):
 
     def _known_steps(self) -> int | None:
         if self._sampler is not None:
-            return len(self._sampler.plan(self._at.epoch))
+            return len(self._sampler.plan(self._progress.at.epoch))
         count = sources.count_of(self._source)
         if self._backend.num_workers > 1 or count is None:
             return None
@@ -412,31 +296,32 @@ class PaddedBatches(tf.train.experimental.PythonState):
         self.load_state_dict(json.loads(string_value))
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands, for JSON: behind the last whole optimiser step whose batches were handed out. Behind the
-        last of an epoch, that is the beginning of the next.
+        """Return the position as a dict for JSON: after the last whole optimiser step whose batches were yielded.
 
-        With a sampler it holds for any number of workers; without one for as many, with sources in the same order.
+        After the last step of an epoch, the position is the beginning of the next epoch. With a sampler the state is
+        valid for any number of workers; without one, for the same number, with sources in the same order.
         """
-        at, group = self._untrained() or self._at, self._config.accumulation_steps
+        at, group = self._requests.untrained() or self._progress.at, self._config.accumulation_steps
         step = at.step // group * group
         begins = list(at.begins if step else ())
         return {"epoch": at.epoch, "step": step, "begins": begins, "source": self._belongs_to()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on there when iterated next: nothing is lost and nothing seen twice.
+        """Continue at a saved position in the next iteration, without repeating or skipping an example.
 
-        A position within an epoch is compared with what the source gives when it is read next: its first steps must
-        hold the same examples as when the position was saved. Else, as where it shuffles again in each iteration, some
-        examples would be repeated and others left out.
+        For a position within an epoch, the next iteration compares the first examples of the source with those at the
+        time of saving. They differ, for example, if the source shuffles again in each iteration: then some examples
+        would be repeated and others left out.
 
-        Raises ValueError for the state of another source, a position that there is not, or no state; when iterated
-        next, on all workers, for a source that begins with other examples.
+        Raises:
+          TypeError, ValueError: not a state, the state of another source, or a position out of range. In the next
+            iteration, on all workers: a source that begins with other examples.
         """
         if not isinstance(state, Mapping):
-            raise TypeError(errors.sentence(_NAME, "state", repr(state), "what state_dict returned"))
+            raise TypeError(errors.sentence(_NAME, "state", repr(state), "a result of state_dict"))
         missing = {"epoch", "step", "begins", "source"} - set(state)
         if missing:
-            raise ValueError(errors.sentence(_NAME, "state", f"without {sorted(missing)}", "what state_dict returned"))
+            raise ValueError(errors.sentence(_NAME, "state", f"without {sorted(missing)}", "a result of state_dict"))
         mine = self._belongs_to()
         if state["source"] != mine:
             raise ValueError(errors.sentence(_NAME, "state", f"of {state['source']}", f"one of {mine}"))
@@ -452,15 +337,15 @@ class PaddedBatches(tf.train.experimental.PythonState):
             raise ValueError(errors.sentence(_NAME, "state's step", step, rule))
         if not isinstance(state["begins"], (list, tuple)) or (step and not state["begins"]):
             found = f"{state['begins']!r} at step {step}"
-            rule = "fingerprints of the epoch's first steps, as state_dict returned them"
+            rule = "the fingerprints of the epoch's first steps, as state_dict returned them"
             raise ValueError(errors.sentence(_NAME, "state's begins", found, rule))
         begins = tuple(errors.integer(_NAME, "state's begins", each, least=0) for each in state["begins"])
-        self._stop()
-        self._at = _Position(number, step, begins if step else ())
-        self._begun, self._fed = False, []
+        self._progress.stop()
+        self._progress.move_to(epoch.Cursor(number, step, begins if step else ()))
+        self._requests.clear()
 
     def _belongs_to(self) -> dict[str, Any]:
-        """What a position is a position of: the plan of a sampler, or so many examples of each worker a step."""
+        """The source of a position: a sampler's plan, or the numbers that decide which examples a step has."""
         if self._sampler is not None:
             return {"sampler": self._sampler.fingerprint()}
         workers, replicas = self._backend.num_workers, self._backend.num_replicas
@@ -468,24 +353,26 @@ class PaddedBatches(tf.train.experimental.PythonState):
 
     @functools.cached_property
     def _sampled(self) -> Buckets | None:
-        """What the lengths of a sampler are padded to by "auto"."""
+        """The buckets that "auto" uses for the lengths of a sampler."""
         if self._sampler is None or not len(self._sampler.lengths):
             return None
-        if self._sampler.max_tokens and not self._sampler.buckets:  # it counted on no more padding than that
+        if self._sampler.max_tokens and not self._sampler.buckets:  # more padding would exceed its budget
             return Buckets.multiples(1)
         return self._sampler.buckets or Buckets.from_lengths(self._sampler.lengths, _BOUNDARIES)
 
-    def _padded_sizes(self, number: int, step: int, agreed: tuple[int, ...]) -> tuple[int, ...]:
-        """What the axes of a step are padded to. With "auto", an axis whose longest size is the length that the sampler
-        planned by has the sampler's buckets."""
+    def _padded_sizes(self, number: int, step: int, longest: tuple[int, ...]) -> tuple[int, ...]:
+        """The padded sizes of a step's axes. With "auto", an axis whose longest size is the longest sampled length of
+        the step uses the sampler's buckets."""
         if self._sampler is None:
-            return self._config.padded_sizes(agreed, None, None)
-        longest = max(1, int(self._sampler.lengths[self._sampler.plan(number)[step]].max()))
-        return self._config.padded_sizes(agreed, self._sampled, longest)
+            return self._config.padded_sizes(longest, None, None)
+        sampled = max(1, int(self._sampler.lengths[self._sampler.plan(number)[step]].max()))
+        return self._config.padded_sizes(longest, self._sampled, sampled)
 
     def _steps(self, number: int, step: int, checks: int) -> Iterator[sources.Step]:
-        """This worker's steps of an epoch, from one on, and before them the first ``checks`` to be compared. The
-        reader's thread calls it."""
+        """This worker's steps of an epoch, beginning at ``step``, after the first ``checks`` steps, which are compared.
+
+        The thread of the reader calls it.
+        """
         here, worker = self._backend.replicas_here, self._backend.worker_index
         if self._sampler is not None:
             mine = range(worker * here, worker * here + here)

@@ -1,4 +1,4 @@
-"""Padding ahead: planned steps become batches on their devices, in a thread beside the training."""
+"""Padder: makes batches of planned steps, and moves them to their devices, in a thread."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from distpad.data.schema import Features, Name, Row, collate
 from distpad.data.stats import PaddingStats
 from distpad.losses.counts import Counts, LossInputs, WeightedCounts
 
-_AHEAD = 4  # batches that are padded and on their devices before their step
+_AHEAD = 4  # batches that are on their devices before their step
 
 
 class Batch(NamedTuple):
-    """What one replica gets for one step, as tensors; under a strategy every leaf holds a value for each replica.
+    """One replica's input for one step, as tensors. Under a strategy every leaf holds a value for each replica.
 
     Attributes:
-      data: in the structure of an example, each feature ``[batch_size, *shape]``, padded where it is ragged.
-      lengths: for each padded feature ``[batch_size]`` int32, of the first of its ragged axes.
-      rows: int32 scalar: so many rows are real, those behind them are filling.
+      data: the features in the structure of an example, each ``[batch_size, *shape]``, padded on ragged axes.
+      lengths: for each padded feature ``[batch_size]`` int32, along its first ragged axis.
+      rows: int32 scalar, the number of real rows; the rows after them are filler rows.
       counts: ``Counts`` over all replicas and all micro-batches of the optimiser step, float64 scalars: the loss's
-        ``denominator``. A mapping of them where ``tokens`` is one.
-      indices: ``[batch_size]`` int64, each row's place in the source, -1 for filling.
-      loss_inputs: ``LossInputs``, what the loss needs of the batch beside labels and predictions. A mapping of them
-        where ``tokens`` is one.
+        ``denominator``. A mapping by loss if ``tokens`` is a mapping.
+      indices: ``[batch_size]`` int64, each row's example index in the source, -1 for filler rows.
+      loss_inputs: ``LossInputs``, the lengths, weights and counts for the loss's ``batch`` argument. A mapping by loss
+        if ``tokens`` is a mapping.
 
     >>> Batch(data={}, lengths={}, rows=0, counts=Counts(0.0, 0.0), indices=[]).rows
     0
@@ -45,19 +45,19 @@ class Batch(NamedTuple):
 
 
 class Order(NamedTuple):
-    """A step to be made; ``batch_size`` is for a worker without examples."""
+    """A planned step to make a batch of; ``batch_size`` is for a worker without examples."""
 
-    micro: reader.MicroBatch | None  # None where this worker has no more examples
+    micro: reader.MicroBatch | None  # None if this worker has no more examples
     step: plan.StepPlan
     features: Features
     batch_size: int
 
 
 class Padder:
-    """Makes the batches that are ordered, a few ahead of those that are taken, in a thread that ends with ``close``.
+    """Makes ordered batches in a thread, a few ahead of the consumer. ``close`` ends the thread.
 
     Args:
-      to_device: makes what is taken of the replicas' batches in NumPy.
+      to_device: makes an element from the replicas' batches in NumPy.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Padder:
         self._orders.put(order)
 
     def take(self) -> Any:
-        """The next batch in order. Raises what making it raised."""
+        """Return the next batch in order, or raise the error that making it raised."""
         made = self._made.get()
         self._room.release()
         if isinstance(made, BaseException):
@@ -93,7 +93,7 @@ class Padder:
         self._orders.put(None)
         self._room.release()
         self._thread.join()
-        # for a thread of tf.data's that waits for a batch of a loop that another has replaced
+        # A thread of tf.data may wait for a batch of a loop that another loop has replaced.
         self._made.put(errors.DistpadError("PaddedBatches: this loop was left, and another has begun"))
 
     def _run(self) -> None:
@@ -104,26 +104,26 @@ class Padder:
                 return
             try:
                 self._made.put(self._make(order))
-            except BaseException as error:  # the training's thread raises it
+            except BaseException as error:  # take raises it in the thread of the training
                 self._made.put(error)
 
     def _make(self, order: Order) -> Any:
         micro, replicas = order.micro, self._backend.replicas_here
         size = micro.batch_size if micro else order.batch_size
         sizes: dict[Name, list[int]] = {}
-        for (name, _), agreed in zip(self._config.axes, order.step.sizes):
-            sizes.setdefault(name, []).append(agreed)
-        replicas_of_all = np.float64(self._backend.num_replicas)
+        for (name, _), size_of_axis in zip(self._config.axes, order.step.sizes):
+            sizes.setdefault(name, []).append(size_of_axis)
+        num_replicas = np.float64(self._backend.num_replicas)
         batches = []
         for replica in range(replicas):
             rows = micro.rows[replica] if micro else []
             self._last[replica] = last = rows[-1] if rows else self._last[replica] or order.features.blank_row()
-            emptied = frozenset(self._config.tokens.values())
-            values, lengths = collate(order.features.features, rows, sizes, size, last, emptied)
+            counted = frozenset(self._config.tokens.values())
+            values, lengths = collate(order.features.features, rows, sizes, size, last, counted)
             indices = np.full([size], -1, np.int64)
-            indices[: len(rows)] = micro.places[replica] if micro else []
+            indices[: len(rows)] = micro.indices[replica] if micro else []
             local = micro.local[replica] if micro else np.zeros([len(self._config.tokens), 2])
-            counts = self._counts(order.step, local, replicas_of_all)
+            counts = self._counts(order.step, local, num_replicas)
             named = dict(zip(order.features.names, values))
             inputs = {
                 loss: LossInputs(lengths[name], self._weights(loss, order.features, rows, named), counts[loss])
@@ -139,7 +139,7 @@ class Padder:
                     inputs.get(None, inputs),
                 )
             )
-            self._book(order, rows, size)
+            self._add_to_stats(order, rows, size)
         return self._to_device(order.features, batches)
 
     def _counts(self, step: plan.StepPlan, local: np.ndarray, replicas: np.float64) -> dict[Any, Counts]:
@@ -151,36 +151,36 @@ class Padder:
         return counts
 
     def _weights(self, loss: Any, features: Features, rows: Sequence[Row], arrays: Mapping[Name, np.ndarray]) -> Any:
-        """The sample weights of a replica's batch as its loss takes them, beside lengths; ``()`` where lengths do."""
+        """A replica's sample weights for its loss; ``()`` if lengths alone define the valid positions."""
         name = self._config.tokens[loss]
         axes, weights = self._config.counted_axes(name), self._config.weights.get(loss)
         given = None if weights is None else arrays[weights]
         shape = [len(arrays[name]), *(arrays[name].shape[1 + axis] for axis in axes)]
         if given is not None and given.ndim > 1:
-            given = _fitted(given, shape)
+            given = _resized(given, shape)
         if len(axes) == 1:
             return () if given is None else given
         column = features.names.index(name)
         mask = np.zeros(shape, np.float32)
-        for place, row in zip(mask, rows):
-            place[tuple(slice(row[column].shape[axis]) for axis in axes)] = 1
+        for mask_of_row, row in zip(mask, rows):
+            mask_of_row[tuple(slice(row[column].shape[axis]) for axis in axes)] = 1
         if given is None:
             return mask
         given = given.reshape([len(given), *[1] * (len(shape) - given.ndim), *given.shape[1:]])
-        return np.where(mask > 0, given, 0).astype(np.float32)  # chosen, not multiplied: padding may be NaN
+        return np.where(mask > 0, given, 0).astype(np.float32)  # not a product: padding may be NaN
 
-    def _book(self, order: Order, rows: Sequence[Row], size: int) -> None:
+    def _add_to_stats(self, order: Order, rows: Sequence[Row], size: int) -> None:
         padded = [(i, feature) for i, feature in enumerate(order.features.features) if feature.pad]
         by_name = {f.name: np.array([f.sizes(row[i]) for row in rows], np.int64) for i, f in padded}
         tables = [by_name[name].reshape(len(rows), len(pad.axes)) for name, pad in self._config.padding.items()]
         self._stats.add_replica(tables, order.step.agreed, order.step.sizes, size)
 
 
-def _fitted(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """Cut or filled with zeros: weights may be padded to another boundary than what they weigh."""
+def _resized(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """The array cut, or padded with zeros, to a shape: weights may have another boundary than their feature."""
     if list(array.shape) == list(shape):
         return array
-    fitted = np.zeros(shape, array.dtype)
+    resized = np.zeros(shape, array.dtype)
     common = tuple(map(slice, np.minimum(array.shape, shape)))
-    fitted[common] = array[common]
-    return fitted
+    resized[common] = array[common]
+    return resized

@@ -1,4 +1,4 @@
-"""Config: the arguments of PaddedBatches, checked, and what follows from them alone."""
+"""Config: the checked arguments of PaddedBatches, and the padded sizes that they define."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from distpad.data.schema import Name, Pad
 from distpad.padding.buckets import Buckets
 
 _NAME = "PaddedBatches"
-_ENDLESS = Buckets.auto()
-_TOGETHER = 2  # boundaries that sizes are apart at most, to be padded alike
+_AUTO = Buckets.auto()
+_NEAR = 2  # axes share a boundary if theirs are at most this many apart
 
 
 @dataclass(frozen=True)
 class Config:
-    """How batches are made: the same on all workers.
+    """How batches are made, the same on all workers.
 
     Attributes:
-      tokens: losses and the features whose positions they count; a single loss is called None.
-      weights: the losses that are weighted, and by which feature.
-      buckets: of each padded feature; "auto"; or None, to the longest.
-      lookahead: micro-batches, a multiple of ``accumulation_steps``.
-      warn_after_s, timeout_s: the only two that may differ between workers.
+      tokens: from losses to the features whose valid positions they count; a single loss has the name None.
+      weights: from weighted losses to the features that hold their weights.
+      buckets: from padded features to their buckets; "auto"; or None for the longest length.
+      lookahead: micro-batches in a window, a multiple of ``accumulation_steps``.
+      warn_after_s, timeout_s: time limits; they alone may differ between workers.
     """
 
     batch_size: int | None
@@ -41,42 +41,45 @@ class Config:
 
     @property
     def axes(self) -> list[tuple[Name, int]]:
-        """All ragged axes, in the order in which their sizes travel."""
+        """All ragged axes, in the order of their sizes in a report."""
         return [(name, axis) for name, pad in self.padding.items() for axis in pad.axes]
 
     @property
     def axis_buckets(self) -> list[Buckets] | None:
-        """The given buckets of each of them."""
+        """The buckets of each ragged axis, if the user gave buckets."""
         return [self.buckets[name] for name, _ in self.axes] if isinstance(self.buckets, Mapping) else None
 
     def counted_axes(self, name: Name) -> list[int]:
-        """The axes of an example over which the positions of a counted feature lie."""
+        """The axes of an example that span the positions of a counted feature."""
         return sorted(self.padding[name].axes)
 
     def padded_sizes(self, agreed: tuple[int, ...], sampled: Buckets | None, longest: int | None) -> tuple[int, ...]:
-        """What the ragged axes of a step are padded to, whose longest sizes over all replicas are ``agreed``.
+        """Return the padded sizes of a step's ragged axes.
 
-        Given buckets go together, the highest that one of them needs: as many shapes as boundaries. With "auto", sizes
-        go together that are at most two boundaries apart: texts are not padded to the length of their recordings.
+        With given buckets, all axes use the highest boundary index that one of them needs: there are as many shapes as
+        boundaries. With "auto", axes share a boundary only if theirs are near: texts are not padded to the length of
+        their recordings.
 
         Args:
-          sampled: with "auto", the buckets of the lengths that a sampler plans by; ``longest`` is that of this step.
+          agreed: the longest size of each axis over all replicas.
+          sampled: with "auto", the buckets for the lengths of a sampler.
+          longest: the longest sampled length of the step.
         """
         if self.buckets is None:
             return agreed
         given = self.axis_buckets
         if given is None:
-            others = [_ENDLESS.index(size) for size in agreed if not sampled or size != longest]
+            others = [_AUTO.index(size) for size in agreed if not sampled or size != longest]
             highest = max(others, default=0)
-            raised = iter([highest if highest - index <= _TOGETHER else index for index in others])
+            raised = iter([highest if highest - index <= _NEAR else index for index in others])
             return tuple(
-                sampled(size) if sampled and size == longest else _ENDLESS.boundary(next(raised)) for size in agreed
+                sampled(size) if sampled and size == longest else _AUTO.boundary(next(raised)) for size in agreed
             )
         index = max(each.index(size) for each, size in zip(given, agreed))
         return tuple(each.boundary(index) for each in given)
 
     def check_sizes(self, sizes: Sequence[int]) -> None:
-        """Raise ValueError where one is above its buckets; ``sizes`` are of ``axes``."""
+        """Raise ValueError if the size of an axis is above the last boundary of its buckets."""
         for buckets, (name, axis), size in zip(self.axis_buckets or (), self.axes, sizes):
             try:
                 buckets.index(size)
@@ -84,7 +87,7 @@ class Config:
                 raise ValueError(f"{_NAME}: axis {axis} of {name!r}: {error}") from None
 
     def as_json(self) -> dict[str, Any]:
-        """What is compared between workers."""
+        """The configuration that is compared between workers."""
         return {
             "batch_size": self.batch_size,
             "padding": {str(n): {"axis": list(pad.axes), "value": str(pad.value)} for n, pad in self.padding.items()},
@@ -114,7 +117,7 @@ def checked(
     warn_after_s: float,
     timeout_s: float,
 ) -> Config:
-    """Raises ValueError or TypeError for the first argument that is wrong."""
+    """Check the arguments of PaddedBatches. Raises ValueError or TypeError for the first argument that is wrong."""
     if batch_size is not None:
         batch_size = errors.integer(_NAME, "batch_size", batch_size, least=1)
     accumulation_steps = errors.integer(_NAME, "accumulation_steps", accumulation_steps, least=1)

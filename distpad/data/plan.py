@@ -1,7 +1,8 @@
-"""The plan of a window of steps: what each worker reports, and what follows when all reports are merged. Pure, NumPy.
+"""The plan of a window of steps: each worker's report, and the plan that the merged reports define. Pure NumPy.
 
-A worker reports for each step the longest sizes of its examples, its valid positions and sequences, its rows, and where
-it failed. Reports are merged by one maximum and one sum over the workers, so that a message does not grow with them.
+A worker reports for each step the longest sizes of its examples, the number of its valid positions, sequences and rows,
+and the step at which it failed. One maximum and one sum over the workers merge the reports: the size of a message does
+not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import numpy as np
 
 
 class StepPlan(NamedTuple):
-    """What all workers know of one step before it runs.
+    """One step's sizes and counts, the same on all workers, before it runs.
 
     Attributes:
-      agreed: the longest size over all replicas of each ragged axis, at least 1.
-      sizes: what the axes are padded to: a boundary of the buckets, or ``agreed``.
+      agreed: the longest size of each ragged axis over all replicas, at least 1.
+      sizes: the padded size of each ragged axis: a boundary of the buckets, or ``agreed``.
       rows: real rows over all replicas.
-      tokens, sequences: of each loss, over all replicas and all micro-batches of the optimiser step, ``[losses]``.
+      tokens, sequences: ``[losses]``, over all replicas and all micro-batches of the optimiser step.
     """
 
     agreed: tuple[int, ...]
@@ -40,7 +41,7 @@ class Failure(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """A window's plans, whether the epoch ends with them, and a failure behind them."""
+    """A window's planned steps, whether the epoch ends with them, and the failure after them."""
 
     steps: list[StepPlan]
     is_last: bool
@@ -49,10 +50,10 @@ class Merged(NamedTuple):
 
 @dataclass
 class Report:
-    """What one worker reports of a window; steps beyond its data stay zero.
+    """One worker's report of a window; steps after its last example are zero.
 
     Attributes:
-      longest: ``[window, axes]``, over the worker's replicas.
+      longest: ``[window, axes]``, the longest sizes over the worker's replicas.
       tokens, sequences: ``[window, losses]``.
       rows: ``[window]``.
       failed_at: the step at which it failed, or None.
@@ -70,7 +71,7 @@ class Report:
 
 
 def pack(report: Report, worker: int, workers: int) -> tuple[np.ndarray, np.ndarray]:
-    """A report as the two vectors of which the maximum and the sum over all workers are taken, float64."""
+    """Pack a report into two float64 vectors, for the maximum and for the sum over all workers."""
     failed = 0.0
     if report.failed_at is not None:  # the earliest step wins, then the first worker
         failed = (len(report.rows) - report.failed_at) * workers + workers - 1 - worker + 1
@@ -91,14 +92,17 @@ def merge(
     accumulation_steps: int,
     full_rows: int | None,
 ) -> Merged:
-    """The plans that follow from the merged vectors: the same on all workers.
+    """Return the plan that the merged vectors define, the same on all workers.
 
     Args:
-      maxima, sums: over all workers, of what ``pack`` made.
-      window: micro-batches, a multiple of ``accumulation_steps``.
-      axes: ragged axes of all features.
-      sizes_of: what the axes of a step are padded to, given its place in the window and their longest sizes.
-      full_rows: of a step over all replicas, where steps with fewer are dropped; None: none are.
+      maxima, sums: the maximum and the sum over all workers of their ``pack``.
+      window: micro-batches in the window, a multiple of ``accumulation_steps``.
+      axes: number of ragged axes of all features.
+      losses: number of losses.
+      workers: number of workers.
+      sizes_of: computes the padded sizes from the step's index in the window and the longest sizes.
+      accumulation_steps: micro-batches in a group.
+      full_rows: rows of a full step over all replicas; a step with fewer ends the epoch. None: no step is dropped.
     """
     longest = maxima[1:].reshape(window, axes)
     rows = sums[:window]
@@ -106,9 +110,8 @@ def merge(
     failure = _failure(maxima[0], window, workers)
     usable = window if failure is None else failure.step
     if full_rows is None:
-        steps = (
-            -(-_leading(rows[:usable] > 0) // accumulation_steps) * accumulation_steps
-        )  # a short last group is filled up
+        # batches without rows complete a short last group
+        steps = -(-_leading(rows[:usable] > 0) // accumulation_steps) * accumulation_steps
         steps = min(steps, usable // accumulation_steps * accumulation_steps) if failure else steps
         ended = steps < usable // accumulation_steps * accumulation_steps
     else:
@@ -126,7 +129,7 @@ def merge(
         if rows[step]:
             agreed = tuple(max(1, int(size)) for size in longest[step])
             plans.append(StepPlan(agreed, sizes_of(step, agreed), int(rows[step]), *counts))
-        else:  # fills up a group: of the shape before it, since one of its own might be on no boundary
+        else:  # completes a group: in the shape of the step before it, since its own sizes may be on no boundary
             plans.append(plans[-1]._replace(rows=0))
     return Merged(plans, is_last, failure)
 
@@ -134,12 +137,12 @@ def merge(
 def _failure(code: float, window: int, workers: int) -> Failure | None:
     if code <= 0:
         return None
-    left, behind = divmod(int(code) - 1, workers)
-    return Failure(window - left, workers - 1 - behind)
+    steps_left, workers_after = divmod(int(code) - 1, workers)
+    return Failure(window - steps_left, workers - 1 - workers_after)
 
 
 def _leading(good: np.ndarray) -> int:
-    """How many are true before the first that is not."""
+    """The number of leading true values."""
     return int(np.argmin(good)) if not good.all() else len(good)
 
 
@@ -150,7 +153,7 @@ def fingerprint(text: str | bytes) -> float:
 
 
 def differences(texts: Sequence[str]) -> list[str]:
-    """What differs between the workers' JSON objects: "window is 32 on worker 0, 16 on worker 1"."""
+    """Name the differences between the workers' JSON objects, as "lookahead is 32 on worker 0, 16 on worker 1"."""
     flat = [_flattened(json.loads(text)) if text else {} for text in texts]
     known = [i for i, text in enumerate(texts) if text]
     found = []

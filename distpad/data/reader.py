@@ -1,4 +1,4 @@
-"""Reading ahead: a worker's examples, one window of steps at a time, in a thread beside the training."""
+"""Reader: reads a worker's examples in a thread, one window of steps ahead of the training."""
 
 from __future__ import annotations
 
@@ -20,26 +20,36 @@ from distpad.data.sources import Step
 
 
 class MicroBatch(NamedTuple):
-    """A step whose examples were read and checked; for each replica of this worker."""
+    """A step whose examples were read and checked: a list item for each replica of this worker.
+
+    Attributes:
+      indices: the example index of each row.
+      local: the replica's tokens and sequences, ``[replicas, losses, 2]``.
+    """
 
     batch_size: int
     rows: list[list[Row]]
-    places: list[np.ndarray]
-    local: np.ndarray  # [replicas, losses, 2]: tokens and sequences
+    indices: list[np.ndarray]
+    local: np.ndarray
 
 
 class Window(NamedTuple):
-    """What was read of a window: no more steps than there were, and the error that ended it."""
+    """The steps that were read for a window, and the error that ended the reading.
+
+    Attributes:
+      digest: hash of the examples, 0 without examples.
+      beginning: fingerprints of the epoch's first step, first two steps, and so on.
+    """
 
     batches: list[MicroBatch]
     report: plan.Report
     features: Features | None
-    digest: float  # of its examples; 0 where it has none
-    beginning: list[float]  # fingerprints of the epoch's first steps, one for each number of them
+    digest: float
+    beginning: list[float]
     error: BaseException | None
 
     def refused(self, error: Exception) -> Window:
-        """A window that failed before its first step."""
+        """The same window as one that failed before its first step."""
         width = self.report.longest.shape[1], self.report.tokens.shape[1]
         report = plan.Report.blank(len(self.report.rows), *width)
         report.failed_at = 0
@@ -47,26 +57,26 @@ class Window(NamedTuple):
 
 
 class Reader:
-    """Reads one window ahead of what was taken, in a thread that ends with ``close``.
+    """Reads in a thread, one window ahead of the consumer. ``close`` ends the thread.
 
     Args:
-      steps: of one epoch; made in the thread.
-      features: of the examples where they are known from an earlier epoch.
-      beginning: of the epoch, that is to be told apart from others.
+      steps: makes the iterator of an epoch's steps; called in the thread.
+      features: the features of an example, if an earlier epoch learned them.
+      beginning: computes the fingerprints of the epoch's first steps.
     """
 
     def __init__(
         self, steps: Callable[[], Iterator[Step]], config: Config, features: Features | None, beginning: Beginning
     ) -> None:
         self._steps, self._config, self._features, self._beginning = steps, config, features, beginning
-        self._windows: queue.Queue[Window | None] = queue.Queue()  # None behind the last that will come
-        self._wanted = threading.Semaphore(1)  # windows that may be read: the bound of the memory
+        self._windows: queue.Queue[Window | None] = queue.Queue()  # None after the last window
+        self._wanted = threading.Semaphore(1)  # windows that may be read: it bounds the memory
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="distpad-reader")
         self._thread.start()
 
     def take(self, limit_s: float) -> Window | None:
-        """The next window; None where it is not read within ``limit_s`` seconds."""
+        """Return the next window; None if it is not read within ``limit_s`` seconds."""
         try:
             window = self._windows.get(timeout=min(limit_s, threading.TIMEOUT_MAX))
         except queue.Empty:
@@ -78,7 +88,7 @@ class Reader:
         return window
 
     def close(self, limit_s: float = 5.0) -> None:
-        """End the thread. One that hangs in the user's source cannot be ended, and does not keep Python from it."""
+        """End the thread. A thread that hangs in the user's source continues, but does not block interpreter exit."""
         self._stopped.set()
         self._wanted.release()
         self._thread.join(limit_s)
@@ -100,7 +110,7 @@ class Reader:
                         if self._stopped.is_set():
                             return
                     reading.finish()
-                except BaseException as error:  # also SystemExit: nobody else would hear of it
+                except BaseException as error:  # also SystemExit, which would otherwise end this thread silently
                     reading.failed(error)
                 self._features = reading.features
                 self._windows.put(reading.window(with_digest=first))
@@ -112,13 +122,15 @@ class Reader:
 
 
 class Beginning:
-    """What tells an epoch's first steps from others: of a source that is read again, or by other workers, these must be
-    the same, or a saved position is none.
+    """Fingerprints of an epoch's first steps, by which a saved position recognises its source.
 
     Args:
-      worker: whose own examples they are, in order; None where a sampler deals them out: then in any order, since
-        another number of workers deals otherwise.
-      steps: how many; of so many as were read, fingerprints count on.
+      worker: this worker, whose examples count in their order. None with a sampler: then the order does not count,
+        because it depends on the number of workers.
+      steps: the number of steps.
+
+    Attributes:
+      fingerprints: of the first step, of the first two steps, and so on.
     """
 
     def __init__(self, worker: int | None, steps: int) -> None:
@@ -127,15 +139,15 @@ class Beginning:
         self._hashed = hashlib.blake2b(str(worker).encode(), digest_size=4)
         self.fingerprints: list[float] = []
 
-    def add(self, rows: Sequence[Sequence[Row]], places: Sequence[np.ndarray]) -> None:
-        """The next step."""
+    def add(self, rows: Sequence[Sequence[Row]], indices: Sequence[np.ndarray]) -> None:
+        """Add the next step."""
         if len(self.fingerprints) == self.steps:
             return
         total = 0
-        for part, at in zip(rows, places):
-            for row, place in zip(part, at):
+        for rows_of_replica, indices_of_replica in zip(rows, indices):
+            for row, index in zip(rows_of_replica, indices_of_replica):
                 if self._worker is None:
-                    self._hashed = hashlib.blake2b(str(place).encode(), digest_size=4)
+                    self._hashed = hashlib.blake2b(str(index).encode(), digest_size=4)
                 for array in row:
                     _hash(self._hashed, array)
                 total += int.from_bytes(self._hashed.digest(), "big")
@@ -143,7 +155,7 @@ class Beginning:
 
 
 def _hash(hashed: Any, array: np.ndarray) -> None:
-    """Numbers alike, whatever their dtype: that of lists depends on what was read before."""
+    """Hash an array, equal numbers alike: the dtype of a list depends on the examples that were read before it."""
     hashed.update(repr(array.shape).encode())
     if array.dtype.kind == "O":
         hashed.update(repr([leaf.encode() if isinstance(leaf, str) else leaf for leaf in array.flat]).encode())
@@ -152,14 +164,14 @@ def _hash(hashed: Any, array: np.ndarray) -> None:
 
 
 class _Reading:
-    """A window in the making."""
+    """A window that is being read."""
 
     def __init__(self, config: Config, features: Features | None, beginning: Beginning) -> None:
         self.config, self.features, self.beginning = config, features, beginning
         self.report = plan.Report.blank(config.lookahead, len(config.axes), len(config.tokens))
         self.batches: list[MicroBatch] = []
         self.error: BaseException | None = None
-        self._waiting: list[Step] = []  # whose examples do not tell yet what all are like
+        self._waiting: list[Step] = []  # steps that were read before the features are known
 
     @property
     def is_full(self) -> bool:
@@ -171,7 +183,7 @@ class _Reading:
             self._take_all()
 
     def finish(self) -> None:
-        """Take the steps that wait, although nothing more is to come."""
+        """Take the waiting steps, although no further example will complete the features."""
         self._learn(guess=True)
         self._take_all()
 
@@ -190,44 +202,44 @@ class _Reading:
 
     def _take(self, step: Step) -> None:
         rows = [
-            [self.features.row(example, int(place)) for example, place in zip(part, places)]  # type: ignore[union-attr]
-            for part, places in zip(step.examples, step.places)
+            [self.features.row(example, int(index)) for example, index in zip(examples, indices)]  # type: ignore[union-attr]
+            for examples, indices in zip(step.examples, step.indices)
         ]
-        self.beginning.add(rows, step.places)
+        self.beginning.add(rows, step.indices)
         if step.is_check:
             return
         at = len(self.batches)
         local = np.zeros([len(rows), len(self.config.tokens), 2])
-        for replica, (part, places) in enumerate(zip(rows, step.places)):
-            for row, place in zip(part, places):
-                local[replica] += self._count(at, row, int(place))
+        for replica, (rows_of_replica, indices) in enumerate(zip(rows, step.indices)):
+            for row, index in zip(rows_of_replica, indices):
+                local[replica] += self._count(at, row, int(index))
         self.report.tokens[at], self.report.sequences[at] = local.sum(axis=0).T
         self.report.rows[at] = sum(map(len, rows))
-        self.batches.append(MicroBatch(step.batch_size, rows, step.places, local))
+        self.batches.append(MicroBatch(step.batch_size, rows, step.indices, local))
 
     def failed(self, error: BaseException) -> None:
         try:
             self.finish()
-        except Exception as earlier:  # of a step before the one that failed
+        except Exception as earlier:  # in a step before the one that failed
             error = earlier
         at = len(self.batches)
         for table in (self.report.longest, self.report.tokens, self.report.sequences, self.report.rows):
-            table[at:] = 0  # of a step that was read in part
+            table[at:] = 0  # a step that was read in part
         self.report.failed_at, self.error = at, error
 
     def window(self, with_digest: bool) -> Window:
         digest = _digest(self.batches) if with_digest else 0.0
         return Window(self.batches, self.report, self.features, digest, [*self.beginning.fingerprints], self.error)
 
-    def _count(self, at: int, row: Row, place: int) -> np.ndarray:
-        """Book an example's sizes; its tokens and whether it has any, ``[losses, 2]``."""
+    def _count(self, at: int, row: Row, index: int) -> np.ndarray:
+        """Report an example's sizes; return its tokens, and 1 if it has tokens, ``[losses, 2]``."""
         assert self.features is not None
         arrays = dict(zip(self.features.names, row))
         sizes = [arrays[name].shape[axis] for name, axis in self.config.axes]
         try:
             self.config.check_sizes(sizes)
         except ValueError as error:
-            raise ValueError(f"{error} (example {place})") from None
+            raise ValueError(f"{error} (example {index})") from None
         np.maximum(self.report.longest[at], sizes, out=self.report.longest[at])
         counted = np.zeros([len(self.config.tokens), 2])
         for i, (loss, name) in enumerate(self.config.tokens.items()):
@@ -235,39 +247,40 @@ class _Reading:
             counted_sizes = tuple(arrays[name].shape[axis] for axis in self.config.counted_axes(name))
             total = float(math.prod(counted_sizes))
             if weights is not None:
-                total = _weight(arrays[weights], counted_sizes, weights, place)
+                total = _weight(arrays[weights], counted_sizes, weights, index)
             counted[i] = total, total > 0
         return counted
 
 
-def _weight(weights: np.ndarray, sizes: tuple[int, ...], name: Name, place: int) -> float:
-    """The sum of an example's weights over its positions, which are so many on each axis."""
+def _weight(weights: np.ndarray, sizes: tuple[int, ...], name: Name, index: int) -> float:
+    """The sum of an example's weights over its positions; ``sizes`` are those of the counted feature's axes."""
     if weights.ndim == 0:
         total = float(weights) * math.prod(sizes)
     elif weights.shape == sizes:
         total = float(weights.astype(np.float64).sum())
     else:
-        given, wanted = f"of shape {weights.shape} in example {place}", f"{sizes}, that of the feature they weigh"
+        given, wanted = f"of shape {weights.shape} in example {index}", f"{sizes}, the shape of the counted feature"
         raise ValueError(_sentence(f"weights {name!r}", given, wanted))
     if not (np.isfinite(total) and (weights >= 0).all()):
-        raise ValueError(_sentence(f"weights {name!r}", f"{total:g} in sum in example {place}", "numbers from 0 on"))
+        found = f"of sum {total:g} in example {index}"
+        raise ValueError(_sentence(f"weights {name!r}", found, "finite, non-negative numbers"))
     return total
 
 
 def _check_counted(features: Features, config: Config) -> None:
-    """The weights must be there, be numbers, and have no axes but those of positions."""
+    """Check that weights are features of numbers, with one value per position or per example."""
     known = {feature.name: feature for feature in features.features}
     for loss, name in config.weights.items():
         if name not in known:
             raise ValueError(_sentence("weights", repr(name), f"a feature of an example: {features.names}"))
         found, axes = known[name], config.counted_axes(config.tokens[loss])
         if len(found.shape) not in (0, len(axes)) or found.dtype.kind not in "fiub":
-            wanted = "numbers, one a position or one an example"
+            wanted = "numbers, one per position or one per example"
             raise ValueError(_sentence(f"weights {name!r}", f"of shape {found.shape} and {found.dtype}", wanted))
 
 
 def _digest(batches: Sequence[MicroBatch]) -> float:
-    """A hash of examples, in order; 0 where there are none."""
+    """A hash of the examples, in order; 0 without examples."""
     digest = hashlib.blake2b(digest_size=6)
     empty = True
     for batch in batches:

@@ -1,4 +1,4 @@
-"""LengthSampler: which examples each global step trains on, the same on all workers without a word between them."""
+"""LengthSampler: plans the examples of each global step, the same on all workers, without communication."""
 
 from __future__ import annotations
 
@@ -12,30 +12,32 @@ import numpy as np
 from distpad import errors
 from distpad.padding.buckets import Buckets
 
-_PLANS = 2  # epochs that are kept: the one that runs, and the one that is read ahead
+_NAME = "LengthSampler"
+_PLANS = 2  # kept plans: of the running epoch, and of the epoch that is read ahead
 
 
 class LengthSampler:
-    """Plan epochs of batches of examples of similar length, from the lengths and a seed alone.
+    """Plan epochs whose steps have examples of similar length, from the lengths and a seed.
 
-    Every worker computes the same plan, so that none has to be exchanged, and a step's examples do not depend on how
-    many workers deal them out: training is the same on 1, 2 or 8 of them. Every example comes exactly once an epoch.
+    Every worker computes the same plan without communication. A step's examples do not depend on the number of workers:
+    training is the same on 1, 2 or 8 workers. Every example comes exactly once per epoch.
 
     Args:
-      lengths: ``[examples]`` integers from 0 on.
-      global_batch_size: examples of a step, over all replicas of all workers.
-      max_tokens: instead, positions of a step with their padding, over all replicas: a step has as many rows as its
+      lengths: ``[examples]`` non-negative integers.
+      global_batch_size: examples in a step, over all replicas of all workers.
+      max_tokens: alternatively, positions in a step over all replicas, padding included: a step has as many rows as its
         boundary allows, at least one.
-      buckets: what lengths are padded to; without it, a step is padded to its longest example. With ``max_tokens`` all
-        steps of one boundary have the same shape.
-      shuffle: False: examples and steps in the order of the data set, as an evaluation wants them.
-      seed: with the epoch, all that the plan depends on.
-      randomness: from 0, sorted by boundary (equal ones at random: they pad alike) or without buckets by length, to 1,
-        fully shuffled. In between, an example's place is ``(1 - randomness) * rank + randomness * chance``.
+      buckets: the padded lengths; without them, a step is padded to its longest example. With ``max_tokens``, all steps
+        of one boundary have the same shape.
+      shuffle: False keeps examples and steps in the order of the data set, for evaluation.
+      seed: seed of the plans, together with the number of the epoch.
+      randomness: from 0 (sorted by boundary, in random order within a boundary; without buckets, sorted by length) to 1
+        (shuffled). Examples are sorted by ``(1 - randomness) * rank + randomness * chance``.
 
     Raises:
       ValueError: neither or both of ``global_batch_size`` and ``max_tokens``; a number out of range; a length above the
-        buckets or, with its padding, above ``max_tokens``. TypeError: no integers.
+        last boundary, or whose padded length is above ``max_tokens``.
+      TypeError: not an integer, or not buckets.
 
     Source: grouping by length and token budgets as in fairseq (M. Ott et al., NAACL 2019).
 
@@ -57,61 +59,62 @@ class LengthSampler:
     ) -> None:
         self.lengths = _checked_lengths(lengths)
         if (global_batch_size is None) == (max_tokens is None):
-            found = "both" if max_tokens is not None else "none of them"
+            found = "both" if max_tokens is not None else "neither"
             raise ValueError(_sentence("global_batch_size, max_tokens", found, "one of them"))
-        self.global_batch_size = _whole_or_none("global_batch_size", global_batch_size)
-        self.max_tokens = _whole_or_none("max_tokens", max_tokens)
-        self.seed = _whole("seed", seed)
+        given = {"global_batch_size": global_batch_size, "max_tokens": max_tokens}
+        sizes = {name: errors.integer(_NAME, name, size, least=1) for name, size in given.items() if size is not None}
+        self.global_batch_size, self.max_tokens = sizes.get("global_batch_size"), sizes.get("max_tokens")
+        self.seed = errors.integer(_NAME, "seed", seed, least=0)
         if not isinstance(buckets, (Buckets, type(None))):
             raise TypeError(_sentence("buckets", repr(buckets), "a distpad.Buckets"))
-        self.randomness = errors.number("LengthSampler", "randomness", randomness)
+        self.randomness = errors.number(_NAME, "randomness", randomness)
         if not 0 <= self.randomness <= 1:
             raise ValueError(_sentence("randomness", randomness, "from 0 to 1"))
         self.buckets = buckets
         self.shuffle = bool(shuffle)
-        sizes, where = np.unique(self.lengths, return_inverse=True)
-        boundaries = [buckets(int(size)) if buckets else int(size) for size in sizes]
+        distinct, where = np.unique(self.lengths, return_inverse=True)
+        boundaries = [buckets(int(length)) if buckets else int(length) for length in distinct]
         self._boundaries = np.array(boundaries, np.int64)[where.reshape(-1)]  # of each example
         if self.max_tokens is not None and len(self.lengths) and self._boundaries.max() > self.max_tokens:
             longest = int(self._boundaries.argmax())
             found = f"Example {longest} has {self.lengths[longest]} positions, {self._boundaries[longest]} padded."
             raise ValueError(_sentence("max_tokens", self.max_tokens, f"at least {self._boundaries.max()}", found))
-        self._plans: dict[int, tuple[np.ndarray, ...]] = {}  # the last that were asked for
+        self._plans: dict[int, tuple[np.ndarray, ...]] = {}  # the latest, by epoch
 
     def plan(self, epoch: int) -> list[np.ndarray]:
-        """The global steps of an epoch: for each the indices of its examples, ``[rows]`` int64, without filling.
+        """Return the global steps of an epoch: for each the indices of its examples, ``[rows]`` int64, without -1.
 
         Raises ValueError for a negative epoch.
         """
-        epoch = _whole("epoch", epoch)
+        epoch = errors.integer(_NAME, "epoch", epoch, least=0)
         plan = self._plans.get(epoch)
         if plan is None:
             plan = self._make_plan(epoch)
-            kept = [*self._plans.items()][1 - _PLANS :]  # replaced, not changed: a reader asks, too, in its thread
-            self._plans = dict([*kept, (epoch, plan)])
+            kept = [*self._plans.items()][1 - _PLANS :]
+            self._plans = dict([*kept, (epoch, plan)])  # a new dict, since the reader's thread may read the old one
         return list(plan)
 
     def shard(self, worker_index: int, num_workers: int) -> Shard:
-        """One worker's part of all epochs; as many shards of one sampler as one likes."""
+        """Return one worker's part of all epochs. A sampler has any number of shards."""
         return Shard(self, worker_index, num_workers)
 
     def rows(self, step: np.ndarray, num_workers: int) -> int:
-        """The rows that each worker gets of a step: as many on all, so that the shape depends on the boundary alone."""
+        """The rows of a step on each worker, the same on all: the shape depends on the boundary alone."""
         return -(-self._rows_of(int(self._boundaries[step].max())) // num_workers)
 
     def fingerprint(self) -> str:
-        """What a saved position belongs to: the same lengths and options give the same plans."""
+        """A hash of the lengths and options, which define the plans: a saved position holds it."""
         return self._fingerprint
 
     @functools.cached_property
-    def _fingerprint(self) -> str:  # once: a job saves often, and has many lengths
+    def _fingerprint(self) -> str:  # cached, since a job saves often and has many lengths
         options = (self.global_batch_size, self.max_tokens, self.buckets, self.shuffle, self.seed, self.randomness)
         return hashlib.sha256(repr(options).encode() + self.lengths.tobytes()).hexdigest()[:16]
 
     def _rows_of(self, boundary: int) -> int:
-        """How many examples a global step of this padded length has room for."""
+        """The number of examples in a global step of this padded length."""
         if self.max_tokens is None:
-            return self.global_batch_size or 0  # one of the two is given
+            return self.global_batch_size or 0  # one of the two is set
         return self.max_tokens // max(boundary, 1)
 
     def _make_plan(self, epoch: int) -> tuple[np.ndarray, ...]:
@@ -123,28 +126,28 @@ class LengthSampler:
             begin += self._rows_at(order, begin)
         steps = np.split(order, begins[1:]) if begins else []
         if self.shuffle:
-            steps = [steps[place] for place in random.permutation(len(steps))]
+            steps = [steps[number] for number in random.permutation(len(steps))]
         for step in steps:
-            step.setflags(write=False)  # all shards are dealt the same
+            step.setflags(write=False)  # all shards share it
         return tuple(steps)
 
     def _order(self, random: np.random.Generator) -> np.ndarray:
-        """The examples in the order in which steps take them."""
+        """The examples in the order of the steps, before the steps are shuffled."""
         count = len(self.lengths)
         if not self.shuffle:
             return np.arange(count)
-        shuffled = random.permutation(count)  # first, so that equal boundaries come at random
+        shuffled = random.permutation(count)  # first, for a random order within a boundary
         by_boundary = shuffled[np.argsort(self._boundaries[shuffled], kind="stable")]
         chance = random.random(count)
-        place = (1 - self.randomness) * np.arange(count) / max(count, 1) + self.randomness * chance
-        return by_boundary[np.argsort(place, kind="stable")]
+        key = (1 - self.randomness) * np.arange(count) / max(count, 1) + self.randomness * chance
+        return by_boundary[np.argsort(key, kind="stable")]
 
     def _rows_at(self, order: np.ndarray, begin: int) -> int:
-        """How many examples from a place on fit into one step, the longest of them deciding."""
+        """The number of rows of the step that begins at an index of the order; its longest example limits them."""
         if self.global_batch_size:
             return self.global_batch_size
         rows = self._rows_of(int(self._boundaries[order[begin]]))
-        while True:  # a longer boundary has room for fewer: it ends
+        while True:  # rows decrease in each iteration
             needed = self._rows_of(int(self._boundaries[order[begin : begin + rows]].max()))
             if needed >= rows:
                 return rows
@@ -152,11 +155,11 @@ class LengthSampler:
 
 
 class Shard:
-    """One worker's index batches: an epoch, then the next when it is iterated again.
+    """One worker's index batches. Each iteration is the next epoch.
 
-    Each batch is ``[rows]`` int64, places in the data set, -1 being filling behind them; ``rows`` is the same on all
-    workers. The longest and the shortest examples of a step are dealt out in turns, so that all workers pad as little
-    and have as much to do. What is saved counts the batches that were handed out.
+    Each batch is ``[rows]`` int64: example indices, then -1 for filler rows. ``rows`` is the same on all workers. The
+    workers take turns with the longest and the shortest examples of a step, which balances padding and work. The state
+    counts the batches that were yielded.
 
     >>> shard = LengthSampler([5, 1, 4], global_batch_size=2, shuffle=False).shard(worker_index=1, num_workers=2)
     >>> [batch.tolist() for batch in shard]
@@ -164,8 +167,8 @@ class Shard:
     """
 
     def __init__(self, sampler: LengthSampler, worker_index: int, num_workers: int) -> None:
-        _whole("num_workers", num_workers, least=1)
-        if _whole("worker_index", worker_index) >= num_workers:
+        errors.integer(_NAME, "num_workers", num_workers, least=1)
+        if errors.integer(_NAME, "worker_index", worker_index, least=0) >= num_workers:
             raise ValueError(_sentence("worker_index", worker_index, f"from 0 to {num_workers - 1}"))
         self.sampler = sampler
         self.worker_index = worker_index
@@ -174,7 +177,7 @@ class Shard:
         self._begun = False
 
     def __len__(self) -> int:
-        """The steps of the epoch that runs, or is to begin."""
+        """The steps of the running or the next epoch."""
         return len(self.sampler.plan(self._epoch))
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -182,51 +185,50 @@ class Shard:
             self.set_epoch(self._epoch + 1)
         self._begun = True
         steps = self.sampler.plan(self._epoch)
-        for place in range(self._step, len(steps)):
-            self._step = place + 1  # before it is handed out: who saves while training on it has consumed it
-            yield self._mine(steps[place])
+        for step in range(self._step, len(steps)):
+            self._step = step + 1  # before it is yielded: state saved while training on it includes it
+            yield self._mine(steps[step])
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin this epoch, from its first step, when iterated next."""
-        self._epoch, self._step, self._begun = _whole("epoch", epoch), 0, False
+        """Let the next iteration begin this epoch, at its first step."""
+        self._epoch, self._step, self._begun = errors.integer(_NAME, "epoch", epoch, least=0), 0, False
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands, for JSON: it holds for any number of workers."""
+        """Return the position as a dict for JSON, valid for any number of workers."""
         return {"epoch": self._epoch, "step": self._step, "sampler": self.sampler.fingerprint()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on behind the last step that was handed out, on this worker and with this many.
+        """Continue after the last yielded step, on this shard's worker index and number of workers.
 
         Raises:
-          ValueError: the state of a sampler with other lengths or options, or no state.
+          TypeError, ValueError: not a state, or the state of a sampler with other lengths or options.
         """
         if not isinstance(state, dict):
-            raise TypeError(_sentence("state", repr(state), "what state_dict returned"))
+            raise TypeError(_sentence("state", repr(state), "a result of state_dict"))
         missing = {"epoch", "step", "sampler"} - set(state)
         if missing:
-            raise ValueError(_sentence("state", f"without {sorted(missing)}", "what state_dict returned"))
+            raise ValueError(_sentence("state", f"without {sorted(missing)}", "a result of state_dict"))
         if state["sampler"] != self.sampler.fingerprint():
             raise ValueError(
                 _sentence("state", "of another sampler", "one with the same lengths, options and seed as this")
             )
         self.set_epoch(state["epoch"])
-        self._step = _whole("state's step", state["step"])
+        self._step = errors.integer(_NAME, "state's step", state["step"], least=0)
         if self._step > len(self):
             raise ValueError(_sentence("state", f"at step {state['step']}", f"from 0 to {len(self)}"))
         if self._step == len(self):
             self.set_epoch(self._epoch + 1)
 
     def batch(self, epoch: int, step: int) -> np.ndarray:
-        """This worker's index batch of one step, wherever the shard stands."""
+        """Return this worker's index batch of one step, whatever the shard's position."""
         return self._mine(self.sampler.plan(epoch)[step])
 
     def _mine(self, step: np.ndarray) -> np.ndarray:
-        """This worker's rows: the examples, longest first, are dealt out there and back."""
+        """This worker's rows: the workers take the examples in turns, longest first, in alternating directions."""
         longest_first = step[np.argsort(-self.sampler.lengths[step], kind="stable")]
-        place = np.arange(len(step))
-        turn, at = np.divmod(place, self.num_workers)
-        taker = np.where(turn % 2, self.num_workers - 1 - at, at)
-        mine = longest_first[taker == self.worker_index]
+        turn, offset = np.divmod(np.arange(len(step)), self.num_workers)
+        worker = np.where(turn % 2, self.num_workers - 1 - offset, offset)
+        mine = longest_first[worker == self.worker_index]
         rows = self.sampler.rows(step, self.num_workers)
         return np.concatenate([mine, np.full(rows - len(mine), -1, np.int64)])
 
@@ -241,17 +243,9 @@ def _checked_lengths(lengths: Any) -> np.ndarray:
         if not 0 <= int(length) < 2**62:
             raise ValueError(_sentence("lengths", int(length), "at least 0, and below 2**62"))
     lengths = given.astype(np.int64)  # a copy
-    lengths.setflags(write=False)  # plans and saved positions are those of these
+    lengths.setflags(write=False)  # plans and saved positions depend on them
     return lengths
 
 
-def _whole(name: str, number: Any, least: int = 0) -> int:
-    return errors.integer("LengthSampler", name, number, least)
-
-
-def _whole_or_none(name: str, number: Any) -> int | None:
-    return None if number is None else _whole(name, number, least=1)
-
-
 def _sentence(argument: str, value: Any, rule: str, *more: str) -> str:
-    return errors.sentence("LengthSampler", argument, value, rule, *more)
+    return errors.sentence(_NAME, argument, value, rule, *more)

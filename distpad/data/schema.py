@@ -1,4 +1,4 @@
-"""Features of an example: their names, dtypes and shapes, which axes are ragged, and rows of them padded to a batch."""
+"""Features of an example: names, dtypes, shapes and ragged axes; and padding of examples to a batch."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import tensorflow as tf
 
 from distpad import errors
 
-Name = Union[str, int]  # a key of a dict; a place in a tuple; "0/image" where they are nested
+Name = Union[str, int]  # a key of a dict, an index of a tuple, or "0/image" for a nested feature
 
 
-class Place(int):
-    """A place in a tuple as a key beside names of what is nested: TensorFlow sorts the keys of a mapping.
+class TupleIndex(int):
+    """An index of a tuple as a key that sorts before strings, since TensorFlow sorts the keys of a mapping.
 
-    >>> sorted(["1/x", Place(0)])[0] == 0
+    >>> sorted(["1/x", TupleIndex(0)])[0] == 0
     True
     """
 
@@ -32,20 +32,22 @@ class Place(int):
         return False if isinstance(other, str) else int(self) > other
 
 
-_NAMED_TUPLES: dict[str, type] = {}  # of examples, by module and name
-Row = list  # of arrays, one for each feature, in the order of Features.features
+_NAMED_TUPLES: dict[str, type] = {}  # classes of examples, by module and name
+Row = list  # an example's arrays, in the order of Features.features
 
 
 @dataclass(frozen=True)
 class Pad:
-    """Which axes of an example's feature are ragged, and what they are filled with behind its end.
+    """The ragged axes of a feature, and the value of its padding.
 
     Args:
-      axis: one axis of an example (without the batch), or several; the first is that of positions.
-      value: the filling, one number that the feature's dtype has; or a string, where 0 is the empty one.
+      axis: one axis of an example (not counting the batch axis), or several; positions lie along the first.
+      value: the padding value: a number that the feature's dtype can hold, or a string; for strings, 0 is the empty
+        string.
 
     Raises:
-      ValueError: no axes, a negative one, one twice. TypeError: no integers, a ``value`` that is no scalar.
+      ValueError: no axes, a negative axis, or an axis twice.
+      TypeError: an axis that is not an integer, or a ``value`` that is not a scalar.
 
     >>> Pad(axis=(0, 1)).axes, Pad(value=-1).axes
     ((0, 1), (0,))
@@ -64,7 +66,7 @@ class Pad:
 
     @property
     def axes(self) -> tuple[int, ...]:
-        """The ragged axes, that of positions first."""
+        """The ragged axes; positions lie along the first."""
         return tuple(map(operator.index, self._given))
 
     @property
@@ -74,7 +76,7 @@ class Pad:
 
 @dataclass(frozen=True)
 class Feature:
-    """One array of each example; its ``shape`` is None on ragged axes."""
+    """The name, dtype and shape of one array of each example; ``shape`` is None on ragged axes."""
 
     name: Name
     dtype: np.dtype
@@ -82,18 +84,18 @@ class Feature:
     pad: Pad | None
 
     def sizes(self, array: np.ndarray) -> list[int]:
-        """Those of the ragged axes."""
+        """The sizes of an array's ragged axes."""
         return [array.shape[axis] for axis in self.pad.axes] if self.pad else []
 
     @property
-    def filling(self) -> Any:
-        """What stands at padded places."""
+    def padding_value(self) -> Any:
+        """The value at padded positions."""
         value = self.pad.value if self.pad else 0
         return b"" if self.dtype == object and value == 0 else value
 
 
 class Features:
-    """What all examples have in common. ``to_text`` and ``from_text`` carry it to workers that have none."""
+    """The structure and the features of all examples. Text carries them to workers without examples."""
 
     def __init__(self, skeleton: Any, features: Sequence[Feature]) -> None:
         self.skeleton = skeleton
@@ -101,15 +103,18 @@ class Features:
 
     @classmethod
     def learn(cls, examples: Sequence[Any], padding: Mapping[Name, Pad], *, guess: bool) -> Features | None:
-        """From a few examples. An empty list says nothing of its dtype, so that another example's counts; where all are
-        empty, None, or with ``guess`` what NumPy makes of them."""
+        """Learn the features from a few examples.
+
+        An empty list has no dtype of its own: another example decides. Returns None if a feature is an empty list in
+        all examples, unless ``guess`` allows NumPy's default dtype.
+        """
         skeleton = _skeleton(examples[0])
         rows = [_leaves(example, skeleton) for example in examples if _skeleton(example) == skeleton]
         names = _names(skeleton)
         _check_named(padding, names)
         features = []
         for name, column in zip(names, zip(*rows)):
-            typed = next((item for item in column if not _says_nothing(item)), None)
+            typed = next((item for item in column if not _is_untyped(item)), None)
             if typed is None and not guess:
                 return None
             array = _as_array(column[0] if typed is None else typed, repr(name))
@@ -117,34 +122,35 @@ class Features:
                 array = next((np.array(item, np.float64) for item in column if _is_float(item)), array)
             pad = padding.get(name)
             if pad and max(pad.axes) >= array.ndim:
-                rank = f"axes of an array of rank {array.ndim}" if array.ndim else "no padding: it is a scalar"
+                rank = f"axes of an array of rank {array.ndim}" if array.ndim else "no padding for a scalar"
                 raise ValueError(_sentence(f"padding[{name!r}]", f"Pad(axis={pad.axis})", rank))
             shape = tuple(None if pad and axis in pad.axes else size for axis, size in enumerate(array.shape))
             features.append(Feature(name, array.dtype, shape, pad))
             _check_dtype(features[-1])
         return cls(skeleton, features)
 
-    def row(self, example: Any, place: int) -> Row:
-        """An example's arrays, checked. ValueError names the example and the feature that is not like the others."""
+    def row(self, example: Any, index: int) -> Row:
+        """Return an example's arrays. ValueError names the example index and a feature that differs from the others."""
         if _skeleton(example) != self.skeleton:
             found = f"with {_names(_skeleton(example))}"
-            raise ValueError(_sentence(f"example {place}", found, f"the same features as the others, {self.names}"))
+            raise ValueError(_sentence(f"example {index}", found, f"the same features as the others, {self.names}"))
         row = []
         for feature, item in zip(self.features, _leaves(example, self.skeleton)):
-            where = f"{feature.name!r} of example {place}"
+            where = f"{feature.name!r} of example {index}"
             array = _as_array(item, where)
-            if _says_nothing(item):
+            if _is_untyped(item):
                 rest = tuple(size or 0 for size in feature.shape[array.ndim :])
                 array = np.zeros(array.shape + rest, feature.dtype)
             if array.dtype == np.int64 and feature.dtype == np.float64 and _is_python(item):
                 array = array.astype(np.float64)
             if array.dtype != feature.dtype:
                 remedy = "Write 1.0 for 1, or np.float32 arrays." if _is_python(item) else "Cast one of them."
-                raise ValueError(_sentence(where, f"of dtype {array.dtype}", f"{feature.dtype}, as the first", remedy))
-            sizes_fit = array.ndim == len(feature.shape) and all(
+                found = f"of dtype {array.dtype}"
+                raise ValueError(_sentence(where, found, f"{feature.dtype}, as in the first example", remedy))
+            has_shape = array.ndim == len(feature.shape) and all(
                 want in (None, have) for want, have in zip(feature.shape, array.shape)
             )
-            if not sizes_fit:
+            if not has_shape:
                 remedy = "" if feature.pad else f"Ragged? Add {feature.name!r} to padding."
                 wanted = f"{feature.shape} (None is ragged)"
                 raise ValueError(_sentence(where, f"of shape {array.shape}", wanted, remedy))
@@ -156,19 +162,18 @@ class Features:
         return [feature.name for feature in self.features]
 
     def blank_row(self) -> Row:
-        """Zeros (or empty strings) of length 1, where there never was an example."""
+        """Zeros (or empty strings) of length 1, for a replica that never had an example."""
         return [
             np.full([1 if size is None else size for size in f.shape], b"" if f.dtype == object else 0, f.dtype)
             for f in self.features
         ]
 
     def pack(self, leaves: Sequence[Any]) -> Any:
-        """Leaves in the structure of an example."""
+        """Pack leaves into the structure of an example."""
         return _packed(self.skeleton, dict(zip(self.names, leaves)))
 
     def named(self, name: Name) -> Any:
-        """The features of that name: one, or all within the part of an example of that name, a nest of names; KeyError
-        where there is none."""
+        """Return the name of a feature, or a nest of the names in a part of an example. KeyError for another name."""
         at = self.skeleton
         if name in self.names:
             return name
@@ -177,11 +182,11 @@ class Features:
         return _packed(at, {leaf: leaf for leaf in _names(at)})
 
     def by_name(self, packed: Any) -> dict[Name, Any]:
-        """What ``pack`` made, taken apart."""
+        """Return the leaves of a packed structure by name."""
         return dict(zip(self.names, _leaves(packed, self.skeleton)))
 
     def to_text(self) -> str:
-        """For comparison and for peers: the padding is not in it, since all workers have that."""
+        """JSON for comparison and for other workers, without the padding, which all workers have."""
         features = [[f.name, tf.as_dtype(f.dtype).name, f.shape] for f in self.features]
         return json.dumps({"structure": self.skeleton, "features": features}, sort_keys=True)
 
@@ -206,45 +211,47 @@ def collate(
     """Pad rows to a batch of static shape.
 
     Args:
-      features: of each column.
-      rows: at most ``batch_size``.
-      sizes: what the ragged axes of each feature are padded to.
-      last: repeated behind the rows, cut to ``sizes``; of ``emptied`` features nothing is left.
+      features: the features of the columns.
+      rows: at most ``batch_size`` rows.
+      sizes: the padded sizes of each feature's ragged axes.
+      batch_size: rows of the batch.
+      last: the row that filler rows repeat, cut to ``sizes``.
+      emptied: features whose length is 0 in filler rows.
 
     Returns:
-      For each feature ``[batch_size, *shape]``, and for each padded one its lengths, ``[batch_size]`` int32.
+      For each feature ``[batch_size, *shape]``, and for each padded feature its lengths ``[batch_size]`` int32.
     """
     values, lengths = [], {}
     for column, feature in enumerate(features):
         ragged = dict(zip(feature.pad.axes if feature.pad else (), sizes.get(feature.name, ())))
         shape = [ragged.get(axis, size or 0) for axis, size in enumerate(feature.shape)]
-        filled = [row[column] for row in rows]
-        repeated = batch_size - len(rows)
-        filling = last[column][tuple(slice(size) for size in shape)]
+        real = [row[column] for row in rows]
+        fillers = batch_size - len(rows)
+        filler = last[column][tuple(slice(size) for size in shape)]
         if feature.pad is None:
-            values.append(_stacked([*filled, *[filling] * repeated], shape, feature.dtype))
+            values.append(_stacked([*real, *[filler] * fillers], shape, feature.dtype))
             continue
         axis = feature.pad.axes[0]
         if feature.name in emptied:
-            filling = filling[tuple(slice(0) if at == axis else slice(None) for at in range(filling.ndim))]
-        batch = np.full([batch_size, *shape], feature.filling, feature.dtype)
-        every = [*filled, *[filling] * repeated]
-        for place, array in zip(batch, every):
-            place[tuple(map(slice, array.shape))] = array
+            filler = filler[tuple(slice(0) if at == axis else slice(None) for at in range(filler.ndim))]
+        batch = np.full([batch_size, *shape], feature.padding_value, feature.dtype)
+        arrays = [*real, *[filler] * fillers]
+        for padded, array in zip(batch, arrays):
+            padded[tuple(map(slice, array.shape))] = array
         values.append(batch)
-        lengths[feature.name] = np.array([array.shape[axis] for array in every], np.int32)
-    return values, {Place(name) if isinstance(name, int) else name: found for name, found in lengths.items()}
+        lengths[feature.name] = np.array([array.shape[axis] for array in arrays], np.int32)
+    return values, {TupleIndex(name) if isinstance(name, int) else name: found for name, found in lengths.items()}
 
 
 def _stacked(arrays: Sequence[np.ndarray], shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     batch = np.empty([len(arrays), *shape], dtype)
     for i, array in enumerate(arrays):
-        batch[i, ...] = array  # also where an element is an object, such as a text
+        batch[i, ...] = array  # the ellipsis also assigns an object, such as a string
     return batch
 
 
 def _skeleton(example: Any, path: tuple[Name, ...] = ()) -> Any:
-    """The structure, with names for leaves: JSON, so that it can travel. Lists are leaves: people write labels so."""
+    """The structure of an example as JSON, with names as leaves. A list, as of labels, is a leaf."""
     if isinstance(example, Mapping):
         kinds = {type(key) for key in example}
         if not (kinds <= {str} or kinds <= {int}):
@@ -267,7 +274,7 @@ def _names(skeleton: Any) -> list[Name]:
 
 
 def _children(skeleton: Any) -> dict[Name, Any]:
-    """The parts of an example by their keys, fields or places."""
+    """The parts of an example by their keys, fields or indices."""
     return (
         dict(enumerate(skeleton["tuple"])) if "tuple" in skeleton else dict(skeleton.get("dict") or skeleton["named"])
     )
@@ -299,19 +306,19 @@ def _packed(skeleton: Any, leaves: Mapping[Name, Any]) -> Any:
 
 
 def _named_tuple(kind: str, fields: Sequence[str]) -> type:
-    """The class of that module and name; one like it, where this worker never had an example of it."""
+    """The class of this module and name; a similar class if this worker never had an example of it."""
     if kind not in _NAMED_TUPLES:
         _NAMED_TUPLES[kind] = collections.namedtuple(kind.rpartition(":")[2].rpartition(".")[2], fields)
     return _NAMED_TUPLES[kind]
 
 
-def _says_nothing(item: Any) -> bool:
-    """Whether it is an empty list, or a list of such: of no dtype."""
-    return isinstance(item, list) and all(map(_says_nothing, item))
+def _is_untyped(item: Any) -> bool:
+    """Whether an item is an empty list, or a list of empty lists, which have no dtype."""
+    return isinstance(item, list) and all(map(_is_untyped, item))
 
 
 def _is_python(item: Any) -> bool:
-    """Whether a number or a list of numbers is Python's own, which writes 1 where it means 1.0."""
+    """Whether an item is a Python number or a list, in which 1 may mean 1.0."""
     return isinstance(item, (int, float, list))
 
 
@@ -322,44 +329,46 @@ def _is_float(item: Any) -> bool:
 
 
 def _as_array(item: Any, where: str) -> np.ndarray:
-    """An array of the pipeline's own: a source may use its buffers again while a window is read ahead."""
+    """The item as an array, copied if writeable: a source may reuse its buffers while a window is read ahead."""
     try:
         array = np.array(item) if isinstance(item, np.ndarray) and item.flags.writeable else np.asarray(item)
-        if array.dtype.kind in "US":  # texts of different lengths are of one kind; NumPy's own drop zeros at the end
+        if array.dtype.kind in "US":  # objects, since NumPy's strings have a fixed length and lose trailing zeros
             array = array.astype(object) if isinstance(item, np.ndarray) else np.array(item, object)
     except ValueError as error:
-        remedy = "Pad it beforehand, or make it an array of equal rows."
-        raise ValueError(_sentence(where, f"a list that is no array ({error})", "one", remedy)) from None
+        remedy = "Pad it first, or make it an array of equal rows."
+        raise ValueError(
+            _sentence(where, f"a list with rows of different sizes ({error})", "an array", remedy)
+        ) from None
     if array.dtype.kind == "O" and not all(isinstance(leaf, (str, bytes)) for leaf in array.flat):
-        remedy = "Ragged tensors? Map each axis to a feature of its own, or to a tensor." * (array.ndim > 0)
+        remedy = "Map each ragged axis to a feature of its own, or to a tensor." * (array.ndim > 0)
         raise TypeError(_sentence(where, f"of {type(item).__name__}", "numbers or strings, in arrays or lists", remedy))
     return array
 
 
 def _check_dtype(feature: Feature) -> None:
-    """The dtype must be one of TensorFlow's, and have the padding value."""
-    dtype, value = feature.dtype, feature.filling
+    """Check that TensorFlow has the dtype, and that the dtype can hold the padding value."""
+    dtype, value = feature.dtype, feature.padding_value
     try:
         tf.as_dtype(dtype)
     except TypeError:
-        raise TypeError(_sentence(repr(feature.name), f"of dtype {dtype}", "one that TensorFlow has")) from None
+        raise TypeError(_sentence(repr(feature.name), f"of dtype {dtype}", "a dtype of TensorFlow")) from None
     if dtype.kind == "O" or isinstance(value, (str, bytes)):
-        fits = dtype.kind == "O" and isinstance(value, (str, bytes))
+        can_hold = dtype.kind == "O" and isinstance(value, (str, bytes))
     elif dtype.kind in "iub":
         least, largest = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
-        fits = bool(np.isreal(value)) and least <= value <= largest and value == int(value)
+        can_hold = bool(np.isreal(value)) and least <= value <= largest and value == int(value)
     else:
         with np.errstate(over="ignore"):
-            fits = bool(np.isfinite(np.array(value).astype(dtype))) == bool(np.isfinite(value))
-    if feature.pad and not fits:
+            can_hold = bool(np.isfinite(np.array(value).astype(dtype))) == bool(np.isfinite(value))
+    if feature.pad and not can_hold:
         found = f"Pad(value={feature.pad.value!r})"
-        raise ValueError(_sentence(f"padding[{feature.name!r}]", found, f"a value that {dtype} has"))
+        raise ValueError(_sentence(f"padding[{feature.name!r}]", found, f"a value that {dtype} can hold"))
 
 
 def _check_named(padding: Mapping[Name, Pad], names: Sequence[Name]) -> None:
     if len(set(names)) < len(names):
         twice = sorted({str(name) for name in names if names.count(name) > 1})
-        raise ValueError(_sentence("an example", f"with {twice} twice, nested and not", "names that differ"))
+        raise ValueError(_sentence("an example", f"with {twice} twice, nested and not nested", "different names"))
     for name in padding:
         if name not in names:
             raise ValueError(_sentence("padding", f"for {name!r}", f"features of an example: {names}"))

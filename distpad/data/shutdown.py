@@ -1,5 +1,8 @@
-"""How a process ends that feeds fit: a thread of tf.data that is in Python then never gets out of it, and whoever ends
-its iterator, as TensorFlow does behind Python, waits for it forever."""
+"""Interpreter exit of a process that feeds fit.
+
+At interpreter exit a tf.data thread blocked in a Python generator never returns, and TensorFlow, which destroys the
+iterator afterwards, waits for the thread forever. So a generator ends before the interpreter exits.
+"""
 
 from __future__ import annotations
 
@@ -12,53 +15,53 @@ from typing import Any
 
 from distpad.data import sync
 
-_WITHIN_S = 10.0  # how long a process waits for what feeds fit, and for other workers to hear that it has left
-_BACK_S = 0.2  # what a thread takes from here to TensorFlow, and back again for its next element
-_NOTHING = object()
+_LIMIT_S = 10.0  # how long a process waits for its generators, and for other workers to learn that it leaves
+_RETURN_S = 0.2  # how long a thread takes from a generator to TensorFlow, and back for its next element
+_END = object()
 
-_ending = threading.Event()
-_moves = threading.Condition()  # held for an instant, where a thread comes or goes
-_inside = 0  # so many threads are here
-_came = 0  # so often one came
+_exiting = threading.Event()
+_changed = threading.Condition()
+_inside = 0  # threads in a generator
+_entries = 0  # how often a thread entered a generator
 
 
-def until_exit(feeds: Callable[[], Iterator[Any]]) -> Iterator[Any]:
-    """What the generator that ``feeds`` makes gives, until the process ends."""
-    feed: Any = feeds()
+def until_exit(make: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+    """Yield the elements of the generator that ``make`` returns, until the process exits."""
+    generator: Any = make()
     try:
         while True:
             with _counted():
-                element = _NOTHING if _ending.is_set() else next(feed, _NOTHING)
-                if element is _NOTHING:
-                    feed.close()  # before this thread no longer counts: it waits for other threads
+                element = _END if _exiting.is_set() else next(generator, _END)
+                if element is _END:
+                    generator.close()  # waits for other threads, so it belongs inside _counted
                     return
             yield element
     finally:
         with _counted():
-            feed.close()
+            generator.close()
 
 
 @contextlib.contextmanager
 def _counted() -> Iterator[None]:
-    global _inside, _came
-    with _moves:
-        _inside, _came = _inside + 1, _came + 1
+    global _inside, _entries
+    with _changed:
+        _inside, _entries = _inside + 1, _entries + 1
     try:
         yield
     finally:
-        with _moves:
+        with _changed:
             _inside -= 1
-            _moves.notify_all()
+            _changed.notify_all()
 
 
 @atexit.register
-def _end() -> None:
-    until = time.monotonic() + _WITHIN_S
-    _ending.set()
+def _wait_for_threads() -> None:
+    until = time.monotonic() + _LIMIT_S
+    _exiting.set()
     sync.leave_all(until)
     seen = 0
-    while seen != _came and time.monotonic() < until:
-        with _moves:
-            _moves.wait_for(lambda: not _inside, timeout=max(0.0, until - time.monotonic()))
-            seen = _came
-        time.sleep(_BACK_S)
+    while seen != _entries and time.monotonic() < until:
+        with _changed:
+            _changed.wait_for(lambda: not _inside, timeout=max(0.0, until - time.monotonic()))
+            seen = _entries
+        time.sleep(_RETURN_S)

@@ -1,19 +1,19 @@
-"""PaddingStats: where padding came from, and what was waited for."""
+"""PaddingStats: the causes of padding, and the time that training waited for data."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-_CAUSES = ("own_batch", "global_agreement", "buckets", "filling")
+_CAUSES = ("own_batch", "global_maximum", "buckets", "filler_rows")
 
 
 class PaddingStats:
-    """This worker's account of the positions that its replicas were given, over all ragged features.
+    """Counts the real and padded positions of this worker's batches, over all ragged features.
 
-    A position is an element of a feature's ragged axes. Padding is booked under the first cause that made it:
-    ``own_batch``, up to the longest row of the replica; ``global_agreement``, from there to the longest row of all
-    replicas; ``buckets``, from there to the boundary; ``filling``, rows that repeat others at the end of an epoch.
+    A position is an element of a feature's ragged axes. Each padded position counts under the first of four causes:
+    ``own_batch``, up to the longest row of the replica; ``global_maximum``, from there to the longest row of all
+    replicas; ``buckets``, from there to the boundary; ``filler_rows``, at the end of an epoch.
 
     >>> import numpy as np
     >>> stats = PaddingStats()
@@ -28,11 +28,16 @@ class PaddingStats:
         self.steps = 0
         self.shapes: set[tuple[int, ...]] = set()
         self.plan_seconds = self.source_seconds = self.padding_seconds = 0.0
-        self._counts = [0.0, 0.0, 0.0]  # groups, their mean count, the sum of squared distances from it
+        self._counts = [0.0, 0.0, 0.0]  # number of groups, mean of their counts, sum of squared distances from the mean
 
     def add_replica(self, features: Any, agreed: tuple[int, ...], sizes: tuple[int, ...], batch_size: int) -> None:
-        """Book one replica's step: for each padded feature ``[rows, axes]`` real sizes; ``agreed`` and ``sizes`` are of
-        all axes in turn."""
+        """Add one replica's step.
+
+        Args:
+          features: for each padded feature, the real sizes ``[rows, axes]``.
+          agreed, sizes: longest and padded sizes of all ragged axes, in the order of the features.
+          batch_size: rows of the batch, filler rows included.
+        """
         self.shapes.add((batch_size, *sizes))
         at = 0
         for table in features:
@@ -48,16 +53,19 @@ class PaddingStats:
                 self.padding[cause] += count
 
     def add_group(self, tokens: float) -> None:
-        """Book the global count of one optimiser step."""
+        """Add the global count of one optimiser step."""
         number, mean, squares = self._counts
-        away = tokens - mean
-        mean += away / (number + 1)
-        self._counts = [number + 1, mean, squares + away * (tokens - mean)]
+        distance = tokens - mean
+        mean += distance / (number + 1)
+        self._counts = [number + 1, mean, squares + distance * (tokens - mean)]
 
     @property
     def count_variation(self) -> float:
-        """The standard deviation of the steps' global counts over their mean. Where it is large, ``average="token"``
-        gives the tokens of steps with few of them more weight; a constant ``average`` does not."""
+        """The standard deviation of the steps' global counts, divided by their mean.
+
+        If it is large, ``average="token"`` gives tokens in steps with few tokens more weight; a constant ``average``
+        does not.
+        """
         number, mean, squares = self._counts
         return math.sqrt(squares / number) / mean if number and mean else 0.0
 
@@ -82,9 +90,9 @@ class PaddingStats:
         names = {
             "real": "real positions",
             "own_batch": "padding to the longest of the replica's rows",
-            "global_agreement": "padding to the longest of all replicas",
-            "buckets": "padding to the bucket's boundary",
-            "filling": "rows that fill up",
+            "global_maximum": "padding to the longest of all replicas",
+            "buckets": "padding to the boundary of the buckets",
+            "filler_rows": "filler rows",
         }
         found = {"real": self.real, **self.padding}
         lines = [f"{text:<46}{found[key]:>14,}{found[key] / total:>8.1%}" for key, text in names.items()]
@@ -96,9 +104,9 @@ class PaddingStats:
         return "\n".join(lines)
 
     def callback(self, log_dir: str) -> Any:
-        """A Keras callback that writes all figures as TensorBoard scalars, at the end of each epoch.
+        """Return a Keras callback that writes all figures as TensorBoard scalars at the end of each epoch.
 
-        Needs the package tensorboard, which TensorFlow no longer brings: ``pip install distpad[tensorboard]``.
+        Requires the package tensorboard: ``pip install distpad[tensorboard]``.
         """
         import tensorflow as tf
 
@@ -111,7 +119,7 @@ class PaddingStats:
         return StatsCallback()
 
     def write(self, writer: Any, step: int) -> None:
-        """Write all figures as scalars, ``distpad/NAME``, with a ``tf.summary`` writer: for loops of one's own."""
+        """Write all figures as scalars ``distpad/NAME`` with a ``tf.summary`` writer, in a custom loop."""
         import tensorflow as tf
 
         with writer.as_default():

@@ -1,4 +1,4 @@
-"""WindowSync: what workers say to one another about a window of steps, and how long they wait for it."""
+"""WindowSync: the exchanges by which workers synchronise a window of steps, and their time limits."""
 
 from __future__ import annotations
 
@@ -18,44 +18,49 @@ from distpad import backends
 from distpad.data import plan
 from distpad.errors import DistpadError, PeerError
 
-_TEXT = 1024  # bytes of an error that peers are shown
+_TEXT = 1024  # bytes of an error message that other workers receive
 _LOG = logging.getLogger("distpad")
 Vectors = tuple[np.ndarray, np.ndarray]
 
 
 class Left(Exception):
-    """A worker has left the epoch, so that there is nothing more to agree on."""
+    """Another worker has left the epoch, which has no further exchange."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Channel:
-    """Where workers meet, one exchange after the other, whichever epoch it is of."""
+    """A sequence of exchanges, one at a time, of all epochs of one dataset.
 
-    number: int = 0  # see Backend.host_merge
-    meeting: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    Attributes:
+      number: see ``Backend.host_merge``.
+      handshakes: whether a handshake precedes each exchange, because workers that leave an epoch at the same step may
+        have come to different exchanges.
+      lock: held by the thread that makes an exchange.
+    """
+
+    number: int = 0
+    handshakes: bool = False
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
 
 class WindowSync:
-    """The exchanges of one pipeline. All methods are collective among workers; those of channel 0 are called from the
-    training's thread.
+    """The exchanges of one epoch. All methods are collective among workers. Channel 0 belongs to the training thread.
 
-    A worker whose source is slow does not keep the others in a collective: after ``warn_after_s`` it comes and says
-    that it has nothing yet. Then all know its name, warn, and meet again, until ``limit_s`` is over.
+    A worker with a slow source does not block the others in a collective: after ``warn_after_s`` it reports that it is
+    not ready. Then all workers warn, naming it, and repeat the exchange until ``limit_s`` is over.
 
-    Where workers that leave at the same step may have come to different exchanges (``Backend.leaves_apart``), each
-    begins with a handshake: who leaves comes to one more of these, and whoever meets it there goes no further. It does
-    so in a thread: others may leave much later, when Python's garbage collector gets to the iterator there. Only then
-    does anything else begin on this channel.
+    With ``Channel.handshakes``, each exchange begins with a handshake. A worker that leaves makes one last handshake; a
+    worker that receives it raises Left. The last handshake runs in a thread, because another worker may leave much
+    later, when Python's garbage collector finds its iterator. Until then the channel makes no other exchange.
 
-    Raises (all methods): Left, where another worker has left.
+    Raises (all methods): Left, if another worker has left.
     """
 
     def __init__(self, backend: backends.Backend, warn_after_s: float, limit_s: float, channel: Channel) -> None:
         self.backend, self.warn_after_s, self.limit_s, self.channel = backend, warn_after_s, limit_s, channel
-        self._parts = bool(channel.number) and backend.leaves_apart  # whether who leaves is to tell the others
         self.seconds = 0.0  # spent in exchanges
         self._left = False
-        self._telling: threading.Thread | None = None
+        self._leaving: threading.Thread | None = None
 
     def merge(
         self,
@@ -64,16 +69,16 @@ class WindowSync:
         what: str,
         is_last: Callable[[Vectors], bool] = lambda _: False,
     ) -> Vectors:
-        """The maximum and the sum of the workers' vectors.
+        """Return the maximum of one vector and the sum of another over all workers.
 
         Args:
-          sizes: of the two vectors, the same on all workers.
-          ready: gives this worker's vectors, or None after so many seconds.
-          what: for messages, as "window 3".
-          is_last: whether there is nothing more to agree on, as these vectors tell all workers.
+          sizes: the lengths of the two vectors, the same on all workers.
+          ready: returns this worker's vectors, or None after the given number of seconds.
+          what: the subject of messages, such as "steps 0 to 31".
+          is_last: whether the merged vectors make this the last exchange.
 
         Raises:
-          PeerError: another worker was not ready within the limit, or did not come at all.
+          PeerError: another worker was not ready within the limit, or did not come to the exchange.
           DistpadError: this worker was not ready within the limit.
         """
         workers, worker = self.backend.num_workers, self.backend.worker_index
@@ -90,66 +95,68 @@ class WindowSync:
                 return maxima[1:], sums
             self._wait_on(int(maxima[0]), what, time.monotonic() - began)
 
-    def tell(self, text: str | None, size: int = _TEXT, *, is_last: bool = False) -> str:
-        """What one worker says to all; the others give None."""
-        said = np.zeros(size)
+    def broadcast_text(self, text: str | None, size: int = _TEXT, *, is_last: bool = False) -> str:
+        """Return one worker's text on all workers; the other workers pass None."""
+        sent = np.zeros(size)
         if text is not None:
-            said[:] = np.frombuffer(text.encode()[:size].ljust(size, b"\0"), np.uint8)
-        heard = self._reduced(np.zeros(1), said, "a message", lambda *_: is_last)[1]
-        return heard.astype(np.uint8).tobytes().rstrip(b"\0").decode(errors="replace")
+            sent[:] = np.frombuffer(text.encode()[:size].ljust(size, b"\0"), np.uint8)
+        received = self._reduced(np.zeros(1), sent, "a message", lambda *_: is_last)[1]
+        return received.astype(np.uint8).tobytes().rstrip(b"\0").decode(errors="replace")
 
-    def gather(self, text: str) -> list[str]:
-        """What each worker says, for errors alone: its size grows with the number of workers."""
-        longest = int(self._reduced(np.array([float(len(text.encode()))]), np.zeros(1), "a message")[0][0])
-        mine = self.backend.worker_index
-        return [self.tell(text if worker == mine else None, longest) for worker in range(self.backend.num_workers)]
+    def gather_texts(self, text: str) -> list[str]:
+        """Return each worker's text, in worker order. For errors: the cost grows with the number of workers."""
+        size = int(self._reduced(np.array([float(len(text.encode()))]), np.zeros(1), "a message")[0][0])
+        mine, workers = self.backend.worker_index, range(self.backend.num_workers)
+        return [self.broadcast_text(text if worker == mine else None, size) for worker in workers]
 
     def leave(self) -> None:
-        """Tell the others of it, who may have come to an exchange already; not where one of them was first. Waits for
-        the exchange that this worker is at, not for the others to leave; and not where the channel is not free within
-        the limit."""
-        if self._is_leaving(self._patience_s):
-            self._telling = threading.Thread(target=self._tell_all, args=(math.inf,), daemon=True, name="distpad-leave")
-            self._telling.start()
+        """Announce to the other workers that this one leaves, unless another worker left first.
+
+        Waits for an exchange of this worker that is in progress, but not for the other workers to leave. Announces
+        nothing if the channel is not free within the limit.
+        """
+        if self._claim(self._patience_s):
+            self._leaving = threading.Thread(target=self._announce, args=(math.inf,), daemon=True, name="distpad-leave")
+            self._leaving.start()
 
     def exit(self, until: float) -> None:
-        """As ``leave``, when the process ends: wait for the others to hear of it until then, by the monotonic clock."""
-        if self._is_leaving(max(0.0, until - time.monotonic())):
-            self._tell_all(max(0.0, until - time.monotonic()))
-        elif self._telling:
-            self._telling.join(max(0.0, until - time.monotonic()))
+        """Leave because the process ends: wait for the other workers until ``until``, by the monotonic clock."""
+        if self._claim(max(0.0, until - time.monotonic())):
+            self._announce(max(0.0, until - time.monotonic()))
+        elif self._leaving:
+            self._leaving.join(max(0.0, until - time.monotonic()))
 
-    def _is_leaving(self, limit_s: float) -> bool:
-        """Whether the others are to be told. Then the channel is this worker's, until they were."""
-        if self not in _MET or self._left or not self._alone(limit_s):
+    def _claim(self, limit_s: float) -> bool:
+        """Whether this worker must announce that it leaves. Then it holds the channel's lock."""
+        if self not in _OPEN or self._left or not self._acquire(limit_s):
             return False
-        leaving, self._left = not self._left, True
-        if not leaving:
-            self.channel.meeting.release()
-        return leaving
+        must_announce, self._left = not self._left, True
+        if not must_announce:
+            self.channel.lock.release()
+        return must_announce
 
-    def _tell_all(self, limit_s: float) -> None:
+    def _announce(self, limit_s: float) -> None:
         try:
-            # who failed never comes; and a Python that ends may start no thread any more
+            # A worker that failed never comes. An interpreter that exits may refuse to start a thread.
             with contextlib.suppress(TimeoutError, RuntimeError):
                 self.backend.host_merge(np.ones(1), np.zeros(1), limit_s, self.channel.number)
         finally:
-            self.channel.meeting.release()
+            self.channel.lock.release()
 
     def end(self) -> None:
-        """There is nothing more to agree on, and no other worker is at an exchange."""
+        """Mark the last exchange as done: no other worker waits at an exchange."""
         self._left = True
 
     def _reduced(
         self, maxima: np.ndarray, sums: np.ndarray, what: str, is_last: Callable[..., bool] = lambda *_: False
     ) -> Vectors:
-        if self._parts:
-            _MET.add(self)
-        if not self._alone(self._patience_s):
-            self._left = True  # there is nobody to leave
-            raise self._in_vain(what, self._patience_s, "they have not left the epoch before")
+        if self.channel.handshakes:
+            _OPEN.add(self)
+        if not self._acquire(self._patience_s):
+            self._left = True  # no worker waits for this one
+            raise self._timed_out(what, self._patience_s, "they have not left the previous epoch")
         try:
-            if self._parts:
+            if self.channel.handshakes:
                 self._left = self._left or self._merged(np.zeros(1), np.zeros(1), what)[0][0] > 0
                 if self._left:
                     raise Left
@@ -157,37 +164,37 @@ class WindowSync:
             self._left = self._left or is_last(*found)  # before a thread that waits to leave gets the lock
             return found
         finally:
-            self.channel.meeting.release()
+            self.channel.lock.release()
 
     def _merged(self, maxima: np.ndarray, sums: np.ndarray, what: str) -> Vectors:
         began = time.monotonic()
         try:
             return self.backend.host_merge(maxima, sums, self._patience_s, self.channel.number)
         except TimeoutError as error:
-            self._left = True  # there is nobody to leave
-            raise self._in_vain(what, time.monotonic() - began, error) from error
+            self._left = True  # no worker waits for this one
+            raise self._timed_out(what, time.monotonic() - began, error) from error
         finally:
             self.seconds += time.monotonic() - began
 
-    def _alone(self, limit_s: float) -> bool:
-        """Whether the channel is this thread's now, and not still another's when the limit was over."""
-        return self.channel.meeting.acquire(timeout=min(limit_s, threading.TIMEOUT_MAX))
+    def _acquire(self, limit_s: float) -> bool:
+        """Acquire the channel's lock; False if it is not free within the limit."""
+        return self.channel.lock.acquire(timeout=min(limit_s, threading.TIMEOUT_MAX))
 
     @property
     def _patience_s(self) -> float:
         return self.limit_s + self.warn_after_s
 
-    def _in_vain(self, what: str, waited: float, why: Any) -> PeerError:
+    def _timed_out(self, what: str, waited: float, cause: Any) -> PeerError:
         return PeerError(
-            f"PaddedBatches: worker {self.backend.worker_index} waited {waited:.0f} s at {what} "
-            f"for the other workers, in vain ({why}). All workers must leave a loop at the same step, and begin "
-            "epochs together; timeout_s says how long to wait."
+            f"PaddedBatches: worker {self.backend.worker_index} waited {waited:.0f} s at {what} for the other workers, "
+            f"which did not come ({cause}). All workers must leave a loop at the same step, and begin epochs together; "
+            "timeout_s limits the wait."
         )
 
     def _wait_on(self, code: int, what: str, waited: float) -> None:
-        """Warn of a worker that is not ready; raise where it took too long."""
-        seconds, behind = divmod(code - 1, self.backend.num_workers)
-        slow = self.backend.num_workers - 1 - behind
+        """Warn of a worker that is not ready; raise if it took too long."""
+        seconds, workers_after = divmod(code - 1, self.backend.num_workers)
+        slow = self.backend.num_workers - 1 - workers_after
         found = f"PaddedBatches: worker {slow} is still reading {what}, for {max(seconds, 1)} s now"
         if seconds < self.limit_s:
             _LOG.warning("%s; worker %d waits for it.", found, self.backend.worker_index)
@@ -196,16 +203,16 @@ class WindowSync:
         raise DistpadError(text) if slow == self.backend.worker_index else PeerError(text)
 
 
-def raise_differences(agreement: WindowSync, text: str, what: str) -> None:
-    """Where fingerprints differ: show all workers' texts to all, and raise what differs and where. Collective."""
-    found = plan.differences(agreement.gather(text))
+def raise_differences(window_sync: WindowSync, text: str, what: str) -> None:
+    """Gather the JSON of all workers, and raise ValueError that names the differences. Collective."""
+    found = plan.differences(window_sync.gather_texts(text))
     raise ValueError(f"PaddedBatches: the workers' {what} differ, expected the same: {'; '.join(found)}.")
 
 
-_MET: weakref.WeakSet[WindowSync] = weakref.WeakSet()  # those that other workers may wait for
+_OPEN: weakref.WeakSet[WindowSync] = weakref.WeakSet()  # that other workers may wait for
 
 
 def leave_all(until: float) -> None:
-    """Where the process ends and iterators were not closed: tell the others, until then by the monotonic clock."""
-    for agreement in sorted(_MET, key=lambda met: met.channel.number):  # in the same order on all workers
-        agreement.exit(until)
+    """Leave every open epoch because the process ends: wait until ``until``, by the monotonic clock."""
+    for window_sync in sorted(_OPEN, key=lambda each: each.channel.number):  # in the same order on all workers
+        window_sync.exit(until)

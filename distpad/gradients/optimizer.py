@@ -7,10 +7,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from distpad import backends, errors
+from distpad import backends, errors, versions
 
 _NAME = "DistributedOptimizer"
-_KERAS = int(getattr(tf.keras, "__version__", "2").split(".")[0])
 
 
 @tf.keras.utils.register_keras_serializable("distpad")
@@ -49,7 +48,7 @@ class DistributedOptimizer(tf.keras.optimizers.Optimizer):
     """
 
     def __new__(cls, optimizer: Any, *, backend: Any = None, name: str | None = None) -> Any:
-        if _KERAS >= 3:
+        if versions.KERAS >= 3:
             return super().__new__(cls)
         _check(optimizer)
         return backends.resolve_step(backend, function=_NAME).keras_2_optimizer(optimizer)

@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from distpad import backends, errors
+from distpad import backends, errors, versions
 from distpad.losses import masking
 from distpad.losses.counts import Counts, WeightedCounts
 
 _NAME = "DistributedLoss"
-_KERAS = int(getattr(tf.keras, "__version__", "2").split(".")[0])
 
 
 def as_keras_casts(loss: Any, y_true: Any, y_pred: Any) -> Any:
@@ -38,7 +37,7 @@ def unreduced(loss: Any) -> Any:
     reduction = getattr(loss, "reduction", None)
     if reduction in (None, "none"):
         return loss
-    if reduction != ("sum_over_batch_size" if _KERAS >= 3 else "auto"):
+    if reduction != ("sum_over_batch_size" if versions.KERAS >= 3 else "auto"):
         found = f"a {type(loss).__name__} of reduction {reduction!r}"
         remedy = f'Write {type(loss).__name__}(..., reduction="none").'
         raise ValueError(errors.sentence(_NAME, "loss", found, "one of reduction none", remedy))

@@ -1,4 +1,4 @@
-"""Padding on the host: pure functions from lists of sequences to batches, and back; and the lengths to pad to."""
+"""Padding on the host: pure functions from lists of sequences to batches and back, and buckets of lengths."""
 
 from distpad.padding.batch import Padded, pad, unpad
 from distpad.padding.buckets import Buckets

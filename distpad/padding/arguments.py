@@ -1,4 +1,4 @@
-"""What padding on NumPy and in TensorFlow share: the options, the rules for axes, values and dtypes, their errors."""
+"""The options of ``pad``, and the checks of axes, values and dtypes that NumPy and TensorFlow share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXACT = 2**53  # float64 holds integers exactly up to here
 
 
 class Options(NamedTuple):
-    """The options of ``pad``, checked as far as they can be without the data."""
+    """The options of ``pad``, after the checks that need no data."""
 
     length: int | None
     value: Any
@@ -26,19 +26,19 @@ class Options(NamedTuple):
 
 
 def resolve_axes(axes: list[int], rank: int) -> list[int]:
-    """Sorted axes of a sequence of ``rank`` axes, counted from the front."""
+    """Return the sorted, non-negative axes of a sequence of ``rank`` axes."""
     if not axes or not all(-rank <= axis < rank for axis in axes):
         rule = f"one or several axes of a sequence, from 0 to {rank - 1}"
         evidence = f"The sequences have {rank} {'axis' if rank == 1 else 'axes'} each (the batch axis is not counted)."
         raise ValueError(errors.sentence("pad", "ragged_axes", axes, rule, evidence))
     resolved = sorted(axis % rank for axis in axes)
     if len(set(resolved)) < len(resolved):
-        raise ValueError(errors.sentence("pad", "ragged_axes", axes, "axes that differ from each other"))
+        raise ValueError(errors.sentence("pad", "ragged_axes", axes, "different axes"))
     return resolved
 
 
 def check_lengths(lengths: np.ndarray, limit: int | None) -> None:
-    """Refuse sequences longer than ``limit``, naming the first."""
+    """Raise ValueError if sequences are longer than ``limit``, naming the first."""
     if limit is not None and (lengths > limit).any():
         longer = np.flatnonzero(lengths > limit)
         found = f"sequences[{longer[0]}] has length {lengths[longer[0]]} (of {len(lengths)}, {len(longer)} are longer)."
@@ -53,7 +53,7 @@ def uneven_axis(axis: int, evidence: str, axes: list[int]) -> ValueError:
 
 
 def uneven_lengths(axis: int, evidence: str) -> ValueError:
-    """The error for a first ragged axis that has no one length in a sequence."""
+    """The error for a first ragged axis whose length varies within a sequence."""
     rule = "a first ragged axis with one length in each sequence"
     return ValueError(
         errors.sentence("pad", "ragged_axes", f"from axis {axis} on", rule, evidence, "Let ragged_axes begin earlier.")
@@ -68,27 +68,30 @@ def as_value(value: Any) -> np.ndarray:
         raise ValueError(errors.sentence("pad", "value", reprlib.repr(value), "a scalar or an array")) from None
 
 
-def filling(wanted: np.ndarray, dtype: np.dtype, inner: tuple[int, ...] | None) -> np.ndarray:
-    """``wanted`` in ``dtype``, refused where that changes it or where it does not broadcast to the ``inner`` shape."""
-    held = exact_cast(wanted, dtype)
-    if held is None:
+def padding_value(wanted: np.ndarray, dtype: np.dtype, inner: tuple[int, ...] | None) -> np.ndarray:
+    """Return ``wanted`` in ``dtype``.
+
+    Raises ValueError if the cast changes the value, or if it does not broadcast to the ``inner`` shape.
+    """
+    value = exact_cast(wanted, dtype)
+    if value is None:
         remedy = "Write value=''." if dtype.kind in "US" else "Give another value, or a dtype that can hold this one."
         shown = reprlib.repr(wanted.tolist())
         raise ValueError(errors.sentence("pad", "value", shown, f"a value that {dtype} can hold", remedy))
-    while inner is not None and held.ndim > len(inner) and held.shape[0] == 1:
-        held = held[0]  # written for all of a sequence's axes, the ragged ones included
+    while inner is not None and value.ndim > len(inner) and value.shape[0] == 1:
+        value = value[0]  # the user wrote the ragged axes too, with size 1
     try:
-        fits = inner is None or np.broadcast_shapes(held.shape, inner) == inner
+        is_broadcastable = inner is None or np.broadcast_shapes(value.shape, inner) == inner
     except ValueError:
-        fits = False
-    if not fits:
+        is_broadcastable = False
+    if not is_broadcastable:
         rule = f"a scalar, or an array that broadcasts to the shape of one position, {inner}"
-        raise ValueError(errors.sentence("pad", "value", f"of shape {held.shape}", rule))
-    return held
+        raise ValueError(errors.sentence("pad", "value", f"of shape {value.shape}", rule))
+    return value
 
 
 def exact_cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray | None:
-    """``array`` in ``dtype``; None where an element would become another. Floats may be rounded, but stay finite."""
+    """Return ``array`` in ``dtype``, or None if an element would change. Floats may be rounded, but stay finite."""
     kinds = {array.dtype.kind, dtype.kind}
     text_and_other = len(kinds) == 2 and kinds & set("US") and "O" not in kinds
     if text_and_other or (array.dtype.kind == "c" and dtype.kind not in "cO"):
@@ -106,17 +109,17 @@ def exact_cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray | None:
 
 
 def _has_fractions(dtype: np.dtype) -> bool:
-    # bfloat16 and its like are of kind "V" to NumPy, as are records
+    # NumPy gives bfloat16 and similar dtypes the kind "V", which records have too
     return dtype.kind in "fc" or (dtype.kind == "V" and dtype.names is None and bool(np.asarray(0.5).astype(dtype)))
 
 
 def is_object(dtype: Any) -> bool:
-    """Whether Python objects are asked for, which are then left as they are."""
+    """Whether ``dtype`` is that of Python objects, which ``pad`` does not convert."""
     return dtype is not None and numpy_dtype(dtype).kind == "O"
 
 
 def numpy_dtype(dtype: Any) -> np.dtype:
-    """A NumPy dtype from all that names one, TensorFlow's included."""
+    """Return the NumPy dtype of a name, or of a dtype of NumPy or TensorFlow."""
     try:
         return np.dtype(getattr(dtype, "as_numpy_dtype", dtype))
     except TypeError:
@@ -124,7 +127,7 @@ def numpy_dtype(dtype: Any) -> np.dtype:
 
 
 def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
-    """The dtype that holds the elements of all ``dtypes``, refused where it would hold them as something else."""
+    """Return the dtype that holds all ``dtypes``. ValueError if it would change the kind of their elements."""
     found = sorted(set(dtypes), key=str)
     kinds = {dtype.kind for dtype in found}
     try:

@@ -1,8 +1,7 @@
-"""Padding on the host: lists of sequences of different lengths to one batch, and back. Pure, no communication.
+"""pad and unpad: sequences of different lengths to one batch, and back. No communication.
 
-The work is done on NumPy (``on_numpy``) or in TensorFlow operations (``on_tensorflow``), after the kind of
-the input; this file holds what both share. TensorFlow is never imported here: an input can only be a tensor where the
-user's process has imported it.
+The type of the input selects NumPy (``on_numpy``) or TensorFlow operations (``on_tensorflow``). This file never imports
+TensorFlow: an input can be a tensor only if the user's process has imported it.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ Axes = Union[int, Iterable[int]]
 
 
 class Padded(NamedTuple):
-    """A padded batch: what ``pad`` returns and ``unpad`` takes.
+    """A padded batch, the result of ``pad`` and the argument of ``unpad``.
 
     Attributes:
       values: ``[batch, *padded shape of a sequence]``.
-      lengths: ``[batch]`` int32, of the first ragged axis.
-      mask: bool, true on real elements; the shape of ``values`` up to and including the last ragged axis. None where
-        it was not asked for.
+      lengths: ``[batch]`` int32, along the first ragged axis.
+      mask: bool, true on real elements; the shape of ``values`` up to and including the last ragged axis. None with
+        ``mask=False``.
 
     >>> Padded(values=[[1, 0]], lengths=[1]).mask is None
     True
@@ -50,45 +49,47 @@ def pad(
     ragged_axes: Axes | None = None,
     mask: bool = True,
 ) -> Padded:
-    """Pad sequences of different sizes to one batch, with their lengths and a mask of what is real.
+    """Pad sequences of different sizes to one batch, with their lengths and a mask of the real elements.
 
-    With x_i the sequences, ``values[i, t] = x_i[t]`` for t < n_i and ``value`` elsewhere. Lengths and mask decide what
-    is padding, never the values: ``value`` may well occur among the real labels. Nothing is cut unless asked for.
+    With x_i the sequences, ``values[i, t] = x_i[t]`` for t < n_i and ``value`` elsewhere. Lengths and mask, not values,
+    decide what is padding: ``value`` may also occur among the real labels. Sequences are cut only if ``truncating``
+    allows it.
 
-    Any number of axes may be ragged. The first of them is the axis of positions: ``length``, ``padding`` and
-    ``truncating`` are about it alone. Further ragged axes (height and width of images) grow to the largest of the
-    batch and are always padded at their end, so that images stay in their corner.
+    Any number of axes may be ragged. Positions lie along the first ragged axis, to which ``length``, ``padding`` and
+    ``truncating`` apply. Further ragged axes, such as height and width of images, are padded to the largest size in the
+    batch, always at their end.
 
     Args:
       sequences: the batch: a list of arrays ``[n_i, *inner]`` or of nested lists, whose inner lists may be ragged and
         may hold arrays; a ``tf.RaggedTensor`` ``[batch, n_i, ...]``; a list of tensors; an array or tensor.
-      length: the padded length of the first ragged axis, at least 0; default: that of the longest sequence.
-      value: the filling: a scalar, or an array that broadcasts to the shape of one position (the axes behind the last
-        ragged one), such as a one-hot vector ``[classes]``. ``dtype`` must be able to hold it.
-      padding: ``"post"`` fills behind the sequences, ``"pre"`` in front of them.
-      truncating: of sequences longer than ``length``: ``"error"`` refuses them, ``"pre"`` cuts at their front,
-        ``"post"`` at their end. What is cut off has no say in the sizes of other axes.
-      dtype: of ``values``; default: the common one of all sequences that have elements (``value`` decides where none
-        has). Strings grow to hold ``value``. Elements that would change are refused, but for the rounding of floats.
-      ragged_axes: the axes of *one sequence* that are ragged, whatever the batch looks like: so the rank of the mask
-        is the same for all batches. Default: axis 0 and all whose sizes differ in this batch; for tensors, whose type
-        tells it, axis 0 and all of unknown size (a list of eager tensors is looked at like arrays).
-      mask: False leaves None for the mask, where it is not needed.
+      length: the padded length of the first ragged axis, at least 0; default: the longest sequence's.
+      value: the padding value: a scalar, or an array that broadcasts to the shape of one position (the axes after the
+        last ragged axis), such as a one-hot vector ``[classes]``. ``dtype`` must be able to hold it.
+      padding: ``"post"`` pads after the sequences, ``"pre"`` before them.
+      truncating: for sequences longer than ``length``: ``"error"`` raises, ``"pre"`` cuts at the front, ``"post"`` cuts
+        at the end. Elements that are cut do not affect the sizes of other axes.
+      dtype: dtype of ``values``; default: the common dtype of all sequences with elements (without elements, that of
+        ``value``). String dtypes widen to hold ``value``. Elements may not change, except for the rounding of floats.
+      ragged_axes: the ragged axes of *one sequence*: with them the rank of the mask does not depend on the batch.
+        Default: axis 0 and all axes whose sizes differ in this batch. Default for tensors: axis 0 and all axes of
+        unknown size (a list of eager tensors is treated as arrays).
+      mask: False returns None for the mask.
 
     Returns:
       ``Padded(values, lengths, mask)``: NumPy arrays for NumPy and lists, tensors for tensors. ``values`` is
-      ``[batch, *padded]``, ``lengths`` ``[batch]`` int32, of the first ragged axis and after truncating, ``mask`` bool
-      of the shape of ``values`` up to and including the last ragged axis. Each replica pads its own: shapes are not
-      equal on all replicas (``pad_to_global_max`` makes them so).
+      ``[batch, *padded]``, ``lengths`` ``[batch]`` int32, along the first ragged axis and after truncating, ``mask``
+      bool of the shape of ``values`` up to and including the last ragged axis. Each replica pads its own batch: shapes
+      are not equal on all replicas (``pad_to_global_max`` makes them equal).
 
     Raises:
-      TypeError: ``sequences`` is no sequence; ``length``, ``mask``, ``dtype`` or ``ragged_axes`` are of a wrong type.
+      TypeError: ``sequences`` is not a list, array or tensor; a wrong type of ``length``, ``mask``, ``dtype`` or
+        ``ragged_axes``.
       ValueError: an unknown ``padding`` or ``truncating``; a negative ``length``; a sequence longer than ``length``
-        (``tf.errors.InvalidArgumentError`` where a graph can only see it when it runs); elements that are no
-        sequences; ranks that differ; sizes that differ along an axis that is not ragged; ``ragged_axes`` out of range,
-        doubled or empty; a ``value`` that does not broadcast or that ``dtype`` cannot hold; dtypes without a common
-        one; lists with None or other objects, unless ``dtype=object``; integers above 2**53 beside floats; elements
-        that ``dtype`` cannot hold; tensors of unknown rank.
+        (in a graph, ``tf.errors.InvalidArgumentError`` when it runs); elements that are not sequences; different ranks;
+        different sizes along an axis that is not ragged; ``ragged_axes`` out of range, repeated or empty; a ``value``
+        that does not broadcast or that ``dtype`` cannot hold; no common dtype; lists with None or other objects, unless
+        ``dtype=object``; integers above 2**53 beside floats; elements that ``dtype`` cannot hold; tensors of unknown
+        rank.
 
     >>> batch = pad([[1, 2, 3], [4]])
     >>> batch.values.tolist(), batch.lengths.tolist()
@@ -119,26 +120,26 @@ def pad(
 
 
 def unpad(values: Any, lengths: Any = None, mask: Any = None) -> Any:
-    """Take the padding off a batch again: the inverse of ``pad``, ``unpad(*pad(x)) == x``.
+    """Remove the padding of a batch: the inverse of ``pad``, ``unpad(*pad(x)) == x``.
 
-    The mask is needed where several axes were ragged or ``padding="pre"``: lengths alone are read as those of a batch
-    that was padded behind along its first axis, and nothing in them could tell otherwise. What has no elements leaves
-    no trace: of an inner axis of size zero, the sizes around it are not restored (the lengths of the sequences are).
+    The mask is required if several axes were ragged or with ``padding="pre"``: without it, lengths mean post-padding
+    along the first axis. If an inner axis has size zero, the sizes of the axes around it are not restored; the lengths
+    of the sequences are.
 
     Args:
       values: ``[batch, length, ...]``, array or tensor of any dtype.
       lengths: ``[batch]`` integers from 0 to the padded length.
-      mask: bool, ``[batch, length, ...]``, true on real elements. At least one of ``lengths`` and ``mask`` is given.
+      mask: bool, ``[batch, length, ...]``, true on real elements. Give ``lengths``, ``mask`` or both.
 
     Returns:
-      For arrays, a list of one array for each sequence, of the dtype of ``values``, copied; a sequence that is no box
-      (nested lists that were ragged inside) is a list of arrays in turn. For tensors, a ``tf.RaggedTensor``.
+      For arrays, a list of one array for each sequence, copied, of the dtype of ``values``; a sequence that is not
+      rectangular (nested lists that were ragged inside) is again a list of arrays. For tensors, a ``tf.RaggedTensor``.
 
     Raises:
-      TypeError: ``values`` is no array or tensor, such as a whole ``Padded``; ``mask`` is not bool; ``lengths`` are no
-        integers.
-      ValueError: neither ``lengths`` nor ``mask``; shapes that do not fit ``values``; lengths out of range, or that
-        contradict the mask (inside a graph, lengths are not checked).
+      TypeError: ``values`` is not an array or tensor, such as a whole ``Padded``; ``mask`` is not bool; ``lengths`` are
+        not integers.
+      ValueError: neither ``lengths`` nor ``mask``; a shape that does not match ``values``; lengths out of range, or
+        that contradict the mask (in a graph, lengths are not checked).
 
     >>> [row.tolist() for row in unpad(np.array([[1, 2], [3, 0]]), lengths=[2, 1])]
     [[1, 2], [3]]
@@ -165,33 +166,25 @@ def unpad(values: Any, lengths: Any = None, mask: Any = None) -> Any:
 def _check_length(length: Any) -> int | None:
     if length is None:
         return None
-    if not _is_whole(length):
-        raise TypeError(errors.sentence("pad", "length", repr(length), "an integer that is known now, or None"))
-    if operator.index(length) < 0:
-        raise ValueError(errors.sentence("pad", "length", operator.index(length), "at least 0"))
-    return operator.index(length)
+    if not errors.is_integer(length):  # a symbolic tensor neither: the padded shape would not be static
+        raise TypeError(
+            errors.sentence("pad", "length", repr(length), "an integer known before the graph runs, or None")
+        )
+    return errors.integer("pad", "length", length, least=0)
 
 
 def _check_axes(ragged_axes: Any) -> list[int] | None:
     if ragged_axes is None:
         return None
     several = (
-        isinstance(ragged_axes, Iterable) and not isinstance(ragged_axes, (str, bytes)) and not _is_whole(ragged_axes)
+        isinstance(ragged_axes, Iterable)
+        and not isinstance(ragged_axes, (str, bytes))
+        and not errors.is_integer(ragged_axes)
     )
     axes = list(ragged_axes) if several else [ragged_axes]
-    if not all(map(_is_whole, axes)):
+    if not all(map(errors.is_integer, axes)):
         raise TypeError(errors.sentence("pad", "ragged_axes", repr(ragged_axes), "an integer or several"))
     return [operator.index(axis) for axis in axes]
-
-
-def _is_whole(number: Any) -> bool:
-    if isinstance(number, (bool, np.bool_)):
-        return False
-    try:
-        operator.index(number)
-    except TypeError:  # a symbolic tensor is none either: the padded shape would not be static
-        return False
-    return True
 
 
 def _check_sequences(sequences: Any) -> None:
@@ -203,7 +196,7 @@ def _check_sequences(sequences: Any) -> None:
 
 
 def _tensorflow_for(batch: Any) -> Any:
-    """TensorFlow, where the batch or what it holds are tensors; else None. Imports nothing."""
+    """Return the TensorFlow module if the batch is a tensor or holds tensors, else None. Imports nothing."""
     tensorflow = sys.modules.get("tensorflow")
     is_tensor = getattr(tensorflow, "is_tensor", None)  # None while TensorFlow itself is being imported
     if is_tensor is None or isinstance(batch, np.ndarray):
@@ -216,7 +209,7 @@ def _tensorflow_for(batch: Any) -> Any:
 
 
 def _first_leaf(item: Any) -> Any:
-    """The first thing in nested lists that is no list itself; None where all are empty."""
+    """The first item in nested lists that is not a list; None if all are empty."""
     if not isinstance(item, (list, tuple)):
         return item
     leaves = (_first_leaf(child) for child in item)

@@ -1,4 +1,4 @@
-"""Buckets: the few lengths that batches are padded to, so that a step has few shapes."""
+"""Buckets: the boundaries to which lengths are padded, so that a step has few shapes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from distpad import errors
 
 
 class Buckets:
-    """Rounds a length up to the next of a few boundaries.
+    """Round a length up to the next boundary.
 
     Args:
-      boundaries: the boundaries, positive integers, rising.
-      beyond: what a length above the last boundary does: ``"raise"``, ``"multiples"`` of the last boundary, or
-        ``"quarters"``: boundaries go on, each a quarter above the one before, rounded up to even numbers from 32 on.
+      boundaries: positive integers in increasing order.
+      beyond: the rule for a length above the last boundary: ``"raise"`` an error; round up to ``"multiples"`` of the
+        last boundary; or ``"quarters"``: further boundaries, each a quarter above the previous one, rounded up to even
+        numbers from 32 on.
 
     Raises:
-      ValueError: no boundaries, boundaries that do not rise or are below 1, an unknown ``beyond``.
-      TypeError: boundaries that are no integers.
+      ValueError: no boundaries, boundaries that do not increase or are below 1, or an unknown ``beyond``.
+      TypeError: boundaries that are not integers.
 
     >>> buckets = Buckets([8, 16, 32])
     >>> buckets(9), buckets(16), buckets.boundaries
@@ -31,20 +32,20 @@ class Buckets:
 
     def __init__(self, boundaries: Iterable[int], *, beyond: str = "raise") -> None:
         given = list(boundaries)
-        if any(isinstance(boundary, bool) or not hasattr(boundary, "__index__") for boundary in given):
+        if not all(map(errors.is_integer, given)):
             raise TypeError(errors.sentence("Buckets", "boundaries", given, "integers"))
         self.boundaries = tuple(operator.index(boundary) for boundary in given)
-        rising = all(a < b for a, b in zip(self.boundaries, self.boundaries[1:]))
-        if not self.boundaries or self.boundaries[0] < 1 or not rising:
+        increasing = all(a < b for a, b in zip(self.boundaries, self.boundaries[1:]))
+        if not self.boundaries or self.boundaries[0] < 1 or not increasing:
             raise ValueError(
-                errors.sentence("Buckets", "boundaries", list(self.boundaries), "rising integers from 1 on")
+                errors.sentence("Buckets", "boundaries", list(self.boundaries), "increasing integers from 1 on")
             )
         errors.choice("Buckets", "beyond", beyond, ("raise", "multiples", "quarters"))
         self.beyond = beyond
 
     @classmethod
     def multiples(cls, m: int) -> Buckets:
-        """Round up to the next multiple of ``m``, without an end.
+        """Round up to the next multiple of ``m``, without a last boundary.
 
         >>> Buckets.multiples(8)(17)
         24
@@ -53,7 +54,7 @@ class Buckets:
 
     @classmethod
     def auto(cls) -> Buckets:
-        """The boundaries 16, 20, 25, 32, 40, 50, 64, ... without an end: few shapes, and at most a quarter of padding.
+        """The boundaries 16, 20, 25, 32, 40, 50, 64, ..., each about a quarter above the previous one, without a last.
 
         >>> buckets = Buckets.auto()
         >>> buckets(3), buckets(21), buckets(126), buckets(127)
@@ -63,7 +64,7 @@ class Buckets:
 
     @classmethod
     def geometric(cls, low: int, high: int, factor: float) -> Buckets:
-        """Boundaries from ``low`` to ``high``, each ``factor`` times the one before, so that padding is in proportion.
+        """Boundaries from ``low`` to ``high``, each ``factor`` times the previous one.
 
         >>> Buckets.geometric(4, 64, 2.0).boundaries
         (4, 8, 16, 32, 64)
@@ -80,18 +81,19 @@ class Buckets:
 
     @classmethod
     def from_lengths(cls, lengths: Any, count: int, *, beyond: str = "raise") -> Buckets:
-        """The boundaries with the least padding of ``lengths``: the optimum, not a heuristic.
+        """The boundaries that minimise the padding of ``lengths``.
 
-        The sum of ``buckets(n) - n`` over all lengths is least among all sets of at most ``count`` boundaries; the last
-        is the longest length.
+        Among all sets of at most ``count`` boundaries, they have the least sum of ``buckets(n) - n`` over all lengths.
+        The last boundary is the longest length.
 
         Args:
-          lengths: integers from 0 on, at least one: those of the data set, or a sample of them.
-          count: how many at most; fewer come back where there are fewer different lengths.
-          beyond: for lengths that were not in the sample, as in ``Buckets``.
+          lengths: at least one non-negative integer: the lengths of the data set, or a sample of them.
+          count: the largest number of boundaries; there are fewer if there are fewer different lengths.
+          beyond: the rule for lengths above the last boundary, as in ``Buckets``.
 
         Raises:
-          ValueError: no lengths, a negative one, a ``count`` below 1. TypeError: no integers.
+          ValueError: no lengths, a negative length, or a ``count`` below 1.
+          TypeError: not integers.
 
         Source: the cost of one boundary for a range of lengths is Monge, so that best cuts do not cross: F. F. Yao,
         Efficient dynamic programming using quadrangle inequalities, STOC 1980.
@@ -107,16 +109,16 @@ class Buckets:
         if given.min() < 0:
             raise ValueError(errors.sentence("Buckets.from_lengths", "lengths", int(given.min()), "at least 0"))
         count = errors.integer("Buckets.from_lengths", "count", count, least=1)
-        # a boundary is at least 1, so that lengths of 0 cost as much as those of 1
+        # a boundary is at least 1, so that lengths 0 and 1 need the same boundary
         sizes, counts = np.unique(np.maximum(given.ravel().astype(np.int64), 1), return_counts=True)
         return cls((int(size) for size in _least_padding(sizes, counts, count)), beyond=beyond)
 
     def __call__(self, n: int) -> int:
-        """The smallest boundary that is at least ``n``. ValueError above the last, unless ``beyond`` goes on."""
+        """Return the smallest boundary that is at least ``n``. ValueError above the last, with ``beyond="raise"``."""
         return self.boundary(self.index(n))
 
     def index(self, n: int) -> int:
-        """Which boundary that is, counted from 0; those beyond the last count on.
+        """Return the index of the smallest boundary that is at least ``n``; the rule ``beyond`` continues the indices.
 
         >>> Buckets([8, 16], beyond="multiples").index(40)
         3
@@ -139,7 +141,7 @@ class Buckets:
         )
 
     def boundary(self, index: int) -> int:
-        """The length of a boundary that ``index`` returned."""
+        """Return the boundary of an index that ``index`` returned."""
         beyond = index - len(self.boundaries) + 1
         if beyond <= 0:
             return self.boundaries[index]
@@ -166,15 +168,15 @@ def _quarter_more(boundary: int) -> int:
 
 
 def _least_padding(sizes: np.ndarray, counts: np.ndarray, count: int) -> list[int]:
-    """Which of the rising ``sizes`` are boundaries.
+    """Select boundaries from the increasing ``sizes``.
 
-    With C and S the running sums of counts and of counts times sizes, ``cost[j]``, the least padding of the first j
-    sizes, is the least over i < j of cost[i] with one boundary less, plus sizes[j-1] (C[j] - C[i]) - (S[j] - S[i]).
+    Let C and S be the running sums of counts and of counts times sizes. ``cost[j]``, the least padding of the first j
+    sizes, is the minimum over i < j of cost[i] with one boundary less, plus sizes[j-1] (C[j] - C[i]) - (S[j] - S[i]).
     """
     number = np.concatenate([[0], np.cumsum(counts)])
     total = np.concatenate([[0], np.cumsum(counts * sizes)])
     size = np.concatenate([[0], sizes])
-    cost = size * number - total  # one boundary for all of the first j
+    cost = size * number - total  # with one boundary for the first j sizes
     cuts = []
     for _ in range(min(count, len(sizes)) - 1):
         cut = _best_cuts(cost + total, number, size)
@@ -189,8 +191,8 @@ def _least_padding(sizes: np.ndarray, counts: np.ndarray, count: int) -> list[in
 def _best_cuts(start: np.ndarray, number: np.ndarray, size: np.ndarray) -> np.ndarray:
     """For each j the first i <= j with the least ``start[i] - size[j] * number[i]``.
 
-    These i never fall as j grows. So the j at multiples of a step are found first, and those between them are looked
-    for between what their neighbours found: all of one step at once, with n + n / step comparisons.
+    These i do not decrease as j grows. So the search begins with the j at multiples of a step; then the results of two
+    neighbours bound the search for the j between them. One step takes n + n / step comparisons, all at once.
     """
     last = len(start) - 1
     best = np.zeros(last + 1, np.int64)
@@ -198,8 +200,8 @@ def _best_cuts(start: np.ndarray, number: np.ndarray, size: np.ndarray) -> np.nd
     while step > 1:
         step //= 2
         at = np.arange(step, last + 1, 2 * step)
-        low, behind = best[at - step], at + step
-        high = np.where(behind <= last, np.minimum(best[np.minimum(behind, last)], at), at)
+        low, after = best[at - step], at + step
+        high = np.where(after <= last, np.minimum(best[np.minimum(after, last)], at), at)
         begins = np.concatenate([[0], np.cumsum(high - low + 1)])
         where = np.repeat(np.arange(len(at)), high - low + 1)
         candidates = np.arange(begins[-1]) - begins[where] + low[where]

@@ -1,4 +1,4 @@
-"""pad_sequences: Keras's function of that name, on NumPy alone."""
+"""pad_sequences: Keras's function of the same name, in NumPy."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ def pad_sequences(
     truncating: str = "pre",
     value: Any = 0.0,
 ) -> np.ndarray:
-    """Pad sequences to one length, as ``keras.utils.pad_sequences`` does in every respect, without Keras.
+    """Pad sequences to one length, with the behaviour of ``keras.utils.pad_sequences``, without Keras.
 
-    It makes code that uses Keras's function move here unchanged; new code wants ``pad``. **The defaults pad and cut
-    at the front**: ``pad_sequences([[1, 2, 3]], maxlen=2)`` silently drops the 1. Floats are cut to int32, too.
+    Use it to port code that calls Keras's function, and ``pad`` in new code. **The defaults pad and cut at the front**:
+    ``pad_sequences([[1, 2, 3]], maxlen=2)`` silently drops the 1. Floats are truncated to int32.
 
-    Arguments, defaults, results and errors (their types and words) are those of Keras 3. Keras 2 differs where
-    ``value`` is a string: it refuses ``dtype=bytes`` and takes ``np.dtype(object)``; here, as in Keras 3, it is the
-    other way round, and ``object`` itself is what to write.
+    Arguments, defaults, results and errors (types and messages) are those of Keras 3. Keras 2 differs if ``value`` is a
+    string: it rejects ``dtype=bytes`` and accepts ``np.dtype(object)``, where Keras 3 and this function do the
+    opposite. ``dtype=object`` works in all.
 
     Args:
       sequences: a sized iterable of sequences, each ``[n_i, *inner]``.
-      maxlen: the padded length; default: that of the longest sequence.
-      dtype: of the result; ``object`` for strings of different lengths.
-      padding: ``"pre"`` or ``"post"``: where the filling goes.
-      truncating: ``"pre"`` or ``"post"``: where sequences longer than ``maxlen`` are cut.
-      value: the filling: a number or a string.
+      maxlen: the padded length; default: the longest sequence's.
+      dtype: dtype of the result; ``object`` for strings of different lengths.
+      padding: ``"pre"`` pads before the sequences, ``"post"`` after them.
+      truncating: ``"pre"`` cuts longer sequences at the front, ``"post"`` at the end.
+      value: the padding value: a number or a string.
 
     Returns:
       An array ``[len(sequences), maxlen, *inner]`` of ``dtype``.
 
     Raises:
-      ValueError: ``sequences`` has no length; a sequence has none; a string as ``value`` for a dtype that holds none;
-        inner shapes that differ; no sequences and no ``maxlen``; an unknown ``truncating`` or ``padding`` (seen only
-        where there is an element to place); a ``maxlen`` below 0, or of 0 with ``truncating="pre"`` (which cuts
-        nothing then); what NumPy cannot convert to ``dtype``.
-      TypeError, OverflowError: what NumPy raises for an unknown ``dtype`` and for elements it cannot convert.
+      ValueError: ``sequences`` or one of them has no length; a string as ``value`` for a dtype without strings;
+        different inner shapes; no sequences and no ``maxlen``; an unknown ``truncating`` or ``padding`` (only if there
+        is an element to place); a ``maxlen`` below 0, or of 0 with ``truncating="pre"`` (which then cuts nothing);
+        elements that NumPy cannot convert to ``dtype``.
+      TypeError, OverflowError: NumPy's errors for an unknown ``dtype`` and for elements that it cannot convert.
 
     >>> pad_sequences([[1], [2, 3], [4, 5, 6]], maxlen=2).tolist()
     [[0, 1], [2, 3], [5, 6]]
@@ -58,7 +58,7 @@ def pad_sequences(
     padded = np.full((count, length, *inner), value, dtype=dtype)
     for index, sequence in enumerate(sequences):
         if not len(sequence):
-            continue  # the options are looked at only where there is something to place: Keras does so too
+            continue  # as in Keras, options are checked only if there is an element to place
         elements = np.asarray(_cut(sequence, length, truncating), dtype=dtype)
         if elements.shape[1:] != inner:
             raise ValueError(
@@ -94,7 +94,7 @@ def _check_text(value: Any, dtype: Any) -> None:
 
 def _cut(sequence: Any, length: int, truncating: str) -> Any:
     if truncating == "pre":
-        return sequence[-length:]  # of length 0 this is all of it, which then does not fit: as in Keras
+        return sequence[-length:]  # with length 0 the whole sequence, whose assignment then fails: as in Keras
     if truncating == "post":
         return sequence[:length]
     raise ValueError(f'Truncating type "{truncating}" not understood')

@@ -1,4 +1,4 @@
-"""Padding on NumPy: take the batch apart into rectangular blocks, agree on a shape, copy each block to its place."""
+"""Padding in NumPy: split the batch into rectangular blocks, compute the padded shape, and copy each block."""
 
 from __future__ import annotations
 
@@ -11,34 +11,40 @@ import numpy as np
 from distpad import errors
 from distpad.padding import arguments
 
-_UNKNOWN = -1  # in a table of sizes: this block says nothing about this axis
+_UNKNOWN = -1  # in a table of sizes: this block does not have this axis
 _LARGEST = np.iinfo(np.int64).max
 _Arrays = tuple[np.ndarray, np.ndarray, Optional[np.ndarray]]
 
 
 class Block(NamedTuple):
-    """A rectangular part of the batch: ``array`` stands where the indices of ``path`` lead, the sequence's first."""
+    """A rectangular part of the batch.
+
+    Attributes:
+      path: the indices that lead to the array, the sequence's index first.
+      rank: the rank of a sequence, as this block shows it.
+      typed: False for empty lists, which have no dtype.
+    """
 
     path: tuple[int, ...]
     array: np.ndarray
-    rank: int  # of a sequence, as far as this block shows it
-    typed: bool = True  # False for empty lists, whose dtype says nothing
+    rank: int
+    typed: bool = True
 
     @property
     def is_open(self) -> bool:
-        """Whether it ends in nothing: an empty list may be one of numbers, of vectors or of images."""
+        """Whether the block ends in an empty list, which may be of numbers, of vectors or of images."""
         return not self.array.size and self.array.shape[-1:] == (0,)
 
 
 class Branch(NamedTuple):
-    """A list that is no rectangle: ``size`` children, each with blocks of its own."""
+    """A list that is not rectangular: it has ``size`` children with blocks of their own."""
 
     path: tuple[int, ...]
     size: int
 
 
 class Sizes(NamedTuple):
-    """What blocks and branches say of the sizes: one row each, ``owners`` being the sequence it belongs to."""
+    """The sizes of blocks and branches: one row each, and in ``owners`` the index of its sequence."""
 
     owners: np.ndarray
     table: np.ndarray
@@ -47,7 +53,7 @@ class Sizes(NamedTuple):
 def pad(sequences: Any, options: arguments.Options) -> _Arrays:
     """Pad arrays and nested lists to ``(values, lengths, mask)``, as ``distpad.pad`` describes it."""
     if isinstance(sequences, np.ndarray) and sequences.dtype != object and sequences.shape[0] == 0 < sequences.ndim - 1:
-        one = np.zeros((1, *sequences.shape[1:]), sequences.dtype)  # no rows, but a known shape
+        one = np.zeros((1, *sequences.shape[1:]), sequences.dtype)  # a batch without rows has a known shape
         values, lengths, mask = pad(one, options._replace(truncating="post"))
         return values[:0], lengths[:0], None if mask is None else mask[:0]
     options = options._replace(value=arguments.as_value(options.value))
@@ -70,8 +76,8 @@ def pad(sequences: Any, options: arguments.Options) -> _Arrays:
     shape = sizes.table.max(axis=0, initial=0)
     shape[first] = lengths.max(initial=0) if options.length is None else options.length
     if is_shapeless and options.value.ndim:
-        shape[-options.value.ndim :] = options.value.shape  # nothing else tells the shape of a position
-    value = arguments.filling(options.value, dtype, tuple(shape[axes[-1] + 1 :].tolist()))
+        shape[-options.value.ndim :] = options.value.shape  # all sequences are empty: value has the shape of a position
+    value = arguments.padding_value(options.value, dtype, tuple(shape[axes[-1] + 1 :].tolist()))
     values = np.full((len(sequences), *shape), value, dtype)
     begins = shape[first] - lengths if options.padding == "pre" else np.zeros_like(lengths)
     if axes == [0] and not branches:
@@ -83,7 +89,7 @@ def pad(sequences: Any, options: arguments.Options) -> _Arrays:
 
 
 class _Reader:
-    """Takes nested data apart into ``blocks`` and ``branches``."""
+    """Splits nested data into ``blocks`` and ``branches``."""
 
     def __init__(self, as_objects: bool) -> None:
         self.blocks: list[Block] = []
@@ -94,7 +100,7 @@ class _Reader:
         for index, sequence in enumerate(sequences):
             self._read(sequence, (index,))
             if not self.blocks[-1].rank:
-                found, rule = reprlib.repr(sequence), "a sequence, with one axis at least"
+                found, rule = reprlib.repr(sequence), "a sequence, with at least one axis"
                 remedy = "Write pad([[1, 2, 3]]) for one sequence, pad([[1], [2], [3]]) for three of length 1."
                 raise ValueError(errors.sentence("pad", f"sequences[{index}]", found, rule, remedy))
 
@@ -109,7 +115,7 @@ class _Reader:
             self._read(child, (*path, index))
 
     def _rectangle(self, item: Any, path: tuple[int, ...]) -> np.ndarray | None:
-        """The item as an array; None if its parts are of different sizes."""
+        """The item as an array; None if its parts have different sizes."""
         if type(item) is np.ndarray and item.dtype != object:
             return item
         is_list = isinstance(item, (list, tuple))
@@ -126,13 +132,13 @@ class _Reader:
         if is_list and array.dtype.kind in "US":
             text = str if array.dtype.kind == "U" else bytes
             if not all(isinstance(leaf, text) for leaf in np.asarray(item, object).flat):
-                what = f"of text and other things in sequences[{path[0]}]"
+                what = f"of strings and other elements in sequences[{path[0]}]"
                 raise ValueError(errors.sentence("pad", "sequences", what, "one kind of element", "Give dtype=object."))
         return array
 
 
 def _check_leaves(item: Any, array: np.ndarray, index: int) -> None:
-    """Refuse a list that NumPy would make Python objects of, and integers that it would round beside others."""
+    """Raise ValueError for a list that NumPy would convert to objects, or whose integers it would round to floats."""
     if array.dtype == object and not any(isinstance(part, np.ndarray) for part in item):
         leaf = next((x for x in array.flat if not isinstance(x, (bool, int, float, complex, str, bytes))), None)
         found = f"with {reprlib.repr(leaf)} in sequences[{index}]"
@@ -146,7 +152,10 @@ def _check_leaves(item: Any, array: np.ndarray, index: int) -> None:
 
 
 def _rounded(index: int) -> ValueError:
-    found, remedy = f"with integers above 2**53 beside others in sequences[{index}]", "Convert them, or give dtype=."
+    found, remedy = (
+        f"with integers above 2**53 beside other dtypes in sequences[{index}]",
+        "Convert them, or give dtype=.",
+    )
     return ValueError(errors.sentence("pad", "sequences", found, "integers that float64 holds exactly", remedy))
 
 
@@ -156,10 +165,10 @@ def _rank(blocks: list[Block], options: arguments.Options) -> int:
     first_of_rank.update({block.rank: block for block in blocks if block.rank > rank})
     if len(first_of_rank) > 1:
         found = sorted((block.path, rank) for rank, block in first_of_rank.items())
-        places = ", ".join(f"{rank} at sequences{''.join(f'[{i}]' for i in path)}" for path, rank in found)
+        ranks = ", ".join(f"{rank} at sequences{''.join(f'[{i}]' for i in path)}" for path, rank in found)
         remedy = "Give every sequence the same number of axes."
-        raise ValueError(errors.sentence("pad", "sequences", f"of ranks {places}", "one rank", remedy))
-    if not first_of_rank:  # all are empty: what the options say is all that is known
+        raise ValueError(errors.sentence("pad", "sequences", f"of ranks {ranks}", "one rank", remedy))
+    if not first_of_rank:  # all sequences are empty: the options decide
         rank = max([rank, *(axis + 1 for axis in options.ragged_axes or ())])
     return rank + options.value.ndim if _is_shapeless(blocks) else rank
 
@@ -183,7 +192,7 @@ def _row(axis: int, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
 def _cut(
     blocks: list[Block], branches: list[Branch], first: int, lengths: np.ndarray, options: arguments.Options
 ) -> tuple[list[Block], list[Branch]]:
-    """The blocks and branches of sequences that are cut to ``options.length`` along their axis ``first``."""
+    """The blocks and branches after cutting the sequences to ``options.length`` along axis ``first``."""
     limit, axis = int(options.length or 0), first + 1
     longer = np.maximum(lengths - limit, 0)
     begins = (longer if options.truncating == "pre" else np.zeros_like(longer)).tolist()
@@ -203,7 +212,7 @@ def _cut(
 
 
 def _moved(path: tuple[int, ...], axis: int, begin: int, limit: int) -> tuple[int, ...] | None:
-    """Where ``path`` leads once its sequence begins at ``begin`` along ``axis``; None if that is cut off."""
+    """The path after cutting its sequence to ``limit`` indices from ``begin`` along ``axis``; None if it is cut."""
     if axis >= len(path):
         return path
     if not 0 <= path[axis] - begin < limit:
@@ -212,7 +221,7 @@ def _moved(path: tuple[int, ...], axis: int, begin: int, limit: int) -> tuple[in
 
 
 def _ragged_axes(sizes: Sizes, wanted: list[int] | None) -> list[int]:
-    """The ragged axes of a sequence: those of the data, or those ``wanted``, if no other is uneven."""
+    """The ragged axes of a sequence: found in the data, or ``wanted``. ValueError if another axis is uneven."""
     least = np.where(sizes.table == _UNKNOWN, _LARGEST, sizes.table)
     uneven = np.flatnonzero(least.min(axis=0, initial=_LARGEST) < sizes.table.max(axis=0, initial=0)).tolist()
     if wanted is None:
@@ -226,7 +235,7 @@ def _ragged_axes(sizes: Sizes, wanted: list[int] | None) -> list[int]:
 
 
 def _lengths(sizes: Sizes, axis: int, batch: int) -> np.ndarray:
-    """The length of each sequence along ``axis``, 0 where it shows none: ``[batch]``."""
+    """The length of each sequence along ``axis``, 0 if no block has the axis: ``[batch]``."""
     known = sizes.table[:, axis] != _UNKNOWN
     least, most = np.full(batch, _LARGEST), np.zeros(batch, np.int64)
     np.minimum.at(least, sizes.owners[known], sizes.table[known, axis])
@@ -240,17 +249,17 @@ def _lengths(sizes: Sizes, axis: int, batch: int) -> np.ndarray:
 
 def _dtype(blocks: list[Block], options: arguments.Options) -> np.dtype:
     filled = [block for block in blocks if block.array.size]
-    filling = options.value.dtype
+    value_dtype = options.value.dtype
     if options.dtype is None:
         seen = filled or [block for block in blocks if block.typed]
-        dtype = arguments.common_dtype([block.array.dtype for block in seen] or [filling])
+        dtype = arguments.common_dtype([block.array.dtype for block in seen] or [value_dtype])
         for path, array, *_ in filled if dtype.kind in "fc" else ():
             if array.dtype.kind in "iu" and ((array > arguments.EXACT) | (array < -arguments.EXACT)).any():
                 raise _rounded(path[0])
-        return np.promote_types(dtype, filling) if dtype.kind in "US" and dtype.kind == filling.kind else dtype
+        return np.promote_types(dtype, value_dtype) if dtype.kind in "US" and dtype.kind == value_dtype.kind else dtype
     dtype = arguments.numpy_dtype(options.dtype)
-    if dtype.kind in "US" and dtype.itemsize == 0:  # str and bytes: as long as the longest
-        text = [block.array for block in filled] + [options.value] * (filling.kind == dtype.kind)
+    if dtype.kind in "US" and dtype.itemsize == 0:  # str and bytes have the length of the longest string
+        text = [block.array for block in filled] + [options.value] * (value_dtype.kind == dtype.kind)
         dtype = np.result_type(dtype, *{array.astype(dtype).dtype for array in text})
     for path, array, *_ in filled:
         if arguments.exact_cast(array, dtype) is None:
@@ -261,7 +270,7 @@ def _dtype(blocks: list[Block], options: arguments.Options) -> np.dtype:
 
 
 def _fill_rows(blocks: list[Block], values: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Copies one block for each row into ``values``, where its first axis alone is ragged; returns the mask."""
+    """Copy one block per row into ``values``, whose first axis alone is ragged, and return the mask."""
     for row, block, begin in zip(values, blocks, begins.tolist()):
         if block.array.size:
             row[begin : begin + len(block.array)] = block.array
@@ -270,7 +279,7 @@ def _fill_rows(blocks: list[Block], values: np.ndarray, begins: np.ndarray, leng
 
 
 def _fill_each(blocks: list[Block], values: np.ndarray, mask: np.ndarray, axis: int, begins: np.ndarray) -> None:
-    """Copies every block into ``values`` and marks it in ``mask``; rows begin at ``begins`` on ``axis`` of values."""
+    """Copy every block into ``values`` and mark it in ``mask``; rows begin at ``begins`` along ``axis`` of values."""
     for path, array, *_ in blocks:
         array = array.reshape(array.shape + (0,) * (values.ndim - len(path) - array.ndim))
         begin = int(begins[path[0]])

@@ -1,6 +1,6 @@
-"""Padding in TensorFlow operations: every input becomes a RaggedTensor first, so graphs and gradients work alike.
+"""Padding in TensorFlow operations: every input becomes a RaggedTensor, so that graphs and gradients work.
 
-``tf`` is handed in by the caller: this module never imports TensorFlow itself.
+The caller passes ``tf``: this module never imports TensorFlow.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def pad(tf: Any, sequences: Any, options: arguments.Options) -> tuple[Any, Any, 
     if options.padding == "pre":
         values, mask = _move_back(tf, values, lengths, first), _move_back(tf, mask, lengths, first)
     inner = values.shape[last + 1 :]
-    value = _filling(tf, options.value, values.dtype, tuple(inner) if inner.is_fully_defined() else None)
+    value = _padding_value(tf, options.value, values.dtype, tuple(inner) if inner.is_fully_defined() else None)
     each = (..., *([tf.newaxis] * inner.rank))
     values = tf.where(mask[each], values, value)
     return values, lengths, mask if options.mask else None
 
 
 def _pad_nested(tf: Any, sequences: Any, options: arguments.Options) -> tuple[Any, Any, Any]:
-    """Lists of lists of tensors: looked at as NumPy does, which needs their elements."""
+    """Pad lists of lists of tensors in NumPy, which needs eager tensors."""
     if not tf.executing_eagerly():
         remedy = "Pad them outside of the graph, or make a tf.RaggedTensor with tf.ragged.stack first."
         raise ValueError(errors.sentence("pad", "sequences", "nested lists of symbolic tensors", "one list", remedy))
@@ -58,7 +58,7 @@ def _pad_nested(tf: Any, sequences: Any, options: arguments.Options) -> tuple[An
 
     batch = arrays(sequences)
     if any(texts):
-        _filling(tf, options.value, tf.string, None)
+        _padding_value(tf, options.value, tf.string, None)
     values, lengths, mask = on_numpy.pad(batch, options)
     return tf.constant(values), tf.constant(lengths), None if mask is None else tf.constant(mask)
 
@@ -84,7 +84,7 @@ def _as_ragged(tf: Any, sequences: Any, wanted: list[int] | None) -> tuple[Any, 
     axes = [0, *unknown] if wanted is None else arguments.resolve_axes(wanted, rank)
     flat, missing = sequences.flat_values, axes[-1] + 1 - sequences.ragged_rank
     flat = _split(tf, flat, missing) if missing > 0 else flat
-    # rebuilt, since to_tensor fails on partitions of one static length in a batch without rows
+    # rebuilt, since to_tensor fails on uniform partitions in a batch without rows
     return tf.RaggedTensor.from_nested_row_splits(flat, sequences.nested_row_splits, validate=False), axes
 
 
@@ -121,7 +121,7 @@ def _as_tensors(tf: Any, sequences: Any) -> list[Any]:
 
 def _join(tf: Any, tensors: list[Any], wanted: list[int] | None) -> tuple[Any, list[int]]:
     """Dense tensors ``[n_i, ...]`` as one RaggedTensor."""
-    known = list(zip(*(tensor.shape.as_list() for tensor in tensors)))  # of each axis, all sizes
+    known = list(zip(*(tensor.shape.as_list() for tensor in tensors)))  # for each axis, all static sizes
     uneven = [axis for axis, sizes in enumerate(known) if axis and (None in sizes or len(set(sizes)) > 1)]
     axes = [0, *uneven] if wanted is None else arguments.resolve_axes(wanted, len(known))
     for axis in uneven:
@@ -143,7 +143,7 @@ def _split(tf: Any, tensor: Any, depth: int) -> Any:
 
 
 def _merge(tf: Any, tensor: Any, axes: int) -> Any:
-    """The first ``axes`` axes as one. Reshaping to -1 would fail where an axis has size zero."""
+    """Merge the first ``axes`` axes. A reshape to -1 would fail if an axis has size zero."""
     shape = tf.shape(tensor, tf.int64)
     merged = tf.reshape(tensor, tf.concat([tf.reduce_prod(shape[:axes], keepdims=True), shape[axes:]], axis=0))
     merged.set_shape([None, *tensor.shape[axes:]])
@@ -165,7 +165,7 @@ def _lengths(tf: Any, ragged: Any, axis: int) -> Any:
     sizes = ragged.row_lengths(axis)
     if axis > 1:
         sizes = sizes.merge_dims(1, axis - 1) if axis > 2 else sizes
-        least, most = tf.reduce_min(sizes, axis=1), tf.reduce_max(sizes, axis=1)  # extreme values where there is none
+        least, most = tf.reduce_min(sizes, axis=1), tf.reduce_max(sizes, axis=1)  # extreme values for an empty sequence
         error = arguments.uneven_lengths(axis - 1, "It differs within a sequence.")
         _require(tf, tf.reduce_all(least >= most), error, least, most)
         sizes = tf.maximum(most, 0)
@@ -187,7 +187,7 @@ def _between(tf: Any, least: Any, most: Any) -> str:
 
 
 def _require(tf: Any, condition: Any, error: ValueError, *evidence: Any) -> None:
-    """Raise ``error`` unless ``condition`` holds; a graph does so when it runs, as an InvalidArgumentError."""
+    """Raise ``error`` unless ``condition`` holds; a graph raises InvalidArgumentError when it runs."""
     if not tf.executing_eagerly():
         tf.debugging.Assert(condition, [str(error), *evidence])
     elif not bool(condition):
@@ -212,43 +212,43 @@ def _cast(tf: Any, ragged: Any, wanted: Any) -> Any:
 
 
 def _survives(tf: Any, flat: Any, cast: Any) -> Any:
-    """Whether all elements are themselves after a cast, seen inside a graph; floats may be rounded but stay finite."""
+    """Whether a cast inside a graph changes no element; floats may be rounded but stay finite."""
     if cast.dtype.is_floating:
         finite = tf.math.is_finite(flat) if flat.dtype.is_floating else True
         return tf.reduce_all(tf.math.is_finite(cast) == finite)
     same = tf.reduce_all(tf.cast(cast, flat.dtype) == flat)
     if cast.dtype.is_integer and not (flat.dtype.is_complex or flat.dtype.is_bool):
-        same &= tf.reduce_all((cast < 0) == (flat < 0))  # 200 survives the way to int8 and back, as -56 between
+        same &= tf.reduce_all((cast < 0) == (flat < 0))  # uint8 200 becomes int8 -56, and 200 again when cast back
     return same
 
 
-def _filling(tf: Any, value: Any, dtype: Any, inner: tuple[int, ...] | None) -> Any:
+def _padding_value(tf: Any, value: Any, dtype: Any, inner: tuple[int, ...] | None) -> Any:
     if tf.is_tensor(value) and not tf.executing_eagerly():
         if value.dtype != dtype:
             raise ValueError(errors.sentence("pad", "value", f"of dtype {value.dtype.name}", f"of dtype {dtype.name}"))
         return value
     array = arguments.as_value(value)
     if dtype != tf.string:
-        return tf.constant(arguments.filling(array, np.dtype(dtype.as_numpy_dtype), inner))
+        return tf.constant(arguments.padding_value(array, np.dtype(dtype.as_numpy_dtype), inner))
     if not all(isinstance(leaf, (str, bytes)) for leaf in array.astype(object).flat):
         raise ValueError(
             errors.sentence("pad", "value", repr(value), "a string, as the elements are", "Write value=''.")
         )
-    return tf.constant(arguments.filling(array.astype(object), np.dtype(object), inner), tf.string)
+    return tf.constant(arguments.padding_value(array.astype(object), np.dtype(object), inner), tf.string)
 
 
 def _move_back(tf: Any, padded: Any, lengths: Any, axis: int) -> Any:
-    """What was padded behind along ``axis``, padded in front instead."""
+    """Pre-pad a post-padded tensor along ``axis``."""
     longest = tf.shape(padded)[axis]
-    places = (tf.range(longest) - (longest - lengths)[:, tf.newaxis]) % longest
-    return tf.gather(padded, places, axis=axis, batch_dims=1)
+    indices = (tf.range(longest) - (longest - lengths)[:, tf.newaxis]) % longest
+    return tf.gather(padded, indices, axis=axis, batch_dims=1)
 
 
 def unpad(tf: Any, values: Any, lengths: Any, mask: Any) -> Any:
     """The sequences of a padded batch as a RaggedTensor."""
     if isinstance(values, (tf.RaggedTensor, tf.SparseTensor)):
-        what = f"a {type(values).__name__}"
-        raise TypeError(errors.sentence("unpad", "values", what, "a dense tensor", "There is no padding in it."))
+        kind = type(values).__name__
+        raise TypeError(errors.sentence("unpad", "values", f"a {kind}", "a dense tensor", f"A {kind} has no padding."))
     values = tf.convert_to_tensor(values)
     if tf.executing_eagerly():
         unpadding.check_padded(tuple(values.shape), lengths, mask)
@@ -267,17 +267,17 @@ def unpad(tf: Any, values: Any, lengths: Any, mask: Any) -> Any:
 
 
 def _spans(tf: Any, shown: Any) -> Any:
-    """From the first to the last true of the last axis."""
+    """True from the first to the last true of the last axis."""
     counts = tf.cast(shown, tf.int32)
     return (tf.cumsum(counts, axis=-1) > 0) & (tf.cumsum(counts, axis=-1, reverse=True) > 0)
 
 
 def _windows(tf: Any, shown: Any, lengths: Any) -> Any:
-    """The places that ``lengths`` mean along axis 1; where they cannot mean that axis, all that is shown."""
+    """True on the first or on the last ``lengths`` indices of axis 1; if neither matches the mask, its spans."""
     padded = tf.shape(shown, tf.int64)[1]
-    places, row = tf.range(padded), lengths[:, tf.newaxis]
+    indices, row = tf.range(padded), lengths[:, tf.newaxis]
     window = _spans(tf, shown)
-    for candidate in (places >= padded - row, places < row):  # the last that fits is taken: padded behind
-        fits = tf.reduce_all(candidate | ~shown) & tf.reduce_all(lengths <= padded)
-        window = tf.where(fits, candidate, window)
+    for candidate in (indices >= padded - row, indices < row):  # the last match wins: post-padded
+        matches = tf.reduce_all(candidate | ~shown) & tf.reduce_all(lengths <= padded)
+        window = tf.where(matches, candidate, window)
     return window

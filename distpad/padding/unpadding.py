@@ -1,4 +1,4 @@
-"""Unpadding on NumPy: what a padded batch, its lengths and its mask say the sequences were."""
+"""Unpadding in NumPy: the sequences of a padded batch, by its lengths and its mask."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from distpad import errors
 
 
 def check_padded(shape: tuple[int, ...], lengths: Any, mask: Any) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Lengths and mask as arrays, refused where they do not fit values of ``shape`` or contradict each other."""
+    """Return lengths and mask as arrays. Raises if they do not match values of ``shape`` or contradict each other."""
     if len(shape) < 2:
         raise ValueError(errors.sentence("unpad", "values", f"of shape {shape}", "[batch, length, ...]"))
     if lengths is not None:
@@ -29,32 +29,32 @@ def check_padded(shape: tuple[int, ...], lengths: Any, mask: Any) -> tuple[np.nd
             rule = f"of the first two or more axes of values, {shape}"
             raise ValueError(errors.sentence("unpad", "mask", f"of shape {mask.shape}", rule))
     if lengths is not None:
-        _check_agreement(shape, lengths, mask)
+        _check_lengths(shape, lengths, mask)
     return lengths, mask
 
 
-def _check_agreement(shape: tuple[int, ...], lengths: np.ndarray, mask: np.ndarray | None) -> None:
-    """Lengths fit where they lie between what the mask shows and what there is, along one axis at least."""
+def _check_lengths(shape: tuple[int, ...], lengths: np.ndarray, mask: np.ndarray | None) -> None:
+    """Check that, along at least one axis, lengths lie between the length in the mask and the padded size."""
     least = (
         [np.zeros(1, np.int64)] if mask is None else [_shown(mask, axis).sum(axis=1) for axis in range(1, mask.ndim)]
     )
-    fits = [(low <= lengths) & (lengths <= most) for low, most in zip(least, shape[1:])]
+    valid = [(low <= lengths) & (lengths <= most) for low, most in zip(least, shape[1:])]
     if mask is not None and mask.ndim == 2:
-        fits = [least[0] == lengths]
-    if not any(fit.all() for fit in fits):
-        index = int(np.flatnonzero(~fits[0])[0])
-        rule = f"from 0 to {shape[1]}" if mask is None else f"those of the mask ({least[0][index]} here)"
+        valid = [least[0] == lengths]
+    if not any(each.all() for each in valid):
+        index = int(np.flatnonzero(~valid[0])[0])
+        rule = f"from 0 to {shape[1]}" if mask is None else f"{least[0][index]}, as in the mask"
         raise ValueError(errors.sentence("unpad", f"lengths[{index}]", lengths[index], rule))
 
 
 def _shown(mask: np.ndarray, axis: int) -> np.ndarray:
-    """Where anything is real along ``axis`` of each row: ``[batch, size]``."""
+    """Whether an index along ``axis`` of each row holds a real element: ``[batch, size]``."""
     others = tuple(other for other in range(1, mask.ndim) if other != axis)
     return np.asarray(mask.any(axis=others))
 
 
 def unpad(values: np.ndarray, lengths: np.ndarray | None, mask: np.ndarray | None) -> list[Any]:
-    """The sequences of a padded batch; lengths and mask have been checked."""
+    """Return the sequences of a padded batch, with lengths and mask from ``check_padded``."""
     if mask is None:
         assert lengths is not None
         return [row[:length].copy() for row, length in zip(values, lengths)]
@@ -66,23 +66,23 @@ def unpad(values: np.ndarray, lengths: np.ndarray | None, mask: np.ndarray | Non
 
 
 def _spans(shown: np.ndarray) -> np.ndarray:
-    """From the first to the last true of the last axis."""
+    """True from the first to the last true of the last axis."""
     return np.logical_or.accumulate(shown, -1) & np.logical_or.accumulate(shown[..., ::-1], -1)[..., ::-1]
 
 
 def _windows(shown: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The places that ``lengths`` mean along axis 1; where they cannot mean that axis, all that is shown."""
-    places, padded = np.arange(shown.shape[1]), shown.shape[1]
-    behind = places < lengths[:, None]
-    in_front = places >= padded - lengths[:, None]
-    for window in (behind, in_front):
+    """True on the first or on the last ``lengths`` indices of axis 1; if neither matches the mask, its spans."""
+    indices, padded = np.arange(shown.shape[1]), shown.shape[1]
+    post_padded = indices < lengths[:, None]
+    pre_padded = indices >= padded - lengths[:, None]
+    for window in (post_padded, pre_padded):
         if not (shown & ~window).any() and (lengths <= padded).all():
             return window
     return _spans(shown)
 
 
 def _take(values: np.ndarray, mask: np.ndarray, window: np.ndarray) -> Any:
-    """One sequence: a box of ``values`` if ``mask`` is one within the ``window`` of axis 0, else a list of its rows."""
+    """One sequence: an array if its ``mask`` within the ``window`` of axis 0 is rectangular, else a list of rows."""
     if mask.ndim == 1:
         return values[mask]
     others = [mask.any(axis=tuple(o for o in range(mask.ndim) if o != axis)) for axis in range(1, mask.ndim)]

@@ -165,7 +165,7 @@ def test_drop_remainder_ends_before_the_first_step_that_is_not_full(world):
     assert all(batch.rows == SIZE for step in epoch for batch in step)
 
 
-def test_ladders_make_one_shape_a_boundary(world):
+def test_buckets_make_one_shape_per_boundary(world):
     buckets = {"x": distpad.Buckets([4, 8]), "y": distpad.Buckets([2, 6])}
     batches = made(world, held(world, "uneven")[world.backend.worker_index], 1, buckets=buckets)
     shapes = {(b.data["x"].shape[1], b.data["y"].shape[1]) for step in epoch_of(world, batches) for b in step}
@@ -278,6 +278,6 @@ def test_the_ledger_accounts_for_every_position(world):
             positions += sum(batch.data[name].shape[0] * batch.data[name].shape[1] for name in ("x", "y"))
             real += sum(int(batch.lengths[name][: batch.rows].sum()) for name in ("x", "y"))
     found = batches.stats.as_dict()
-    causes = [found[cause] for cause in ("own_batch", "global_agreement", "buckets", "filling")]
+    causes = [found[cause] for cause in ("own_batch", "global_maximum", "buckets", "filler_rows")]
     assert found["real"] == real and real + sum(causes) == positions and min(causes) >= 0
     assert found["shapes"] <= 2 and found["steps"] > 0 and "real positions" in str(batches.stats)

@@ -189,13 +189,13 @@ def test_keras_2_takes_only_what_repeats_with_several_workers_of_a_strategy(worl
         made(world, examples(4), 2).for_keras(x="x", y="y")
 
 
-def test_rows_of_several_replicas_of_a_worker_are_dealt_out(world):
-    """As where a MultiWorkerMirroredStrategy has several devices a worker, which needs GPUs; the dealing does not."""
+def test_rows_of_several_replicas_of_a_worker_are_split(world):
+    """A MultiWorkerMirroredStrategy with several devices on a worker needs GPUs; splitting its batches does not."""
     if world.strategy is None or world.backend.replicas_here == 1:
         pytest.skip("needs several replicas in one process")
     here = world.backend.replicas_here
     batch = {"x": np.arange(6 * here).reshape([2 * here, 3]), "y": np.arange(2 * here)}
-    found = list(world.backend.dealt(batch, batch["y"]))
+    found = list(keras.split((batch, batch["y"]), here))
     assert len(found) == here
     for r, (features, y) in enumerate(found):
         np.testing.assert_array_equal(features["x"], batch["x"][2 * r : 2 * r + 2])

@@ -68,12 +68,15 @@ def test_batches_made_for_one_device_are_refused_where_there_are_several(world):
         for _ in range(2):
             with pytest.raises(
                 ValueError,
-                match=rf"backend is that of 1 replicas, when it was made, .*the {world.num_replicas} replicas",
+                match=rf"backend is an engine of 1 replicas, .*the active one, of {world.num_replicas} replicas",
             ):
                 next(iter(before))
         assert len(list(made_alone(source, backend="local"))) == 2, "who says so means it"
     if world.several_workers:
-        with world.scope(), pytest.raises(ValueError, match=r"backend is that of 1 workers, when it was made"):
+        with (
+            world.scope(),
+            pytest.raises(ValueError, match=r"backend is an engine of 1 workers, detected in the constructor"),
+        ):
             before.for_keras(x="x", y="y")
 
 

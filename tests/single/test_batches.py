@@ -106,7 +106,7 @@ def test_lengths_are_known_where_they_can_be():
     assert len(made()) == len(list(made())) == 2 and len(made(accumulation_steps=3)) == 3
     assert len(made(drop_remainder=True)) == 1
     assert len(made(tf.data.Dataset.range(5).map(lambda i: {"y": tf.range(i)}))) == 3
-    with pytest.raises(TypeError, match="number of steps is not known"):
+    with pytest.raises(TypeError, match="number of steps is unknown"):
         len(made(iter(EXAMPLES)))
 
 
@@ -173,8 +173,8 @@ def test_a_padding_value_must_be_one_of_the_dtype(value, dtype, fits):
         ([{"y": [1]}], {"weights": "w"}, "weights is 'w', expected a feature of an example"),
         ([{"y": [1] * 9}], {"buckets": distpad.Buckets([8])}, r"axis 0 of 'y'.*length is 9.*\(example 0\)"),
         ([{"y": [1, 2], "w": [1.0]}], {"padding": {**PADDING, "w": distpad.Pad()}, "weights": "w"}, "of shape .1,. in"),
-        ([{"y": 3}], {}, "padding.'y'. is Pad.axis=0., expected no padding: it is a scalar"),
-        ([{"y": [1]}, {"y": [[1], [2, 3]]}], {}, "'y' of example 1 is a list that is no array"),
+        ([{"y": 3}], {}, "padding.'y'. is Pad.axis=0., expected no padding for a scalar"),
+        ([{"y": [1]}, {"y": [[1], [2, 3]]}], {}, "'y' of example 1 is a list with rows of different sizes"),
         ([{"y": [1]}, {"y": None}], {}, "'y' of example 1 is of NoneType"),
         ([{"y": np.array([1], "datetime64[s]")}], {}, "'y' is of dtype datetime64"),
         ([{"y": [1], "a/b": 1, "a": {"b": 2}}], {}, "'a/b'. twice"),

@@ -1,4 +1,4 @@
-"""Buckets: rounding up to a boundary, alone and agreed among replicas; and its errors."""
+"""Buckets: rounding up to a boundary, on one replica and in pad_to_global_max; and argument errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import distpad
 
-relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a machine that others use too
+relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # for a shared machine
 BOUNDARIES = st.sets(st.integers(1, 500), min_size=1, max_size=12).map(sorted)
 
 
@@ -53,15 +53,15 @@ def test_geometric(low, more, factor):
     boundaries = distpad.Buckets.geometric(low, high, factor).boundaries
     assert boundaries[0] == low and boundaries[-1] == high
     assert all(a < b for a, b in zip(boundaries, boundaries[1:]))
-    # so many boundaries at most, whatever the rounding: that is what a factor promises
+    # the factor bounds the number of boundaries, whatever the rounding
     assert len(boundaries) <= math.ceil(math.log(high / low) / math.log(factor)) + 2
-    # and no step is wider than the factor, to the rounding of the two boundaries
+    # no step is wider than the factor, up to the rounding of the two boundaries
     assert all(b <= a + 1 or b <= (a + 0.5) * factor + 0.5 for a, b in zip(boundaries, boundaries[1:]))
 
 
 @settings(relaxed, max_examples=20)
 @given(BOUNDARIES, st.integers(0, 500), st.sampled_from(["raise", "multiples", "quarters"]))
-def test_the_graph_rounds_alike(boundaries, n, beyond):
+def test_pad_to_global_max_rounds_alike(boundaries, n, beyond):
     """pad_to_global_max rounds in TensorFlow what Buckets rounds in Python."""
     buckets = distpad.Buckets(boundaries, beyond=beyond)
     if beyond == "raise" and n > boundaries[-1]:
@@ -73,20 +73,20 @@ def test_the_graph_rounds_alike(boundaries, n, beyond):
         assert padded.lengths.numpy().tolist() == [n]
 
 
-def test_boundaries_of_any_whole_numbers():
+def test_boundaries_of_any_integer_type():
     assert distpad.Buckets(np.array([4, 8])).boundaries == distpad.Buckets(iter([4, 8])).boundaries == (4, 8)
     assert distpad.Buckets([4, 8])(np.int64(5)) == 8
 
 
 @pytest.mark.parametrize("boundaries", [[], [0, 4], [-1], [4, 4], [8, 4]])
-def test_rungs_must_rise_from_1_on(boundaries):
-    with pytest.raises(ValueError, match=r"Buckets: boundaries is \[.*\], expected rising integers from 1 on"):
+def test_boundaries_must_increase_from_1_on(boundaries):
+    with pytest.raises(ValueError, match=r"Buckets: boundaries is \[.*\], expected increasing integers from 1 on"):
         distpad.Buckets(boundaries)
 
 
 @pytest.mark.parametrize("boundaries", [[1.5, 2.5], [4, 8.5], ["4", "8"], [True, 2]])
-def test_rungs_are_whole_numbers(boundaries):
-    """1.5 must not become 1."""
+def test_boundaries_are_integers(boundaries):
+    """1.5 is not rounded to 1."""
     with pytest.raises((ValueError, TypeError), match="Buckets: boundaries"):
         distpad.Buckets(boundaries)
 
@@ -105,12 +105,12 @@ def test_other_errors():
 
 
 @pytest.mark.parametrize("n", [-1, 2.5])
-def test_a_length_is_a_whole_number_from_0_on(n):
+def test_a_length_is_a_non_negative_integer(n):
     with pytest.raises((ValueError, TypeError), match="length"):
         distpad.Buckets([4, 8])(n)
 
 
-def test_ladders_are_values():
+def test_buckets_compare_by_value():
     assert distpad.Buckets([4, 8]) == distpad.Buckets((4, 8)) != distpad.Buckets([4, 8], beyond="multiples")
     assert len({distpad.Buckets([4]), distpad.Buckets([4]), distpad.Buckets([5])}) == 2
     assert distpad.Buckets([4]) != [4]
@@ -140,7 +140,7 @@ def test_no_buckets_with_as_many_boundaries_pads_less(lengths, boundaries):
 @pytest.mark.one_stack
 @pytest.mark.parametrize("seed", [0, *[pytest.param(seed, marks=pytest.mark.wide) for seed in range(1, 5)]])
 def test_the_optimum_of_many_lengths(seed):
-    """Against the plain recurrence, which looks at every cut."""
+    """Compares with the plain recurrence, which tries every cut."""
     lengths = np.random.default_rng(seed).lognormal(4, 1, size=2000).astype(int)
     sizes, counts = np.unique(np.maximum(lengths, 1), return_counts=True)
     cost = [[sum(counts[i:j] * (sizes[j - 1] - sizes[i:j])) for j in range(len(sizes) + 1)] for i in range(len(sizes))]
@@ -167,7 +167,7 @@ def test_wrong_arguments_of_from_lengths(lengths, boundaries, error, words):
         distpad.Buckets.from_lengths(lengths, boundaries)
 
 
-def test_lengths_beyond_those_of_the_sample():
+def test_lengths_above_the_longest_of_the_sample():
     assert distpad.Buckets.from_lengths([1, 4], 2, beyond="multiples")(9) == 12
     with pytest.raises(ValueError, match="the last boundary"):
         distpad.Buckets.from_lengths([1, 4], 2)(9)

@@ -230,7 +230,7 @@ def test_start_lists_its_kinds():
 
 
 def test_start_compares_the_number_of_replicas():
-    with pytest.raises(ValueError, match="replicas is 3, expected 1, which is what local was started with"):
+    with pytest.raises(ValueError, match="replicas is 3, expected 1, the number of replicas of local"):
         backends.start("local", 3)
     assert backends.start("local", 1).name == backends.start().name == "local"
 

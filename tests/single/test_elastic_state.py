@@ -82,7 +82,9 @@ def test_an_optimiser_that_was_not_built_is_named_at_the_first_commit():
     model, optimizer = made()
     state = distpad.ElasticState([model, optimizer], backend="local")
     train(model, optimizer)
-    with pytest.raises(ValueError, match=r"variables is \d+ now, expected \d+, as when it was made. Build optimisers"):
+    with pytest.raises(
+        ValueError, match=r"variables is \d+ now, expected \d+, as in the constructor. Build optimisers"
+    ):
         state.commit()
 
 

@@ -37,7 +37,7 @@ PACKAGES = (
     "collectives",
     "backends padding",
     "preflight",
-    "launcher precision",
+    "launcher precision versions",
     "errors",
 )
 # The private names of others that are read: what Python documents in spite of the underscore (NamedTuple's methods,

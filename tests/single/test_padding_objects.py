@@ -40,7 +40,7 @@ def test_arrays_of_objects_stay_what_they_are():
     "sequences", [[[2**53 + 1, 0.5], [1]], [[0.5], [2**53 + 1]], [[2**63, -1], [1]], [[0.5], [-(2**53) - 1]]]
 )
 def test_integers_are_not_rounded(sequences):
-    with pytest.raises(ValueError, match=r"integers above 2\*\*53 beside others in sequences\[\d\]"):
+    with pytest.raises(ValueError, match=r"integers above 2\*\*53 beside other dtypes in sequences\[\d\]"):
         distpad.pad(sequences)
 
 

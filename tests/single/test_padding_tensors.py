@@ -241,7 +241,7 @@ def test_graphs_assert_what_they_can_only_see_running(batch: Any, options: dict,
 def test_graphs_cast_and_refuse_what_is_not_static() -> None:
     cast = tf.function(lambda batch: pad(batch, dtype="float32", value=0.5))(rows())
     assert cast.values.numpy().tolist() == [[1, 2, 3], [4, 0.5, 0.5]]
-    with pytest.raises(TypeError, match="an integer that is known now"):
+    with pytest.raises(TypeError, match="an integer known before the graph runs"):
         tf.function(lambda batch, length: pad(batch, length=length))(rows(), tf.constant(3))
     with pytest.raises(ValueError, match="nested lists of symbolic tensors"):
         tf.function(lambda batch: pad([[batch]]))(tf.constant([1]))

@@ -192,7 +192,7 @@ def test_replicas_that_were_promised(monkeypatch):
 def test_start_is_what_was_launched(monkeypatch):
     monkeypatch.setenv("DISTPAD_BACKEND", "mirrored")
     assert backends.start().strategy.num_replicas_in_sync == 1
-    with pytest.raises(ValueError, match=r"kind is 'horovod', expected 'mirrored', as which distpad launch started.*"):
+    with pytest.raises(ValueError, match=r"kind is 'horovod', expected 'mirrored', the --backend of distpad launch.*"):
         backends.start("horovod")
     monkeypatch.setenv("DISTPAD_BACKEND", "tpu")
     with pytest.raises(ValueError, match="DISTPAD_BACKEND is 'tpu', expected one of 'mirrored', 'multiworker'"):

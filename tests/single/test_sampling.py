@@ -138,7 +138,7 @@ def test_workers_of_a_step_have_as_much_to_do():
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({}, ValueError, "global_batch_size, max_tokens is none of them, expected one of them"),
+        ({}, ValueError, "global_batch_size, max_tokens is neither, expected one of them"),
         ({"global_batch_size": 1, "max_tokens": 1}, ValueError, "is both, expected one of them"),
         ({"global_batch_size": 0}, ValueError, "global_batch_size is 0, expected at least 1"),
         ({"global_batch_size": 2.0}, TypeError, r"global_batch_size is 2\.0, expected an integer"),

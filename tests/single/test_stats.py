@@ -23,7 +23,7 @@ def test_each_position_is_booked_once_under_the_first_cause_that_made_it():
         3 * 72,
     )
     assert stats.real == real
-    assert [stats.padding[cause] for cause in ("own_batch", "global_agreement", "buckets", "filling")] == [
+    assert [stats.padding[cause] for cause in ("own_batch", "global_maximum", "buckets", "filler_rows")] == [
         own - real,
         together - own,
         boundary - together,
@@ -49,7 +49,7 @@ def test_the_table_shows_every_figure():
         "longest of the replica's rows",
         "longest of all",
         "boundary",
-        "fill up",
+        "filler rows",
         "waited for the plan",
     ):
         assert sum(text in line for line in table.splitlines()) == 1

@@ -118,7 +118,7 @@ def test_a_padding_value_that_a_dtype_lacks_is_refused_on_all(world):
     worker = world.backend.worker_index
     source = [{"y": np.arange(1 + i * (worker == 1), dtype=np.uint8)} for i in range(4)]
     batches = made(world, source, padding={"y": distpad.Pad(value=-1)})
-    refused(world, batches, (ValueError, distpad.PeerError), r"Pad\(value=-1\), expected a value that uint8 has")
+    refused(world, batches, (ValueError, distpad.PeerError), r"Pad\(value=-1\), expected a value that uint8 can hold")
 
 
 def test_a_forgotten_shard_is_refused_unless_meant(world):

@@ -37,5 +37,5 @@ def test_one_workers_other_order_is_refused_on_all(world, changed):
     if changed is None:
         assert sum(1 for _ in after) == 6
         return
-    with pytest.raises(ValueError, match="source begins with other examples than where the position was saved"):
+    with pytest.raises(ValueError, match="source begins with other examples than when the position was saved"):
         next(iter(after))
