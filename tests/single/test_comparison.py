@@ -190,12 +190,13 @@ def test_rows_are_dealt_unevenly_and_all_of_them(replicas, micro):
     sizes = rows.sizes_of_parts(replicas * micro, replicas, [0])
     assert min(sizes) >= 1 and (len(sizes) == 1 or len(set(sizes)) > 1)
     fields = {"x": np.arange(sum(sizes)), "lengths": np.full(sum(sizes), 9)}
-    for kind in ("uneven rows", "random lengths", "all padding"):
-        parts = rows.split(rows.draw(fields, None, kind, sum(sizes), [1], is_step=True), sizes)
+    for kind in (rows.Kind.UNEVEN_ROWS, rows.Kind.RANDOM_LENGTHS, rows.Kind.ALL_PADDING):
+        parts = rows.split(rows.draw(fields, kind, sum(sizes), [1]), sizes)
         assert [len(part["x"]) for part in parts] == sizes
         assert sorted(np.concatenate([part["x"] for part in parts])) == list(range(sum(sizes)))
         lengths = np.concatenate([part["lengths"] for part in parts])
-        assert {"uneven rows": set(lengths) == {9}, "all padding": not lengths.any()}.get(kind, len(set(lengths)) > 1)
+        as_expected = {rows.Kind.UNEVEN_ROWS: set(lengths) == {9}, rows.Kind.ALL_PADDING: not lengths.any()}
+        assert as_expected.get(kind, len(set(lengths)) > 1)
 
 
 def test_whatever_form_a_batch_has_a_step_gets_it_so():
