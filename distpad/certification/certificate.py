@@ -1,4 +1,4 @@
-"""certify: whether a step on all replicas is the step of one device, on the engine in use."""
+"""certify: compare a step on all replicas with the step of one device, and print the result."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Certificate(NamedTuple):
         and ``passed``.
       padded: for a model: how far the gradients of one device change where the same rows are padded further. ``passed``
         does not depend on it. None where it cannot be measured.
-      notes: layers whose training on many devices differs from that on one, and how they were treated.
-      diagnosis: what explains the first line that did not pass.
+      notes: layers whose training on many devices differs from that on one, and what was done about them.
+      diagnosis: the mistake that explains the first line that did not pass.
 
     >>> line = deviation.Line("random lengths", "float64", cases=3, error=2e-16, limit=1e-12)
     >>> Certificate("local", 1, 1, (line,)).passed
@@ -40,7 +40,7 @@ class Certificate(NamedTuple):
         """The largest max|g - g*| / max|g*| of any variable in any case.
 
         Gradients that cancel out, such as those of the bias of attention's keys, are rounding alone. So max|g*| of a
-        variable is taken as at least a hundredth of the largest of all variables.
+        variable counts as at least a hundredth of the largest of all variables.
         """
         return max((line.error for line in self.lines), key=lambda error: np.inf if np.isnan(error) else error)
 

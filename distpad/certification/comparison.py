@@ -13,7 +13,13 @@ from distpad.certification import deviation, rows, steps
 
 
 class Case(NamedTuple):
-    """One dealt batch: the micro-batches of each replica, the gradients on each replica here, and one device's."""
+    """One dealt batch and both sides of its comparison.
+
+    Attributes:
+      parts: the micro-batches of each replica.
+      found: the gradients on each replica of this worker.
+      device: the result of one device for all rows.
+    """
 
     parts: list[list[rows.Fields]]
     found: list[deviation.Gradients]
@@ -21,7 +27,7 @@ class Case(NamedTuple):
 
     @property
     def error(self) -> float:
-        """The largest error of any variable on any replica here; infinity where the loss of one device is NaN."""
+        """The largest error of any variable on any replica of this worker; infinity where the loss is not finite."""
         if not np.isfinite(self.device.value):
             return np.inf
         return max(float(deviation.off_by(found, self.device.gradients).max()) for found in self.found)
@@ -52,7 +58,7 @@ class Comparison:
     def case(self, kind: rows.Kind, seed: int, number: int) -> Case:
         """Draw the rows of a case, deal the rows to the replicas, and compute both sides. Collective."""
         replicas, micro = self.backend.num_replicas, 2 if kind is rows.Kind.ACCUMULATION else 1
-        sizes = rows.sizes_of_parts(replicas * micro, replicas, [seed])  # in all cases alike, so that traces are reused
+        sizes = rows.sizes_of_parts(replicas * micro, replicas, [seed])  # the same in all cases, to reuse traces
         if kind is rows.Kind.EMPTY_REPLICA:
             sizes[-1] = 0 if self.takes_no_rows else 1
         drawn = self.draw(kind, sum(sizes), [seed, number, kind.number])
@@ -61,11 +67,11 @@ class Comparison:
         if micro > 1 and self.takes_denominator:
             device = self.on_one_device(drawn)
             return Case(parts, self.on_replicas(lambda r: (parts[r], [np.float64(device.divisor)])), device)
-        found = self.on_replicas(lambda r: (parts[r], []))  # first: the error of the loss itself is the clearest
+        found = self.on_replicas(lambda r: (parts[r], []))  # first, since its errors are clearer
         return Case(parts, found, self.on_one_device(drawn))
 
     def diagnosis(self, case: Case) -> str:
-        """What is wrong in a case whose gradients are off. Collective among workers."""
+        """The mistake that explains the error of a case. Collective among workers."""
         joined = [rows.joined(micro_batches) for micro_batches in case.parts]
         own = [self.on_one_device(batch).gradients for batch in joined if rows.number_of(batch)]
         of_own = [sum(column) / self.backend.num_replicas for column in zip(*own)]
@@ -75,13 +81,13 @@ class Comparison:
 
 
 class Subject(NamedTuple):
-    """What is certified, built-in or the user's.
+    """The built-in model, or the user's model or step.
 
     Attributes:
       kinds: the kinds of case, in the order of their lines.
-      comparisons: for each dtype, the comparisons that take turns, a case each.
+      comparisons: for each dtype, one or more comparisons, which take turns case by case.
       padded: for a model: the effect of more padding on the gradients of one device; None where it is unknown.
-      notes: what was found before the first case.
+      notes: on the model and the batch.
     """
 
     kinds: list[rows.Kind]
@@ -91,7 +97,13 @@ class Subject(NamedTuple):
 
 
 class Result(NamedTuple):
-    """The lines, what explains the first line that did not pass, and whether all gradients of the first case are 0."""
+    """The result of ``compare``.
+
+    Attributes:
+      lines: one for each kind and dtype.
+      diagnosis: the mistake that explains the first line that did not pass.
+      is_zero: whether all gradients of the first line are 0.
+    """
 
     lines: list[deviation.Line]
     diagnosis: str

@@ -17,9 +17,9 @@ _AVERAGES = ("token", "sequence_sum", "sequence_mean", 7.5)
 
 
 def subject(loss: Any, seed: int, backend: backends.Backend) -> comparison.Subject:
-    """The linear model in each dtype, with each average in turn; or with ``loss``, which must be the token average.
+    """The linear model in each dtype, with a ``DistributedLoss`` of each average in turn.
 
-    A ``loss`` other than ``DistributedLoss`` has no denominator, so that accumulation is left out.
+    A ``loss`` replaces these, and must be the average "token". It takes no denominator, so accumulation is left out.
     """
     random = np.random.default_rng([seed, 1])
     number = _ROWS_PER_REPLICA * backend.num_replicas

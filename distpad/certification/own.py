@@ -47,14 +47,14 @@ def subject(model: Any, loss: Any, step: Any, batch: Any, backend: backends.Back
         notes.append(f"a batch of 0 rows fails on one device: {consequence}")
     if backend.num_replicas > 1 and not is_exact:
         what = "step" if loss is None else "loss"
-        notes.append(f"the {what} is held against itself on one device: a factor that it has there too is not seen")
+        notes.append(f"the {what} is held against itself on one device: a factor that is there too is not detected")
     return comparison.Subject(kinds, [[compared]], _padded(given, loss, on_one_device), tuple(notes))
 
 
 def _both_sides(
     model: Any, loss: Any, step: Any, given: batches.Given, training: bool, backend: backends.Backend
 ) -> tuple[steps.Replicas, steps.OneDevice]:
-    """The step on all replicas and on one device. The user's step is run on one device where there is no loss."""
+    """The step on all replicas and on one device. Without a loss, the user's step runs on both sides."""
     if step is None:
         return steps.on_replicas(model, loss, training, backend), steps.on_one_device(model, loss, training)
     on_replicas = steps.own_on_replicas(step, given, model, backend)
@@ -86,7 +86,7 @@ def _equalize(model: Any, backend: backends.Backend) -> list[str]:
 
 
 def _takes_no_rows(given: batches.Given, on_one_device: steps.OneDevice) -> bool:
-    """Whether a replica may have no rows: some layers of Keras fail without any."""
+    """Whether a replica may have no rows. Some Keras layers fail on a batch of 0 rows."""
     try:
         on_one_device(rows.first(given.fields, 0))
     except Exception:

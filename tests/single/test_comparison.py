@@ -8,7 +8,7 @@ import tensorflow as tf
 
 import distpad
 from distpad import backends
-from distpad.certification import layers, reference, rows
+from distpad.certification import comparison, layers, linear, reference, rows, steps
 
 pytestmark = pytest.mark.one_stack
 
@@ -197,6 +197,25 @@ def test_rows_are_dealt_unevenly_and_all_of_them(replicas, micro):
         lengths = np.concatenate([part["lengths"] for part in parts])
         as_expected = {rows.Kind.UNEVEN_ROWS: set(lengths) == {9}, rows.Kind.ALL_PADDING: not lengths.any()}
         assert as_expected.get(kind, len(set(lengths)) > 1)
+
+
+def test_every_case_has_draws_of_its_own():
+    """No two kinds share a seed, and no two cases of a kind."""
+    seeds, device = [], steps.Device([np.ones(1)], 0.0, 0.0, "float64")
+    draw = lambda kind, number, seed: seeds.append(tuple(seed)) or {"x": np.zeros(number)}
+    compared = comparison.Comparison(draw, lambda given: [device.gradients], lambda batch: device, LOCAL)
+    for kind in rows.Kind:
+        for number in range(2):
+            compared.case(kind, 5, number)
+    assert len(set(seeds)) == len(seeds) == 2 * len(rows.Kind)
+
+
+def test_predictions_of_the_built_in_model_are_nan_in_padding():
+    case = linear.subject(None, 0, LOCAL).comparisons[0][0].case(rows.Kind.NAN_IN_PADDING, 0, 0)
+    (((batch,),), (gradients,), device) = case
+    is_padding = np.arange(batch["y"].shape[1]) >= batch["lengths"][:, None]
+    assert is_padding.any() and (np.isnan(batch["x"]["bias"][..., 0]) == is_padding).all()
+    assert np.isfinite(gradients[0]).all() and device.divisor == batch["lengths"].sum() and case.error <= 1e-12
 
 
 def test_whatever_form_a_batch_has_a_step_gets_it_so():
