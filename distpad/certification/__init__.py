@@ -1,4 +1,4 @@
-"""Proof on the engine in hand: the gradients of random steps beside those of one device."""
+"""certify: compare the gradients of random steps on all replicas with those of one device."""
 
 from distpad.certification.certificate import Certificate, certify
 

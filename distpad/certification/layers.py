@@ -1,4 +1,4 @@
-"""Layers whose training step on many devices is not that of one: what a certificate names."""
+"""Layers whose training step on many devices differs from that of one device."""
 
 from __future__ import annotations
 
@@ -8,41 +8,41 @@ from typing import Any
 import tensorflow as tf
 
 _MIXING, _RANDOM = "rows depend on each other in training", "random in training"
-# Attributes that make a layer random where they are above 0; the first two mean something else elsewhere.
+# Attributes that make a layer random where they are above 0, and the class names that the first two belong to.
 _RATES = {"rate": "Dropout", "stddev": "Noise", "dropout": "", "recurrent_dropout": ""}
-# Layers of Keras that hold others, whose user knows them as one.
-_WHOLE = ("Wrapper", "Bidirectional", "RNN", "MultiHeadAttention", "GroupQueryAttention")
+# Keras layers that contain others: the note names the outer layer, which the user made.
+_OUTER = ("Wrapper", "Bidirectional", "RNN", "MultiHeadAttention", "GroupQueryAttention")
 
 
 def notes_on(model: Any) -> list[str]:
-    """A line for each layer of ``model``, and of the layers inside, that mixes rows or is random; each once.
+    """A note for each layer of ``model``, at any depth, that mixes rows or is random in training.
 
     >>> layers = [tf.keras.layers.Dropout(0.5, name="drop"), tf.keras.layers.Dense(1)]
     >>> notes_on(tf.keras.Sequential(layers))
     ['layer drop (Dropout): random in training']
     """
-    return [f"layer {layer.name} ({type(layer).__name__}): {what}" for layer, what in _found(model, set())]
+    return [f"layer {layer.name} ({type(layer).__name__}): {effect}" for layer, effect in _effects(model, set())]
 
 
-def _found(holder: Any, seen: set[int]) -> Iterator[tuple[Any, str]]:
-    """The layers that ``holder`` is or holds, at any depth, with what is to be said of them."""
+def _effects(holder: Any, seen: set[int]) -> Iterator[tuple[Any, str]]:
+    """Each layer with an effect in training, among ``holder`` and the layers inside, once."""
     if id(holder) in seen:
         return
     seen.add(id(holder))
-    what = _said_of(holder) if isinstance(holder, tf.keras.layers.Layer) else ""
-    if what:
-        yield holder, what
+    effect = _effect_of(holder) if isinstance(holder, tf.keras.layers.Layer) else ""
+    if effect:
+        yield holder, effect
         seen.update(id(part) for part in _parts(holder))
         return
-    inner = [found for part in _parts(holder) for found in _found(part, seen)]
-    if inner and _kinds(holder) & set(_WHOLE):
-        yield holder, " and ".join(dict.fromkeys(what for _, what in inner))
+    inner = [found for part in _parts(holder) for found in _effects(part, seen)]
+    if inner and _class_names(holder) & set(_OUTER):
+        yield holder, " and ".join(dict.fromkeys(effect for _, effect in inner))
     else:
         yield from inner
 
 
 def _parts(holder: Any) -> list[Any]:
-    """Layers, and collections that may hold some. Attributes are read as they are: Keras has no public list of them."""
+    """Layers and collections in ``holder``. Keras has no public list of all, so ``vars`` reads the attributes."""
     if isinstance(holder, dict):
         held = list(holder.values())
     elif isinstance(holder, (list, tuple)):
@@ -52,20 +52,21 @@ def _parts(holder: Any) -> list[Any]:
     return [part for part in held if isinstance(part, (tf.keras.layers.Layer, dict, list, tuple))]
 
 
-def _said_of(layer: Any) -> str:
-    kinds = _kinds(layer)
-    if "BatchNormalization" in kinds or "BatchNormalizationBase" in kinds:
-        return _MIXING if layer.trainable else ""  # frozen, it uses what it has seen before
+def _effect_of(layer: Any) -> str:
+    """The effect of this layer alone, or an empty string."""
+    class_names = _class_names(layer)
+    if "BatchNormalization" in class_names or "BatchNormalizationBase" in class_names:
+        return _MIXING if layer.trainable else ""  # a frozen one uses its moving averages
     if type(layer).__name__.startswith("Random") and type(layer).__module__.split(".")[0] in ("keras", "tf_keras"):
         return _RANDOM
-    for name, kind in _RATES.items():
+    for name, owner in _RATES.items():
         rate = getattr(layer, name, None)
-        if rate is None and "MultiHeadAttention" in kinds:  # Keras 2 tells it in its configuration alone
+        if rate is None and "MultiHeadAttention" in class_names:  # in Keras 2, only the config has the rate
             rate = layer.get_config().get(name)
-        if isinstance(rate, (int, float)) and rate > 0 and any(kind in known for known in kinds):
+        if isinstance(rate, (int, float)) and rate > 0 and any(owner in known for known in class_names):
             return _RANDOM
     return ""
 
 
-def _kinds(layer: Any) -> set[str]:
+def _class_names(layer: Any) -> set[str]:
     return {known.__name__ for known in type(layer).__mro__}

@@ -1,4 +1,4 @@
-"""``distpad certify``: proof on the engine that the command is started under."""
+"""``distpad certify``: compare gradients on all replicas with those of one device, on the engine of this process."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ def certify(
     target: Optional[str] = typer.Argument(  # noqa: UP045 (typer reads it on Python 3.9)
         None,
         metavar="[MODULE:FUNCTION]",
-        help="A function without arguments, importable from here: it returns a dict of model, loss, step and batch, as "
-        "distpad.certify takes them. Left out, a built-in model is certified.",
+        help="A function without arguments, importable from the current folder. It returns a dict of model, loss, step "
+        "and batch, the arguments of distpad.certify. Default: a built-in model.",
     ),
     backend: str = typer.Option("auto", help="auto, local, mirrored, multiworker or horovod."),
-    replicas: Optional[int] = typer.Option(None, min=1, help="How many replicas there must be."),  # noqa: UP045 (typer reads it on Python 3.9)
-    cases: int = typer.Option(32, min=1, help="How many random steps."),
-    seed: int = typer.Option(0, min=0, help="Of the random steps."),
+    replicas: Optional[int] = typer.Option(None, min=1, help="The required number of replicas."),  # noqa: UP045 (typer reads it on Python 3.9)
+    cases: int = typer.Option(32, min=1, help="The least number of random steps."),
+    seed: int = typer.Option(0, min=0, help="The seed of the random steps."),
     naive: bool = typer.Option(
-        False, help="Certify the usual mean of each replica's own mean instead, and see it fail."
+        False, help="Certify the usual mean of each replica's own mean instead, which does not pass."
     ),
 ) -> None:
     """Compare the gradients of random steps on all replicas with those of one device.
 
-    FUNCTION is called in the scope of the engine, where it makes its model. Workers get the variables of the first; the
-    batch must be the same on all of them.
+    FUNCTION is called in the engine's scope, where it makes the model. All workers get the variables of worker 0, and
+    must have the same batch.
 
-    Exits with 0 where gradients are equal, with 1 where they differ, and with 2 where it could not be told.
+    Exits with 0 where gradients are equal, with 1 where they differ, and with 2 where they could not be compared.
 
     Examples:
 
@@ -53,17 +53,17 @@ def certify(
         typer.echo(
             "certify: --naive is of the built-in model, expected without MODULE:FUNCTION."
             if naive
-            else f"certify: {target!r} is no MODULE:FUNCTION, expected such as my_training:to_certify.",
+            else f"certify: {target!r} is no MODULE:FUNCTION, expected a name like my_training:to_certify.",
             err=True,
         )
         raise typer.Exit(2)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # its note is printed at any level of the log
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # TensorFlow prints a note on oneDNN at any log level
     import tensorflow as tf
 
     import distpad
 
-    tf.get_logger().setLevel("ERROR")  # each case is a graph of its own, which TensorFlow would warn of
+    tf.get_logger().setLevel("ERROR")  # TensorFlow warns about many traces, and cases need many
     try:
         engine = distpad.backends.start(backend, replicas)
     except (ValueError, ImportError, distpad.DistpadError) as error:
@@ -89,11 +89,11 @@ def certify(
 
 
 class _Unusable(Exception):
-    """What the command line names is not there, or fails, or returns something else."""
+    """The function on the command line is not found, fails, or returns something else."""
 
 
 def _made_by(target: str) -> dict[str, Any]:
-    """What the named function returns: arguments of ``distpad.certify``."""
+    """Import and call the function, and return its arguments of ``distpad.certify``."""
     module_name, _, name = target.partition(":")
     here = os.getcwd()
     if here not in sys.path:
@@ -125,7 +125,7 @@ def _made_by(target: str) -> dict[str, Any]:
 
 
 def _mean_of_own(y_true: Any, y_pred: Any, sample_weight: Any = None, *, lengths: Any, mask: Any = None) -> Any:
-    """What loops usually do: each replica divides by its own count, and the engine takes the mean of the means."""
+    """The usual mean of means: each replica divides by its own count, and the engine averages."""
     import tensorflow as tf
 
     from distpad import backends

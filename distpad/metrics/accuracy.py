@@ -1,4 +1,4 @@
-"""TokenAccuracy and SequenceAccuracy: how many positions, and how many whole sequences, are right."""
+"""TokenAccuracy and SequenceAccuracy: the fraction of positions, and of whole sequences, that are right."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from distpad.metrics import classes, means, ratio
 
 @tf.keras.utils.register_keras_serializable("distpad")
 class TokenAccuracy(means.PositionMean):
-    """The share of valid positions whose label is predicted.
+    """The fraction of valid positions whose label is predicted.
 
-    ``y_true`` holds ids ``[batch, length]`` (or one-hot vectors beside scores), ``y_pred`` scores
-    ``[batch, length, classes]``, logits or probabilities, of which the largest is taken, or integers: ids. Floats
+    ``y_true`` holds ids ``[batch, length]``, or one-hot vectors where ``y_pred`` holds scores. ``y_pred`` holds scores
+    ``[batch, length, classes]``, logits or probabilities, whose largest is the prediction; or integer ids. Floats
     ``[batch, length]`` or ``[batch, length, 1]`` are probabilities of binary labels, as in Keras's BinaryAccuracy.
 
     Args:
-      threshold: binary predictions above it are label 1; None: 0.5, of probabilities. Logits want 0.0.
+      threshold: binary predictions above it are label 1. None means 0.5, for probabilities; write 0.0 for logits.
       padding_value, backend, name: see ``distpad.metrics``.
 
     >>> metric = TokenAccuracy()
@@ -49,10 +49,10 @@ class TokenAccuracy(means.PositionMean):
 
 @tf.keras.utils.register_keras_serializable("distpad")
 class SequenceAccuracy(ratio.Ratio):
-    """The share of sequences of which all valid positions are right; those without any do not count.
+    """The fraction of sequences whose valid positions are all right. Sequences without valid positions do not count.
 
-    ``y_true`` and ``y_pred`` are as in ``TokenAccuracy``. Sample weights of ``[batch]`` or ``[batch, 1]`` weigh
-    sequences; of those of positions it only matters which are 0: such positions need not be right.
+    ``y_true`` and ``y_pred`` are as in ``TokenAccuracy``. Sample weights ``[batch]`` or ``[batch, 1]`` weigh sequences.
+    Sample weights of positions mask the positions whose weight is 0.
 
     Args:
       threshold: as in ``TokenAccuracy``.

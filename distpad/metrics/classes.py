@@ -1,4 +1,4 @@
-"""Labels and predictions in any of their forms as class ids."""
+"""Class ids from labels and predictions: ids, vectors, scores, or binary probabilities."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import tensorflow as tf
 from distpad import errors
 from distpad.collectives import checked
 
-_BINARY = (
-    "y_pred holds a value outside 0 to 1, expected probabilities beside binary labels (found: the first such value)"
-)
+_BINARY = "y_pred holds a value outside 0 to 1, expected probabilities for binary labels (found: the first such value)"
 
 
 def is_binary(y_true: tf.Tensor, y_pred: tf.Tensor) -> bool:
-    """Whether predictions are one number a position: ``[batch, length]`` or ``[batch, length, 1]`` beside labels of
-    as many axes, or of one axis less than the latter."""
+    """Whether predictions are one number a position.
+
+    These are ``[batch, length]`` for labels of the same rank, or ``[batch, length, 1]`` for labels with or without the
+    last axis.
+    """
     if not all(isinstance(given, tf.Tensor) for given in (y_true, y_pred)) or not y_pred.dtype.is_floating:
         return False
     both = y_true.shape.rank, y_pred.shape.rank
@@ -22,20 +23,20 @@ def is_binary(y_true: tf.Tensor, y_pred: tf.Tensor) -> bool:
 
 
 def binary_check(threshold: float | None, y_true: tf.Tensor, y_pred: tf.Tensor) -> checked.Check:
-    """Without a threshold, binary predictions are probabilities; padding in them is replaced."""
+    """Check that binary predictions are probabilities where there is no threshold. Padding was replaced before."""
     text = f"{_BINARY}. Write threshold=0.0 for logits"
     if threshold is not None or not is_binary(y_true, y_pred):
         return checked.Check(text, 0, True)
     flat = tf.reshape(tf.cast(y_pred, tf.float64), [-1])
-    outside = tf.logical_not(tf.logical_and(flat >= 0, flat <= 1))  # NaN, too
+    outside = tf.logical_not(tf.logical_and(flat >= 0, flat <= 1))  # also NaN
     at = tf.reduce_min(tf.concat([tf.where(outside, tf.range(tf.size(flat)), tf.size(flat)), [tf.size(flat)]], 0))
     return checked.Check(text, tf.concat([flat, [0.0]], 0)[at], tf.logical_not(tf.reduce_any(outside)))
 
 
 def vector_check(y_true: tf.Tensor, y_pred: tf.Tensor) -> checked.Check:
-    """Vectors beside scores are one-hot: of several labels a position, the largest component tells one. Padding in them
-    is replaced by zeros, which are left alone."""
-    text = "y_true holds vectors with several largest components, expected one-hot ones (found: how many of them)"
+    """Check that label vectors have one largest component where predictions are scores. Padding was replaced by zeros,
+    which pass."""
+    text = "y_true holds vectors with several largest components, expected one-hot vectors (found: their number)"
     tensors = isinstance(y_true, tf.Tensor) and isinstance(y_pred, tf.Tensor) and y_pred.dtype.is_floating
     of_vectors = tensors and y_true.shape.rank == y_pred.shape.rank and y_true.shape[-1] != 1
     if not of_vectors or is_binary(y_true, y_pred) or not (y_true.dtype.is_floating or y_true.dtype.is_integer):
@@ -56,15 +57,15 @@ def binary_ids(threshold: float | None, y_true: tf.Tensor, y_pred: tf.Tensor) ->
 
 
 def refuse_binary(function: str, y_true: tf.Tensor, y_pred: tf.Tensor, remedy: str) -> None:
-    """Where one number a position is no score of classes."""
+    """Raise ValueError where predictions are one number a position, not scores of classes."""
     if is_binary(y_true, y_pred):
-        found = f"{tuple(y_pred.shape)} beside labels {tuple(y_true.shape)}"
+        found = f"{tuple(y_pred.shape)} for labels {tuple(y_true.shape)}"
         expected = "scores [batch, length, classes], one axis more than the labels"
         raise ValueError(errors.sentence(function, "the shape of y_pred", found, expected, remedy))
 
 
 def ids_of(function: str, y_true: tf.Tensor, y_pred: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Both as ids ``[batch, length]``; floating predictions are scores, of which the largest is taken."""
+    """Labels and predictions as ids ``[batch, length]``. Floating predictions are scores, whose largest is the id."""
     labels, guesses = labels_of(function, y_true, y_pred), y_pred
     if y_pred.dtype.is_floating:
         guesses = tf.argmax(y_pred, axis=-1)
@@ -78,7 +79,7 @@ def ids_of(function: str, y_true: tf.Tensor, y_pred: tf.Tensor) -> tuple[tf.Tens
 
 
 def labels_of(function: str, y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
-    """Labels as ids: of vectors beside scores, the largest component; an axis of size one is dropped."""
+    """Labels as ids: the largest component of vectors where predictions are scores. An axis of size one is dropped."""
     for name, given in (("y_true", y_true), ("y_pred", y_pred)):
         if not isinstance(given, tf.Tensor):
             raise TypeError(

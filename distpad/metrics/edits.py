@@ -1,4 +1,4 @@
-"""CharacterErrorRate and WordErrorRate: edits from the predicted to the true sequences, by the length of the true."""
+"""CharacterErrorRate and WordErrorRate: edits from predicted to true sequences, divided by the true length."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ErrorRate(ratio.Ratio):
         self.decode = decode
 
     def _split(self, text: tf.Tensor) -> tf.RaggedTensor:
-        """``[batch]`` strings as the units that are counted."""
+        """Split strings ``[batch]`` into characters or words."""
         raise NotImplementedError
 
     @tf.autograph.experimental.do_not_convert
@@ -37,19 +37,19 @@ class ErrorRate(ratio.Ratio):
         mask: Any = None,
         prediction_lengths: Any = None,
     ) -> None:
-        """Add a batch to this replica's part. What stands at positions that do not count changes nothing.
+        """Add a batch to this replica's sums. Values at padded positions do not change the result.
 
         Args:
           y_true: reference ids ``[batch, length]``, padded, or strings ``[batch]``.
-          y_pred: predicted ids ``[batch, any length]`` (padded, with ``prediction_lengths`` or the metric's
-            ``padding_value``; or a SparseTensor, as ``tf.nn.ctc_greedy_decoder`` gives it, or a RaggedTensor), strings
-            ``[batch]``, or scores ``[batch, length, classes]`` of the labels' positions, of which the largest is taken.
-          sample_weight: ``[batch]`` or ``[batch, 1]`` weighs sequences. Of those of positions it only matters which are
-            0: such positions are no part of the reference.
-          lengths: ``[batch]``, the valid positions of each reference. A row of length 0 does not count.
-          mask: ``[batch, length]``, the valid positions; or ``[batch]``, which rows count: then those of length 0 do,
-            too (an empty text, for which any prediction is wrong).
-          prediction_lengths: ``[batch]``, the valid positions of each row of padded predicted ids.
+          y_pred: predicted ids ``[batch, any length]``: padded, with ``prediction_lengths`` or the metric's
+            ``padding_value``, or a RaggedTensor, or a SparseTensor, such as ``tf.nn.ctc_greedy_decoder`` returns. Or
+            strings ``[batch]``, or scores ``[batch, length, classes]`` at the labels' positions, whose largest counts.
+          sample_weight: ``[batch]`` or ``[batch, 1]`` weighs sequences. Sample weights of positions remove the
+            positions whose weight is 0 from the reference.
+          lengths: ``[batch]``, the number of valid positions of each reference. A row of length 0 does not count.
+          mask: ``[batch, length]``, the valid positions; or ``[batch]``, the rows that count. A row of length 0 that a
+            ``[batch]`` mask includes is an empty text, and any prediction for it is wrong.
+          prediction_lengths: ``[batch]``, the number of valid positions of each row of padded predicted ids.
 
         Raises: as the other metrics. Not collective.
         """
@@ -74,7 +74,7 @@ class ErrorRate(ratio.Ratio):
         except (ValueError, TypeError) as error:
             raise type(error)(f"{self._kind}: {error}.") from error
         if reference is None:
-            classes.refuse_binary(self._kind, y_true, y_pred, "Write decode= with a function that gives ids.")
+            classes.refuse_binary(self._kind, y_true, y_pred, "Write decode= with a function that returns ids.")
             labels, guesses = classes.ids_of(self._kind, y_true, y_pred) if predicted is None else (y_true, None)
             counted = tf.ones_like(labels, tf.bool) if positions is None else shapes.widen(positions, 2)
             counted = tf.broadcast_to(counted, tf.shape(labels))
@@ -84,7 +84,7 @@ class ErrorRate(ratio.Ratio):
             expected = f"{reference.dtype.name}, as y_true"
             raise TypeError(errors.sentence(self._kind, "the dtype of y_pred", predicted.dtype.name, expected))
         edits = tf.edit_distance(_sparse(predicted), _sparse(reference), normalize=False)
-        edits = tf.ensure_shape(edits, [None])[:-1]  # its rank is lost where shapes of sparse tensors are not known
+        edits = tf.ensure_shape(edits, [None])[:-1]  # the rank is unknown where shapes of sparse tensors are
         valid = valid._replace(tokens=tf.cast(reference.row_lengths(), tf.float64))
         edits = tf.cast(edits, tf.float64)
         valid, check = weights.broadcast_to(self._kind, edits, valid)
@@ -93,19 +93,21 @@ class ErrorRate(ratio.Ratio):
     def _rows(
         self, y_true: tf.Tensor, y_pred: Any, sources: dict[str, Any]
     ) -> tuple[weights.Weights, Any, list[checked.Check]]:
-        """Which rows count, which positions are references, and the checks for the lengths."""
+        """The rows that count, the positions of the references, and the checks of the lengths."""
         weight = sources["sample_weight"]
         if weight is not None:
             weight = weights.check_weight(weight)
             if ratio.row_weight(weight) is None:
                 sources = _with_mask({**sources, "sample_weight": None}, tf.not_equal(weight, 0))
         if _is_scores(y_pred) and self.decode is None and sources["keras_mask"] is not None:
-            sources = _with_mask({**sources, "keras_mask": None}, sources["keras_mask"])  # of the labels' positions
+            sources = _with_mask(
+                {**sources, "keras_mask": None}, sources["keras_mask"]
+            )  # a mask of the labels' positions
         padding_value = None if y_true.shape.rank == 1 else self.padding_value
         return weights.of_sequences(y_true, **sources, padding_value=padding_value)
 
     def _predicted(self, y_pred: Any, lengths: Any) -> tuple[Any, list[checked.Check]]:
-        """Predicted sequences, ragged or sparse; None for scores, which lie on the labels' positions."""
+        """Predicted sequences, ragged or sparse; None for scores, which have the labels' positions."""
         if isinstance(y_pred, (tf.RaggedTensor, tf.SparseTensor)):
             return y_pred, []
         if _is_scores(y_pred):
@@ -141,13 +143,13 @@ class ErrorRate(ratio.Ratio):
 
 @tf.keras.utils.register_keras_serializable("distpad")
 class CharacterErrorRate(ErrorRate):
-    """Edits by characters, of ids or of strings, whose characters are those of Unicode.
+    """Character edits of ids, or of strings, whose characters are Unicode characters.
 
-    Total edits by total reference length, over the whole data set: not a mean of the sequences' own rates. Edits are
-    counted by ``tf.edit_distance``, which XLA does not compile: ``model.compile(..., jit_compile=False)``.
+    The rate is total edits divided by total reference length, over the whole data set; not the mean of the rates of
+    sequences. ``tf.edit_distance`` counts edits. XLA does not compile it: ``model.compile(..., jit_compile=False)``.
 
     Args:
-      decode: ``y_pred -> ids``, called first: what makes ids of a CTC model's output, in ``compile`` too.
+      decode: ``y_pred -> ids``, called first, such as a decoder of a CTC model's output.
       padding_value, backend, name: see ``distpad.metrics``.
 
     Source: V. I. Levenshtein, Binary codes capable of correcting deletions, insertions and reversals, 1966.
@@ -165,12 +167,12 @@ class CharacterErrorRate(ErrorRate):
 
 @tf.keras.utils.register_keras_serializable("distpad")
 class WordErrorRate(ErrorRate):
-    """Edits by words, of strings, which are split at white space, or of sequences of word ids.
+    """Word edits of strings, which are split at white space, or of sequences of word ids.
 
-    All else is as in ``CharacterErrorRate``.
+    Edits are divided as in ``CharacterErrorRate``.
 
     Args:
-      decode, padding_value, backend, name: as there.
+      decode, padding_value, backend, name: as in ``CharacterErrorRate``.
 
     >>> metric = WordErrorRate()
     >>> metric.update_state(["the cat sat", "yes"], ["the bat  sat", "yes"])
@@ -187,7 +189,7 @@ def _is_scores(y_pred: Any) -> bool:
 
 
 def _with_mask(sources: dict[str, Any], more: tf.Tensor) -> dict[str, Any]:
-    """Sources of which the mask holds where ``more`` does, too."""
+    """The sources with the AND of their mask and ``more``."""
     if sources["mask"] is None:
         return {**sources, "mask": more}
     both = [shapes.Source("mask", weights.check_mask(sources["mask"])), shapes.Source("mask", more, True)]
@@ -195,7 +197,7 @@ def _with_mask(sources: dict[str, Any], more: tf.Tensor) -> dict[str, Any]:
 
 
 def _sparse(sequences: Any) -> tf.SparseTensor:
-    """As ``tf.edit_distance`` takes them, with an empty row behind them, since it fails on none."""
+    """Sequences for ``tf.edit_distance``, with an empty row at the end, since it fails on 0 rows."""
     given = sequences if isinstance(sequences, tf.SparseTensor) else sequences.to_sparse()
     values = given.values if given.dtype == tf.string else tf.cast(given.values, tf.int64)
     return tf.SparseTensor(given.indices, values, tf.add(given.dense_shape, [1, 0]))

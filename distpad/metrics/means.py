@@ -17,11 +17,11 @@ class PositionMean(ratio.Ratio):
     """A mean of one value a position: :math:`\\sum w v / \\sum w` over all positions of all replicas."""
 
     def _values(self, y_true: Any, y_pred: Any) -> tf.Tensor:
-        """``[batch, length, ...]``, of labels and predictions in which padding is replaced."""
+        """Values ``[batch, length, ...]`` of labels and predictions in which padding was replaced."""
         raise NotImplementedError
 
     def _checks(self, y_true: Any, y_pred: Any) -> list[checked.Check]:
-        """What must hold of them."""
+        """Checks of labels and predictions in which padding was replaced."""
         return []
 
     def _sums(self, y_true: Any, y_pred: Any, sources: dict[str, Any]) -> tuple[averages.Sums, list[checked.Check]]:
@@ -43,11 +43,11 @@ class PositionMean(ratio.Ratio):
 
 @tf.keras.utils.register_keras_serializable("distpad")
 class MaskedMean(PositionMean):
-    r"""The mean over valid positions of what a function gives for each, :math:`\sum w v / \sum w`.
+    r"""The mean of a function over valid positions, :math:`\sum w v / \sum w`.
 
     Args:
-      function: ``(y_true, y_pred) -> [batch, length, ...]``, such as a Keras loss of reduction none; None: ``y_pred``
-        is averaged itself. Axes behind those of the mask are averaged first. Padding is replaced before it is called.
+      function: ``(y_true, y_pred) -> [batch, length, ...]``, such as a Keras loss with reduction none. None averages
+        ``y_pred`` itself. Axes after those of the mask are averaged first. Padding is replaced before the call.
       padding_value, backend, name: see ``distpad.metrics``.
 
     Raises:

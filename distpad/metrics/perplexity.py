@@ -1,4 +1,4 @@
-"""Perplexity: the exponential of the mean cross-entropy of all valid positions."""
+"""Perplexity: the exponential of the mean cross-entropy over all valid positions."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from distpad.metrics import classes, means
 class Perplexity(means.PositionMean):
     r"""The exponential of the mean cross-entropy over valid positions, :math:`\exp(\sum w l / \sum w)`.
 
-    The mean is taken over all replicas and all batches before the exponential, so it does not depend on how they were
-    dealt, as a mean of the batches' perplexities would. ``y_true`` holds ids ``[batch, length]`` or one-hot vectors,
+    The mean over all replicas and all batches comes before the exponential, so perplexity does not depend on the batch
+    size, unlike a mean of the perplexities of batches. ``y_true`` holds ids ``[batch, length]`` or one-hot vectors,
     ``y_pred`` is ``[batch, length, classes]``.
 
     Args:
-      from_logits: whether ``y_pred`` are logits; else probabilities. One below ``tf.keras.backend.epsilon()`` counts as
-        that, as in Keras's losses.
+      from_logits: whether ``y_pred`` holds logits, not probabilities. Probabilities are at least
+        ``tf.keras.backend.epsilon()``, as in Keras's losses.
       padding_value, backend, name: see ``distpad.metrics``.
 
     Source: F. Jelinek et al., Perplexity, a measure of the difficulty of speech recognition tasks, 1977.

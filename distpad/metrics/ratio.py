@@ -1,4 +1,4 @@
-"""Ratio: what all metrics are, a sum over a count, each over all valid positions of all replicas."""
+"""Ratio, the base of all metrics: a sum divided by a count, both over all valid positions of all replicas."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from distpad.losses import averages, weights
 
 
 class Ratio(tf.keras.metrics.Metric):
-    """A sum and the count that it is divided by, held by each replica in float64: exact for integers to 2**53.
+    """A sum divided by a count. Each replica holds both in float64, exact for integers up to 2**53.
 
     A metric belongs to the engine where it was made, as its variables do: make it inside ``with strategy.scope():``.
-    Subclasses say what is summed up (``_sums``) and what becomes of the ratio (``_final``).
+    Subclasses define the sum and the count (``_sums``) and a function of the ratio (``_final``).
 
     Args:
-      padding_value: labels equal to it do not count (vectors: where all components are).
-      backend: see ``distpad.backends.resolve``; left out, it is detected when the metric is made. "local" makes
+      padding_value: labels equal to it are padding (vectors: where all components are equal to it).
+      backend: see ``distpad.backends.resolve``; by default it is detected when the metric is made. "local" makes
         a metric of this worker alone.
       name: as in Keras.
     """
@@ -43,21 +43,22 @@ class Ratio(tf.keras.metrics.Metric):
     def update_state(
         self, y_true: Any, y_pred: Any, sample_weight: Any = None, *, lengths: Any = None, mask: Any = None
     ) -> None:
-        """Add a batch to this replica's part. What stands at positions that do not count changes nothing.
+        """Add a batch to this replica's sums. Values at padded positions do not change the result.
 
         Args:
-          y_true: labels; y_pred: predictions ``[batch, length, ...]``; see the class.
-          sample_weight: ``[batch]`` or more leading axes; what weighs 0 is treated like padding.
-          lengths: ``[batch]`` integers, the valid positions of each row (the rest is padding behind them).
-          mask: bool, leading axes of the positions. A mask that Keras's layers attached to ``y_pred`` counts, too;
+          y_true: labels ``[batch, length, ...]``; see the class.
+          y_pred: predictions ``[batch, length, ...]``; see the class.
+          sample_weight: weights ``[batch]`` or with more leading axes of the positions. Weight 0 is padding.
+          lengths: ``[batch]`` integers, the number of valid positions of each row. Padding follows them.
+          mask: bool, leading axes of the positions. A mask that Keras's layers attached to ``y_pred`` counts too;
             several sources are combined with AND.
 
         Raises:
-          ValueError, TypeError: arguments that do not go together (inside a ``tf.function``, what only shows while it
-            runs is a ``tf.errors.InvalidArgumentError``, and inside XLA a result of NaN); a metric that was made
-            outside the scope of the strategy.
+          ValueError, TypeError: the arguments do not fit together, or the metric was made outside the scope of the
+            strategy. A check that fails while a ``tf.function`` runs raises ``tf.errors.InvalidArgumentError``;
+            inside XLA, it makes the result NaN.
 
-        Not collective: replicas may be updated unequally often.
+        Not collective: replicas may have different numbers of updates.
         """
         self._update(y_true, y_pred, sample_weight=sample_weight, lengths=lengths, mask=mask)
 
@@ -66,7 +67,7 @@ class Ratio(tf.keras.metrics.Metric):
         if here.num_replicas > 1 and here.name != self._engine.name:
             raise ValueError(
                 f"{self._kind}: made for {self._engine.name}, expected {here.name}, where it is updated. Make it "
-                "inside `with strategy.scope():`, or behind hvd.init()."
+                "inside `with strategy.scope():`, or after hvd.init()."
             )
         sums, checks = self._sums(y_true, y_pred, sources)
         ok = checked.check_locally(here, self._kind, checks)
@@ -83,27 +84,27 @@ class Ratio(tf.keras.metrics.Metric):
 
     @tf.autograph.experimental.do_not_convert
     def result(self) -> tf.Tensor:
-        """The metric over all that all replicas of all workers were given, a float64 scalar, the same on all of them.
+        """The metric over the batches of all replicas of all workers, a float64 scalar, the same on all replicas.
 
-        Nothing valid gives a ratio of 0.
+        The ratio is 0 where no position is valid.
 
-        Collective, inside ``strategy.run`` and outside: all replicas, or all workers, call it. Keras asks for it in
-        every step of ``fit`` and ``evaluate``: under Horovod, all ranks must have as many steps.
+        Collective, inside ``strategy.run`` and outside: all replicas, or all workers, call it. Keras calls it in every
+        step of ``fit`` and ``evaluate``, so under Horovod all ranks must have the same number of steps.
         """
         total, count = tf.unstack(self._engine.total_of(self._parts))
         return self._final(tf.math.divide_no_nan(total, count))
 
     def reset_state(self) -> None:
-        """Begin again, on all replicas of this worker. Not collective."""
+        """Set sum and count to 0 on all replicas of this worker. Not collective."""
         self._parts.assign(tf.zeros([2], tf.float64))
 
     def get_config(self) -> dict[str, Any]:
-        """As in Keras. A backend that is no string is detected when the loss runs."""
+        """As in Keras. A backend that is not a string is left out, and detected when the metric is made again."""
         given = self._given if isinstance(self._given, str) else None
         return {"name": self.name, "padding_value": self.padding_value, "backend": given}
 
     def _tensor(self, name: str, given: Any) -> Any:
-        """Labels or predictions as tensors, half precision widened."""
+        """Labels or predictions as tensors, half precision as float32."""
         tensor = precision.as_tensor(given, nests=True)
         if isinstance(tensor, (tf.RaggedTensor, tf.SparseTensor)):
             kind = type(tensor).__name__
@@ -111,7 +112,7 @@ class Ratio(tf.keras.metrics.Metric):
         return tensor
 
     def _valid(self, y_true: Any, y_pred: Any, sources: dict[str, Any]) -> tuple[weights.Weights, list[checked.Check]]:
-        """The positions that count, from all sources."""
+        """The valid positions, from all sources."""
         try:
             return weights.of_positions(y_true, y_pred, **sources, padding_value=self.padding_value)
         except (ValueError, TypeError) as error:
@@ -119,7 +120,7 @@ class Ratio(tf.keras.metrics.Metric):
 
 
 def row_weight(weight: tf.Tensor | None) -> tf.Tensor | None:
-    """Sample weights that are one a sequence; those of positions weigh no sequence."""
+    """Sample weights ``[batch]`` of sequences; None where weights are of positions."""
     if weight is None or any(size != 1 for size in weight.shape[1:]):
         return None
     return tf.reshape(weight, [-1])

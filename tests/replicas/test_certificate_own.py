@@ -38,7 +38,7 @@ def eagerly():
 @pytest.fixture
 def one_kind(monkeypatch):
     """For what any kind shows."""
-    monkeypatch.setattr(rows, "kinds", lambda *_, **__: ["uneven rows"])
+    monkeypatch.setattr(rows, "kinds", lambda *_, **__: [rows.Kind.UNEVEN_ROWS])
 
 
 def batch_of(dtype="float32", seed=3):
@@ -269,7 +269,7 @@ def test_layers_are_named_and_switched_off(world, one_kind, eagerly):
 @pytest.mark.worlds("mirrored:2")
 def test_a_model_that_sees_padding_and_takes_no_empty_batch(world, monkeypatch, eagerly):
     """A recurrent layer that runs backwards begins in the padding; Keras 3's takes no batch of 0 rows."""
-    monkeypatch.setattr(rows, "kinds", lambda *_, **__: ["an empty replica", "all padding"])
+    monkeypatch.setattr(rows, "kinds", lambda *_, **__: [rows.Kind.EMPTY_REPLICA, rows.Kind.ALL_PADDING])
     with world.scope():
         rnn = tf.keras.layers.LSTM(3, return_sequences=True, go_backwards=True)
         model = tf.keras.Sequential(

@@ -7,7 +7,8 @@ import pytest
 import tensorflow as tf
 
 import distpad
-from distpad.certification import certificate
+from distpad import losses
+from distpad.certification import certificate, deviation
 
 pytestmark = pytest.mark.one_stack
 
@@ -34,7 +35,7 @@ def test_all_kinds_and_all_averages_are_in_the_least_number_of_cases(monkeypatch
             asked.append(average)
             super().__init__(loss, average=average, **options)
 
-    monkeypatch.setattr(certificate.losses, "DistributedLoss", Recording)
+    monkeypatch.setattr(losses, "DistributedLoss", Recording)
     result = distpad.certify(cases=1, backend="local")
     assert result.passed and set(asked) == {"token", "sequence_sum", "sequence_mean", 7.5}
     kinds = [line.kind for line in result.lines]
@@ -54,6 +55,6 @@ def test_a_mask_that_is_ignored_does_not_pass():
 
 
 def test_nan_does_not_pass():
-    line = certificate.Line("kind", "float64", 1, float("nan"), 1e-12)
+    line = deviation.Line("kind", "float64", 1, float("nan"), 1e-12)
     broken = certificate.Certificate("local", 1, 1, (line,))
     assert not broken.passed and np.isnan(broken.max_relative_error) and "NOT PASSED" in str(broken)

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 import distpad
 from distpad import backends
-from distpad.certification import layers, reference, rows
+from distpad.certification import comparison, layers, linear, reference, rows, steps
 
 pytestmark = pytest.mark.one_stack
 
@@ -190,12 +190,32 @@ def test_rows_are_dealt_unevenly_and_all_of_them(replicas, micro):
     sizes = rows.sizes_of_parts(replicas * micro, replicas, [0])
     assert min(sizes) >= 1 and (len(sizes) == 1 or len(set(sizes)) > 1)
     fields = {"x": np.arange(sum(sizes)), "lengths": np.full(sum(sizes), 9)}
-    for kind in ("uneven rows", "random lengths", "all padding"):
-        parts = rows.split(rows.draw(fields, None, kind, sum(sizes), [1], is_step=True), sizes)
+    for kind in (rows.Kind.UNEVEN_ROWS, rows.Kind.RANDOM_LENGTHS, rows.Kind.ALL_PADDING):
+        parts = rows.split(rows.draw(fields, kind, sum(sizes), [1]), sizes)
         assert [len(part["x"]) for part in parts] == sizes
         assert sorted(np.concatenate([part["x"] for part in parts])) == list(range(sum(sizes)))
         lengths = np.concatenate([part["lengths"] for part in parts])
-        assert {"uneven rows": set(lengths) == {9}, "all padding": not lengths.any()}.get(kind, len(set(lengths)) > 1)
+        as_expected = {rows.Kind.UNEVEN_ROWS: set(lengths) == {9}, rows.Kind.ALL_PADDING: not lengths.any()}
+        assert as_expected.get(kind, len(set(lengths)) > 1)
+
+
+def test_every_case_has_draws_of_its_own():
+    """No two kinds share a seed, and no two cases of a kind."""
+    seeds, device = [], steps.Device([np.ones(1)], 0.0, 0.0, "float64")
+    draw = lambda kind, number, seed: seeds.append(tuple(seed)) or {"x": np.zeros(number)}
+    compared = comparison.Comparison(draw, lambda given: [device.gradients], lambda batch: device, LOCAL)
+    for kind in rows.Kind:
+        for number in range(2):
+            compared.case(kind, 5, number)
+    assert len(set(seeds)) == len(seeds) == 2 * len(rows.Kind)
+
+
+def test_predictions_of_the_built_in_model_are_nan_in_padding():
+    case = linear.subject(None, 0, LOCAL).comparisons[0][0].case(rows.Kind.NAN_IN_PADDING, 0, 0)
+    (((batch,),), (gradients,), device) = case
+    is_padding = np.arange(batch["y"].shape[1]) >= batch["lengths"][:, None]
+    assert is_padding.any() and (np.isnan(batch["x"]["bias"][..., 0]) == is_padding).all()
+    assert np.isfinite(gradients[0]).all() and device.divisor == batch["lengths"].sum() and case.error <= 1e-12
 
 
 def test_whatever_form_a_batch_has_a_step_gets_it_so():
