@@ -301,10 +301,10 @@ def test_hosts_that_fit():
     [
         ({"versions": {"tensorflow-cpu": "2.15.1"}}, "tensorflow-cpu differs: a has 2.21.0, b has 2.15.1"),
         ({"versions": {}}, "a has 2.21.0, b has none"),
-        ({"resolves": {"a": [], "b": ["10.0.0.2"]}}, "on b, it does not know the name a"),
-        ({"resolves": {"a": ["10.0.0.1"], "b": []}}, "on b, it does not know its own name b"),
-        ({"resolves": {"a": ["127.0.1.1"], "b": ["10.0.0.2"]}}, "on b, the name a leads to 127.0.1.1, the loopback"),
-        ({"resolves": {"a": ["10.0.0.1"], "b": ["::1"]}}, "on b, its own name b leads to ::1, the loopback"),
+        ({"resolves": {"a": [], "b": ["10.0.0.2"]}}, "on b, the name a does not resolve"),
+        ({"resolves": {"a": ["10.0.0.1"], "b": []}}, "on b, its own name b does not resolve"),
+        ({"resolves": {"a": ["127.0.1.1"], "b": ["10.0.0.2"]}}, "on b, the name a resolves to 127.0.1.1, the loopback"),
+        ({"resolves": {"a": ["10.0.0.1"], "b": ["::1"]}}, "on b, its own name b resolves to ::1, the loopback"),
     ],
 )
 def test_hosts_that_do_not_fit(changes, message):
@@ -318,7 +318,7 @@ def test_the_interface_that_hosts_share():
     assert hostcheck.interface(both) == ("eth0", "")
     both["b"]["interfaces"] = {"ens3": ["10.0.0.2"]}
     name, wrong = hostcheck.interface(both)
-    assert name == "" and "(a has eth0, b has ens3). Name one: --network-interface" in wrong
+    assert name == "" and "(a has eth0, b has ens3). Choose one with --network-interface" in wrong
 
 
 def test_what_ssh_wrote_is_explained():
