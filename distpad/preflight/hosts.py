@@ -47,7 +47,7 @@ def ask(
 
     def one(host: spec.Host) -> dict[str, Any]:
         program = [python, "-m", "distpad.preflight.facts"]
-        argv = render.carried(program, host, environ, ssh_args, by_srun="SLURM_JOB_ID" in environ)
+        argv = render.remote_argv(program, host, environ, ssh_args, by_srun="SLURM_JOB_ID" in environ)
         env = dict(environ) if host.is_here else render.agent_env(environ)
         answer = _run(argv, asked, env, limit_s, host.name, python)
         on_answer(host.name)
