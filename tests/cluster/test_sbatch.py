@@ -179,7 +179,7 @@ REFUSED = [
     ("horovod", (), {}, "horovod.sbatch: error: no command. It follows the script's name"),
     ("multiworker", (), {}, "multiworker.sbatch: error: no command. It follows the script's name"),
     ("horovod", ("true",), {"LAUNCHER": "ssh"}, "LAUNCHER is ssh, expected srun or mpirun"),
-    ("horovod", ("true",), {"LAUNCHER": "mpirun", "CONTAINER_IMAGE": "i"}, "expected srun: pyxis is part of it"),
+    ("horovod", ("true",), {"LAUNCHER": "mpirun", "CONTAINER_IMAGE": "i"}, "expected srun, whose plug-in"),
     ("multiworker", ("true",), {"DISTPAD_PYTHON": "/no/python"}, "/no/python cannot import distpad. Activate its"),
     ("multiworker", ("true",), {"PORT": "80"}, "--port is 80, expected 1024"),
 ]

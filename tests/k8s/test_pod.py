@@ -252,7 +252,10 @@ def test_sigterm_is_passed_on_to_all():
         running[1].terminate()
         codes, said = finish(*running, limit_s=120)
     assert codes == [4, 77], said  # the first did not have to go
-    assert "got SIGTERM: forwarding it to the training" in said[1] and "train-1.workers.default.svc is being terminated" in said[0]
+    assert (
+        "got SIGTERM: forwarding it to the training" in said[1]
+        and "train-1.workers.default.svc is being terminated" in said[0]
+    )
 
 
 def test_a_training_that_stops_at_sigterm_is_not_done():

@@ -260,7 +260,10 @@ FAILS = "echo no such thing >&2; exit 1"
 @pytest.mark.parametrize(
     ("programs", "message"),
     [
-        ({}, r"--k8s found no kubectl on PATH, expected kubectl 1\.27 or kustomize 5\.0 or newer\. To install kubectl, see https://kub"),
+        (
+            {},
+            r"--k8s found no kubectl on PATH, expected kubectl 1\.27 or kustomize 5\.0 or newer\. To install kubectl, see https://kub",
+        ),
         (
             {"kubectl": ("Client Version: v1.26.9", "echo built")},
             r"--k8s found kubectl v1\.26 on PATH, expected kubectl 1",
