@@ -1,4 +1,4 @@
-"""distpad doctor on two hosts: nothing is wrong where all is well, and each fault is named with its host and remedy."""
+"""distpad doctor on two hosts: no findings without faults, and each fault with its host and remedy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pair():
 
 
 def doctor(host, *arguments, python=sys.executable, limit_s=LIMIT_S, **settings):
-    """What ``distpad doctor`` says on a host: its exit code, its output, and the errors of its report."""
+    """Run ``distpad doctor`` on a host, and return its exit code and output."""
     kept = {name: value for name, value in os.environ.items() if not re.match("TF_CONFIG|SLURM_|OMPI_", name)}
     environment = {**kept, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **settings}
     call = [sys.executable, "-m", "distpad", "doctor", "-H", "host1,host2", "--python", python]
@@ -54,11 +54,11 @@ def test_two_good_hosts(pair):
 
 
 def test_faults_of_the_network(pair):
-    """All at once: each is found whatever the others are."""
+    """Several faults at once: doctor reports each of them."""
     host1, host2 = pair
     host2.resolve_to_loopback()
     host2.occupy(PORT)
-    host1.resolve_to_loopback("host2")  # so that host1 takes host2 for itself ...
+    host1.resolve_to_loopback("host2")  # so that host1 resolves host2 to itself
     code, output = doctor(host2, "--port", str(PORT))
     assert code == 1, output
     for row in (
@@ -69,7 +69,7 @@ def test_faults_of_the_network(pair):
         assert re.search(row, output), f"{row}\n{output}"
 
 
-@pytest.mark.wide  # tests/cluster/test_launch.py meets one, too
+@pytest.mark.wide  # also in tests/cluster/test_launch.py
 def test_an_ssh_server_that_is_down(pair):
     pair[1].stop_sshd()
     code, output = doctor(pair[0], "--json")
@@ -100,8 +100,7 @@ def test_a_host_that_is_cut_off_ends_in_time(pair):
 
 @pytest.mark.wide
 def test_another_tensorflow_and_stale_code(pair, tmp_path):
-    """host2 runs a Python of its own, as a wrong environment there would have it: a package that is another version,
-    and a copy of distpad in which a line was changed."""
+    """host2 runs another Python, as in a wrong environment: another version of a package, and a changed distpad."""
     stale = tmp_path / "stale"
     shutil.copytree(ROOT / "distpad", stale / "distpad")
     (stale / "distpad" / "errors.py").write_text("# changed\n" + (ROOT / "distpad" / "errors.py").read_text())
