@@ -1,7 +1,7 @@
-"""distpad: labels of varying length, trained on many devices, with the averages that one device would compute.
+"""distpad pads labels of varying length alike on all replicas, and averages losses exactly over valid positions.
 
-The names below are found in their modules when they are first used, so that ``import distpad`` itself costs nothing
-and the command line needs no TensorFlow for what has no use for it.
+Names are imported from their modules on first use. ``import distpad`` therefore costs nothing, and commands that do
+not need TensorFlow do not import it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
-if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds the two lists together
+if TYPE_CHECKING:  # the same names for editors and type checkers; a test compares the two lists
     from distpad import backends as backends
     from distpad import metrics as metrics
     from distpad.backends import ElasticState as ElasticState

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Sets everything up and trains the handwriting example on several replicas of this machine.
+# Creates an environment and trains the handwriting example on several replicas of this machine.
 set -euo pipefail
 
 usage() {
   cat <<'EOF'
-Sets everything up and trains a network that reads handwritten digit strings, on several replicas of this machine.
+Creates an environment and trains a network that reads handwritten digit strings, on several replicas of this machine.
 
-Usage: launch/demo.sh [--stack current|classic] [--backend NAME] [--replicas N] [further arguments for train.py]
+Usage: launch/demo.sh [--stack current|classic] [--backend NAME] [--replicas N] [arguments of train.py]
   --stack     current (TensorFlow 2.21, Keras 3; default) or classic (TensorFlow 2.15, Keras 2)
   --backend   mirrored (default)  one process, MirroredStrategy over N logical devices
               local               one process, one device
               multiworker         N processes, MultiWorkerMirroredStrategy
-              horovod             N processes, Horovod (built the first time: 3 to 10 minutes)
-  --replicas  how many (default: 4 for mirrored, 1 for local, 2 otherwise)
-  -h, --help  this text
+              horovod             N processes, Horovod (the first run builds it, in 3 to 10 minutes)
+  --replicas  number of replicas (default: 4 for mirrored, 1 for local, 2 otherwise)
+  -h, --help  print this text
 
 Examples:
   launch/demo.sh
@@ -61,7 +61,7 @@ main() {
     multiworker) launcher=(launch/multiworker.sh -np "$REPLICAS" --) ;;
   esac
 
-  # Without these, TensorFlow's start-up notes bury what the job says.
+  # Hides TensorFlow's start-up messages.
   export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2} TF_ENABLE_ONEDNN_OPTS=${TF_ENABLE_ONEDNN_OPTS:-0}
   export PYTHONUNBUFFERED=1 MPLBACKEND=agg DISTPAD_PYTHON=$python
   local command=(${launcher[@]+"${launcher[@]}"} "$python" examples/handwriting/train.py

@@ -1,19 +1,19 @@
 #!/bin/sh
-# Prints the hosts of an elastic job, one a line as HOST:SLOTS, from a file that whoever manages the hosts rewrites.
-# `distpad launch` calls it once a second, without arguments, and takes what it prints for what there is.
+# Prints the hosts of an elastic job from a file, one line HOST:SLOTS per host. `distpad launch` runs this script once a
+# second, without arguments.
 #
 # Usage: DISTPAD_HOSTS_FILE=FILE discover_hosts.sh, or: discover_hosts.sh FILE
-#   FILE  lines HOST, HOST:SLOTS or, as Open MPI has them, HOST slots=N; # begins a comment; 1 slot where none is given
+#   FILE  lines HOST, HOST:SLOTS or, as in Open MPI, HOST slots=N; # begins a comment; default: 1 slot
 #
-# Whether a host can be reached is not asked here: a connection to each, every second, would be slow just where one is
-# down. Who fails is left alone by the launcher for a while, and hosts that are gone for good are taken off the file.
-# Write another file and rename it onto this one: half a file looks like hosts that are gone.
-# Exit code 1 where there is no such file, which at the start ends the job, and later changes nothing.
+# This script does not connect to the hosts, since a connection to a host that is down is slow. The launcher pauses
+# hosts that fail. Remove a host from the file when it is gone permanently. To change the file, write a new file and
+# rename it: the launcher would read a partial file as hosts that are gone.
+# Exit code 1 if the file does not exist. At the start, this ends the job; later, the known hosts remain.
 set -eu
 
 file=${1:-${DISTPAD_HOSTS_FILE:-}}
 if [ -z "$file" ]; then
-  echo "discover_hosts: error: no file of hosts. Set DISTPAD_HOSTS_FILE, or name it." >&2
+  echo "discover_hosts: error: no file of hosts. Set DISTPAD_HOSTS_FILE, or pass the file as an argument." >&2
   exit 1
 fi
 if [ ! -r "$file" ]; then

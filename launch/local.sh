@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# One machine, several GPUs, one process: MirroredStrategy over all GPUs, or over as many as -np says.
+# One machine, one process: MirroredStrategy over all GPUs, or over the number that -np gives.
 #
 #   launch/local.sh -- python train.py
 #   launch/local.sh -np 2 -- python train.py --epochs 3
 #   launch/local.sh --log-dir logs --max-restarts 3 -- python train.py --resume
 #
-# All flags are those of `distpad launch` (see: distpad launch --help). Without a GPU, -np N makes N devices of the CPU,
-# which is for trying things out. CUDA_VISIBLE_DEVICES=0,1 before the call leaves the other GPUs to others.
+# For all flags, see: distpad launch --help. Without GPUs, -np N creates N CPU devices, for experiments.
+# CUDA_VISIBLE_DEVICES=0,1 before the call restricts the job to these GPUs.
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/python.sh"
 find_python
 
-# What NCCL says: WARN for what is wrong; INFO also for which way it takes between the GPUs (NVLink, PCIe, memory).
-# Where a container has a small /dev/shm, NCCL fails: docker run --shm-size=1g. Where peer access is broken (some virtual
-# machines), training hangs: NCCL_P2P_DISABLE=1 goes around it, slower.
+# NCCL's log level: WARN prints errors, INFO also the transport between the GPUs (NVLink, PCIe, memory).
+# NCCL fails if a container's /dev/shm is small: docker run --shm-size=1g. Training hangs if peer access is broken, as
+# in some virtual machines: NCCL_P2P_DISABLE=1 avoids it, but is slower.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-# TensorFlow takes all memory of all GPUs it sees; with true only what it needs, so that others may use the rest.
+# By default, TensorFlow allocates all memory of all visible GPUs. With true, it allocates memory as needed.
 export TF_FORCE_GPU_ALLOW_GROWTH=${TF_FORCE_GPU_ALLOW_GROWTH:-false}
 
 exec "$PYTHON" -m distpad launch --backend mirrored "$@"

@@ -1,18 +1,18 @@
-# Sourced by environment.sh and tests/k8s/tools.sh: environments in seconds. uv fills each once, in a cache that all
-# checkouts share, and a checkout's own is made of hard links. Where uv is not to be had, pip takes minutes.
+# Sourced by environment.sh and tests/k8s/tools.sh: creates environments in seconds. uv fills each environment once, in
+# a cache that all checkouts share. A checkout's environment consists of hard links. Without uv, pip takes minutes.
 # shellcheck shell=bash
 
 CACHE=${DISTPAD_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/distpad}
 UV=""
 REQUIREMENTS=$(cd "$(dirname "${BASH_SOURCE[0]}")/requirements" && pwd)
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CACHE_DIR=${PIP_CACHE_DIR:-$CACHE/pip}
-unset PYTHONDONTWRITEBYTECODE # an environment without bytecode costs each process ten seconds of compiling
+unset PYTHONDONTWRITEBYTECODE # without bytecode, each process compiles for ten seconds
 
-# Waits until no other process makes FOLDER, and keeps others out until this shell ends: lock FOLDER
+# Waits until no other process works on FOLDER, and locks it until this shell ends: lock FOLDER
 lock() {
   local file
   { mkdir -p "$(dirname "$1")" && exec {file}>"$(dirname "$1")/.$(basename "$1").lock"; } 2>/dev/null || return 1
-  flock -n "$file" || { say "another process is at work on $1: waiting for it"; flock "$file"; }
+  flock -n "$file" || { say "another process is working on $1: waiting for it"; flock "$file"; }
 }
 
 make_venv() { # make_venv PYTHON FOLDER
@@ -23,7 +23,7 @@ make_venv() { # make_venv PYTHON FOLDER
   fi
 }
 
-# Sets UV, with the settings of pip that say where packages come from: find_uv PYTHON
+# Sets UV, and passes pip's package sources on to it: find_uv PYTHON
 find_uv() {
   [[ -z $UV ]] || return 0
   local own=$CACHE/uv-itself line
@@ -36,7 +36,7 @@ find_uv() {
   ) || return 1
   UV=$own/bin/uv
   export UV_CACHE_DIR=${UV_CACHE_DIR:-$CACHE/uv} UV_PYTHON_DOWNLOADS=never
-  export UV_INDEX_STRATEGY=${UV_INDEX_STRATEGY:-unsafe-best-match} # all indexes are alike, as to pip
+  export UV_INDEX_STRATEGY=${UV_INDEX_STRATEGY:-unsafe-best-match} # like pip
   local line
   while read -r line; do export "${line?}"; done < <("$own/bin/python" - <<'PYTHON'
 import ast
@@ -44,7 +44,7 @@ import os
 import subprocess
 import sys
 
-NAMES = {  # pip's: uv's, and how it separates several
+NAMES = {  # pip's option: uv's variable, and its separator
     "index-url": ("UV_DEFAULT_INDEX", " "),
     "extra-index-url": ("UV_INDEX", " "),
     "find-links": ("UV_FIND_LINKS", ","),
@@ -54,33 +54,33 @@ NAMES = {  # pip's: uv's, and how it separates several
     "proxy": ("ALL_PROXY", " "),
     "timeout": ("UV_HTTP_TIMEOUT", " "),
 }
-told = {}
+configured = {}
 lines = subprocess.run([sys.executable, "-m", "pip", "config", "list"], stdout=subprocess.PIPE, text=True).stdout
 for line in lines.splitlines():
     name, _, value = line.partition("=")
     section, _, key = name.rpartition(".")
-    told[section, key] = ast.literal_eval(value)
+    configured[section, key] = ast.literal_eval(value)
 for key, (variable, separator) in NAMES.items():
-    values = [told[section, key] for section in (":env:", "install", "global") if (section, key) in told]
+    values = [configured[section, key] for section in (":env:", "install", "global") if (section, key) in configured]
     if values and variable not in os.environ:
         print(f"{variable}={separator.join(values[0].split())}")
 PYTHON
   )
 }
 
-# Installs with uv, first from its cache alone, which needs no network; else with pip: install PYTHON ARGUMENTS...
+# Installs with uv, first offline from its cache, then with pip if uv fails: install PYTHON ARGUMENTS...
 install() {
   local python=$1
   shift
   if [[ -n $UV ]]; then
     "$UV" pip install --quiet --offline --compile-bytecode --python "$python" "$@" 2>/dev/null && return
     "$UV" pip install --quiet --compile-bytecode --python "$python" "$@" >&2 && return
-    say "uv could not install $* (its words are above): pip tries it"
+    say "uv could not install $* (see its output above): trying pip"
   fi
   "$python" -m pip install --quiet "$@" >&2
 }
 
-# Makes FOLDER, an environment with what these files require: make_environment PYTHON FOLDER FILE...
+# Creates an environment with the requirements of some files: make_environment PYTHON FOLDER FILE...
 make_environment() {
   local python=$1 folder=$2 cached
   cached=$CACHE/envs/$(basename "$folder")
@@ -88,11 +88,11 @@ make_environment() {
   mkdir -p "$folder"
   if find_uv "$python" && (
     lock "$cached" && fill_cache "$python" "$cached" "$@" &&
-      # without links where the cache is on another disk
+      # copies if the cache is on another disk
       { cp -a --link "$cached/." "$folder" 2>/dev/null || cp -a --remove-destination "$cached/." "$folder" >&2; }
   ); then return 0; fi
   UV=""
-  say "no uv, or no cache in $CACHE: pip does it, which takes minutes"
+  say "no uv, or no cache in $CACHE: using pip, which takes minutes"
   make_venv "$python" "$folder" && install "$folder/bin/python" "${@/#/--requirement=}"
 }
 
@@ -103,7 +103,7 @@ fill_cache() { # fill_cache PYTHON FOLDER FILE...
   if [[ -f $folder/made-from && $(<"$folder/made-from") == "$state" ]] && "$folder/bin/python" -c '' 2>/dev/null; then
     return 0
   fi
-  say "filling $folder, from which environments are made: a minute or two, most of it downloading"
+  say "filling the cache $folder, in a minute or two, mostly for downloads"
   rm -rf "$folder"
   "$UV" venv --quiet --no-project --relocatable --python "$python" "$folder" >&2 &&
     install "$folder/bin/python" "${@/#/--requirement=}" && printf '%s\n' "$state" >"$folder/made-from"

@@ -258,4 +258,4 @@ def _check_topology(strategy: tf.distribute.Strategy, workers: int, hosts: int) 
     if several or mirrored:
         name = "MultiWorkerMirroredStrategy" if several else "MirroredStrategy"  # its class is called otherwise
         replicas = strategy.num_replicas_in_sync
-        topology.hold(topology.Report(name, workers=workers, replicas=replicas, hosts=hosts))
+        topology.check(topology.Report(name, workers=workers, replicas=replicas, hosts=hosts))

@@ -1,4 +1,4 @@
-"""The command ``distpad``: one file a subcommand."""
+"""The command ``distpad``: one module per subcommand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Run the command line, and end the process. Its packages are imported here: the library does not need them."""
+    """Run the command line and exit the process. Typer is imported here, since the library does not need it."""
     from distpad.cli import app
 
     code: Any = 0
@@ -20,5 +20,5 @@ def main() -> None:
         print(code, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    # strategies leave thread pools behind on which an ordinary exit waits, sometimes forever
+    # strategies leave thread pools running; an ordinary exit waits for them, sometimes forever
     os._exit(code if isinstance(code, int) else int(code is not None))

@@ -1,4 +1,4 @@
-"""The subcommands of ``distpad``, put together."""
+"""Register the subcommands of ``distpad``."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from distpad.cli import certify, doctor, launch, pod
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 app.command("certify")(certify.certify)
 app.command("doctor")(doctor.doctor)
-# what follows the command's first word is the command's
+# options after the first word of COMMAND belong to COMMAND
 app.command("launch", context_settings={"allow_interspersed_args": False})(launch.launch)
 app.command("pod")(pod.pod)
 
 
 @app.callback(invoke_without_command=True)
-def _main(version: bool = typer.Option(False, "--version", help="Print the version and stop.")) -> None:
-    """Labels of varying length on many devices: padded alike, averaged exactly."""
+def _main(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    """Pad labels of varying length alike on all devices, and average losses exactly."""
     if version:
         typer.echo(f"distpad {distpad.__version__}")
         raise typer.Exit

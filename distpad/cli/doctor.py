@@ -1,4 +1,4 @@
-"""``distpad doctor``: what would keep a job from running on these hosts, before it is started."""
+"""``distpad doctor``: find the problems of a set of hosts before a job starts on them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ import distpad
 from distpad.launcher import allocation, spec
 from distpad.preflight import checks, findings, hosts
 
-WIDTH = 100  # where nothing is known of the terminal
+WIDTH = 100  # columns, if the terminal does not report its width
 MARKS = {findings.ERROR: "[bold red]✗[/]", findings.WARNING: "[yellow]![/]"}
-# a row of the summary | where its value stands in the facts
+# row of the summary | function that reads its value from the facts
 ROWS = {
     "Python": lambda facts: facts["python"]["version"],
     "TensorFlow": lambda facts: _tensorflow(facts["engines"].get("tensorflow") or {}),
@@ -40,20 +40,20 @@ ROWS = {
 
 
 def doctor(
-    host: str = typer.Option("", "-H", "--hosts", metavar="HOST:SLOTS,...", help="The hosts to look at. Left out: this machine, or the Slurm allocation."),
-    hostfile: str = typer.Option("", help="The same as a file: a line 'name slots=N' a host."),
-    port: list[int] = typer.Option([], min=1, max=65535, help="A port that has to be free on each host; may be repeated."),
-    code: str = typer.Option("", metavar="FOLDER", help="Compare the Python files in this folder, too."),
-    python: str = typer.Option(sys.executable, help="The Python with distpad in it, on all hosts.", show_default=False),
-    ssh_arg: list[str] = typer.Option([], metavar="ARG", help="A further argument for ssh, such as -p2222; may be repeated."),
-    timeout_s: float = typer.Option(90.0, min=1, help="Seconds for all hosts together."),
+    host: str = typer.Option("", "-H", "--hosts", metavar="HOST:SLOTS,...", help="The hosts to check. Default: this machine, or the Slurm allocation."),
+    hostfile: str = typer.Option("", help="A file with the hosts, one line 'name slots=N' per host."),
+    port: list[int] = typer.Option([], min=1, max=65535, help="A port that must be free on each host. Repeatable."),
+    code: str = typer.Option("", metavar="FOLDER", help="Also compare the Python files in this folder."),
+    python: str = typer.Option(sys.executable, help="The Python that has distpad installed, on all hosts.", show_default=False),
+    ssh_arg: list[str] = typer.Option([], metavar="ARG", help="An extra argument for ssh, such as -p2222. Repeatable."),
+    timeout_s: float = typer.Option(90.0, min=1, help="Time limit for all hosts together, in seconds."),
     as_json: bool = typer.Option(False, "--json", help="Print all facts and findings as JSON, for a bug report."),
 ) -> None:  # fmt: skip
-    """Look for what would keep a job from running, and say what to do.
+    """Check hosts for problems that would keep a job from running, with a remedy for each.
 
-    Versions and builds, GPUs, shared memory, TF_CONFIG; of several hosts also ssh,
-    names, ports, clocks, and whether they have the same software and code.
-    Nothing is changed, and no secret is printed.
+    It checks versions and builds, GPUs, shared memory and TF_CONFIG. With several hosts, it
+    also checks ssh, names, ports and clocks, and compares software and code between them.
+    It changes nothing and prints no secret.
 
     Examples:
 
@@ -63,7 +63,7 @@ def doctor(
 
       distpad doctor --hostfile hosts --json > report.json
 
-    Exit codes: 0 nothing is wrong but for warnings, 1 something is, 2 usage.
+    Exit codes: 0 no error, though perhaps warnings; 1 errors; 2 wrong usage.
     """
     try:
         named = allocation.named(host, hostfile, None, os.environ) or (spec.Host("localhost"),)
@@ -100,16 +100,16 @@ def _ask(
     asked = {"hosts": several, "ports": list(question.ports), "code": question.code}
     waiting = [each.name for each in named]
 
-    def who() -> str:
+    def waiting_for() -> str:
         more = f" and {len(waiting) - 3} more" if len(waiting) > 3 else ""
         return f"waiting for {', '.join(waiting[:3])}{more} ..."
 
-    console = rich.console.Console(stderr=True)  # the status is for people: it is not shown where it is no terminal
-    with console.status(who()) as status:
+    console = rich.console.Console(stderr=True)  # rich shows the status only on a terminal
+    with console.status(waiting_for()) as status:
 
         def answered(name: str) -> None:
             waiting.remove(name)
-            status.update(who())
+            status.update(waiting_for())
 
         return hosts.ask(
             named, asked, python=python, ssh_args=ssh_args, limit_s=timeout_s, environ=os.environ, on_answer=answered
@@ -121,7 +121,7 @@ def _show(answers: Mapping[str, Mapping[str, Any]], found: list[findings.Finding
     facts = {host: answer["facts"] for host, answer in answers.items() if "facts" in answer}
     if facts:
         console.print(_summary(facts))
-    wrong = _together([finding for finding in found if finding.state != findings.OK])
+    wrong = _merged([finding for finding in found if finding.state != findings.OK])
     if wrong:
         console.print(_table(wrong))
     console.print(_verdict(found, len(answers)))
@@ -133,7 +133,7 @@ def _columns() -> int:
 
 
 def _summary(facts: Mapping[str, Mapping[str, Any]]) -> rich.table.Table:
-    """One column where all hosts say the same, and few enough to read."""
+    """The facts as a table. Hosts with equal facts share a column."""
     columns: dict[str, dict[str, str]] = {
         host: {name: _cell(name, each) for name in ROWS} for host, each in facts.items()
     }
@@ -156,7 +156,7 @@ def _summary(facts: Mapping[str, Mapping[str, Any]]) -> rich.table.Table:
 def _cell(name: str, facts: Mapping[str, Any]) -> str:
     try:
         return str(ROWS[name](facts))
-    except KeyError:  # the probe failed, which a finding says
+    except KeyError:  # the probe failed; a finding reports why
         return "?"
 
 
@@ -179,8 +179,8 @@ def _horovod(facts: Mapping[str, Any]) -> str:
     return f"{version}, " + (f"with {', '.join(engine['built_with'])}" if "built_with" in engine else "does not load")
 
 
-def _together(wrong: list[findings.Finding]) -> list[findings.Finding]:
-    """The same on several hosts in one row."""
+def _merged(wrong: list[findings.Finding]) -> list[findings.Finding]:
+    """Merge equal findings of several hosts into one row."""
     rows: dict[findings.Finding, list[str]] = {}
     for finding in wrong:
         rows.setdefault(dataclasses.replace(finding, host=""), []).append(finding.host)
@@ -191,8 +191,8 @@ def _table(wrong: list[findings.Finding]) -> rich.table.Table:
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, leading=1)
     table.add_column("")
     table.add_column("host", overflow="fold", max_width=24)
-    table.add_column("what is wrong", ratio=5, overflow="fold")
-    table.add_column("what to do", ratio=4, overflow="fold")
+    table.add_column("problem", ratio=5, overflow="fold")
+    table.add_column("remedy", ratio=4, overflow="fold")
     for finding in wrong:
         evidence = f"[bold]{finding.what}[/]: {_plain(finding.evidence)}"
         table.add_row(MARKS[finding.state], _plain(finding.host), evidence, _plain(finding.remedy))
@@ -209,8 +209,8 @@ def _verdict(found: list[findings.Finding], number: int) -> str:
         return f"[bold red]{errors} error{'s' * (errors != 1)}[/]{more} ({where})"
     if warnings:
         return f"[yellow]{warnings} warning{'s' * (warnings != 1)}[/], no error ({where})"
-    return f"[green]nothing is wrong[/] ({where})"
+    return f"[green]no problems[/] ({where})"
 
 
 def _plain(text: str) -> str:
-    return text.replace("[", "\\[")  # rich would take brackets for styles
+    return text.replace("[", "\\[")  # rich would read brackets as styles

@@ -15,14 +15,14 @@ from distpad.launcher import allocation, describe, kubernetes, run, spec
 
 DEFAULT: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(spec.Job)}
 FOR_KUBERNETES = ("k8s", "image", "workers", "slots", "gpus", "queue", "namespace")
-FOR_BOTH = ("command", "max_restarts", "config", "dry_run")  # --k8s starts nothing anyway
+FOR_BOTH = ("command", "max_restarts", "config", "dry_run")  # --k8s never starts anything, so --dry-run is redundant
 
 # Typer reads the annotations on Python 3.9, which does not know `X | None`.
 # ruff: noqa: UP045
 
 
 def _read_config(context: typer.Context, path: Optional[pathlib.Path]) -> Optional[pathlib.Path]:
-    """The file's values as defaults, so that what stands on the command line wins."""
+    """Use the file's values as defaults, so that the command line overrides them."""
     if path is None:
         return None
     try:
@@ -44,7 +44,7 @@ def _read_config(context: typer.Context, path: Optional[pathlib.Path]) -> Option
 
 
 def _as_flag(parameter: Any, value: Any) -> Any:
-    """A value of YAML as the command line would have it: a list for what may be repeated, else text."""
+    """Convert a YAML value to its command line form: a list for repeatable flags, else text."""
     several = parameter.multiple or parameter.nargs == -1
     if several and isinstance(value, dict):
         return [f"{name}={text}" for name, text in value.items()]
@@ -57,49 +57,50 @@ def _as_flag(parameter: Any, value: Any) -> Any:
 
 def launch(
     context: typer.Context,
-    command: Optional[list[str]] = typer.Argument(None, metavar="-- COMMAND...", help="What each worker runs.", show_default=False),
+    command: Optional[list[str]] = typer.Argument(None, metavar="-- COMMAND...", help="The command that each worker runs.", show_default=False),
     backend: str = typer.Option(DEFAULT["backend"], help="mirrored (one process), multiworker or horovod.", rich_help_panel="Workers"),
-    np: Optional[int] = typer.Option(None, "-np", "--np", help="How many workers; for mirrored, how many replicas. Left out: the slots of the hosts.", rich_help_panel="Workers"),
-    hosts: str = typer.Option("", "-H", "--hosts", help="Where: host:slots,host:slots,... Left out: this machine, or the Slurm allocation.", rich_help_panel="Workers"),
-    hostfile: str = typer.Option("", help="The same as a file: a line 'name slots=N' a host.", rich_help_panel="Workers"),
-    slots_per_host: Optional[int] = typer.Option(None, min=1, help="For hosts that were given without a number.", rich_help_panel="Workers"),
-    min_np: Optional[int] = typer.Option(None, help="Elastic (Horovod over Gloo): go on with no fewer.", rich_help_panel="Workers"),
-    max_np: Optional[int] = typer.Option(None, help="Elastic: grow to no more.", rich_help_panel="Workers"),
-    host_discovery_script: str = typer.Option("", help="Elastic: prints host:slots, a line a host; asked each second.", rich_help_panel="Workers"),
-    gloo: bool = typer.Option(False, "--gloo", help="Horovod over Gloo, by horovodrun (default).", rich_help_panel="Engine"),
-    mpi: bool = typer.Option(False, "--mpi", help="Horovod over MPI, by mpirun.", rich_help_panel="Engine"),
-    launcher: str = typer.Option("", help="The engine's launcher: horovodrun, mpirun, srun; ssh for the others.", rich_help_panel="Engine"),
-    launcher_arg: list[str] = typer.Option([], metavar="ARG", help="A further argument for it; may be repeated.", rich_help_panel="Engine"),
-    ssh_arg: list[str] = typer.Option([], metavar="ARG", help="A further argument for ssh, such as -p2222; may be repeated.", rich_help_panel="Engine"),
-    network_interface: str = typer.Option("", help="The interface that collectives take, such as eth0.", rich_help_panel="Engine"),
-    port: Optional[int] = typer.Option(None, help="multiworker: the first worker's port on each host. Left out: free ones.", rich_help_panel="Engine"),
-    python: str = typer.Option(DEFAULT["python"], help="The Python with distpad in it, on all hosts.", show_default=False, rich_help_panel="Engine"),
-    env: list[str] = typer.Option([], metavar="NAME", help="A variable that workers on other hosts get, too; may be repeated.", rich_help_panel="Environment"),
-    secret: list[str] = typer.Option([], metavar="NAME=FILE", help="A variable whose value stands in a file; may be repeated.", rich_help_panel="Environment"),
-    cwd: str = typer.Option("", metavar="FOLDER", help="Where the command runs, on all hosts. Left out: this folder.", rich_help_panel="Environment"),
+    np: Optional[int] = typer.Option(None, "-np", "--np", help="Number of workers; for mirrored, number of replicas. Default: the slots of the hosts.", rich_help_panel="Workers"),
+    hosts: str = typer.Option("", "-H", "--hosts", help="The hosts, as host:slots,host:slots,... Default: this machine, or the Slurm allocation.", rich_help_panel="Workers"),
+    hostfile: str = typer.Option("", help="A file with the hosts, one line 'name slots=N' per host.", rich_help_panel="Workers"),
+    slots_per_host: Optional[int] = typer.Option(None, min=1, help="Slots of the hosts that are given without a number.", rich_help_panel="Workers"),
+    min_np: Optional[int] = typer.Option(None, help="Elastic (Horovod over Gloo): minimum number of workers.", rich_help_panel="Workers"),
+    max_np: Optional[int] = typer.Option(None, help="Elastic: maximum number of workers.", rich_help_panel="Workers"),
+    host_discovery_script: str = typer.Option("", help="Elastic: a script that prints one line host:slots per host. It runs once a second.", rich_help_panel="Workers"),
+    gloo: bool = typer.Option(False, "--gloo", help="Horovod over Gloo, started by horovodrun (default).", rich_help_panel="Engine"),
+    mpi: bool = typer.Option(False, "--mpi", help="Horovod over MPI, started by mpirun.", rich_help_panel="Engine"),
+    launcher: str = typer.Option("", help="The engine's launcher: horovodrun, mpirun or srun; ssh for the other engines.", rich_help_panel="Engine"),
+    launcher_arg: list[str] = typer.Option([], metavar="ARG", help="An extra argument for the engine's launcher. Repeatable.", rich_help_panel="Engine"),
+    ssh_arg: list[str] = typer.Option([], metavar="ARG", help="An extra argument for ssh, such as -p2222. Repeatable.", rich_help_panel="Engine"),
+    network_interface: str = typer.Option("", help="The network interface for collectives, such as eth0.", rich_help_panel="Engine"),
+    port: Optional[int] = typer.Option(None, help="multiworker: the first worker's port on each host. Default: free ports.", rich_help_panel="Engine"),
+    python: str = typer.Option(DEFAULT["python"], help="The Python that has distpad installed, on all hosts.", show_default=False, rich_help_panel="Engine"),
+    env: list[str] = typer.Option([], metavar="NAME", help="A variable to pass to workers on other hosts as well. Repeatable.", rich_help_panel="Environment"),
+    secret: list[str] = typer.Option([], metavar="NAME=FILE", help="A variable whose value is read from a file. Repeatable.", rich_help_panel="Environment"),
+    cwd: str = typer.Option("", metavar="FOLDER", help="The command's working directory, on all hosts. Default: the current one.", rich_help_panel="Environment"),
     log_dir: str = typer.Option("", metavar="FOLDER", help="Write FOLDER/attempt-N/rank-N.stdout and .stderr instead of the terminal.", rich_help_panel="Output"),
-    tee: bool = typer.Option(False, "--tee", help="With --log-dir: the terminal, too.", rich_help_panel="Output"),
+    tee: bool = typer.Option(False, "--tee", help="With --log-dir: write to the terminal as well.", rich_help_panel="Output"),
     ranks: str = typer.Option("", metavar="0,2-4", help="Show only these workers on the terminal.", rich_help_panel="Output"),
-    max_restarts: int = typer.Option(DEFAULT["max_restarts"], help="Start again after a failure, at most so often. With --k8s, left out: what k8s/ says.", rich_help_panel="Limits"),
-    backoff_s: float = typer.Option(DEFAULT["backoff_s"], help="Seconds before the first restart; doubles each time, to 60.", rich_help_panel="Limits"),
-    no_retry: list[int] = typer.Option(list(DEFAULT["no_retry"]), metavar="CODE", help="Exit codes after which nothing is started again.", rich_help_panel="Limits"),
-    grace_s: float = typer.Option(DEFAULT["grace_s"], help="Seconds between asking a worker to end and killing it.", rich_help_panel="Limits"),
-    start_timeout_s: float = typer.Option(DEFAULT["start_timeout_s"], help="Seconds in which all workers have to start.", rich_help_panel="Limits"),
-    timeout_s: Optional[float] = typer.Option(None, help="End everything after so many seconds. Left out: never.", rich_help_panel="Limits"),
-    k8s: Optional[str] = typer.Option(None, metavar="KIND", help=f"Print the manifests of a job in Kubernetes, and stop: {', '.join(kubernetes.kinds()) or 'none is installed here'}.", rich_help_panel="Kubernetes"),
+    max_restarts: int = typer.Option(DEFAULT["max_restarts"], help="Maximum number of restarts after failures. Default with --k8s: the value in k8s/.", rich_help_panel="Limits"),
+    backoff_s: float = typer.Option(DEFAULT["backoff_s"], help="Seconds before the first restart; doubles each time, up to 60.", rich_help_panel="Limits"),
+    no_retry: list[int] = typer.Option(list(DEFAULT["no_retry"]), metavar="CODE", help="An exit code after which the job does not restart. Repeatable.", rich_help_panel="Limits"),
+    grace_s: float = typer.Option(DEFAULT["grace_s"], help="Seconds between SIGTERM and SIGKILL for a worker.", rich_help_panel="Limits"),
+    start_timeout_s: float = typer.Option(DEFAULT["start_timeout_s"], help="Seconds within which all workers must start.", rich_help_panel="Limits"),
+    timeout_s: Optional[float] = typer.Option(None, help="Time limit for the whole job, in seconds. Default: none.", rich_help_panel="Limits"),
+    k8s: Optional[str] = typer.Option(None, metavar="KIND", help=f"Print the manifests of a Kubernetes job and exit: {', '.join(kubernetes.kinds()) or 'none is installed here'}.", rich_help_panel="Kubernetes"),
     image: str = typer.Option("", metavar="NAME[:TAG][@DIGEST]", help="The image of all pods.", show_default=False, rich_help_panel="Kubernetes"),
-    workers: Optional[int] = typer.Option(None, help="How many pods train; for mpijob-elastic at most. Left out: what k8s/ says.", rich_help_panel="Kubernetes"),
-    slots: Optional[int] = typer.Option(None, help="Horovod: processes in each pod. Left out: one for each GPU, or one.", rich_help_panel="Kubernetes"),
+    workers: Optional[int] = typer.Option(None, help="Number of pods that train; for mpijob-elastic the maximum. Default: the value in k8s/.", rich_help_panel="Kubernetes"),
+    slots: Optional[int] = typer.Option(None, help="Horovod: processes in each pod. Default: one per GPU, or one.", rich_help_panel="Kubernetes"),
     gpus: int = typer.Option(0, help="GPUs of each pod that trains.", rich_help_panel="Kubernetes"),
-    queue: Optional[str] = typer.Option(None, metavar="NAME", help="Wait in this LocalQueue of Kueue's.", rich_help_panel="Kubernetes"),
-    namespace: Optional[str] = typer.Option(None, metavar="NAME", help="Left out: the one that kubectl applies to.", rich_help_panel="Kubernetes"),
-    config: Optional[pathlib.Path] = typer.Option(None, metavar="FILE.yaml", is_eager=True, callback=_read_config, help="Any of these flags by name, and 'command'. The command line wins."),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Print exactly what would run, secrets hidden, and stop."),
+    queue: Optional[str] = typer.Option(None, metavar="NAME", help="The Kueue LocalQueue in which the job waits.", rich_help_panel="Kubernetes"),
+    namespace: Optional[str] = typer.Option(None, metavar="NAME", help="Default: the namespace that kubectl applies to.", rich_help_panel="Kubernetes"),
+    config: Optional[pathlib.Path] = typer.Option(None, metavar="FILE.yaml", is_eager=True, callback=_read_config, help="A file with any of these flags by name, and 'command'. The command line overrides it."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Print the exact command lines and environments, without secrets, and exit."),
 ) -> None:  # fmt: skip
-    """Start a command on several devices or hosts, and see it through.
+    """Start a command on several devices or hosts, and supervise it to its end.
 
-    It starts workers by their engine's own launcher (horovodrun, mpirun, srun; multiworker has none), passes signals on, and
-    ends with the exit code of the worker that failed first, whose last lines it shows. Nobody outlives it.
+    The engine's own launcher starts the workers (horovodrun, mpirun, srun; multiworker has none). This command forwards
+    signals, shows the last lines of the worker that failed first, and ends with that worker's exit code. No process of
+    the job outlives it.
 
     Examples:
 
@@ -113,17 +114,17 @@ def launch(
 
       distpad launch --k8s jobset --image me/it:7 --workers 4 --gpus 8 -- python train.py --resume | kubectl apply -f -
 
-    With --k8s, the command runs in each pod, or by mpirun or horovodrun; left out, it is the handwriting example. In it,
-    Kubernetes makes $(NAME) the value of the pod's variable NAME, and $$ a $.
+    With --k8s, the command runs in each pod, or under mpirun or horovodrun. Without a command, the job trains the
+    handwriting example. Kubernetes replaces $(NAME) in the command by the pod's variable NAME, and $$ by $.
 
-    Exit codes: the first failing worker's (128 + N where signal N ended it), 2 usage, 3 a host cannot be used, 4 a host
-    was lost, 124 a time limit, 126 or 127 the command cannot be started, 130 and 143 after SIGINT and SIGTERM.
+    Exit codes: that of the worker that failed first (128 + N if signal N ended it), 2 wrong usage, 3 a host cannot be
+    used, 4 a host was lost, 124 time limit, 126 or 127 the command cannot be started, 130 SIGINT, 143 SIGTERM.
     """
     environ = dict(os.environ)
-    if environ.get("PYTHONPATH"):  # agents and engines are started in other folders
+    if environ.get("PYTHONPATH"):  # agents and engines start in other folders
         environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, environ["PYTHONPATH"].split(os.pathsep)))
     try:
-        given = _given(context, k8s)
+        given = _given_parameters(context, k8s)
         if k8s is not None:
             wanted = kubernetes.Job(
                 kind=k8s,
@@ -164,7 +165,7 @@ def launch(
             max_np=max_np,
             host_discovery_script=os.path.abspath(host_discovery_script) if host_discovery_script else "",
             slots_per_host=slots_per_host,
-            python=os.path.abspath(python) if os.sep in python else python,  # agents do not run in this folder
+            python=os.path.abspath(python) if os.sep in python else python,  # agents run in another folder
             cwd=os.path.abspath(cwd or "."),
         )
         if dry_run:
@@ -185,17 +186,21 @@ def _controller(gloo: bool, mpi: bool) -> str:
     return "gloo" if gloo else "mpi" if mpi else ""
 
 
-def _given(context: typer.Context, k8s: Optional[str]) -> set[str]:
-    """What stands on the command line or in the file; refuses flags of jobs in Kubernetes for others, and the reverse."""
+def _given_parameters(context: typer.Context, k8s: Optional[str]) -> set[str]:
+    """Return the names of the parameters that the command line or the file gives.
+
+    Raises:
+      ValueError: flags for Kubernetes without --k8s, or other flags with it.
+    """
     given = {}
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
         if source is not None and source.name != "DEFAULT":
             given[parameter.name or ""] = parameter.opts[0]
-    strangers = given.keys() - {*FOR_BOTH, *FOR_KUBERNETES} if k8s is not None else given.keys() & {*FOR_KUBERNETES}
-    wrong = ", ".join(flag for name, flag in given.items() if name in strangers)
+    mismatched = given.keys() - {*FOR_BOTH, *FOR_KUBERNETES} if k8s is not None else given.keys() & {*FOR_KUBERNETES}
+    wrong = ", ".join(flag for name, flag in given.items() if name in mismatched)
     if wrong and k8s is None:
-        raise ValueError(f"launch: {wrong} without --k8s, expected with it: --k8s KIND, such as jobset.")
+        raise ValueError(f"launch: {wrong} without --k8s, expected --k8s KIND, such as --k8s jobset.")
     if wrong:
         known = ", ".join(f"--{name.replace('_', '-')}" for name in (*FOR_KUBERNETES, *FOR_BOTH[1:]))
         raise ValueError(f"launch: {wrong} with --k8s, expected only {known}. Leave out the others.")

@@ -16,30 +16,30 @@ from distpad.launcher import podrun, sshfiles
 # Typer reads the annotations on Python 3.9, which does not know `X | None`.
 # ruff: noqa: UP045
 
-REGISTER = 1  # pod 0 keeps the register of who is there at the port after TensorFlow's
+REGISTER = 1  # offset from TensorFlow's port to the port of the register of pods, which pod 0 serves
 
 
 def pod(
     kind: str = typer.Argument(..., metavar="KIND", help=" | ".join(pods.KINDS), show_default=False),
-    command: Optional[list[str]] = typer.Argument(None, metavar="-- COMMAND...", help="The training; mpi-worker has none.", show_default=False),
-    port: int = typer.Option(2222, min=1024, max=65534, help="Where TensorFlow listens in each pod, or sshd."),
-    wait_s: float = typer.Option(600.0, min=1, help="Seconds in which the other pods have to be there."),
-    grace_s: float = typer.Option(10.0, min=0, help="Seconds for the training to end by itself when another pod is lost, and after SIGTERM."),
-    finish_s: float = typer.Option(600.0, min=1, help="Seconds for the other workers after this one is done.", rich_help_panel="indexed-job, jobset, trainjob"),
-    keys: pathlib.Path = typer.Option(pathlib.Path("/etc/mpi-ssh"), metavar="FOLDER", help="Where the operator's Secret is mounted.", rich_help_panel="MPI"),
-    private: Optional[pathlib.Path] = typer.Option(None, metavar="FOLDER", help="For the files of ssh and sshd. Left out: /tmp/distpad-ssh-UID.", rich_help_panel="MPI"),
-    hostfile: str = typer.Option("", help=f"Left out: the operator's, {pods.HOSTFILE}.", rich_help_panel="MPI"),
+    command: Optional[list[str]] = typer.Argument(None, metavar="-- COMMAND...", help="The training command; mpi-worker takes none.", show_default=False),
+    port: int = typer.Option(2222, min=1024, max=65534, help="The port of TensorFlow, or of sshd, in each pod."),
+    wait_s: float = typer.Option(600.0, min=1, help="Seconds to wait for the other pods."),
+    grace_s: float = typer.Option(10.0, min=0, help="Seconds for the training to end by itself after another pod is lost, and after SIGTERM."),
+    finish_s: float = typer.Option(600.0, min=1, help="Seconds to wait for the other workers after this one is done.", rich_help_panel="indexed-job, jobset, trainjob"),
+    keys: pathlib.Path = typer.Option(pathlib.Path("/etc/mpi-ssh"), metavar="FOLDER", help="The mount path of the operator's Secret.", rich_help_panel="MPI"),
+    private: Optional[pathlib.Path] = typer.Option(None, metavar="FOLDER", help="For the files of ssh and sshd. Default: /tmp/distpad-ssh-UID.", rich_help_panel="MPI"),
+    hostfile: str = typer.Option("", help=f"Default: the operator's, {pods.HOSTFILE}.", rich_help_panel="MPI"),
     host_discovery_script: str = typer.Option(pods.DISCOVERY, help="For elastic jobs.", rich_help_panel="MPI"),
-    network_interface: str = typer.Option("eth0", help="The interface that collectives take.", rich_help_panel="MPI"),
-    min_np: Optional[int] = typer.Option(None, min=1, help="Elastic: go on with no fewer. Left out: one pod's.", rich_help_panel="MPI"),
-    max_np: Optional[int] = typer.Option(None, min=1, help="Elastic: grow to no more. Left out: all pods'.", rich_help_panel="MPI"),
+    network_interface: str = typer.Option("eth0", help="The network interface for collectives.", rich_help_panel="MPI"),
+    min_np: Optional[int] = typer.Option(None, min=1, help="Elastic: minimum number of workers. Default: those of one pod.", rich_help_panel="MPI"),
+    max_np: Optional[int] = typer.Option(None, min=1, help="Elastic: maximum number of workers. Default: those of all pods.", rich_help_panel="MPI"),
 ) -> None:  # fmt: skip
-    """Run this pod's part of a training job, and end as it does.
+    """Run this pod's part of a training job, and exit with the training's code.
 
-    It finds out which pod this is and which are the others, waits for them, tells
-    the engine, passes SIGTERM on, and exits with the training's code. Pods of
-    MultiWorkerMirroredStrategy are a gang: when one fails or is lost, all end and
-    can be started again, and none succeeds before all have.
+    It derives the names of all pods, waits for the other pods, configures the
+    engine, and forwards SIGTERM. Pods of MultiWorkerMirroredStrategy form a gang:
+    if one pod fails or is lost, all pods end and can be restarted, and no pod
+    succeeds before all have succeeded.
 
     Examples:
 
@@ -49,15 +49,15 @@ def pod(
 
       distpad pod mpi-worker
 
-    Exit codes: the training's, 2 wrong or missing settings, 3 the other pods did
-    not come, 4 another pod failed or was lost, 124 the others did not finish, 126
-    or 127 the command cannot be started, 143 after SIGTERM.
+    Exit codes: the training's, 2 wrong or missing settings, 3 another pod did not
+    start in time, 4 another pod failed or was lost, 124 another pod did not finish
+    in time, 126 or 127 the command cannot be started, 143 SIGTERM.
     """
     try:
         errors.choice("pod", "KIND", kind, pods.KINDS)
         if bool(command) == (kind == "mpi-worker"):
             raise ValueError(
-                "pod: mpi-worker takes no command; all others do, after --: distpad pod KIND -- python train.py."
+                "pod: mpi-worker takes no command; all other kinds take one after --: distpad pod KIND -- python train.py."
             )
         if kind in pods.GANGS:
             code = podrun.work(
@@ -72,15 +72,15 @@ def pod(
                 )
             )
         else:
-            place = private or sshfiles.folder()
-            sshfiles.write(keys, place, port)
+            folder = private or sshfiles.folder()
+            sshfiles.write(keys, folder, port)
             if kind == "mpi-worker":
-                raise typer.Exit(podrun.serve(place, port))
+                raise typer.Exit(podrun.serve(folder, port))
             mpi = pods.Mpi(
                 command=tuple(command or ()),
                 port=port,
-                ssh_config=str(place / "ssh_config"),
-                identity=str(place / "key"),
+                ssh_config=str(folder / "ssh_config"),
+                identity=str(folder / "key"),
                 hostfile=hostfile,
                 discovery=host_discovery_script,
                 network_interface=network_interface,

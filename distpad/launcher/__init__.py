@@ -1,6 +1,7 @@
-"""What ``distpad launch`` does: a job (spec) becomes command lines and environments (render), and is run (run).
+"""The implementation of ``distpad launch``. This package does not import TensorFlow, except builds.py.
 
-On each host an agent serves the workers there, and ends what is left of them; each worker's program runs under a small
-parent of ours (worker). So every engine's job is watched in the same way, whoever started its processes. Nothing here
-imports TensorFlow. For a cluster of Kubernetes it prints manifests and starts nothing (kubernetes).
+spec.py defines a job, render.py turns it into command lines and environments, and run.py runs it. On each host, an
+agent (agent.py) configures the workers and kills leftover processes. Each worker's command runs under a small parent
+process (worker.py). The launcher therefore supervises all engines' jobs alike, whichever program starts the workers.
+For Kubernetes, kubernetes.py prints manifests and starts nothing.
 """

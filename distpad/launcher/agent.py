@@ -1,10 +1,10 @@
-"""A host's agent: gives the workers there their orders, passes on what they say, and ends what is left of the job.
+"""The agent of one host: sends orders to its workers, forwards their messages, and kills leftover processes.
 
     python -m distpad.launcher.agent
 
-The launcher starts one on each host, itself or by ssh or srun, and speaks with it in lines of JSON over standard input
-and output: commands and secrets are on no command line. When the launcher is gone, or is silent for longer
-than times.lost_s, the agent ends the job's processes on its host and itself.
+The launcher starts one agent on each host, directly or by ssh or srun. Both exchange lines of JSON over the agent's
+standard input and output, so that commands and secrets never appear on a command line. If the launcher ends, or sends
+nothing for times.lost_s, the agent ends the job's processes on its host, then itself.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from typing import Any
 from distpad.launcher import render, times
 
 PACKAGES = ("tensorflow", "tensorflow-cpu", "tensorflow-gpu", "keras", "numpy", "horovod", "distpad")
-DAEMONS = ("orted", "prted")  # Open MPI's, which a launcher that is killed may leave
-LIMIT = 1 << 22  # bytes of one message
+DAEMONS = ("orted", "prted")  # Open MPI's, which may outlive a killed launcher
+LIMIT = 1 << 22  # maximum bytes of one message
 
 
 def main() -> None:
-    """Serve until the launcher says that it is over, or is gone."""
-    # Whoever ends the session (a terminal, ssh, scancel) means the workers, who get that too, and tell how they end.
+    """Serve until the launcher sends "end" or is gone."""
+    # A terminal, ssh or scancel signals the whole session. The workers receive the signal too, and report their ends.
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     asyncio.run(Agent().serve())
 
 
 class Agent:
-    """What one host's agent knows."""
+    """The state of one host's agent."""
 
     def __init__(self) -> None:
         self.orders: dict[str, Any] = {}
-        self.workers: dict[asyncio.StreamWriter, dict[str, Any]] = {}  # those that are connected, with their hello
-        self.rank_envs: dict[str, dict[str, str]] = {}  # what one worker alone gets, where an engine starts it
-        self.groups: set[int] = set()  # process groups of commands that were started here
+        self.workers: dict[asyncio.StreamWriter, dict[str, Any]] = {}  # connected workers: their hello messages
+        self.rank_envs: dict[str, dict[str, str]] = {}  # rank: its own variables, if an engine starts the workers
+        self.groups: set[int] = set()  # process groups of the commands on this host
         self.daemons: set[int] = set()
-        self.came: set[int | None] = set()  # the ranks of workers that ever said hello
-        self.watchers: list[asyncio.Future[None]] = []  # of workers that no engine started
+        self.connected: set[int | None] = set()  # the ranks of all workers that have connected so far
+        self.watchers: list[asyncio.Future[None]] = []  # of workers that the agent itself started
         self.launcher: asyncio.StreamWriter
 
     async def serve(self) -> None:
@@ -58,7 +58,7 @@ class Agent:
             folder = pathlib.Path(self.orders["folder"])
             folder.mkdir(mode=0o700, exist_ok=True)
             if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o077:
-                raise OSError(f"{folder} belongs to somebody else, or is open to others")
+                raise OSError(f"{folder} belongs to another user, or is open to others")
             path = folder / f"{socket.gethostname()}.sock"
             server = await asyncio.start_unix_server(self._worker, path, limit=LIMIT)
             self.send(is_="ready", **facts(self.orders["hosts"]))
@@ -73,12 +73,12 @@ class Agent:
                 server.close()
             if folder:
                 path.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # two hosts of a test may share it
+                with contextlib.suppress(OSError):  # two hosts of a test may share the folder
                     folder.rmdir()
             await self._flush()
 
     async def _standard_streams(self) -> asyncio.StreamReader:
-        """Both as streams that never block: a launcher that is cut off must not keep the agent from ending its job."""
+        """Open both as streams that never block, so that the agent ends its job even if the launcher is cut off."""
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader(limit=LIMIT)
         await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin.buffer)
@@ -93,7 +93,7 @@ class Agent:
             await asyncio.wait_for(self.launcher.drain(), 1)
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
-        """Do what the launcher says, until it says "end", or is gone."""
+        """Handle the launcher's messages until it sends "end" or is gone."""
         with contextlib.suppress(asyncio.TimeoutError):
             while line := await asyncio.wait_for(reader.readline(), times.here().lost_s):
                 message = json.loads(line)
@@ -108,9 +108,9 @@ class Agent:
                 elif what == "start":
                     await self._start(message["env"])
                 elif what == "signal":
-                    self._tell(do="signal", number=message["number"])
+                    self._send_workers(do="signal", number=message["number"])
                 elif what == "leave":
-                    self._tell(do="leave")
+                    self._send_workers(do="leave")
 
     async def _beat(self) -> None:
         while True:
@@ -120,7 +120,7 @@ class Agent:
     async def _start(self, env: dict[str, str]) -> None:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "distpad.launcher.worker", self.orders["folder"]),
-            # An agent that srun started is itself a task of a step, of one: its workers are not.
+            # Under srun, the agent is a task of a step of its own. Its workers are not part of that step.
             env={**{k: v for k, v in os.environ.items() if not render.MEMBERSHIP.fullmatch(k)}, **env},
             stdin=asyncio.subprocess.DEVNULL,
             start_new_session=True,
@@ -129,13 +129,13 @@ class Agent:
         self.watchers.append(asyncio.ensure_future(self._watch(process, rank)))
 
     async def _watch(self, process: asyncio.subprocess.Process, rank: int) -> None:
-        """Say so where a worker ends that never came to us; what it wrote has gone to the launcher as our own."""
+        """Report the exit of a worker that never connected. Its output has reached the launcher as the agent's own."""
         code = await process.wait()
-        if rank not in self.came:
+        if rank not in self.connected:
             self.send(is_="exit", rank=rank, code=code if code >= 0 else 128 - code)
 
     async def _worker(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One worker's connection: its orders, then what it says."""
+        """Serve one worker's connection: send its orders, then forward its messages."""
         hello: dict[str, Any] = {}
         ended, group = False, 0
         try:
@@ -143,7 +143,7 @@ class Agent:
                 message = json.loads(line)
                 if message["is"] == "hello":
                     hello = self.workers[writer] = message
-                    self.came.add(message["rank"])
+                    self.connected.add(message["rank"])
                     self._remember_daemon(message["parent"])
                     own = self.rank_envs.get(str(message["rank"]), {})
                     orders = {**self.orders, "env": {**self.orders["env"], **own}}
@@ -153,12 +153,12 @@ class Agent:
                     self.groups.add(group)
                 elif message["is"] == "exit":
                     ended = True
-                    self.groups.discard(group)  # its parent has killed it, and the number may soon be somebody else's
+                    self.groups.discard(group)  # its parent has killed it; the system may reuse the number
                 self.send(**{"rank": hello.get("rank"), **message})
-                with contextlib.suppress(OSError):  # nobody reads without a launcher; the grace stays
-                    await self.launcher.drain()  # a command that writes faster than the launcher reads waits
+                with contextlib.suppress(OSError):  # the launcher is gone; the worker still gets its grace period
+                    await self.launcher.drain()  # slow down a command that writes faster than the launcher reads
         except (OSError, ValueError):
-            pass  # it was killed, perhaps in the middle of a line: as if it had left
+            pass  # the worker was killed, perhaps in the middle of a line
         if not ended:
             self.send(is_="gone", rank=hello.get("rank"))
         self.workers.pop(writer, None)
@@ -169,14 +169,14 @@ class Agent:
             if pathlib.Path(f"/proc/{pid}/comm").read_text().strip() in DAEMONS:
                 self.daemons.add(pid)
 
-    def _tell(self, **message: Any) -> None:
+    def _send_workers(self, **message: Any) -> None:
         for writer in self.workers:
             writer.write(json.dumps(message).encode() + b"\n")
 
     async def end(self) -> None:
-        """End the job's processes here: first they are asked, then they are killed, and so is what they left."""
-        self._tell(do="leave")
-        self._tell(do="signal", number=signal.SIGTERM)
+        """End the job's processes on this host: send SIGTERM, wait for the grace period, kill the rest."""
+        self._send_workers(do="leave")
+        self._send_workers(do="signal", number=signal.SIGTERM)
         clock = asyncio.get_running_loop()
         deadline = clock.time() + self.orders["grace_s"]
         while self.workers and clock.time() < deadline:
@@ -185,7 +185,7 @@ class Agent:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(group, signal.SIGKILL)
         deadline = clock.time() + 1
-        while self.workers and clock.time() < deadline:  # they still tell how their commands ended
+        while self.workers and clock.time() < deadline:  # workers still report how their commands ended
             await asyncio.sleep(0.02)
         left = sweep(self.orders["job"], self.daemons)
         self.send(is_="swept", left=left)
@@ -195,7 +195,7 @@ class Agent:
 
 
 def facts(hosts: list[str]) -> dict[str, Any]:
-    """What the launcher compares between hosts before it starts anything."""
+    """The facts that the launcher compares between hosts before a job starts."""
     versions = {"Python": ".".join(platform.python_version_tuple()[:2])}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -209,27 +209,27 @@ def facts(hosts: list[str]) -> dict[str, Any]:
 
 
 def interfaces() -> dict[str, list[str]]:
-    """This host's network interfaces, and the addresses that each has."""
+    """The addresses of each network interface of this host."""
     import psutil
 
     return {name: [each.address for each in found] for name, found in psutil.net_if_addrs().items()}
 
 
 def resolve(name: str) -> list[str]:
-    """The addresses of a host's name as this host sees them; none where it does not know it."""
+    """The addresses to which this host resolves a name; empty if it does not resolve."""
     with contextlib.suppress(OSError):
         return sorted({str(found[4][0]) for found in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)})
     return []
 
 
 def find_ports(count: int, first: int | None) -> dict[str, Any]:
-    """Free ports: any, all held until the last is found, or ``count`` of them from ``first``."""
+    """Find ``count`` free ports: consecutive ones from ``first``, or any. All stay bound until the last is found."""
     wanted = [0] * count if first is None else list(range(first, first + count))
     held, found = [], []
     try:
         for port in wanted:
             held.append(socket.socket())
-            # as gRPC does it: a port that only waits for its last packets is free
+            # as gRPC does: a port in TIME_WAIT counts as free
             held[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             held[-1].bind(("", port))
             found.append(held[-1].getsockname()[1])
@@ -242,10 +242,10 @@ def find_ports(count: int, first: int | None) -> dict[str, Any]:
 
 
 def sweep(job: str, daemons: set[int]) -> list[str]:
-    """Kill what is left of the job on this host, wherever it fled: its processes carry the job's number.
+    """Kill leftover processes of the job on this host. All of them carry the job's id in their environment.
 
     Returns:
-      the command lines of what was found.
+      The programs of the processes that were found.
     """
     import psutil
 
@@ -268,7 +268,7 @@ def sweep(job: str, daemons: set[int]) -> list[str]:
 
 
 def network(pid: int | str) -> str:
-    """The network that a process is in: hosts of a test are networks of one machine."""
+    """The network namespace of a process. In tests, hosts are network namespaces of one machine."""
     try:
         return os.readlink(f"/proc/{pid}/ns/net")
     except OSError:

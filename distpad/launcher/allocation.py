@@ -1,4 +1,4 @@
-"""The hosts that a command line names, or that the Slurm allocation has in which this process runs."""
+"""The hosts of a job: from the command line, or from the Slurm allocation of this process."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from distpad.launcher import nodelist, spec
 
 
 def named(listed: str, hostfile: str, slots_per_host: int | None, environ: Mapping[str, str]) -> tuple[spec.Host, ...]:
-    """The hosts of ``-H`` or ``--hostfile``; without either those of the allocation, or none.
+    """Return the hosts of ``-H`` or ``--hostfile``; by default those of the allocation, or none.
 
     Raises:
-      ValueError: both are given, or what is given is malformed.
+      ValueError: both are given, or one is malformed.
     """
     if listed and hostfile:
         raise ValueError("launch: both -H and --hostfile are given, expected one of them.")
@@ -26,11 +26,11 @@ def named(listed: str, hostfile: str, slots_per_host: int | None, environ: Mappi
 
 
 def hosts(environ: Mapping[str, str], slots_per_host: int | None = None) -> tuple[spec.Host, ...]:
-    """The nodes, each with as many slots as the job has tasks there.
+    """Return the allocation's nodes. Each has as many slots as the job has tasks there.
 
     Args:
       environ: Slurm's variables.
-      slots_per_host: instead of Slurm's numbers of tasks.
+      slots_per_host: overrides Slurm's numbers of tasks.
 
     Raises:
       ValueError: Slurm's variables are missing or malformed.
@@ -38,7 +38,7 @@ def hosts(environ: Mapping[str, str], slots_per_host: int | None = None) -> tupl
     nodes = environ.get("SLURM_JOB_NODELIST", "")
     if not nodes:
         raise ValueError(
-            "launch: SLURM_JOB_ID is set, but SLURM_JOB_NODELIST is not, expected both. Give the hosts by -H."
+            "launch: SLURM_JOB_ID is set, but SLURM_JOB_NODELIST is not, expected both. Give the hosts with -H."
         )
     names = _ask_scontrol(nodes) or nodelist.slurm_hostnames(nodes)
     tasks = environ.get("SLURM_TASKS_PER_NODE", "1")
@@ -51,7 +51,7 @@ def hosts(environ: Mapping[str, str], slots_per_host: int | None = None) -> tupl
 
 
 def _ask_scontrol(nodes: str) -> list[str]:
-    """What Slurm itself makes of a list of nodes; nothing where it cannot be asked, as in a container."""
+    """Expand a list of nodes with scontrol; empty if scontrol is not available, as in a container."""
     try:
         asked = ["scontrol", "show", "hostnames", nodes]
         found = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True)

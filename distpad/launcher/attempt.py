@@ -1,4 +1,4 @@
-"""One start of all workers: agents first, then workers; watching until all are done, or one fails; leaving nobody."""
+"""One attempt to run a job: start the agents, then the workers; wait until all are done or one fails; end the rest."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from distpad.launcher import crew, discovery, hostcheck, output, render, spec, times
-from distpad.launcher.outcomes import HOST, LOST, TIME, Ended, Outcome, say
+from distpad.launcher.outcomes import HOST, LOST, TIME, Ended, Outcome, log
 
-EVENTS = 4096  # that wait to be taken; then whoever writes them waits, back to the workers
+EVENTS = 4096  # capacity of the queue; a full queue slows the workers down
 
 
 class Attempt:
-    """One start of all workers."""
+    """One attempt to run a job."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Attempt:
         limit: float | None,
     ) -> None:
         self.job, self.number, self.environ, self.secrets, self.mpi = job, number, environ, secrets, mpi
-        self.received = received  # signals, which may be more while this runs
+        self.received = received  # signals; the list may grow during the attempt
         self.limit = limit
         self.times = times.here()
         self.output = output.Output(job, number)
@@ -51,7 +51,7 @@ class Attempt:
         self.swept: set[str] = set()
         self.ending = False
         self.discovery: discovery.Discovery | None = None
-        self.signalled = 0  # how many of the received signals were passed on
+        self.signalled = 0  # number of received signals when they were forwarded
         self.over = threading.Event()
 
     def run(self) -> Outcome:
@@ -78,8 +78,8 @@ class Attempt:
         where = ", ".join(f"{host.name}:{host.slots}" for host in job.used_hosts)
         count = f"{job.workers} worker{'s' * (job.workers > 1)} ({where})"
         if job.elastic:
-            count = f"{job.min_np} to {job.max_np} workers, of the hosts that there will be,"
-        say(f"starting {job.command[0]} on {count}{by}")
+            count = f"{job.min_np} to {job.max_np} workers on discovered hosts"
+        log(f"starting {job.command[0]} on {count}{by}")
         if job.elastic:
             self.discover()
         else:
@@ -96,7 +96,7 @@ class Attempt:
         if argv:
             for host in () if job.elastic else job.used_hosts:  # an elastic job's ranks change
                 mine = {p.rank: render.rank_env(job, p, self.ports) for p in job.places if p.host == host}
-                self.agents[host.name].tell(do="ranks", envs=mine)
+                self.agents[host.name].send(do="ranks", envs=mine)
             try:
                 self.engine = crew.Engine("", argv, render.engine_env(job, self.environ), self.events)
             except OSError as error:
@@ -104,7 +104,7 @@ class Attempt:
         else:
             self.start_workers()
         if not job.elastic:
-            self.until(  # one that has failed already is why others may never come
+            self.until(  # after a failure, other workers may never start
                 lambda: self.failures or len(self.started) == job.workers, job.start_timeout_s, self.missing_workers
             )
 
@@ -116,12 +116,12 @@ class Attempt:
         except OSError as error:
             why = f"{host.name} cannot be used: {argv[0]} cannot be started here: {error.strerror}"
             raise Ended(Outcome(HOST, f"nothing was started. {why}", may_retry=False)) from error
-        agent.heard = time.monotonic() + self.job.start_timeout_s
+        agent.last_heard = time.monotonic() + self.job.start_timeout_s
         self.agents[host.name] = agent
-        agent.tell(**orders)
+        agent.send(**orders)
 
     def find_interface(self) -> str:
-        """Of a job over Gloo that names none; an elastic job's hosts are taken to be like those that came first."""
+        """Find the interface of a job over Gloo. An elastic job assumes that later hosts resemble its first ones."""
         elsewhere = {name: each for name, each in list(self.facts.items()) if name not in spec.LOCAL}
         if not (elsewhere if self.job.elastic else self.job.crosses_hosts):
             return "lo"
@@ -131,33 +131,33 @@ class Attempt:
         return found
 
     def find_ports(self) -> None:
-        """For TF_CONFIG, on each host."""
+        """Find the ports of TF_CONFIG on each host."""
         job = self.job
         if job.backend == "multiworker":
             for host in job.used_hosts:
                 first = None if job.port is None else job.port
                 count = sum(place.host == host for place in job.places)
-                self.agents[host.name].tell(do="ports", count=count, first=first)
+                self.agents[host.name].send(do="ports", count=count, first=first)
             self.until(lambda: len(self.ports) == len(self.agents), job.start_timeout_s, self.silent_hosts)
 
     def start_workers(self) -> None:
-        """Where the engine has no launcher, the agents start the workers."""
+        """Let the agents start the workers, if the engine has no launcher of its own."""
         job = self.job
         for place in job.places:
-            self.agents[place.host.name].tell(do="start", env=render.rank_env(job, place, self.ports))
+            self.agents[place.host.name].send(do="start", env=render.rank_env(job, place, self.ports))
 
     def discover(self) -> None:
-        """For elastic jobs: an agent for each host that is found, as long as the job runs."""
+        """Start the discovery of an elastic job's hosts, which adds an agent for each new host."""
         pathlib.Path(render.folder(self.job)).mkdir(mode=0o700)
-        self.discovery = discovery.Discovery(self.job, render.hosts_file(self.job), self.welcome_host)
+        self.discovery = discovery.Discovery(self.job, render.hosts_file(self.job), self.is_ready)
         try:
             self.discovery.start()
         except ValueError as error:
             raise Ended(Outcome(HOST, f"nothing was started. {error}", may_retry=False)) from error
         self.until(lambda: bool(self.facts), self.job.start_timeout_s, self.silent_hosts)
 
-    def welcome_host(self, host: spec.Host) -> bool:
-        """Have an agent on a host; whether it is ready. (Called by another thread.)"""
+    def is_ready(self, host: spec.Host) -> bool:
+        """Start an agent on a host unless it has one, and return whether it is ready. Called by another thread."""
         name = "localhost" if host.is_here else host.name
         agent = self.agents.get(name)
         if not self.ending and (agent is None or agent.process.poll() is not None):
@@ -169,7 +169,7 @@ class Attempt:
 
     def silent_hosts(self) -> Outcome:
         if not self.agents:
-            why = "no hosts were found: what --host-discovery-script prints names none"
+            why = "no hosts were found: the output of --host-discovery-script is empty"
             return Outcome(HOST, f"nothing was started. {why}", may_retry=False)
         silent = [host for host in self.agents if host not in self.facts] or sorted({*self.agents} - {*self.ports})
         wrote = list(self.agents[silent[0]].wrote)
@@ -184,12 +184,12 @@ class Attempt:
     # -- watching -----------------------------------------------------------------------------------------------------
 
     def watch(self) -> Outcome:
-        """Wait until all workers are done. After a first failure the others have some time to say what they saw."""
+        """Wait until all workers are done. After a first failure, the others have time to report their own errors."""
         job = self.job
         if job.elastic:
             self.until(lambda: self.engine_code is not None, None, None)
             if self.engine_code:
-                failed = [rank for rank in self.failures if self.ends.get(rank)]  # others have come in their place
+                failed = [rank for rank in self.failures if self.ends.get(rank)]  # replaced workers do not count
                 rank = failed[-1] if failed else None
                 code = self.engine_code if self.engine_code > 0 else 128 - self.engine_code
                 code = code if rank is None else self.ends[rank]
@@ -197,7 +197,7 @@ class Attempt:
             return Outcome(0)
         self.until(lambda: self.failures or len(self.ends) == job.workers, None, None)
         if self.failures:
-            with contextlib.suppress(Ended):  # the first failure is what counts; a lost host is what made it
+            with contextlib.suppress(Ended):  # the first failure counts, unless a lost host caused it
                 self.until(
                     lambda: len(self.ends) == job.workers,
                     min(job.grace_s, self.times.own_error_s),
@@ -216,7 +216,7 @@ class Attempt:
         return Outcome(0)
 
     def until(self, done: Callable[[], Any], limit_s: float | None, otherwise: Callable[[], Outcome] | None) -> None:
-        """Take events until ``done``; after ``limit_s`` seconds end with the outcome that ``otherwise`` makes."""
+        """Handle events until ``done``. After ``limit_s`` seconds, end with the outcome that ``otherwise`` returns."""
         end = None if limit_s is None else time.monotonic() + limit_s
         look = 0.0
         while not done():
@@ -225,7 +225,7 @@ class Attempt:
             now = time.monotonic()
             if now < look:
                 continue
-            look = now + times.POLL_S  # also while events keep coming, as of workers that never stop writing
+            look = now + times.POLL_S  # also under a steady flow of events
             if not self.ending:
                 self.pass_signals_on()
                 self.look_for_lost_hosts(now)
@@ -238,13 +238,12 @@ class Attempt:
                 raise Ended(otherwise())
 
     def ping(self) -> None:
-        """Let the agents know that somebody is here, also while a terminal that stands still keeps all else waiting.
-        (Runs in a thread of its own.)"""
+        """Send signs of life to the agents. Runs in a thread of its own, since a stopped terminal blocks the others."""
         while not self.over.wait(self.times.ping_s):
-            self.tell_all(do="ping")
+            self.send_all(do="ping")
 
     def take(self, event: crew.Event) -> None:
-        """Learn from one event."""
+        """Handle one event."""
         host, message = event
         what, rank = message["is"], message.get("rank")
         if what == "line":
@@ -256,35 +255,33 @@ class Attempt:
                 raise Ended(Outcome(HOST, hostcheck.taken(host, message["taken"], message["why"]), may_retry=False))
             self.ports[host] = message["ports"]
         elif what == "hello":
-            self.welcome(host, message)
+            self.take_hello(host, message)
         elif what in ("exit", "gone"):
             self.take_end(host, rank, message.get("code", 128 + signal.SIGKILL))
         elif what == "swept":
             self.swept.add(host)
             if message["left"]:
-                say(f"ended on {host} what the job had left: {', '.join(message['left'])}")
+                log(f"killed leftover processes on {host}: {', '.join(message['left'])}")
         elif what in ("closed", "broken") and host:
             self.take_close(host, message)
         elif what == "closed":
             self.engine_code, self.engine_ended = message["code"], time.monotonic()
 
-    def welcome(self, host: str, message: Mapping[str, Any]) -> None:
-        """A worker has started: is the world the one that was asked for?"""
+    def take_hello(self, host: str, message: Mapping[str, Any]) -> None:
+        """Compare the rank, world size and host of a worker that has started with the job's topology."""
         job, rank, size = self.job, message["rank"], message["size"]
         if not job.elastic:
             places = {place.rank: place.host.name for place in job.places}
-            told = f"{job.launcher} started a worker on {host} as rank {rank} of {size or 'an unknown number'}"
+            found = f"{job.launcher} started a worker on {host} as rank {rank} of {size or 'an unknown number'}"
             if rank is None or (size is not None and size != job.workers) or rank in self.started:
-                why = f"{job.workers} workers were asked for, but {told}: that would be several jobs instead of one"
+                why = f"expected {job.workers} workers, but {found}: the workers would form several jobs"
                 raise Ended(Outcome(HOST, why, shows_launcher=True, may_retry=False))
             if job.backend == "multiworker" and places[rank] != host:  # its TF_CONFIG has another host's address
-                why = (
-                    f"worker {rank} was to run on {places[rank]}, but {told}: give the hosts in {job.launcher}'s order"
-                )
+                why = f"expected worker {rank} on {places[rank]}, but {found}. Give the hosts in {job.launcher}'s order"
                 raise Ended(Outcome(HOST, why, shows_launcher=True, may_retry=False))
             planned = list(places.values())
             if sorted([*self.started.values(), host]).count(host) > planned.count(host):
-                why = f"{planned.count(host)} workers were to run on {host}, but {told}, one more than that"
+                why = f"expected {planned.count(host)} workers on {host}, but {found}, one too many"
                 raise Ended(Outcome(HOST, why, shows_launcher=True, may_retry=False))
         if rank is not None:
             self.started[rank] = host
@@ -294,12 +291,12 @@ class Attempt:
         if rank is None or rank in self.ends:
             return
         self.ends[rank] = code
-        self.started.setdefault(rank, host)  # or it ended before it had come
-        if code and not self.ending:  # what it gets from us at the end is no failure of its own
+        self.started.setdefault(rank, host)  # it may have ended before it connected
+        if code and not self.ending:  # once the job ends, exit codes are no failures
             self.failures.append(rank)
 
     def take_close(self, host: str, message: Mapping[str, Any]) -> None:
-        """An agent has ended, which it should not before it is told."""
+        """Handle the end of an agent, which is an error before the job ends."""
         agent = self.agents[host]
         if self.ending or self.job.elastic:
             self.swept.add(host)  # a host may leave an elastic job
@@ -313,11 +310,11 @@ class Attempt:
 
     def look_for_lost_hosts(self, now: float) -> None:
         for host, agent in list(self.agents.items()):
-            if now > agent.heard + self.times.agent_lost_s and host not in self.lost:
+            if now > agent.last_heard + self.times.agent_lost_s and host not in self.lost:
                 self.lose(host)
 
     def look_for_early_end(self, now: float) -> None:
-        """The engine's launcher may be heard to end before its workers are, which tell it by way of their agents."""
+        """Fail if the engine's launcher ended, but its workers did not report their ends within a short time."""
         if self.engine_code is None or self.job.elastic or now < self.engine_ended + times.WORKERS_HEARD_S:
             return
         if not self.failures and len(self.ends) < self.job.workers:
@@ -338,14 +335,14 @@ class Attempt:
         )
 
     def pass_signals_on(self) -> None:
-        """The workers get the signals that the launcher got, and the grace to do something about them."""
+        """Forward received signals to the workers, and give them the grace period to react."""
         if not self.received:
             return
         number = self.received[0]
-        say(f"got {signal.Signals(number).name}: passing it on")
+        log(f"got {signal.Signals(number).name}: forwarding it to the workers")
         self.signalled = len(self.received)
-        self.tell_all(do="leave")
-        self.tell_all(do="signal", number=number)
+        self.send_all(do="leave")
+        self.send_all(do="signal", number=number)
         self.ending = True
         end = time.monotonic() + self.job.grace_s
         while self.running() and time.monotonic() < end and len(self.received) == self.signalled:
@@ -355,15 +352,15 @@ class Attempt:
     # -- ending -------------------------------------------------------------------------------------------------------
 
     def end(self) -> None:
-        """Leave nobody: workers are asked, then killed; the engine's launcher may clean up; the agents sweep."""
+        """End all processes: SIGTERM and SIGKILL for the workers, then the engine's launcher, then the agents."""
         self.ending = True
         if self.discovery is not None:
             self.discovery.end()
-        self.tell_all(do="leave")
-        self.tell_all(do="signal", number=signal.SIGTERM)
-        grace_s = 0 if self.received else self.job.grace_s  # they had it, unless a second signal cut it short
+        self.send_all(do="leave")
+        self.send_all(do="signal", number=signal.SIGTERM)
+        grace_s = 0 if self.received else self.job.grace_s  # it has passed already, unless a second signal cut it short
         self.wait_for(lambda: not self.running(), grace_s)
-        self.tell_all(do="signal", number=signal.SIGKILL)
+        self.send_all(do="signal", number=signal.SIGKILL)
         self.wait_for(lambda: not self.running(), times.KILLED_S)
         if self.engine is not None:
             for number, seconds in (
@@ -374,7 +371,7 @@ class Attempt:
                 if number and self.engine_code is None:
                     self.engine.kill(number)
                 self.wait_for(lambda: self.engine_code is not None, seconds)
-        self.tell_all(do="end", grace_s=0)
+        self.send_all(do="end", grace_s=0)
         self.wait_for(lambda: set(self.agents) <= self.swept | self.lost, times.SWEPT_S)
         for agent in list(self.agents.values()):
             with contextlib.suppress(OSError):
@@ -389,7 +386,7 @@ class Attempt:
             os.rmdir(render.folder(self.job))
 
     def running(self) -> set[int]:
-        """The ranks of which somebody could still tell how they end."""
+        """The ranks that have started, have not ended, and are not on a lost host."""
         return {rank for rank, host in self.started.items() if rank not in self.ends and host not in self.lost}
 
     def wait_for(self, done: Callable[[], bool], seconds: float) -> None:
@@ -401,12 +398,12 @@ class Attempt:
         with contextlib.suppress(queue.Empty, Ended):
             self.take(self.events.get(timeout=times.POLL_S))
 
-    def tell_all(self, **message: Any) -> None:
+    def send_all(self, **message: Any) -> None:
         for host, agent in list(self.agents.items()):
             if host not in self.lost:
-                agent.tell(**message)
+                agent.send(**message)
 
-    # -- telling ------------------------------------------------------------------------------------------------------
+    # -- reporting ----------------------------------------------------------------------------------------------------
 
     def failure(self, rank: int | None, which: str) -> str:
         if rank is None:
@@ -419,22 +416,22 @@ class Attempt:
         return f"worker {rank} on {self.started[rank]} failed {which} ({how})"
 
     def summarise(self, outcome: Outcome, seconds: float) -> None:
-        """The culprit, the last that it wrote, and where the rest is."""
+        """Report the worker that failed first, its last lines, and the folder of all output."""
         if not outcome.code:
-            say(f"done in {seconds:.0f} s")
+            log(f"done in {seconds:.0f} s")
             return
-        say(f"{outcome.why}, after {seconds:.1f} s")
+        log(f"{outcome.why}, after {seconds:.1f} s")
         rank = outcome.rank
         lines = list(self.output.last.get(rank, [])) if rank is not None or outcome.shows_launcher else []
-        if rank is not None and not lines:  # it may have ended before it had come; then it wrote as its agent
+        if rank is not None and not lines:  # it may have ended before it connected; its output then came from its agent
             lines = list(self.agents[self.started[rank]].wrote)
         if lines:
-            say(f"the last that {f'worker {outcome.rank}' if outcome.rank is not None else self.job.launcher} wrote:")
+            log(f"last lines of {f'worker {outcome.rank}' if outcome.rank is not None else self.job.launcher}:")
             for line in lines:
-                say(f"  | {line}")
+                log(f"  | {line}")
         failed = [rank for rank in dict.fromkeys(self.failures) if rank != outcome.rank and rank in self.ends]
         others = [f"worker {rank} (exit code {self.ends[rank]})" for rank in failed]
         if others and outcome.rank is not None:
-            say(f"then failed: {', '.join(others)}")
+            log(f"then failed: {', '.join(others)}")
         if self.output.folder:
-            say(f"what all of them wrote: {self.output.folder}")
+            log(f"full output: {self.output.folder}")

@@ -1,8 +1,9 @@
-"""What TensorFlow and Horovod were built for. A program of its own, since loading either may end its process:
+"""Print the build options of TensorFlow and Horovod, one line of JSON each.
 
     python -m distpad.launcher.builds
 
-prints a line of JSON for each as soon as it is known. Nothing is initialised that other processes would notice.
+This is a separate program, since loading a broken build may crash its process. It initialises nothing that affects
+other processes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import tensorflow as tf
 
 
 def main() -> None:
-    """Print what was found."""
+    """Print both lines, each as soon as it is known."""
     print(json.dumps({"tensorflow": _tensorflow()}), flush=True)
     print(json.dumps({"horovod": _horovod()}), flush=True)
 
@@ -33,7 +34,7 @@ def _tensorflow() -> dict[str, Any]:
 
 
 def _horovod() -> dict[str, Any] | None:
-    """None where it is not installed."""
+    """Horovod's operations, or the error of loading it; None if it is not installed."""
     try:
         importlib.metadata.version("horovod")
     except importlib.metadata.PackageNotFoundError:
@@ -43,7 +44,7 @@ def _horovod() -> dict[str, Any] | None:
 
         operations = {"gloo": hvd.gloo_built, "mpi": hvd.mpi_built, "nccl": hvd.nccl_built, "ccl": hvd.ccl_built}
         return {"built_with": [name for name, built in operations.items() if built()]}
-    except Exception as error:  # of whatever kind: it does not load
+    except Exception as error:  # any error means that it does not load
         return {"error": str(error).strip() or type(error).__name__}
 
 

@@ -1,5 +1,7 @@
-"""The processes that the launcher starts: an agent for each host, and the engine's own launcher. What they say comes
-through one queue."""
+"""The processes that the launcher starts: one agent per host, and the engine's own launcher.
+
+Their messages and output arrive in one queue of events.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +24,17 @@ from distpad.launcher import worker
 
 
 class Event(NamedTuple):
-    """Something that was said: by a host's agent, or by the engine's launcher (no host)."""
+    """A message from a host's agent, or from the engine's launcher (empty host)."""
 
     host: str
     message: dict[str, Any]
 
 
 def spawn(argv: Sequence[str], env: Mapping[str, str], *, dies_with_us: bool) -> subprocess.Popen[bytes]:
-    """A program out of the terminal's reach: Ctrl-C is ours to pass on. Its folder is the root, since horovodrun puts
-    the name of the current one unquoted into a shell's line."""
+    """Start a program in a session of its own, so that Ctrl-C reaches the launcher alone, which forwards it.
+
+    The working directory is /, since horovodrun inserts its name unquoted into a shell command.
+    """
     libc = ctypes.CDLL(None)
     tie = functools.partial(libc.prctl, worker.PR_SET_PDEATHSIG, signal.SIGKILL) if dies_with_us else None
     return subprocess.Popen(
@@ -46,47 +50,52 @@ def spawn(argv: Sequence[str], env: Mapping[str, str], *, dies_with_us: bool) ->
 
 
 class Member:
-    """One of those processes. Threads read it; ``closed`` is the last that is said of it."""
+    """One process. Threads read its output; the event ``closed`` is its last."""
 
-    dies_with_us = False  # an agent sees for itself that we are gone, and ends the job on its host
+    dies_with_us = False  # an agent notices itself that the launcher is gone, and ends the job on its host
 
     def __init__(self, host: str, argv: Sequence[str], env: Mapping[str, str], events: queue.Queue[Event]) -> None:
         self.host = host
         self.events = events
         self.process = spawn(argv, env, dies_with_us=self.dies_with_us)
-        self.wrote: collections.deque[str] = collections.deque(maxlen=20)  # to standard error, or what was no message
+        self.wrote: collections.deque[str] = collections.deque(
+            maxlen=20
+        )  # lines on standard error, and lines that are no messages
         self.lock = threading.Lock()
         self.readers = [
-            threading.Thread(target=self._read, args=(pipe, understand), daemon=True)
-            for pipe, understand in ((self.process.stdout, self.understand), (self.process.stderr, self.remark))
+            threading.Thread(target=self._read, args=(pipe, handle_output), daemon=True)
+            for pipe, handle_output in (
+                (self.process.stdout, self.handle_output),
+                (self.process.stderr, self.handle_text),
+            )
         ]
         for reader in self.readers:
             reader.start()
         threading.Thread(target=self._wait, daemon=True).start()
 
-    def understand(self, line: str) -> None:
-        """A line of its standard output."""
-        self.remark(line)
+    def handle_output(self, line: str) -> None:
+        """Handle a line of standard output."""
+        self.handle_text(line)
 
-    def remark(self, line: str) -> None:
-        """A line that is for people."""
+    def handle_text(self, line: str) -> None:
+        """Handle a line that is no message."""
         self.wrote.append(line)
 
-    def say(self, **message: Any) -> None:
+    def emit(self, **message: Any) -> None:
         self.events.put(Event(self.host, message))
 
-    def _read(self, pipe: Any, understand: Callable[[str], None]) -> None:
+    def _read(self, pipe: Any, handle_output: Callable[[str], None]) -> None:
         for line in pipe:
-            understand(line.decode("utf-8", "replace").rstrip("\r\n"))
+            handle_output(line.decode("utf-8", "replace").rstrip("\r\n"))
 
     def _wait(self) -> None:
         code = self.process.wait()
         for reader in self.readers:
-            reader.join(1)  # a child of it may hold the pipe
-        self.say(**{"is": "closed"}, code=code)
+            reader.join(1)  # a child of the process may hold the pipe
+        self.emit(**{"is": "closed"}, code=code)
 
     def kill(self, number: int) -> None:
-        """A signal to it and its children."""
+        """Send a signal to the process and its children."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
@@ -94,19 +103,19 @@ class Member:
 class Agent(Member):
     """The launcher's end of an agent."""
 
-    heard = 0.0  # when, by the monotonic clock
+    last_heard = 0.0  # when, by the monotonic clock
 
-    def understand(self, line: str) -> None:
-        self.heard = math.inf  # as long as it waits for us, nobody may take it for lost
+    def handle_output(self, line: str) -> None:
+        self.last_heard = math.inf  # while the queue is full and its reader waits, the agent does not count as lost
         try:
             message = json.loads(line)
             self.events.put(Event(self.host, {"is": message["is"], **message}))
         except (ValueError, TypeError, KeyError):
-            self.remark(line)  # a shell's greeting, say
-        self.heard = time.monotonic()
+            self.handle_text(line)  # such as a shell's greeting
+        self.last_heard = time.monotonic()
 
-    def tell(self, **message: Any) -> None:
-        """Say something to the agent; ``closed`` comes where it does not listen any more."""
+    def send(self, **message: Any) -> None:
+        """Send a message to the agent. If it no longer reads, the event ``closed`` follows."""
         with self.lock, contextlib.suppress(OSError, ValueError):
             assert self.process.stdin is not None
             self.process.stdin.write(json.dumps(message).encode() + b"\n")
@@ -118,6 +127,6 @@ class Engine(Member):
 
     dies_with_us = True
 
-    def remark(self, line: str) -> None:
-        super().remark(line)
-        self.say(**{"is": "line"}, rank=None, stream="stderr", text=line)
+    def handle_text(self, line: str) -> None:
+        super().handle_text(line)
+        self.emit(**{"is": "line"}, rank=None, stream="stderr", text=line)

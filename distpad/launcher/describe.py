@@ -1,4 +1,4 @@
-"""A job as text: all that would be started, and the variables beside it, without its secrets."""
+"""A job as text: its command lines and variables, without its secrets."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from distpad.launcher import render, spec
 def describe(
     job: spec.Job, environ: Mapping[str, str], secrets: Mapping[str, str], mpi: str = "", *, is_root: bool = False
 ) -> Iterator[str]:
-    """The lines of ``--dry-run``: what ``run`` passes to the system, as a shell would read it.
+    """Yield the lines of ``--dry-run``: the commands that ``run`` starts, in shell syntax.
 
     Args:
       job: the job.
       environ: the launcher's environment.
-      secrets: the secrets' values, which do not appear.
-      mpi, is_root: as for ``render.engine_argv``.
+      secrets: the secrets' values, which the text hides.
+      mpi, is_root: as in ``render.engine_argv``.
     """
     for host in job.used_hosts:
         yield f"# the agent of {host.name}"
@@ -28,11 +28,11 @@ def describe(
     yield f"# the command, in each worker, in {shlex.quote(job.cwd)}"
     yield shlex.join(job.command)
     for host in job.used_hosts:
-        yield f"# its variables on {host.name}, beside the engine's" + ("" if host.is_here else " and those of a login")
+        yield f"# its variables on {host.name}, besides the engine's" + ("" if host.is_here else " and the login's")
         for name, value in sorted(render.worker_env(job, host, environ, secrets).items()):
             yield f"{name}={shlex.quote(render.redacted(name, value, secrets))}"
     if not argv:
         ports = {host.name: range(job.port or 2222, 65535) for host in job.used_hosts}
-        yield "# and of worker 0" + ("" if job.port else " (ports will be free ones, found when it starts)")
+        yield "# further variables of worker 0" + ("" if job.port else " (each start finds free ports)")
         for name, value in render.rank_env(job, job.places[0], ports).items():
             yield f"{name}={shlex.quote(value)}"

@@ -1,4 +1,4 @@
-"""The hosts of an elastic job, which may be others each second."""
+"""Discovery of the hosts of an elastic job, which may change at any time."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from distpad.launcher import outcomes, spec, times
 
 
 class Discovery:
-    """Asks for the hosts, and lists those that are ready where horovodrun reads them.
+    """Runs the discovery script periodically, and writes the hosts that are ready to a file for horovodrun.
 
-    The script runs here, in the user's environment, and horovodrun only reads its answer: it would give the script's
-    path to a shell, and all variables to whoever reads command lines. A host is listed when its agent is ready.
+    The launcher runs the script itself, in the user's environment, and horovodrun only reads the file. horovodrun would
+    pass the script's path to a shell, and all variables on command lines. A host is ready when its agent is.
 
     Args:
-      job: with a script, or with hosts that stay.
-      file: what horovodrun reads.
-      welcome: called with each host that is found; says whether it is ready.
+      job: a job with a discovery script, or with fixed hosts.
+      file: the file that horovodrun reads.
+      is_ready: called with each host that the script names.
     """
 
-    def __init__(self, job: spec.Job, file: str, welcome: Callable[[spec.Host], bool]) -> None:
-        self.job, self.file, self.welcome = job, pathlib.Path(file), welcome
+    def __init__(self, job: spec.Job, file: str, is_ready: Callable[[spec.Host], bool]) -> None:
+        self.job, self.file, self.is_ready = job, pathlib.Path(file), is_ready
         self.over = threading.Event()
-        self.thread = threading.Thread(target=self._ask_again, daemon=True)
+        self.thread = threading.Thread(target=self._repeat, daemon=True)
 
     def start(self) -> None:
-        """Ask for the first time, and go on asking.
+        """Discover the hosts once, and start the thread that repeats it.
 
         Raises:
-          ValueError: the script cannot be run, or prints what names no hosts.
+          ValueError: the script cannot be run, or its output is malformed.
         """
-        self._list(self.ask())
+        self._write(self.discover())
         self.thread.start()
 
-    def ask(self) -> tuple[spec.Host, ...]:
-        """The hosts that there are now."""
+    def discover(self) -> tuple[spec.Host, ...]:
+        """Return the current hosts."""
         if not self.job.host_discovery_script:
             return self.job.hosts
         script = self.job.host_discovery_script
@@ -51,35 +51,35 @@ class Discovery:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                start_new_session=True,  # Ctrl-C is not for it, and what it started itself ends with it
+                start_new_session=True,  # Ctrl-C does not reach it, and its children end with it
             ) as process:
                 try:
-                    found, said = process.communicate(timeout=times.DISCOVERY_LIMIT_S)
+                    found, wrote = process.communicate(timeout=times.DISCOVERY_LIMIT_S)
                 finally:
                     with contextlib.suppress(ProcessLookupError):
                         os.killpg(process.pid, signal.SIGKILL)
         except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError) as error:
             raise ValueError(f"launch: --host-discovery-script {script} cannot be run: {error}") from error
         if process.returncode:
-            said = said.strip() or f"exit code {process.returncode}"
-            raise ValueError(f"launch: --host-discovery-script {script} failed: {said}")
+            reason = wrote.strip() or f"exit code {process.returncode}"
+            raise ValueError(f"launch: --host-discovery-script {script} failed: {reason}")
         return spec.parse_hosts(found.replace("\n", ","), self.job.slots_per_host)
 
-    def _list(self, hosts: Iterable[spec.Host]) -> None:
-        ready = [f"{host.name}:{host.slots}\n" for host in hosts if self.welcome(host)]
+    def _write(self, hosts: Iterable[spec.Host]) -> None:
+        ready = [f"{host.name}:{host.slots}\n" for host in hosts if self.is_ready(host)]
         fresh = self.file.with_suffix(".new")
         fresh.write_text("".join(ready), encoding="utf-8")
         os.replace(fresh, self.file)
 
-    def _ask_again(self) -> None:
+    def _repeat(self) -> None:
         while not self.over.wait(times.here().discovery_s):
             try:
-                self._list(self.ask())
+                self._write(self.discover())
             except (ValueError, OSError, outcomes.Ended):
-                continue  # what was known stays
+                continue  # keep the last known hosts
 
     def end(self) -> None:
-        """Stop asking."""
+        """Stop the thread and remove the file."""
         self.over.set()
         if self.thread.is_alive():
             self.thread.join(times.DISCOVERY_LIMIT_S)

@@ -1,7 +1,7 @@
-"""A training job as Kubernetes's manifests: the folder k8s/, built by kustomize with this job's values.
+"""A training job as Kubernetes manifests: kustomize builds the folder k8s/ with the job's values.
 
-The folder is data. It says each value once, on a line that is marked as its only place, from where its kustomizations
-copy it to all others. So here a copy's marked lines are set, and nothing else is known of what the manifests say.
+The folder holds each value once, on a line marked as its only place. Its kustomizations copy the value from this line.
+This module sets the marked lines in a copy of the folder. It knows nothing else about the manifests.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from distpad import errors
 from distpad.launcher import spec
 
 HERE = pathlib.Path(__file__).resolve()
-PLACES = (HERE.parents[1] / "k8s", HERE.parents[2] / "k8s")  # of an installed package, of a checkout
+PLACES = (HERE.parents[1] / "k8s", HERE.parents[2] / "k8s")  # in an installed package, in a checkout
 FOLDER = next((place for place in PLACES if (place / "overlays").is_dir()), PLACES[-1])
-# flag | how the comment on its line begins
+# flag | begin of the comment on its line
 MARKS = {
     "--image": "of all pods",
     "--workers": "how many workers|pods that train",
@@ -32,9 +32,9 @@ MARKS = {
     "--gpus": "GPUs of each pod that trains",
     "--queue": "a LocalQueue of the namespace",
 }
-MOST_PODS = 100_000  # of an Indexed Job, by Kubernetes's own rule
-MOST_RESTARTS = 2**31 - 1  # what its field can hold
-# what tells a program's version | the oldest that knows all that the folder uses | what builds a folder with it
+MOST_PODS = 100_000  # Kubernetes's limit for an Indexed Job
+MOST_RESTARTS = 2**31 - 1  # maximum of the field, an int32
+# command that prints a program's version | minimum version | command that builds a folder
 PROGRAMS = (
     (("kubectl", "version", "--client"), (1, 27), ("kubectl", "kustomize")),
     (("kustomize", "version"), (5, 0), ("kustomize", "build")),
@@ -50,21 +50,21 @@ _IMAGE = re.compile(
 
 
 def kinds(folder: pathlib.Path = FOLDER) -> tuple[str, ...]:
-    """The kinds of jobs: the folder's overlays. None where there is no folder."""
+    """The kinds of jobs: the folder's overlays. Empty if the folder does not exist."""
     return tuple(sorted(path.parent.name for path in folder.glob("overlays/*/kustomization.yaml")))
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One training in Kubernetes. ``distpad launch --help`` tells of each field; None stands for what the folder says.
+    """One training job in Kubernetes. ``distpad launch --help`` documents each field; None keeps the folder's value.
 
     Raises:
-      ValueError: a field that is out of its range, or fields that do not go together.
+      ValueError: a field is out of range, or fields contradict each other.
     """
 
     kind: str
     image: str
-    command: tuple[str, ...] = ()  # none: the example that the folder trains
+    command: tuple[str, ...] = ()  # empty: the example in the folder
     workers: int | None = None
     slots: int | None = None
     gpus: int = 0
@@ -75,8 +75,8 @@ class Job:
 
     def __post_init__(self) -> None:
         if not kinds(self.folder):
-            remedy = "Images are made without it: run this where distpad is installed from a wheel or a checkout."
-            raise ValueError(f"launch: --k8s needs the folder k8s/, which {self.folder} is not. {remedy}")
+            remedy = "Container images do not contain it. Use an installation from a wheel or a checkout."
+            raise ValueError(f"launch: --k8s needs the folder k8s/, but {self.folder} has no overlays. {remedy}")
         errors.choice("launch", "--k8s", self.kind, kinds(self.folder))
         if not _IMAGE.fullmatch(self.image):
             remedy = "Build and push one: docker build -f k8s/image/Dockerfile.current ."
@@ -92,10 +92,10 @@ class Job:
                 raise ValueError(errors.sentence("launch", flag, value, f"{low} to {high}"))
         for flag, name in (("--queue", self.queue), ("--namespace", self.namespace)):
             if name is not None and not _LABEL.fullmatch(name):
-                rule = "at most 63 small letters, digits and hyphens, the first and last no hyphen"
+                rule = "at most 63 lower-case letters, digits and hyphens, without a hyphen at either end"
                 raise ValueError(errors.sentence("launch", flag, repr(name), rule))
         if any("\0" in word or not _is_text(word) for word in self.command):
-            raise ValueError("launch: the command holds a NUL byte, or bytes that are no UTF-8: YAML has none of them.")
+            raise ValueError("launch: the command holds a NUL byte or invalid UTF-8, which YAML cannot represent.")
         self._check_slots()
 
     def _check_slots(self) -> None:
@@ -103,17 +103,15 @@ class Job:
             return
         taking = [kind for kind in kinds(self.folder) if find(self.folder / "overlays" / kind, "--slots")]
         if self.kind not in taking:
-            rule = f"none for {self.kind}, with one process in each pod"
-            raise ValueError(
-                errors.sentence("launch", "--slots", self.slots, rule, f"Take one of {', '.join(taking)}.")
-            )
+            rule = f"no --slots for {self.kind}, which runs one process in each pod"
+            raise ValueError(errors.sentence("launch", "--slots", self.slots, rule, f"Use one of {', '.join(taking)}."))
         if self.gpus and self.slots != self.gpus:
-            rule = f"{self.gpus}, as --gpus: Horovod has a process for each GPU"
-            raise ValueError(errors.sentence("launch", "--slots", self.slots, rule, "Leave it out."))
+            rule = f"{self.gpus}, as --gpus: Horovod runs one process per GPU"
+            raise ValueError(errors.sentence("launch", "--slots", self.slots, rule, "Omit --slots."))
 
     @property
     def values(self) -> dict[str, object]:
-        """What is to be set, by flags of MARKS."""
+        """The values to set, by flag of MARKS."""
         numbers = {"--workers": self.workers, "--slots": self.slots, "--max-restarts": self.max_restarts}
         named = {"--image": self.image, "--gpus": self.gpus or None, "--queue": self.queue}
         return {flag: value for flag, value in {**named, **numbers}.items() if value is not None}
@@ -122,7 +120,7 @@ class Job:
 def _is_text(word: str) -> bool:
     try:
         word.encode()
-    except UnicodeEncodeError:  # a lone surrogate, which is how Python holds a byte that is no UTF-8
+    except UnicodeEncodeError:  # a lone surrogate, Python's representation of an invalid byte
         return False
     return True
 
@@ -131,7 +129,7 @@ def _is_text(word: str) -> bool:
 
 
 def marked(flag: str) -> re.Pattern[str]:
-    r"""A flag's line: what stands before the value, and behind it.
+    r"""A pattern for a flag's line. Its groups are the text before and after the value.
 
     >>> marked("--workers").sub(r"\g<1>7\g<2>", "  completions: 2 # how many workers: the only place")
     '  completions: 7 # how many workers: the only place'
@@ -140,24 +138,24 @@ def marked(flag: str) -> re.Pattern[str]:
 
 
 def find(folder: pathlib.Path, flag: str) -> dict[pathlib.Path, int]:
-    """The files with a flag's line, and how many each has: a kustomization's own hide those of what it is built on."""
+    """Count a flag's lines by file, in the kustomization itself, or else in the resources that it builds on."""
     own = {path: len(marked(flag).findall(path.read_text(encoding="utf-8"))) for path in folder.glob("*.yaml")}
     if any(own.values()):
         return {path: count for path, count in own.items() if count}
-    told = yaml.safe_load((folder / "kustomization.yaml").read_text(encoding="utf-8"))
-    below = [(folder / name).resolve() for key in ("resources", "components") for name in told.get(key, ())]
+    own_config = yaml.safe_load((folder / "kustomization.yaml").read_text(encoding="utf-8"))
+    below = [(folder / name).resolve() for key in ("resources", "components") for name in own_config.get(key, ())]
     return {path: count for each in below if each.is_dir() for path, count in find(each, flag).items()}
 
 
 def put(folder: pathlib.Path, flag: str, value: object) -> None:
-    """Set a flag's line, in a kustomization or what it is built on.
+    """Set the value on a flag's line, in a kustomization or in the resources that it builds on.
 
     Raises:
-      ValueError: there is none, or several.
+      ValueError: no line is marked, or several are.
     """
     found = find(folder, flag)
     if sum(found.values()) != 1:
-        rule = f"one line in k8s/ that is marked '# {MARKS[flag]}: the only place'"
+        rule = f"one line in k8s/ marked '# {MARKS[flag]}: the only place'"
         files = ", ".join(f"{path.parent.name}/{path.name}" for path in sorted(found)) or "no file"
         evidence = f"There are {sum(found.values())} (in {files})."
         raise ValueError(errors.sentence("launch", flag, value, rule, evidence, "Restore that folder."))
@@ -166,11 +164,11 @@ def put(folder: pathlib.Path, flag: str, value: object) -> None:
     path.write_text(marked(flag).sub(lambda line: f"{line[1]}{value}{line[2]}", text), encoding="utf-8")
 
 
-# -- a kustomization of the user's ------------------------------------------------------------------------------------
+# -- the user's own kustomization -------------------------------------------------------------------------------------
 
 
 def kustomization(job: Job, patches: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """What k8s/README.md tells users to write, in a folder beside k8s/."""
+    """A kustomization as k8s/README.md documents it, for a folder next to k8s/."""
     components = [name for name, wanted in (("gpu", job.gpus), ("kueue", job.queue)) if wanted]
     return {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
@@ -178,20 +176,22 @@ def kustomization(job: Job, patches: Sequence[Mapping[str, Any]] = ()) -> dict[s
         **({"namespace": job.namespace} if job.namespace else {}),
         "resources": [f"../k8s/overlays/{job.kind}"],
         "components": [f"../k8s/components/{name}" for name in components],
-        "sortOptions": {"order": "fifo"},  # TrainJobs are refused where their runtime does not come before them
+        "sortOptions": {"order": "fifo"},  # the runtime of a TrainJob must precede it
         "patches": list(patches),
     }
 
 
 def command_patch(command: Sequence[str], resources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The patch that puts a command in the place of the example's, which is where a container has arguments.
+    """The patch that replaces the example's command: the arguments of the only container that has any.
 
     Raises:
-      ValueError: several containers have arguments, or none.
+      ValueError: several containers have arguments, or no container has.
     """
     found = [(resource, path) for resource in resources for path in _arguments(resource)]
     if len(found) != 1:
-        raise ValueError(f"launch: {len(found)} containers have args, expected one, the training's. Restore k8s/.")
+        raise ValueError(
+            f"launch: {len(found)} containers have args, expected only the training container. Restore k8s/."
+        )
     ((resource, path),) = found
     target = {"kind": resource["kind"], "name": resource["metadata"]["name"]}
     return {"target": target, "patch": _as_yaml([{"op": "replace", "path": path, "value": list(command)}])}
@@ -207,7 +207,7 @@ def _arguments(value: Any, path: str = "") -> Iterator[str]:
 
 
 def _as_yaml(value: Any) -> str:
-    """All in quotes: YAML's versions do not agree on which words are numbers or booleans."""
+    """Convert to YAML with all scalars quoted, since YAML 1.1 and 1.2 parse some plain words differently."""
     return yaml.safe_dump(value, default_style='"', sort_keys=False)
 
 
@@ -215,16 +215,16 @@ def _as_yaml(value: Any) -> str:
 
 
 def build(job: Job) -> str:
-    """The manifests, ready for ``kubectl apply -f -``.
+    """Return the manifests, ready for ``kubectl apply -f -``.
 
     Raises:
-      ValueError: there is no kubectl, or a folder k8s/ that this does not fit.
+      ValueError: kubectl is missing or too old, or the folder k8s/ was changed.
     """
     program = _builder()
     with tempfile.TemporaryDirectory(prefix="distpad-k8s-") as name:
         mine = pathlib.Path(name) / "mine"
         mine.mkdir()
-        # without the files' modes: what is installed may be for reading alone
+        # without the files' modes, since an installed folder may be read-only
         shutil.copytree(job.folder, mine.parent / "k8s", copy_function=shutil.copyfile)
         own = mine / "kustomization.yaml"
         own.write_text(_as_yaml(kustomization(job)), encoding="utf-8")
@@ -239,22 +239,22 @@ def build(job: Job) -> str:
 
 
 def _builder() -> Sequence[str]:
-    """What builds a folder: kubectl, which those have who apply the manifests, or kustomize."""
-    there = []
+    """The command that builds a folder: kubectl, or else kustomize."""
+    found = []
     for asked, oldest, builds in PROGRAMS:
         if shutil.which(asked[0]) is None:
             continue
         try:
-            told = re.search(r"v(\d+)\.(\d+)", _run(asked))
-        except ValueError:  # such as a name on PATH that leads nowhere
-            told = None
-        if told and (int(told[1]), int(told[2])) >= oldest:
+            version = re.search(r"v(\d+)\.(\d+)", _run(asked))
+        except ValueError:  # such as a broken link on PATH
+            version = None
+        if version and (int(version[1]), int(version[2])) >= oldest:
             return builds
-        there.append(f"{asked[0]} {told[0] if told else 'of unknown version'}")
+        found.append(f"{asked[0]} {version[0] if version else 'of unknown version'}")
     wanted = " or ".join(f"{asked[0]} {oldest[0]}.{oldest[1]}" for asked, oldest, _ in PROGRAMS)
-    remedy = "See https://kubernetes.io/docs/tasks/tools/ for how to install kubectl."
+    remedy = "To install kubectl, see https://kubernetes.io/docs/tasks/tools/."
     raise ValueError(
-        f"launch: --k8s found {' and '.join(there) or 'no kubectl'} on PATH, expected {wanted}, or newer. {remedy}"
+        f"launch: --k8s found {' and '.join(found) or 'no kubectl'} on PATH, expected {wanted} or newer. {remedy}"
     )
 
 

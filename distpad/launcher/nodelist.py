@@ -1,4 +1,4 @@
-"""Slurm's short forms of its environment variables, written out: node lists, and tasks per node."""
+"""Expand the compact forms in Slurm's environment variables: node lists and tasks per node."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 
 from distpad import errors
 
-_MOST_HOSTS = 65536  # scontrol's own limit of a range; it also keeps a mistyped list from filling the memory
+_MOST_HOSTS = 65536  # scontrol's own limit for a range; it also protects the memory from a mistyped list
 _ENTRY = re.compile(r"(?:[^\[\],\s]|\[[^\[\]]*\])+")  # text and whole brackets
 _BRACKET = re.compile(r"\[([^\[\]]*)\]")
 _RANGE = re.compile(r"([0-9]+)(?:-([0-9]+))?")
@@ -16,23 +16,23 @@ _TASKS = re.compile(r"([0-9]+)(?:\(x([0-9]+)\))?")
 
 
 def slurm_hostnames(nodelist: str) -> list[str]:
-    """The host names of a Slurm node list, such as ``SLURM_JOB_NODELIST``, in the order of ``scontrol show hostnames``.
+    """Expand a Slurm node list, such as ``SLURM_JOB_NODELIST``, in the order of ``scontrol show hostnames``.
 
-    Where ``scontrol`` can be asked, ask it: this is for where it cannot, as in containers. Ranks follow the order, so
-    it is scontrol's also where that surprises: of several brackets the last runs fastest, as everywhere, but then the
-    first, and the last but one slowest.
+    Prefer ``scontrol`` itself; this function is for containers, which lack it. Ranks follow the order of the hosts, so
+    the order is exactly scontrol's: of several brackets, the last varies fastest, then the first, and the last but one
+    slowest.
 
     Args:
-        nodelist: names separated by commas; brackets hold numbers and ranges, ``a[01-03,7]``. A range's numbers are
-            filled up with zeros to the width of its first. scontrol refuses text behind the last bracket; this does
-            not.
+        nodelist: names separated by commas; brackets hold numbers and ranges, ``a[01-03,7]``. The numbers of a range
+            are padded with zeros to the width of its first number. Text after the last bracket is accepted, unlike in
+            scontrol.
 
     Returns:
-        The names; a name that is listed twice stands there twice.
+        The names. Duplicates are kept.
 
     Raises:
-        TypeError: it is no string.
-        ValueError: it is empty or malformed, a range runs backwards, or there are more than 65536 hosts.
+        TypeError: ``nodelist`` is not a string.
+        ValueError: ``nodelist`` is empty or malformed, a range is descending, or there are more than 65536 hosts.
 
     >>> slurm_hostnames("a[09-10,7],b")
     ['a09', 'a10', 'a7', 'b']
@@ -52,17 +52,17 @@ def slurm_hostnames(nodelist: str) -> list[str]:
 
 
 def slurm_tasks_per_node(text: str) -> list[int]:
-    """The numbers of tasks of each node, from ``SLURM_TASKS_PER_NODE`` or ``SLURM_STEP_TASKS_PER_NODE``.
+    """Expand ``SLURM_TASKS_PER_NODE`` or ``SLURM_STEP_TASKS_PER_NODE``.
 
     Args:
-        text: numbers separated by commas; ``2(x3)`` stands for three nodes of two tasks each.
+        text: numbers separated by commas; ``2(x3)`` means three nodes of two tasks each.
 
     Returns:
-        One number a node, in the order of the node list.
+        One number per node, in the order of the node list.
 
     Raises:
-        TypeError: it is no string.
-        ValueError: it is empty or malformed, a node has no task, or there are more than 65536 nodes.
+        TypeError: ``text`` is not a string.
+        ValueError: ``text`` is empty or malformed, a node has no task, or there are more than 65536 nodes.
 
     >>> slurm_tasks_per_node("2(x3),1")
     [2, 2, 2, 1]
@@ -86,7 +86,7 @@ def _wrong(nodelist: str, expected: str, evidence: str) -> ValueError:
 
 
 def _entries(nodelist: str) -> list[str]:
-    """The parts between the commas that stand outside brackets. Blanks separate too, as for scontrol."""
+    """Split at commas outside brackets. Blanks separate as well, as in scontrol."""
     rest = _ENTRY.sub("", nodelist)
     entries = _ENTRY.findall(nodelist)
     if left := re.sub(r"[,\s]", "", rest):
@@ -97,7 +97,7 @@ def _entries(nodelist: str) -> list[str]:
 
 
 def _numbers(nodelist: str, bracket: str) -> list[str]:
-    """What the inside of one bracket stands for, as digits."""
+    """Expand the content of one bracket to strings of digits."""
     numbers: list[str] = []
     for part in bracket.split(","):
         found = _RANGE.fullmatch(part)
@@ -105,7 +105,7 @@ def _numbers(nodelist: str, bracket: str) -> list[str]:
             raise _wrong(nodelist, "numbers and ranges such as [01-03,7] in brackets", f"{part!r} is neither.")
         first, last = int(found[1]), int(found[2] or found[1])
         if last < first:
-            raise _wrong(nodelist, "ranges that run upwards", f"{part!r} runs downwards.")
+            raise _wrong(nodelist, "ascending ranges", f"{part!r} is descending.")
         if last - first >= _MOST_HOSTS - len(numbers):
             raise _wrong(nodelist, f"at most {_MOST_HOSTS} hosts", f"[{bracket}] has more.")
         numbers += [f"{number:0{len(found[1])}d}" for number in range(first, last + 1)]
@@ -113,8 +113,10 @@ def _numbers(nodelist: str, bracket: str) -> list[str]:
 
 
 def _choices(brackets: list[list[str]]) -> list[tuple[str, ...]]:
-    """One number of each bracket, in scontrol's order: it takes the last bracket off, and expands what is in front of
-    it by its own last bracket first."""
+    """All combinations of one number per bracket, in scontrol's order.
+
+    scontrol removes the last bracket, and expands the remaining text by its own last bracket first.
+    """
     *front, last = brackets or [[""]]
     return [(*reversed(numbers), number) for *numbers, number in itertools.product(*reversed(front), last)]
 

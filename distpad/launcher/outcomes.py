@@ -1,4 +1,4 @@
-"""How an attempt ended, and saying so."""
+"""The outcome of an attempt, and the launcher's log."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import contextlib
 import dataclasses
 import sys
 
-HOST, LOST, TIME = 3, 4, 124  # exit codes: a host cannot be used; it was lost; a time limit
+HOST, LOST, TIME = 3, 4, 124  # exit codes: a host cannot be used, a host was lost, a time limit
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How an attempt ended.
+    """The outcome of an attempt.
 
     Attributes:
       code: the launcher's exit code.
-      why: a sentence for people; empty where all is well.
-      rank: the worker that failed first, where one did; its last lines are shown.
+      why: the reason, for the summary; empty on success.
+      rank: the worker that failed first, if one did. The summary shows its last lines.
+      shows_launcher: whether the summary shows the last lines of the engine's launcher.
+      may_retry: whether a restart may help.
     """
 
     code: int
@@ -27,14 +29,14 @@ class Outcome:
 
 
 class Ended(Exception):
-    """Carries the outcome out of whatever the attempt was waiting for."""
+    """Raised to end an attempt from any depth; carries the outcome."""
 
     def __init__(self, outcome: Outcome) -> None:
         super().__init__(outcome.why)
         self.outcome = outcome
 
 
-def say(text: str) -> None:
-    """Tell people something: on standard error, where it is in nobody's way."""
+def log(text: str) -> None:
+    """Print a message on standard error, which keeps standard output for the workers."""
     with contextlib.suppress(OSError):
         print(f"distpad launch: {text}", file=sys.stderr, flush=True)

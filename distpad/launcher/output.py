@@ -1,4 +1,4 @@
-"""What the workers write: to files, to the terminal, and the last of it for the summary."""
+"""The workers' output: written to files and the terminal, its last lines kept for the summary."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import sys
 from typing import TextIO
 
 from distpad.launcher import spec
-from distpad.launcher.outcomes import say
+from distpad.launcher.outcomes import log
 
-LAST = 12  # lines of a worker that the summary shows
+LAST = 12  # lines per worker in the summary
 
 
 class Output:
-    """The lines of one attempt.
+    """The output of one attempt.
 
     Args:
-      job: says where they go.
-      attempt: its number, which its folder has, or a higher one where an earlier run has left its own.
+      job: the job, whose options select files and terminal.
+      attempt: the attempt's number. Its folder has this number, or the next one without a folder.
 
     Raises:
       ValueError: the folder cannot be made.
@@ -34,7 +34,7 @@ class Output:
             except OSError as error:
                 raise ValueError(f"launch: --log-dir {job.log_dir} cannot be written: {error.strerror}.") from error
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")  # workers may write what this terminal does not know
+            sys.stdout.reconfigure(errors="backslashreplace")  # for characters that the terminal cannot encode
         self.shows = job.tee or not self.folder
         self.ranks = set(job.ranks)
         self.prefixes = job.workers > 1 or job.elastic
@@ -42,13 +42,13 @@ class Output:
         self.last: dict[int | None, collections.deque[str]] = {}
 
     def line(self, rank: int | None, stream: str, text: str) -> None:
-        """Take one line of a worker, or of the engine's launcher (rank None), which is kept but not shown."""
+        """Handle one line of a worker, or of the engine's launcher (rank None), which the terminal does not show."""
         self.last.setdefault(rank, collections.deque(maxlen=LAST)).append(text)
         self._file("launcher" if rank is None else f"rank-{rank}.{stream}", text)
         if rank is None or not self.shows or (self.ranks and rank not in self.ranks):
             return
         target = sys.stdout if stream == "stdout" else sys.stderr
-        with contextlib.suppress(OSError):  # nobody reads us any more, as under `| head`: the workers go on
+        with contextlib.suppress(OSError):  # a closed pipe, as under `| head`, does not end the workers
             target.write(f"[worker {rank}] {text}\n" if self.prefixes else f"{text}\n")
             target.flush()
 
@@ -60,8 +60,8 @@ class Output:
                 self.files[name] = (self.folder / name).open("w", encoding="utf-8")
             self.files[name].write(text + "\n")
             self.files[name].flush()
-        except OSError as error:  # a full disk is no reason to end a job that does not need it
-            say(f"{self.folder / name} cannot be written ({error.strerror}): from here on all is shown here")
+        except OSError as error:  # a full disk does not end the job
+            log(f"{self.folder / name} cannot be written ({error.strerror}): output continues on the terminal")
             self.folder, self.shows = None, True
 
     def close(self) -> None:
@@ -71,7 +71,7 @@ class Output:
 
 
 def _fresh(folder: pathlib.Path, number: int) -> pathlib.Path:
-    """A folder of this attempt's own."""
+    """Create a new folder for an attempt."""
     folder.mkdir(parents=True, exist_ok=True)
     while True:
         try:

@@ -1,7 +1,7 @@
-"""What a pod of a training job knows of itself and of the others: pure functions of its environment.
+"""The configuration of a pod of a training job: pure functions of its environment variables.
 
-Kubernetes and its operators tell a pod its number, its host name and little else; the manifests in k8s/ add the rest as
-variables. From these follow the names of all pods, and what the training's engine has to be told.
+Kubernetes and its operators give a pod its index and host name; the manifests in k8s/ add further variables. This
+module derives the names of all pods and the configuration of the engine from these variables.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from distpad.launcher import spec, tfconfig
 GANGS = ("indexed-job", "jobset", "trainjob")  # each pod is a worker of MultiWorkerMirroredStrategy
 LAUNCHERS = ("mpi-launcher", "mpi-elastic-launcher")
 KINDS = (*GANGS, *LAUNCHERS, "mpi-worker")
-HOSTFILE, DISCOVERY = "/etc/mpi/hostfile", "/etc/mpi/discover_hosts.sh"  # where the MPI operator puts them
-# a variable | who sets it
+HOSTFILE, DISCOVERY = "/etc/mpi/hostfile", "/etc/mpi/discover_hosts.sh"  # written by the MPI operator
+# variable | its origin
 SET_BY = {
     "JOB_COMPLETION_INDEX": "Kubernetes sets it in the pods of a Job with completionMode: Indexed",
     "DISTPAD_JOB_NAME": "the manifest sets it to the Job's name",
@@ -33,12 +33,12 @@ SET_BY = {
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One pod of a gang: pods that start together, and of which none can go on without the others.
+    """One pod of a gang: pods that start together and end together.
 
     Attributes:
-      index: which worker it is.
-      names: the host names of all, in the order of their indices.
-      tf_config: what TensorFlow is told.
+      index: the worker's index.
+      names: the host names of all pods, in the order of their indices.
+      tf_config: the value of TF_CONFIG.
     """
 
     index: int
@@ -50,32 +50,32 @@ class Member:
         return self.names[self.index]
 
     def env(self, environ: Mapping[str, str]) -> dict[str, str]:
-        """The training's environment: with TF_CONFIG, and what the library holds the engine to."""
+        """The training's environment: TF_CONFIG, and the expected topology, which the library checks."""
         count = str(len(self.names))
-        promises = {"BACKEND": "multiworker", "WORKERS": count, "HOSTS": count, "RANK": str(self.index)}
-        told = {f"DISTPAD_{name}": value for name, value in promises.items()}
-        return {**environ, **told, "TF_CONFIG": self.tf_config, "PYTHONUNBUFFERED": "1"}
+        topology = {"BACKEND": "multiworker", "WORKERS": count, "HOSTS": count, "RANK": str(self.index)}
+        expected = {f"DISTPAD_{name}": value for name, value in topology.items()}
+        return {**environ, **expected, "TF_CONFIG": self.tf_config, "PYTHONUNBUFFERED": "1"}
 
 
 def member(kind: str, environ: Mapping[str, str], port: int) -> Member:
-    """Which one of its gang a pod is.
+    """Derive a pod's membership in its gang from its environment.
 
     Args:
       kind: one of GANGS.
       environ: the pod's variables.
-      port: where each worker's TensorFlow listens.
+      port: the port of TensorFlow in each pod.
 
     Raises:
-      ValueError: a variable is missing or wrong; the message says who has to set it.
+      ValueError: a variable is missing or wrong. The message names the variable's origin.
 
-    >>> told = {"DISTPAD_JOB_NAME": "train", "DISTPAD_SERVICE": "w", "DISTPAD_WORKERS": "2"}
-    >>> member("indexed-job", {**told, "JOB_COMPLETION_INDEX": "1"}, 2222).names
+    >>> environ = {"DISTPAD_JOB_NAME": "train", "DISTPAD_SERVICE": "w", "DISTPAD_WORKERS": "2"}
+    >>> member("indexed-job", {**environ, "JOB_COMPLETION_INDEX": "1"}, 2222).names
     ('train-0.w', 'train-1.w')
     """
     config = _of_indexed_job(environ, port) if kind == "indexed-job" else _of_jobset(environ, port)
-    told = json.loads(config)
-    names = tuple(address.rpartition(":")[0] for address in told["cluster"]["worker"])
-    return Member(told["task"]["index"], names, config)
+    parsed = json.loads(config)
+    names = tuple(address.rpartition(":")[0] for address in parsed["cluster"]["worker"])
+    return Member(parsed["task"]["index"], names, config)
 
 
 def _of_indexed_job(environ: Mapping[str, str], port: int) -> str:
@@ -90,7 +90,7 @@ def _of_indexed_job(environ: Mapping[str, str], port: int) -> str:
 
 
 def _of_jobset(environ: Mapping[str, str], port: int) -> str:
-    """A TrainJob is one, too: Kubeflow Trainer makes a JobSet of it."""
+    """TF_CONFIG of a JobSet's pod, or of a TrainJob's, since Kubeflow Trainer turns a TrainJob into a JobSet."""
     workers, jobs = _number(environ, "DISTPAD_WORKERS"), 1
     if environ.get("DISTPAD_JOBS"):  # the label jobset.sigs.k8s.io/replicatedjob-replicas
         jobs = _number(environ, "DISTPAD_JOBS")
@@ -110,7 +110,7 @@ def _of_jobset(environ: Mapping[str, str], port: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Mpi:
-    """What the launcher's pod of an MPI job is told on its command line, in place of what operators put there."""
+    """The options of an MPI job's launcher pod. The defaults are the paths of the MPI operator's files."""
 
     command: tuple[str, ...]
     port: int = 2222
@@ -129,23 +129,25 @@ class Mpi:
         """The job on the hosts of the operator's host file.
 
         Raises:
-          ValueError: the file cannot be read, or names more or fewer pods than the manifest promises.
+          ValueError: the file cannot be read, or the number of its pods differs from DISTPAD_WORKERS.
         """
         file = self.hostfile or environ.get("OMPI_MCA_orte_default_hostfile") or HOSTFILE
         hosts = spec.read_hostfile(file)
         if environ.get("DISTPAD_WORKERS") and _number(environ, "DISTPAD_WORKERS") != len(hosts):
             evidence = f"{file} names {len(hosts)}: {', '.join(host.name for host in hosts)}."
-            remedy = "Set it to the Worker replicas."
+            remedy = "Set it to the number of Worker replicas."
             raise ValueError(
-                errors.sentence("pod", "DISTPAD_WORKERS", environ["DISTPAD_WORKERS"], "the pods", evidence, remedy)
+                errors.sentence(
+                    "pod", "DISTPAD_WORKERS", environ["DISTPAD_WORKERS"], "the number of pods", evidence, remedy
+                )
             )
         return self._job(environ, hosts=hosts, controller="mpi", ssh_args=("-F", self.ssh_config))
 
     def elastic_job(self, environ: Mapping[str, str]) -> spec.Job:
-        """The job on the hosts that the operator's script prints, which leaves out how many workers each has.
+        """The job on the hosts that the operator's script prints. DISTPAD_SLOTS gives the slots of each host.
 
         Raises:
-          ValueError: a variable is missing or wrong, or limits do not go together.
+          ValueError: a variable is missing or wrong, or the limits contradict each other.
         """
         slots = _number(environ, "DISTPAD_SLOTS")
         most = self.max_np or _number(environ, "DISTPAD_WORKERS") * slots
@@ -156,7 +158,7 @@ class Mpi:
             slots_per_host=slots,
             min_np=self.min_np or slots,
             max_np=most,
-            # horovodrun passes no more on to ssh; the rest stands in the image's /etc/ssh
+            # horovodrun passes only these options to ssh; the image's /etc/ssh holds the others
             ssh_args=("-p", str(self.port), "-i", self.identity),
         )
 

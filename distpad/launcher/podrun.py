@@ -1,4 +1,4 @@
-"""Running what a pod is there for: the only place where ``distpad pod`` starts processes."""
+"""Run a pod's part of a job. The only module of ``distpad pod`` that starts processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ASKED_AT_ONCE = 32
 
 
-def tell(text: str) -> None:
+def log(text: str) -> None:
     with contextlib.suppress(OSError):
         print(f"distpad pod: {text}", file=sys.stderr, flush=True)
 
@@ -33,16 +33,16 @@ def tell(text: str) -> None:
 
 
 class Worker:
-    """One worker's training, in a gang.
+    """The training of one worker in a gang.
 
     Args:
-      member: which one of the gang this pod is.
-      command: the training.
-      environ: its variables.
-      port: where pod 0 keeps the register.
-      wait_s: within which all have to be there.
-      grace_s: for the training to end by itself when another pod is lost, and once more after SIGTERM.
-      finish_s: within which all have to be done after this one is.
+      member: this pod's membership in the gang.
+      command: the training command.
+      environ: the command's variables.
+      port: the port of the register in pod 0.
+      wait_s: seconds to wait for the other pods.
+      grace_s: seconds for the training to end by itself after another pod is lost, and again after SIGTERM.
+      finish_s: seconds to wait for the other workers after this one is done.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class Worker:
         self.port, self.wait_s, self.grace_s, self.finish_s = port, wait_s, grace_s, finish_s
         self.child: asyncio.subprocess.Process | None = None
         self.received = 0  # the first signal
-        self.told = False  # that another pod has to go
+        self.other_terminated = False  # whether another pod has received SIGTERM
         self.others: gang.Membership
 
     async def run(self) -> int:
-        """The training's exit code, or why there was none."""
+        """Return the training's exit code, or one of this module's if the training did not start or finish."""
         self.others = gang.Membership(self.member.names, self.member.index, self.port)
         loop = asyncio.get_running_loop()
         me = asyncio.current_task()
@@ -74,15 +74,15 @@ class Worker:
         try:
             if self.member.index == 0:
                 await register.open(self.port)
-            await asyncio.wait_for(self.others.join(tell), self.wait_s)
+            await asyncio.wait_for(self.others.join(log), self.wait_s)
             return await self._train()
-        except asyncio.CancelledError:  # a signal, while it waited
+        except asyncio.CancelledError:  # a signal during the wait
             return 128 + self.received
         except asyncio.TimeoutError:
-            tell(f"not there within {self.wait_s:g} s: {self.others.waits_for}")
+            log(f"missing after {self.wait_s:g} s: {self.others.waits_for}")
             return HOST
         except OSError as error:
-            tell(f"port {self.port} cannot be used: {error.strerror}")
+            log(f"port {self.port} cannot be used: {error.strerror}")
             return HOST
         finally:
             await self.others.close()
@@ -91,7 +91,7 @@ class Worker:
 
     async def _train(self) -> int:
         names = self.member.names
-        tell(f"all {len(names)} are there: starting {self.command[0]} as worker {self.member.index}")
+        log(f"all {len(names)} workers are present: starting {self.command[0]} as worker {self.member.index}")
         try:
             self.child = await asyncio.create_subprocess_exec(
                 *self.command,
@@ -100,54 +100,54 @@ class Worker:
                 start_new_session=True,
             )
         except OSError as error:
-            tell(f"cannot start {self.command[0]}: {error.strerror}")
+            log(f"cannot start {self.command[0]}: {error.strerror}")
             return self._failed(127 if isinstance(error, FileNotFoundError) else 126)
         ended = asyncio.ensure_future(self.child.wait())
         while True:
-            heard = asyncio.ensure_future(self.others.heard.get())
-            await asyncio.wait([ended, heard], return_when=asyncio.FIRST_COMPLETED)
+            event = asyncio.ensure_future(self.others.events.get())
+            await asyncio.wait([ended, event], return_when=asyncio.FIRST_COMPLETED)
             if ended.done():
-                if heard.done():
-                    self.others.heard.put_nowait(heard.result())
-                heard.cancel()
+                if event.done():
+                    self.others.events.put_nowait(event.result())
+                event.cancel()
                 code = ended.result()
-                self._signal(signal.SIGKILL)  # what it left in its group
-                if self.told:
+                self._signal(signal.SIGKILL)  # leftover processes of its group
+                if self.other_terminated:
                     self._failed(LOST)
                     return LOST
                 return await self._done() if code == 0 else self._failed(code if code > 0 else 128 - code)
-            what, text = heard.result()
+            what, text = event.result()
             if what == "ended":
                 return await self._end(text, ended)
-            if what == "term" and not self.received and not self.told:
-                tell(f"{text} has to go: telling the training here, too")
-                self.told = True
+            if what == "term" and not self.received and not self.other_terminated:
+                log(f"{text} is being terminated: sending SIGTERM to the training")
+                self.other_terminated = True
                 self._signal(signal.SIGTERM)
 
     async def _done(self) -> int:
-        """Nobody succeeds before all have: a gang that has to start again needs everyone."""
-        if self.received:  # it has stopped, which is not the same as being done
+        """Wait for the other workers. A pod that has succeeded cannot restart, and a restart needs all pods."""
+        if self.received:  # the training stopped early
             return self._failed(128 + self.received)
-        self.others.tell(**{"is": "done"})
+        self.others.send(**{"is": "done"})
         try:
             while True:
-                what, text = await asyncio.wait_for(self.others.heard.get(), self.finish_s)
+                what, text = await asyncio.wait_for(self.others.events.get(), self.finish_s)
                 if what == "all done":
                     return 0
                 if what == "ended":
-                    tell(f"{text}: this worker was done, and has to start again with the others")
+                    log(f"{text}: this worker was done, but restarts with the others")
                     return LOST
         except asyncio.TimeoutError:
-            tell(f"this worker is done, but not all others within {self.finish_s:g} s")
+            log(f"this worker is done, but another one is not after {self.finish_s:g} s")
             return self._failed(TIME)
 
     def _failed(self, code: int) -> int:
-        self.others.tell(**{"is": "failed", "code": code})
+        self.others.send(**{"is": "failed", "code": code})
         return code
 
     async def _end(self, why: str, ended: asyncio.Future[int]) -> int:
-        """Another pod is lost. The training mostly fails of itself; where it hangs, it is ended."""
-        tell(f"{why}: the training cannot go on")
+        """End the training after the loss of another pod. It usually fails by itself, but may hang."""
+        log(f"{why}: the training cannot continue")
         own_s = min(self.grace_s, times.here().own_error_s)
         for number, seconds in ((None, own_s), (signal.SIGTERM, self.grace_s), (signal.SIGKILL, times.KILLED_S)):
             if number:
@@ -155,8 +155,8 @@ class Worker:
             if (await asyncio.wait([ended], timeout=seconds))[0]:
                 break
         self._signal(signal.SIGKILL)
-        code = 1 if number or self.told else ended.result()
-        return code if code > 1 else LOST  # 1, or a signal, is how an engine ends that has lost a worker
+        code = 1 if number or self.other_terminated else ended.result()
+        return code if code > 1 else LOST  # an engine that loses a worker ends with 1 or by a signal
 
     def _take_signal(self, number: signal.Signals, waiting: asyncio.Task[int] | None) -> None:
         if self.child is None and waiting is not None:
@@ -165,8 +165,8 @@ class Worker:
             return
         if not self.received:
             self.received = number
-            tell(f"got {number.name}: passing it on")
-            self.others.tell(**{"is": "term"})  # who trains with this one saves what there is, too
+            log(f"got {number.name}: forwarding it to the training")
+            self.others.send(**{"is": "term"})  # so that all workers save a checkpoint together
         self._signal(number)
 
     def _signal(self, number: int) -> None:
@@ -175,7 +175,7 @@ class Worker:
 
 
 def work(worker: Worker) -> int:
-    """Run one, to the end of the pod."""
+    """Run a worker to its end."""
     return asyncio.run(worker.run())
 
 
@@ -183,21 +183,21 @@ def work(worker: Worker) -> int:
 
 
 def launch(job: spec.Job, environ: Mapping[str, str], *, port: int, wait_s: float) -> int:
-    """Wait for the pods' sshd, and run the job as ``distpad launch`` does."""
-    look = functools.partial(_undiscovered if job.elastic else _silent, job, port)
-    return run.run(job, environ, lambda received: _until(look, wait_s, received))
+    """Wait for sshd in the pods, and run the job as ``distpad launch`` does."""
+    find_missing = functools.partial(_undiscovered if job.elastic else _silent, job, port)
+    return run.run(job, environ, lambda received: _until(find_missing, wait_s, received))
 
 
 def _silent(job: spec.Job, port: int) -> str:
-    """Which pods do not answer, in words."""
+    """The pods that do not answer, as text; empty if all do."""
     silent = _without_sshd(job.hosts, port)
     return f"{gang.few(silent)} (no sshd answers on port {port})" if silent else ""
 
 
 def _undiscovered(job: spec.Job, port: int) -> str:
-    """What is missing for an elastic job to start, in words."""
+    """The pods that an elastic job lacks before it can start, as text; empty if it can start."""
     try:
-        hosts = discovery.Discovery(job, os.devnull, lambda host: True).ask()
+        hosts = discovery.Discovery(job, os.devnull, lambda host: True).discover()
     except ValueError as error:
         return str(error)
     silent = _without_sshd(hosts, port)
@@ -207,19 +207,19 @@ def _undiscovered(job: spec.Job, port: int) -> str:
     return f"pods for {job.min_np} workers; {job.host_discovery_script} names {len(hosts)}{more}"
 
 
-def _until(look: Callable[[], str], wait_s: float, received: list[int]) -> bool:
-    """Look until nothing is missing; whether that came in time, and before any signal."""
-    began = said = time.monotonic()
-    while missing := look():
+def _until(find_missing: Callable[[], str], wait_s: float, received: list[int]) -> bool:
+    """Poll until nothing is missing. Returns false after ``wait_s`` seconds or a signal."""
+    began = reported = time.monotonic()
+    while missing := find_missing():
         now = time.monotonic()
         if received:
             return False
         if now > began + wait_s:
-            tell(f"not there within {wait_s:g} s: {missing}")
+            log(f"missing after {wait_s:g} s: {missing}")
             return False
-        if now > said + times.here().report_s:
-            said = now
-            tell(f"waiting for {missing}")
+        if now > reported + times.here().report_s:
+            reported = now
+            log(f"waiting for {missing}")
         time.sleep(times.here().look_s)
     return not received
 
@@ -231,7 +231,7 @@ def _without_sshd(hosts: Sequence[spec.Host], port: int) -> list[str]:
 
 
 def answers(name: str, port: int) -> bool:
-    """Whether an ssh server greets there."""
+    """Whether an ssh server answers at this address."""
     try:
         with socket.create_connection((name, port), timeout=times.ANSWER_S) as connection:
             return connection.recv(4) == b"SSH-"
@@ -242,30 +242,30 @@ def answers(name: str, port: int) -> bool:
 # -- a worker's pod of an MPI job -------------------------------------------------------------------------------------
 
 
-def serve(place: pathlib.Path, port: int) -> int:
-    """Run sshd, by which the launcher starts all else here. Where the pod has to go, the workers are told first."""
+def serve(folder: pathlib.Path, port: int) -> int:
+    """Run sshd, through which the launcher starts the workers. It forwards signals to the workers first."""
     path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin"
     sshd = shutil.which("sshd", path=path)
     if sshd is None:
-        tell("sshd was not found. Debian: apt-get install openssh-server")
+        log("sshd was not found. Debian: apt-get install openssh-server")
         return 127
-    argv = [sshd, "-D", "-e", "-f", str(place / "sshd_config"), "-p", str(port)]
+    argv = [sshd, "-D", "-e", "-f", str(folder / "sshd_config"), "-p", str(port)]
     with run.received_signals() as received:
         server = os.spawnv(os.P_NOWAIT, sshd, argv)
-        told = 0
+        forwarded = 0
         while True:
             ended, status = _reap()
             if ended == server:
                 code = os.waitstatus_to_exitcode(status)
-                tell(f"sshd has ended (exit code {code})")
+                log(f"sshd has ended (exit code {code})")
                 return 1 if code < 1 else code
-            if len(received) > told:
-                told = len(received)
-                tell(f"got {signal.Signals(received[-1]).name}: passing it on to {len(workers_here())} workers")
+            if len(received) > forwarded:
+                forwarded = len(received)
+                log(f"got {signal.Signals(received[-1]).name}: forwarding it to {len(workers_here())} workers")
                 for process in workers_here():
                     with contextlib.suppress(psutil.Error):
                         process.send_signal(received[-1])
-            if told and not workers_here():
+            if forwarded and not workers_here():
                 os.kill(server, signal.SIGTERM)
                 return 128 + received[0]
             if not ended:
@@ -273,14 +273,14 @@ def serve(place: pathlib.Path, port: int) -> int:
 
 
 def _reap() -> tuple[int, int]:
-    """The next child that has ended: the first process of a container inherits those whose parents are gone."""
+    """Reap the next child that has ended. The first process of a container inherits orphaned processes."""
     with contextlib.suppress(ChildProcessError):
         return os.waitpid(-1, os.WNOHANG)
     return 0, 0
 
 
 def workers_here() -> list[psutil.Process]:
-    """The parents of the training's processes in this pod, which pass signals on."""
+    """The parents of the training's processes in this pod, which forward signals to the training."""
     here, found = agent.network("self"), []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):

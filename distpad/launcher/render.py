@@ -1,7 +1,7 @@
-"""A job as command lines and environments: pure functions, whose results the tests hold against a record.
+"""A job as command lines and environments: pure functions, whose results the tests compare with a record.
 
-No command line made here holds anything of the user's but names of hosts and paths of programs: command, variables and
-secrets travel to the agents over their standard input.
+Of the user's data, these command lines contain only names of hosts and paths of programs. The command, its variables
+and secrets reach the agents over standard input.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from typing import Any
 
 from distpad.launcher import spec, tfconfig, times
 
-FOLDER = "/tmp"  # of sockets; the same on all hosts, and short, since a socket's path may have 107 bytes
+FOLDER = "/tmp"  # of sockets; the same on all hosts, and short, since the limit for a socket's path is 107 bytes
 SSH = (
     *("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "LogLevel=ERROR"),
     *("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"),
 )
 
-# What a worker on another host gets of the launcher's environment, beside what --env names.
+# The variables that workers on other hosts inherit from the launcher, besides those of --env.
 PASSED_ON = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "MPLBACKEND")
 PASSED_ON_AS = ("TF_", "XLA_", "KERAS_", "NCCL_", "UCX_", "HOROVOD_", "CUDA_", "PYTHON", "DISTPAD_")
-# What the engine's launcher, and ssh, need of it; all else, which they might put onto command lines, they do not get.
+# The variables that the engine's launcher and ssh inherit. They might put any others onto command lines.
 NEEDED = (
     *("PATH", "HOME", "USER", "LOGNAME", "LANG", "TMPDIR", "TERM", "SSH_AUTH_SOCK"),
     *("PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", times.SCALE),
 )
 NEEDED_AS = ("SLURM_", "OMPI_MCA_", "PRTE_MCA_", "PMIX_MCA_")
-# What tells a process which one of a job it is: nobody inherits that from around the launcher.
+# Variables that identify a process within a job. Nothing inherits them from the launcher's environment.
 MEMBERSHIP = re.compile(
     r"TF_CONFIG|HOROVOD_(RANK|SIZE|LOCAL_\w+|CROSS_\w+|HOSTNAME|CONTROLLER|CPU_OPERATIONS|GLOO_RENDEZVOUS_\w+|GLOO_IFACE|"
     r"ELASTIC)|OMPI_\w+|PMIX?_\w+|PRTE_\w+|SLURM_(?!JOB_|ARRAY_|CLUSTER_|SUBMIT_)\w+|"
@@ -37,30 +37,31 @@ MEMBERSHIP = re.compile(
 )
 SECRET_NAME = re.compile(r"SECRET|TOKEN|PASS|CREDENTIAL|AUTH(?!_SOCK)|APIKEY|_PWD|(^|_)KEY(_|$)", re.IGNORECASE)
 STALL = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "60", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "300"}
-# Of elastic jobs. A host where a worker has failed would never be used again; one that joins has to import TensorFlow.
-COMINGS = ("--blacklist-cooldown-range", "5", "300", "--gloo-timeout-seconds", "120")
+# For elastic jobs. By default, horovodrun never uses a host again after a failure, and a joining worker has less time
+# than it needs to import TensorFlow.
+ELASTIC_ARGS = ("--blacklist-cooldown-range", "5", "300", "--gloo-timeout-seconds", "120")
 
 
 def folder(job: spec.Job) -> str:
-    """Where the agents' sockets are, on each host."""
+    """The folder of the agents' sockets on each host."""
     return f"{FOLDER}/distpad-{job.id}"
 
 
 def hosts_file(job: spec.Job) -> str:
-    """Where an elastic job's hosts are listed, on the launcher's host."""
+    """The file on the launcher's host that lists an elastic job's hosts."""
     return f"{folder(job)}/hosts"
 
 
 def agent_argv(job: spec.Job, host: spec.Host, environ: Mapping[str, str]) -> list[str]:
-    """What starts the agent of a host, from the launcher's."""
+    """The command line that starts a host's agent from the launcher's host."""
     by_srun = job.launcher == "srun" or "SLURM_JOB_ID" in environ
-    return carried([job.python, "-m", "distpad.launcher.agent"], host, environ, job.ssh_args, by_srun=by_srun)
+    return remote_argv([job.python, "-m", "distpad.launcher.agent"], host, environ, job.ssh_args, by_srun=by_srun)
 
 
-def carried(
+def remote_argv(
     argv: Sequence[str], host: spec.Host, environ: Mapping[str, str], ssh_args: Sequence[str] = (), *, by_srun: bool
 ) -> list[str]:
-    """What runs a program on a host, with both its streams here."""
+    """The command line that runs a program on a host, with its standard streams connected to this process."""
     if host.is_here:
         return list(argv)
     if by_srun:
@@ -80,17 +81,17 @@ def carried(
 
 
 def worker_argv(job: spec.Job) -> list[str]:
-    """What starts one worker: the small parent that takes its orders from its host's agent."""
+    """The command line of one worker: the parent process that receives its orders from its host's agent."""
     return [job.python, "-m", "distpad.launcher.worker", folder(job)]
 
 
 def engine_argv(job: spec.Job, mpi: str = "", *, is_root: bool = False) -> list[str]:
-    """The command line of the engine's own launcher; empty where the agents start the workers.
+    """The command line of the engine's own launcher; empty if the agents start the workers.
 
     Args:
       job: the job.
-      mpi: the first line of ``mpirun --version``, for jobs by mpirun.
-      is_root: whether it runs as root, which Open MPI has to be allowed.
+      mpi: the first line of ``mpirun --version``, if the launcher is mpirun.
+      is_root: whether the launcher runs as root, for which Open MPI needs a flag.
     """
     if job.launcher == "horovodrun":
         return _horovodrun(job)
@@ -106,11 +107,11 @@ def _horovodrun(job: spec.Job) -> list[str]:
     argv += ["--start-timeout", str(int(job.start_timeout_s))]
     if job.elastic:
         argv += ["--min-np", str(job.min_np), "--max-np", str(job.max_np)]
-        argv += ["--host-discovery-script", f"cat {hosts_file(job)}"]  # what discovery.py has found
-        argv += COMINGS
+        argv += ["--host-discovery-script", f"cat {hosts_file(job)}"]  # the hosts that discovery.py has found
+        argv += ELASTIC_ARGS
     else:
         argv += _hosts(job)
-    # left out, horovodrun would look for one, by servers whose key stands on a command line: see hostcheck.interface
+    # without this option, horovodrun starts servers with their key on a command line: see hostcheck.interface
     argv += [
         "--network-interface",
         job.network_interface or ("FOUND-AT-START" if job.elastic or job.crosses_hosts else "lo"),
@@ -123,15 +124,15 @@ def _mpirun(job: spec.Job, mpi: str, is_root: bool) -> list[str]:
     prrte = _major(mpi) >= 5
     interface = job.network_interface
     argv = ["mpirun", *(["--allow-run-as-root"] if is_root else []), "-np", str(job.workers), *_hosts(job)]
-    # A worker is a whole TensorFlow with threads of its own: one core each, Open MPI's default, would starve it.
+    # A worker is a TensorFlow process with many threads. Open MPI's default would bind it to one core.
     argv += ["--bind-to", "none", "--map-by", "slot"]
     for name, value in (("pml", "ob1"), ("btl", "^openib")):  # as Horovod's documentation says
-        if name not in job.launcher_args:  # mpirun takes none twice; who has UCX for InfiniBand says so
+        if name not in job.launcher_args:  # mpirun refuses duplicates; --launcher-arg overrides these, as for UCX
             argv += ["--mca", name, value]
     ssh = [*SSH[1:], *job.ssh_args]
     argv += ["--prtemca", "plm_ssh_args", shlex.join(ssh)] if prrte else ["--mca", "plm_rsh_args", shlex.join(ssh)]
     if not prrte:
-        argv += ["--mca", "btl_vader_single_copy_mechanism", "none"]  # containers forbid what it would use
+        argv += ["--mca", "btl_vader_single_copy_mechanism", "none"]  # containers forbid the system call that it uses
     if interface:
         argv += ["--mca", "btl_tcp_if_include", interface]
         argv += ["--prtemca", "prte_if_include", interface] if prrte else ["--mca", "oob_tcp_if_include", interface]
@@ -144,7 +145,7 @@ def _srun(job: spec.Job) -> list[str]:
     each = max(host.slots for host in job.used_hosts)
     argv = ["srun", f"--nodes={len(job.used_hosts)}", f"--ntasks={job.workers}", f"--ntasks-per-node={each}"]
     argv += [f"--nodelist={','.join(host.name for host in job.used_hosts)}"]
-    argv += ["--distribution=block"]  # srun's own default may be to count ranks across the nodes
+    argv += ["--distribution=block"]  # srun's default may be cyclic
     argv += ["--overlap", "--unbuffered", "--kill-on-bad-exit=1"]
     argv += ["--mpi=pmix" if job.backend == "horovod" else "--mpi=none"]
     return [*argv, *job.launcher_args, *worker_argv(job)]
@@ -160,31 +161,32 @@ def _major(mpi: str) -> int:
 
 
 def engine_env(job: spec.Job, environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the engine's launcher, and of ssh: what they need, and nothing that is nobody's business."""
-    # horovodrun, and perhaps mpirun, stand beside their Python, which need not be on PATH
+    """The environment of the engine's launcher: the variables of NEEDED, without the user's others."""
+    # horovodrun, and perhaps mpirun, are in the folder of their Python, which may be missing from PATH
     path = f"{os.path.dirname(job.python)}{os.pathsep}{environ.get('PATH', os.defpath)}"
     return {**agent_env(environ), "PATH": path, "DISTPAD_JOB": job.id, "PYTHONUNBUFFERED": "1"}
 
 
 def agent_env(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment of agents and of what carries them: like the engine's, but nobody takes them for the job's."""
+    """The environment of agents, and of ssh and srun: like the engine's, but without the job's id."""
     return {k: v for k, v in environ.items() if k in NEEDED or k.startswith(NEEDED_AS)}
 
 
 def worker_env(
     job: spec.Job, host: spec.Host, environ: Mapping[str, str], secrets: Mapping[str, str], attempt: int = 0
 ) -> dict[str, str]:
-    """What a host's workers get beside what their engine tells them.
+    """The variables of a host's workers, besides the engine's own.
 
-    On this machine that is the launcher's whole environment, on others what is in PASSED_ON and ``--env``; with it what
-    was promised (the library holds the engine to it), settings of Horovod and NCCL, and secrets.
+    Workers on this machine inherit the launcher's whole environment, workers on other hosts the variables of PASSED_ON
+    and ``--env``. All workers get the expected topology, which the library compares with the engine's, the settings of
+    Horovod and NCCL, and the secrets.
     """
     here = {k: v for k, v in environ.items() if not MEMBERSHIP.fullmatch(k)}
     missing = [name for name in job.env if name not in environ]
     if missing:
         raise ValueError(f"launch: --env names {', '.join(missing)}, expected variables that are set here.")
     if not host.is_here or "SLURM_JOB_ID" in environ:
-        # Another host's GPUs have other numbers, and Slurm tells each step its own.
+        # Another host numbers its GPUs differently, and Slurm sets the variable for each step.
         here.pop("CUDA_VISIBLE_DEVICES", None)
     wanted = {k: v for k, v in here.items() if k in PASSED_ON or k.startswith(PASSED_ON_AS)}
     env = {**(here if host.is_here else wanted), **{name: environ[name] for name in job.env}}
@@ -193,19 +195,19 @@ def worker_env(
         env = {**STALL, **env}
     if job.network_interface:
         env["NCCL_SOCKET_IFNAME"] = job.network_interface
-    promises = {"BACKEND": job.backend, "ATTEMPT": attempt, "JOB": job.id}
+    topology = {"BACKEND": job.backend, "ATTEMPT": attempt, "JOB": job.id}
     if not job.elastic:
-        promises |= {"WORKERS": job.workers, "HOSTS": len(job.used_hosts)}
+        topology |= {"WORKERS": job.workers, "HOSTS": len(job.used_hosts)}
     if job.backend == "mirrored" and job.np:
-        promises["REPLICAS"] = job.np
-    env |= {f"DISTPAD_{name}": str(value) for name, value in promises.items()}
+        topology["REPLICAS"] = job.np
+    env |= {f"DISTPAD_{name}": str(value) for name, value in topology.items()}
     return {**env, "PYTHONUNBUFFERED": "1", **secrets}
 
 
 def orders(
     job: spec.Job, host: spec.Host, environ: Mapping[str, str], secrets: Mapping[str, str], attempt: int
 ) -> dict:
-    """What the agent of a host is told: as JSON, over its standard input."""
+    """The first message to a host's agent, sent as JSON over its standard input."""
     return {
         "job": job.id,
         "folder": folder(job),
@@ -226,7 +228,7 @@ def addresses(job: spec.Job, ports: Mapping[str, Sequence[int]]) -> list[str]:
 
 
 def rank_env(job: spec.Job, place: spec.Place, ports: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    """What one worker gets where its agent starts it."""
+    """The variables of one worker that its agent starts."""
     env = {"DISTPAD_RANK": str(place.rank)}
     if job.backend == "multiworker":
         env["TF_CONFIG"] = tfconfig.cluster(addresses(job, ports), place.rank)
@@ -234,12 +236,12 @@ def rank_env(job: spec.Job, place: spec.Place, ports: Mapping[str, Sequence[int]
 
 
 def redacted(name: str, value: str, secrets: Mapping[str, Any]) -> str:
-    """A variable's value as it may be shown."""
+    """A variable's value with secrets and passwords hidden."""
     return "***" if name in secrets or SECRET_NAME.search(name) else without_passwords(value)
 
 
 def without_passwords(text: str) -> str:
-    """A text without the passwords that its addresses may carry, as those of proxies and package indexes do.
+    """Hide the passwords in a text's URLs, such as those of proxies and package indexes.
 
     >>> without_passwords("from https://me:secret@host/simple")
     'from https://***@host/simple'

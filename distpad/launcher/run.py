@@ -1,4 +1,4 @@
-"""Running a job to its end, with its restarts."""
+"""Run a job to its end, with restarts."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from distpad.launcher import attempt, outcomes, render, spec, times
 
 
 def run(job: spec.Job, environ: Mapping[str, str], are_ready: Callable[[list[int]], bool] | None = None) -> int:
-    """Run a job to its end, with its restarts; the exit code is that of the worker that failed first.
+    """Run a job to its end, with restarts, and return the exit code of the worker that failed first.
 
     Args:
       job: the job.
       environ: the launcher's variables.
-      are_ready: waits for the hosts before each start, as long as the list of received signals is empty.
+      are_ready: waits for the hosts before each start, until the list of received signals is no longer empty.
 
     Raises:
-      ValueError: a secret's file that cannot be read, a variable that is not set, a hostile folder.
+      ValueError: a secret's file cannot be read, a variable of ``--env`` is not set, or the log folder is not writable.
     """
     secrets = read_secrets(job.secrets)
     mpi = mpi_version(job, environ) if job.launcher == "mpirun" else ""
@@ -32,14 +32,14 @@ def run(job: spec.Job, environ: Mapping[str, str], are_ready: Callable[[list[int
             if are_ready is not None and not are_ready(received):
                 return 128 + received[0] if received else outcomes.HOST
             limit = None if job.timeout_s is None else began + job.timeout_s
-            # Agents of a host that was lost may still be ending the attempt before: theirs is another job.
+            # The agent of a lost host may still be ending the previous attempt, which therefore has another id.
             this = dataclasses.replace(job, id=f"{job.id}-{number}")
             outcome = attempt.Attempt(this, number, environ, secrets, mpi, received, limit).run()
             left = job.max_restarts - number
             if not outcome.code or not left or not outcome.may_retry or outcome.code in job.no_retry:
                 break
             pause = min(job.backoff_s * 2**number, times.LONGEST_BACKOFF_S)
-            outcomes.say(f"starting again in {pause:g} s ({left} of {job.max_restarts} restarts left)")
+            outcomes.log(f"starting again in {pause:g} s ({left} of {job.max_restarts} restarts left)")
             end = time.monotonic() + pause
             while time.monotonic() < end and not received:
                 time.sleep(times.POLL_S)
@@ -49,7 +49,7 @@ def run(job: spec.Job, environ: Mapping[str, str], are_ready: Callable[[list[int
 
 
 def read_secrets(files: Mapping[str, str]) -> dict[str, str]:
-    """The secrets' values; a file's last line end is not part of one."""
+    """The secrets' values, without the newlines at the end of their files."""
     found = {}
     for name, path in files.items():
         try:
@@ -57,12 +57,12 @@ def read_secrets(files: Mapping[str, str]) -> dict[str, str]:
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"launch: --secret {name}: {path} cannot be read: {error}.") from error
         if "\0" in found[name]:
-            raise ValueError(f"launch: --secret {name}: {path} holds a NUL byte, which no variable can.")
+            raise ValueError(f"launch: --secret {name}: {path} holds a NUL byte, which a variable cannot hold.")
     return found
 
 
 def mpi_version(job: spec.Job, environ: Mapping[str, str]) -> str:
-    """The first line of ``mpirun --version``: versions 4 and 5 take other options."""
+    """The first line of ``mpirun --version``, since versions 4 and 5 take different options."""
     try:
         env = render.engine_env(job, environ)
         found = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, timeout=20, env=env)
@@ -72,13 +72,13 @@ def mpi_version(job: spec.Job, environ: Mapping[str, str]) -> str:
             "launch: mpirun was not found, expected Open MPI on PATH. Debian: apt-get install openmpi-bin. Or: --gloo."
         ) from error
     if "Open MPI" not in version:
-        raise ValueError(f"launch: mpirun says it is {version!r}, expected Open MPI, whose options it is given.")
+        raise ValueError(f"launch: mpirun --version is {version!r}, expected Open MPI.")
     return version
 
 
 @contextlib.contextmanager
 def received_signals() -> Iterator[list[int]]:
-    """A list to which SIGINT and SIGTERM are added while this is open."""
+    """A list that collects SIGINT, SIGTERM and SIGHUP while the context is open."""
     received: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.signal(number, lambda got, _: received.append(got)) for number in numbers]

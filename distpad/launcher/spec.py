@@ -1,4 +1,4 @@
-"""A job: what to run, by how many workers, where. It knows nothing of how it is started."""
+"""A job: its command, its number of workers and its hosts. This module does not start anything."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from typing import Optional
 BACKENDS = ("mirrored", "multiworker", "horovod")
 LAUNCHERS = ("horovodrun", "mpirun", "srun", "ssh")
 LOCAL = ("localhost", "127.0.0.1", "::1")
-MOST_SLOTS = 4096  # of a host: more is a slip of the finger, which would fill the memory
+MOST_SLOTS = 4096  # of a host; protects the memory from a mistyped number
 NO_RETRY = (2, 126, 127, 130)  # wrong usage, a command that cannot be started, Ctrl-C
 
-# A leading hyphen would be read as an option by ssh; colons separate slots, so that IPv6 addresses need a name.
+# ssh would read a leading hyphen as an option. A colon separates the slots, so that IPv6 addresses need a name.
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-    """Where workers run, and how many at most."""
+    """A host, and the maximum number of its workers."""
 
     name: str
     slots: int = 1
@@ -38,13 +38,13 @@ class Host:
 
     @property
     def is_here(self) -> bool:
-        """Whether it is this machine."""
+        """Whether the host is this machine."""
         return self.name in LOCAL or self.name in (socket.gethostname(), socket.gethostname().partition(".")[0])
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """One worker's place: ``local_rank`` counts the workers of its host."""
+    """The host and rank of one worker. ``local_rank`` counts the workers of its host."""
 
     rank: int
     host: Host
@@ -53,16 +53,16 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One run of a command on several workers. ``distpad launch --help`` tells of each field.
+    """One run of a command on several workers. ``distpad launch --help`` documents each field.
 
     Raises:
-      ValueError: a field that is out of its range, or fields that do not go together.
+      ValueError: a field is out of range, or fields contradict each other.
     """
 
     command: tuple[str, ...]
     backend: str = "multiworker"
     np: Optional[int] = None  # noqa: UP045 (dataclass fields are read by the command line on Python 3.9)
-    hosts: tuple[Host, ...] = ()  # none: this one, with as many slots as workers
+    hosts: tuple[Host, ...] = ()  # empty: this machine, with as many slots as workers
     controller: str = ""  # of Horovod: gloo or mpi
     launcher: str = ""
     launcher_args: tuple[str, ...] = ()
@@ -95,7 +95,7 @@ class Job:
                 "launch: no command, expected one after --, as in: distpad launch -np 2 -- python train.py"
             )
         if any("\0" in word for word in (*self.command, self.cwd)):
-            raise ValueError("launch: the command or its folder holds a NUL byte, which no program can be given.")
+            raise ValueError("launch: the command or its folder holds a NUL byte, which a program cannot receive.")
         self._settle_launcher()
         self._settle_workers()
         for flag, value, low in (
@@ -112,7 +112,7 @@ class Job:
                 raise ValueError(f"launch: variable name is {name!r}, expected letters, digits and underscores.")
         if self.port is not None and not 1024 <= self.port <= 65535 - self.workers:
             raise ValueError(
-                f"launch: --port is {self.port}, expected 1024 to {65535 - self.workers}: one port a worker."
+                f"launch: --port is {self.port}, expected 1024 to {65535 - self.workers}: one port per worker."
             )
         for rank in self.ranks:
             if not 0 <= rank < (self.max_np or self.workers):
@@ -123,7 +123,7 @@ class Job:
             )
 
     def _settle_launcher(self) -> None:
-        """The engine's launcher where none was named, and whether it goes with the rest."""
+        """Choose the engine's launcher if none is given, and check that it fits the other fields."""
         if self.controller and self.backend != "horovod":
             raise ValueError(f"launch: --{self.controller} is for --backend horovod, which is {self.backend} here.")
         default = "ssh" if self.backend != "horovod" else "mpirun" if self.controller == "mpi" else "horovodrun"
@@ -142,21 +142,19 @@ class Job:
         elif launcher not in ("ssh", "srun"):
             raise ValueError(f"launch: --launcher is {launcher}, expected ssh or srun for --backend {self.backend}.")
         if self.launcher_args and launcher == "ssh":
-            raise ValueError(
-                "launch: --launcher-arg needs an engine's launcher; for options of ssh there is --ssh-arg."
-            )
+            raise ValueError("launch: --launcher-arg needs an engine's launcher. For options of ssh, use --ssh-arg.")
         if launcher == "horovodrun":
             horovodrun_ssh_args(self.ssh_args)
         if self.elastic and controller != "gloo":
-            raise ValueError("launch: elastic jobs are Horovod's over Gloo, expected --backend horovod --gloo.")
+            raise ValueError("launch: elastic jobs need Horovod over Gloo, expected --backend horovod --gloo.")
         object.__setattr__(self, "launcher", launcher)
         object.__setattr__(self, "controller", controller)
 
     def _settle_workers(self) -> None:
-        """The number of workers where it follows from the slots, and whether there are as many."""
+        """Derive the number of workers from the slots if none is given, and check that the slots suffice."""
         if not self.hosts:
             if self.np is None and self.backend != "mirrored" and not self.slots_per_host and not self.elastic:
-                raise ValueError("launch: neither -np nor hosts are given, expected one of them: -np 2, say.")
+                raise ValueError("launch: neither -np nor hosts are given, expected one of them, such as -np 2.")
             slots = 1 if self.backend == "mirrored" else self.slots_per_host or max(1, self.np or 1)
             here = Host("localhost", slots)
             object.__setattr__(self, "hosts", (here,))
@@ -164,7 +162,7 @@ class Job:
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(
-                    f"launch: the hosts name {name} twice, expected each once. Add up its slots: {name}:N."
+                    f"launch: the hosts name {name} twice, expected each once. Add its slots up: {name}:N."
                 )
         slots = sum(host.slots for host in self.hosts)
         if self.np is not None and self.np < 1:
@@ -183,7 +181,7 @@ class Job:
             if len(self.hosts) > 1:
                 raise ValueError(
                     f"launch: --backend mirrored runs in one process, expected one host and not {', '.join(names)}. "
-                    "Take --backend multiworker."
+                    "Use --backend multiworker."
                 )
             return
         np = self.np or slots
@@ -197,7 +195,7 @@ class Job:
 
     @property
     def elastic(self) -> bool:
-        """Whether the number of workers may change while it runs."""
+        """Whether the number of workers may change during the run."""
         return bool(self.host_discovery_script) or self.min_np is not None or self.max_np is not None
 
     @property
@@ -207,23 +205,23 @@ class Job:
 
     @property
     def places(self) -> list[Place]:
-        """Who runs where: hosts are filled in their order, as horovodrun and mpirun do."""
-        seats = [(host, i) for host in self.hosts for i in range(host.slots)]
-        return [Place(rank, host, i) for rank, (host, i) in enumerate(seats[: self.workers])]
+        """The host and rank of each worker. Workers fill the hosts in order, as in horovodrun and mpirun."""
+        slots = [(host, i) for host in self.hosts for i in range(host.slots)]
+        return [Place(rank, host, i) for rank, (host, i) in enumerate(slots[: self.workers])]
 
     @property
     def used_hosts(self) -> tuple[Host, ...]:
-        """The hosts that get workers."""
+        """The hosts that run workers."""
         return tuple(dict.fromkeys(place.host for place in self.places))
 
     @property
     def crosses_hosts(self) -> bool:
-        """Whether workers have to reach one another over a network."""
+        """Whether workers communicate over a network."""
         return len(self.used_hosts) > 1 or any(not host.is_here for host in self.used_hosts)
 
 
 def parse_hosts(text: str, slots_per_host: int | None = None) -> tuple[Host, ...]:
-    """The hosts of ``-H``.
+    """Parse the hosts of ``-H``.
 
     >>> parse_hosts("a:2,b")
     (Host(name='a', slots=2), Host(name='b', slots=1))
@@ -232,7 +230,7 @@ def parse_hosts(text: str, slots_per_host: int | None = None) -> tuple[Host, ...
 
 
 def read_hostfile(path: str | pathlib.Path, slots_per_host: int | None = None) -> tuple[Host, ...]:
-    """The hosts of a file with a line a host: ``name``, ``name slots=2`` or ``name:2``; ``#`` begins a comment."""
+    """Read a file with one host per line: ``name``, ``name slots=2`` or ``name:2``. ``#`` begins a comment."""
     try:
         text = pathlib.Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -260,7 +258,7 @@ def _host(text: str, slots_per_host: int | None, where: str) -> Host:
 
 
 def parse_ranks(text: str) -> tuple[int, ...]:
-    """The ranks of ``--ranks``.
+    """Parse the ranks of ``--ranks``.
 
     >>> parse_ranks("0,4-6")
     (0, 4, 5, 6)
@@ -272,27 +270,27 @@ def parse_ranks(text: str) -> tuple[int, ...]:
             raise ValueError(f"launch: --ranks holds {part!r}, expected numbers and ranges such as 0,4-6.")
         first, last = int(match[1]), int(match[2] or match[1])
         if not first <= last < first + MOST_SLOTS:
-            raise ValueError(f"launch: --ranks holds {part!r}, expected a range upwards, of at most {MOST_SLOTS}.")
+            raise ValueError(f"launch: --ranks holds {part!r}, expected an ascending range of at most {MOST_SLOTS}.")
         found.extend(range(first, last + 1))
     return tuple(sorted(set(found)))
 
 
 def parse_secrets(pairs: Iterable[str]) -> dict[str, str]:
-    """The variables and files of ``--secret NAME=FILE``."""
+    """Parse the variables and files of ``--secret NAME=FILE``."""
     found = {}
     for pair in pairs:
         name, equals, path = pair.partition("=")
         if not equals or not path:
             raise ValueError(
-                f"launch: --secret is {name!r} without a file, expected NAME=FILE. A secret's value does not belong "
-                "on a command line, where everybody can read it."
+                f"launch: --secret is {name!r} without a file, expected NAME=FILE. Do not write a secret's value on a "
+                "command line, which all users of the machine can read."
             )
         found[name] = path
     return found
 
 
 def horovodrun_ssh_args(ssh_args: Sequence[str]) -> list[str]:
-    """Arguments of ssh as horovodrun takes them: it knows a port and an identity file.
+    """Translate arguments of ssh to horovodrun's options: a port and an identity file.
 
     >>> horovodrun_ssh_args(["-p2222", "-i", "/keys/mine"])
     ['--ssh-port', '2222', '--ssh-identity-file', '/keys/mine']
@@ -302,13 +300,13 @@ def horovodrun_ssh_args(ssh_args: Sequence[str]) -> list[str]:
         flag, value = words[0][:2], words[0][2:]
         used = 1 if value else 2
         value = value or "".join(words[1:2])
-        # a port of digits and a plain path alone: it puts both unquoted into a shell's line
+        # only digits and a plain path, since horovodrun inserts both unquoted into a shell command
         known = {"-p": ("--ssh-port", "[0-9]+"), "-i": ("--ssh-identity-file", "[A-Za-z0-9_./-]+")}
         name, rule = known.get(flag, ("", ""))
         if not name or not re.fullmatch(rule, value):
             raise ValueError(
                 f"launch: --ssh-arg is {words[0]!r}, expected -pPORT or -iFILE (a plain path): horovodrun passes no "
-                "other to ssh. Write what it needs into ~/.ssh/config."
+                "other option to ssh. Write further options into ~/.ssh/config."
             )
         found += [name, value]
         del words[:used]

@@ -1,7 +1,7 @@
-"""What ssh and sshd need in a pod that is no root's: one folder, made from the key pair that the operator mounts.
+"""The files of ssh and sshd in a pod without root: one folder, made from the key pair that the operator mounts.
 
-All pods of an MPI job are given the same key pair. Here it is the user's key, the key that opens, and the host key of
-each pod: so the launcher knows the pods' host keys beforehand, and checks them.
+All pods of an MPI job get the same key pair. It serves as the user's key, as the authorized key, and as the host key of
+each pod. The launcher therefore knows the pods' host keys in advance, and checks them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import pathlib
 
-FILES = ("id_rsa", "id_rsa.pub", "authorized_keys")  # so the operators name them, whatever kind of key it is
+FILES = ("id_rsa", "id_rsa.pub", "authorized_keys")  # the operators' names for a key of any type
 
 SSH_CONFIG = """Host *
   Port {port}
@@ -22,8 +22,7 @@ SSH_CONFIG = """Host *
   UpdateHostKeys no
   BatchMode yes
 """
-# Not as root there is no other user to become, no PAM, and no record of logins; the permissions of mounted folders are
-# Kubernetes's.
+# Without root, sshd cannot switch users, use PAM or record logins. Kubernetes sets the permissions of mounted folders.
 SSHD_CONFIG = """HostKey {folder}/key
 AuthorizedKeysFile {folder}/authorized_keys
 AuthenticationMethods publickey
@@ -40,34 +39,34 @@ ClientAliveCountMax 6
 
 
 def folder() -> pathlib.Path:
-    """Where the files are: at one path in all pods, since Open MPI's daemons start others by the launcher's words."""
+    """The folder's path, the same in all pods, since Open MPI's daemons reuse the launcher's ssh command line."""
     return pathlib.Path(f"/tmp/distpad-ssh-{os.getuid()}")
 
 
-def write(keys: pathlib.Path, place: pathlib.Path, port: int) -> None:
-    """Write them.
+def write(keys: pathlib.Path, target: pathlib.Path, port: int) -> None:
+    """Write the files.
 
     Args:
-      keys: the folder that the operator's Secret is mounted at.
-      place: a folder of this user's alone, which is made where it is not there.
-      port: where sshd listens in all pods.
+      keys: the mount path of the operator's Secret.
+      target: a folder that only this user can access. It is created if it does not exist.
+      port: the port of sshd in all pods.
 
     Raises:
-      ValueError: keys are missing, cannot be read, or the folder is not this user's alone.
+      ValueError: keys are missing or cannot be read, or other users can access the folder.
     """
     try:
         private, public, authorized = ((keys / name).read_bytes() for name in FILES)
     except OSError as error:
         raise ValueError(
             f"pod: {error.filename} cannot be read ({error.strerror}), expected the key pair of the operator's Secret. "
-            "Mount it there, readable for this user (defaultMode 0440 with fsGroup), or name its folder with --keys."
+            "Mount it there, readable for this user (defaultMode 0440 with fsGroup), or give its folder with --keys."
         ) from error
     try:
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = place.stat()
+        target.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = target.stat()
         if found.st_uid != os.getuid() or found.st_mode & 0o077:
-            raise ValueError(f"pod: {place} belongs to somebody else, or is open to others, expected a folder of ours.")
-        names = {"folder": place, "port": port}
+            raise ValueError(f"pod: {target} belongs to another user, or is open to others, expected a private folder.")
+        names = {"folder": target, "port": port}
         for name, content in (
             ("key", private),
             ("authorized_keys", authorized),
@@ -75,13 +74,13 @@ def write(keys: pathlib.Path, place: pathlib.Path, port: int) -> None:
             ("ssh_config", SSH_CONFIG.format(**names).encode()),
             ("sshd_config", SSHD_CONFIG.format(**names).encode()),
         ):
-            _write_private(place / name, content)
+            _write_private(target / name, content)
     except OSError as error:
         raise ValueError(f"pod: {error.filename} cannot be written: {error.strerror}.") from error
 
 
 def _write_private(file: pathlib.Path, content: bytes) -> None:
-    """Readable for nobody else at any time."""
+    """Write a file that other users cannot read at any time."""
     file.unlink(missing_ok=True)
     with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as opened:
         opened.write(content)

@@ -1,7 +1,7 @@
 """TF_CONFIG for tf.distribute.MultiWorkerMirroredStrategy: from hosts, from Slurm, from Kubernetes. Pure functions.
 
-Each builder returns the text of the environment variable. Every worker of a job has to be given the same addresses in
-the same order, and its own index: so the builders take what is equal everywhere, and one number that is not.
+Each builder returns the text of the environment variable. All workers of a job need the same addresses in the same
+order, and each its own index. The builders therefore take arguments that are equal on all workers, and one index.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from typing import Union
 from distpad import errors
 from distpad.launcher import nodelist
 
-Whole = Union[int, str]  # environment variables hold numbers as text
+Integer = Union[int, str]  # environment variables hold numbers as text
 
-_PART = "[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"  # underscores are in use, whatever the standard says
+_PART = "[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"  # the standard forbids underscores, but they occur
 _HOST = re.compile(rf"{_PART}(?:\.{_PART})*\.?")
 _LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 _HIGHEST_PORT = 65535
 
 
-def cluster(addresses: Sequence[str], index: Whole) -> str:
+def cluster(addresses: Sequence[str], index: Integer) -> str:
     """TF_CONFIG of worker ``index`` among workers at ``addresses``.
 
     Args:
-        addresses: ``host:port`` of each worker, in the order of their indices; an IPv6 host stands in brackets,
-            ``[fd00::1]:2222``. TensorFlow's server listens at the worker's own port, and the first worker's also
-            holds the coordination service.
-        index: which of them the worker is, from 0: an int, or its digits.
+        addresses: ``host:port`` of each worker, in the order of their indices. An IPv6 host needs brackets,
+            ``[fd00::1]:2222``. TensorFlow's server listens on the worker's own port; the first worker's server also
+            runs the coordination service.
+        index: the worker's index, from 0: an int, or its digits.
 
     Returns:
-        JSON, equal on all workers but for the index.
+        JSON, equal on all workers except for the index.
 
     Raises:
-        TypeError: ``addresses`` is one string, or holds anything but strings; or ``index`` is no integer.
-        ValueError: there is no address, one is malformed or stands there twice, or the index is out of range.
+        TypeError: ``addresses`` is a string, or holds an element that is not; or ``index`` is not an integer.
+        ValueError: there is no address, an address is malformed or a duplicate, or the index is out of range.
 
     >>> cluster(["node1:2222", "node2:2222"], 1)
     '{"cluster": {"worker": ["node1:2222", "node2:2222"]}, "task": {"type": "worker", "index": 1}}'
@@ -45,22 +45,22 @@ def cluster(addresses: Sequence[str], index: Whole) -> str:
     return _config("cluster", addresses, "index", index)
 
 
-def from_hosts(hosts: Iterable[tuple[str, int]], index: Whole, *, port: Whole) -> str:
-    """TF_CONFIG of worker ``index`` among hosts with slots: ``slots`` workers on each, at ports counted from ``port``.
+def from_hosts(hosts: Iterable[tuple[str, int]], index: Integer, *, port: Integer) -> str:
+    """TF_CONFIG of worker ``index`` among hosts with ``slots`` workers each, at consecutive ports from ``port``.
 
     Args:
-        hosts: ``(name, slots)``; workers are counted along the hosts, and along each host's slots. An IPv6 address
-            may stand there with or without brackets.
-        index: which worker, from 0.
-        port: of each host's first worker; the next has ``port + 1``.
+        hosts: ``(name, slots)`` of each host. Indices count the slots of the first host, then those of the next. The
+            brackets of an IPv6 address are optional.
+        index: the worker's index, from 0.
+        port: the port of each host's first worker; the next worker has ``port + 1``.
 
     Returns:
-        JSON, equal on all workers but for the index.
+        JSON, equal on all workers except for the index.
 
     Raises:
-        TypeError: a number is no integer, or a host no string.
-        ValueError: a host is malformed or stands there twice, it has no slot, a port is above 65535, or the index is
-            out of range.
+        TypeError: a number is not an integer, or a host is not a string.
+        ValueError: a host is malformed or a duplicate, it has no slot, a port is above 65535, or the index is out of
+            range.
 
     >>> json.loads(from_hosts([("a", 2), ("b", 1)], 2, port=2222))["cluster"]["worker"]
     ['a:2222', 'a:2223', 'b:2222']
@@ -72,31 +72,31 @@ def from_hosts(hosts: Iterable[tuple[str, int]], index: Whole, *, port: Whole) -
 def from_slurm(
     hostnames: Sequence[str],
     tasks_per_node: str,
-    procid: Whole,
+    procid: Integer,
     *,
-    port: Whole,
-    nodeid: Whole | None = None,
-    localid: Whole | None = None,
+    port: Integer,
+    nodeid: Integer | None = None,
+    localid: Integer | None = None,
 ) -> str:
-    """TF_CONFIG of one task of a Slurm step: one worker a task.
+    """TF_CONFIG of one task of a Slurm step, with one worker per task.
 
     Args:
-        hostnames: the step's nodes: what ``scontrol show hostnames`` prints, or
+        hostnames: the step's nodes, from ``scontrol show hostnames`` or
             :func:`~distpad.launcher.nodelist.slurm_hostnames`.
         tasks_per_node: ``SLURM_STEP_TASKS_PER_NODE``, or ``SLURM_TASKS_PER_NODE``, such as ``"2(x3),1"``.
         procid: ``SLURM_PROCID``.
-        port: of each node's first task; the next has ``port + 1``.
-        nodeid: ``SLURM_NODEID``. With it, tasks that are not counted node by node (``srun --distribution=cyclic``) are
-            refused, who would look for their ports on other nodes.
-        localid: ``SLURM_LOCALID``, for the same.
+        port: the port of each node's first task; the next task has ``port + 1``.
+        nodeid: ``SLURM_NODEID``. If given, tasks that are not numbered node by node (``srun --distribution=cyclic``)
+            raise, since their ports would be on other nodes.
+        localid: ``SLURM_LOCALID``, for the same check.
 
     Returns:
-        JSON, equal on all workers but for the index.
+        JSON, equal on all workers except for the index.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: there are more or fewer nodes than ``tasks_per_node`` tells of, something is malformed or out of
-            range, or the task is not where its number tells.
+        ValueError: the number of nodes differs from ``tasks_per_node``, an argument is malformed or out of range, or
+            the task's number does not match its node.
 
     >>> json.loads(from_slurm(["n1", "n2"], "2,1", "2", port=20000, nodeid="1", localid="0"))["cluster"]["worker"]
     ['n1:20000', 'n1:20001', 'n2:20000']
@@ -112,44 +112,44 @@ def from_slurm(
     config = _config("from_slurm", addresses, "procid", procid)
     places = [(node, local) for node, count in enumerate(tasks) for local in range(count)]
     for argument, value, place in zip(("nodeid", "localid"), (nodeid, localid), places[int(procid)]):
-        if value is not None and _whole("from_slurm", argument, value, 0) != place:
-            evidence = f"Task {procid} of {tasks_per_node} tasks a node is there where tasks are counted node by node."
+        if value is not None and _integer("from_slurm", argument, value, 0) != place:
+            evidence = f"Numbered node by node ({tasks_per_node} tasks a node), task {procid} has this number."
             remedy = "Use srun --distribution=block."
             raise ValueError(errors.sentence("from_slurm", argument, value, str(place), evidence, remedy))
     return config
 
 
 def from_indexed_job(
-    job: str, completions: Whole, index: Whole, *, service: str, port: Whole, namespace: str | None = None
+    job: str, completions: Integer, index: Integer, *, service: str, port: Integer, namespace: str | None = None
 ) -> str:
-    """TF_CONFIG of one pod of a Kubernetes Indexed Job, whose ``completions`` are all there at once.
+    """TF_CONFIG of one pod of a Kubernetes Indexed Job that runs all its ``completions`` at once.
 
     Args:
         job: the Job's name; its pods have the host names ``<job>-<index>``.
-        completions: how many pods: as many run at once (``parallelism``).
+        completions: the number of pods, equal to the Job's ``parallelism``.
         index: ``JOB_COMPLETION_INDEX``.
-        service: the headless Service, which the pods name as their ``subdomain``.
-        port: of every worker: each pod has an address of its own.
-        namespace: makes the names valid from other namespaces too.
+        service: the headless Service, equal to the pods' ``subdomain``.
+        port: the port of every worker, since each pod has an address of its own.
+        namespace: extends the names, so that they resolve in other namespaces too.
 
     Returns:
-        JSON, equal on all workers but for the index.
+        JSON, equal on all workers except for the index.
 
     Raises:
-        TypeError: a number is no integer, or a name no string.
-        ValueError: a name is no DNS label, or a number is out of range.
+        TypeError: a number is not an integer, or a name is not a string.
+        ValueError: a name is not a DNS label, or a number is out of range.
 
     >>> json.loads(from_indexed_job("train", 2, "0", service="workers", port=2222))["cluster"]["worker"]
     ['train-0.workers:2222', 'train-1.workers:2222']
     """
-    pods = range(_whole("from_indexed_job", "completions", completions, 1))
+    pods = range(_integer("from_indexed_job", "completions", completions, 1))
     _label("from_indexed_job", "job", job, f"{job}-{pods[-1]}")
     _label("from_indexed_job", "service", service, service)
-    behind = service
+    domain = service
     if namespace is not None:
         _label("from_indexed_job", "namespace", namespace, namespace)
-        behind = f"{service}.{namespace}.svc"
-    addresses = _addresses("from_indexed_job", "job", ((f"{job}-{pod}.{behind}", 1) for pod in pods), port)
+        domain = f"{service}.{namespace}.svc"
+    addresses = _addresses("from_indexed_job", "job", ((f"{job}-{pod}.{domain}", 1) for pod in pods), port)
     return _config("from_indexed_job", addresses, "index", index)
 
 
@@ -157,44 +157,44 @@ def from_jobset(
     jobset: str,
     replicated_jobs: Iterable[tuple[str, int, int]],
     replicated_job: str,
-    job_index: Whole,
-    pod_index: Whole,
+    job_index: Integer,
+    pod_index: Integer,
     *,
-    port: Whole,
+    port: Integer,
     subdomain: str | None = None,
 ) -> str:
-    """TF_CONFIG of one pod of a JobSet: workers are counted along the replicated jobs, their jobs, and their pods.
+    """TF_CONFIG of one pod of a JobSet. Indices count the replicated jobs, then their jobs, then the jobs' pods.
 
     Args:
         jobset: the JobSet's name.
         replicated_jobs: ``(name, replicas, pods)`` of each replicated job whose pods are workers; ``pods`` is the
             ``completions`` of its Job template.
-        replicated_job: the pod's own: its label ``jobset.sigs.k8s.io/replicatedjob-name``.
-        job_index: its label ``jobset.sigs.k8s.io/job-index``.
+        replicated_job: the pod's label ``jobset.sigs.k8s.io/replicatedjob-name``.
+        job_index: the pod's label ``jobset.sigs.k8s.io/job-index``.
         pod_index: ``JOB_COMPLETION_INDEX``.
-        port: of every worker: each pod has an address of its own.
+        port: the port of every worker, since each pod has an address of its own.
         subdomain: the JobSet's ``network.subdomain``; by default its name.
 
     Returns:
-        JSON, equal on all workers but for the index.
+        JSON, equal on all workers except for the index.
 
     Raises:
-        TypeError: a number is no integer, or a name no string.
-        ValueError: a name is no DNS label, stands there twice, or is not in the list; or a number is out of range.
+        TypeError: a number is not an integer, or a name is not a string.
+        ValueError: a name is not a DNS label, a duplicate, or missing from the list; or a number is out of range.
 
     >>> config = from_jobset("train", [("node", 2, 2)], "node", "1", "0", port=2222)
     >>> json.loads(config)["cluster"]["worker"][2], json.loads(config)["task"]["index"]
     ('train-node-1-0.train:2222', 2)
     """
-    behind = jobset if subdomain is None else subdomain
-    _label("from_jobset", "subdomain", behind, behind)
+    domain = jobset if subdomain is None else subdomain
+    _label("from_jobset", "subdomain", domain, domain)
     pods: list[tuple[str, int, int]] = []
     sizes: dict[str, tuple[int, int]] = {}
     for name, replicas, completions in replicated_jobs:
         if name in sizes:
             raise ValueError(errors.sentence("from_jobset", "replicated_jobs", repr(name), "each name once"))
-        jobs = _whole("from_jobset", "replicas", replicas, 1)
-        each = _whole("from_jobset", "pods", completions, 1)
+        jobs = _integer("from_jobset", "replicas", replicas, 1)
+        each = _integer("from_jobset", "pods", completions, 1)
         sizes[name] = jobs, each
         _label("from_jobset", "replicated_jobs", name, f"{jobset}-{name}-{jobs - 1}-{each - 1}")
         pods += [(name, job, pod) for job in range(jobs) for pod in range(each)]
@@ -205,13 +205,13 @@ def from_jobset(
         _below("from_jobset", "job_index", job_index, jobs),
         _below("from_jobset", "pod_index", pod_index, each),
     )
-    hosts = ((f"{jobset}-{name}-{job}-{pod}.{behind}", 1) for name, job, pod in pods)
+    hosts = ((f"{jobset}-{name}-{job}-{pod}.{domain}", 1) for name, job, pod in pods)
     addresses = _addresses("from_jobset", "jobset", hosts, port)
     return _config("from_jobset", addresses, "index", pods.index(mine))
 
 
-def _config(function: str, addresses: Sequence[str], argument: str, index: Whole) -> str:
-    """Check and write: the one place where TF_CONFIG gets its form."""
+def _config(function: str, addresses: Sequence[str], argument: str, index: Integer) -> str:
+    """Check the addresses and the index, and return TF_CONFIG. All builders end here."""
     if isinstance(addresses, str) or not all(isinstance(address, str) for address in addresses):
         raise TypeError(errors.sentence(function, "addresses", repr(addresses), "a list of strings 'host:port'"))
     if not addresses:
@@ -227,7 +227,7 @@ def _config(function: str, addresses: Sequence[str], argument: str, index: Whole
 
 
 def _canonical(function: str, address: str) -> str:
-    """An address in a form that is equal for equal addresses."""
+    """Convert an address to a canonical form, to find duplicates."""
     host, _, port = address.rpartition(":")
     plain = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     bracketed = plain != host
@@ -240,13 +240,13 @@ def _canonical(function: str, address: str) -> str:
     return f"{name} {int(port)}"
 
 
-def _addresses(function: str, argument: str, hosts: Iterable[tuple[str, Whole]], port: Whole) -> list[str]:
-    first = _whole(function, "port", port, 1)
+def _addresses(function: str, argument: str, hosts: Iterable[tuple[str, Integer]], port: Integer) -> list[str]:
+    first = _integer(function, "port", port, 1)
     addresses = []
     for host, slots in hosts:
         if not isinstance(host, str):
             raise TypeError(errors.sentence(function, argument, repr(host), "host names as strings"))
-        count = _whole(function, "slots", slots, 1)
+        count = _integer(function, "slots", slots, 1)
         last = first + count - 1
         if last > _HIGHEST_PORT:
             evidence = f"{host} would listen up to port {last}."
@@ -258,7 +258,7 @@ def _addresses(function: str, argument: str, hosts: Iterable[tuple[str, Whole]],
 
 
 def _ip_version(host: str) -> int | None:
-    """4 or 6, or None for names. Zones (``fe80::1%eth0``) are no addresses here: they mean nothing on other hosts."""
+    """4 or 6, or None for names. Addresses with zones (``fe80::1%eth0``) count as names: zones are local to a host."""
     try:
         return None if "%" in host else ipaddress.ip_address(host).version
     except ValueError:
@@ -269,12 +269,12 @@ def _label(function: str, argument: str, value: str, label: str) -> None:
     if not isinstance(value, str):
         raise TypeError(errors.sentence(function, argument, repr(value), "a string"))
     if not _LABEL.fullmatch(label):
-        rule = "a DNS label: at most 63 lower-case letters, digits and hyphens, none at its ends"
-        evidence = f"It makes {label!r}, of {len(label)} characters." if label != value else ""
+        rule = "a DNS label: at most 63 lower-case letters, digits and hyphens, without a hyphen at either end"
+        evidence = f"The host name is {label!r}, with {len(label)} characters." if label != value else ""
         raise ValueError(errors.sentence(function, argument, repr(value), rule, evidence))
 
 
-def _whole(function: str, argument: str, value: Whole, least: int) -> int:
+def _integer(function: str, argument: str, value: Integer, least: int) -> int:
     if isinstance(value, str):
         if not re.fullmatch("[0-9]+", value):
             raise ValueError(errors.sentence(function, argument, repr(value), f"an integer from {least}"))
@@ -282,8 +282,8 @@ def _whole(function: str, argument: str, value: Whole, least: int) -> int:
     return errors.integer(function, argument, value, least)
 
 
-def _below(function: str, argument: str, value: Whole, count: int) -> int:
-    number = _whole(function, argument, value, 0)
+def _below(function: str, argument: str, value: Integer, count: int) -> int:
+    number = _integer(function, argument, value, 0)
     if number >= count:
         raise ValueError(errors.sentence(function, argument, number, f"from 0 to {count - 1}, of {count}"))
     return number

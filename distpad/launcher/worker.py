@@ -1,10 +1,10 @@
-"""One worker: starts the job's command as its child, as its host's agent orders, and tells it what becomes of that.
+"""One worker: runs the job's command as its child, and reports its output and exit code to the host's agent.
 
     python -m distpad.launcher.worker FOLDER
 
-An engine's launcher starts this in the command's place. It says which rank the engine gave it, and gets command,
-variables and secrets from the agent, which listens at FOLDER/HOST.sock; then it sends each line that the command
-writes, and how it ended. The command lives no longer than it, and it no longer than its agent.
+An engine's launcher starts this program in place of the command. It sends its rank to the agent, which listens at
+FOLDER/HOST.sock, and receives the command, variables and secrets. It then sends each line of the command's output, and
+its exit code. The command never outlives this process, and this process never outlives its agent.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signa
 
 
 def main(folder: str) -> int:
-    """Run one worker; its exit code is the command's, or 128 and the number of the signal that ended it."""
+    """Run one worker. Returns the command's exit code, or 128 + N if signal N ended it."""
     worker = Worker(connect(folder))
     for number in FORWARDED:
         signal.signal(number, lambda received, _: worker.signal(received))
@@ -41,7 +41,7 @@ def main(folder: str) -> int:
 
 
 def connect(folder: str, within_s: float = times.AGENT_WITHIN_S) -> socket.socket:
-    """The connection to this host's agent."""
+    """Connect to this host's agent."""
     path = os.path.join(folder, f"{socket.gethostname()}.sock")
     end = time.monotonic() + within_s
     while True:
@@ -52,7 +52,7 @@ def connect(folder: str, within_s: float = times.AGENT_WITHIN_S) -> socket.socke
         except OSError as error:
             connection.close()
             if time.monotonic() > end:
-                sys.exit(f"distpad worker: no agent listens at {path} ({error.strerror}): nobody to take orders from.")
+                sys.exit(f"distpad worker: no agent listens at {path} ({error.strerror}).")
             time.sleep(0.05)
 
 
@@ -63,9 +63,9 @@ class Worker:
         self.connection = connection
         self.reader = connection.makefile("rb")
         self.lock = threading.Lock()
-        self.leave = threading.Event()  # the agent says that nobody needs us any more
+        self.leave = threading.Event()  # set when the agent allows this worker to exit
         self.child: subprocess.Popen[bytes] | None = None
-        self.pending: list[int] = []  # signals that came before the child
+        self.pending: list[int] = []  # signals that arrived before the child started
         self.ending = False
 
     def run(self) -> int:
@@ -74,7 +74,7 @@ class Worker:
         )
         line = self.reader.readline()
         if not line:
-            return 1  # the agent ended before it had orders for us
+            return 1  # the agent ended before it sent orders
         orders = json.loads(line)
         try:
             self.child = start(orders)
@@ -96,19 +96,21 @@ class Worker:
         end = time.monotonic() + times.LEFTOVERS_S
         for pump in pumps:
             pump.join(max(0, end - time.monotonic()))
-        self.kill(signal.SIGKILL)  # what the command left in its group
+        self.kill(signal.SIGKILL)  # leftover processes of the command's group
         return self.finish(code if code >= 0 else 128 - code, orders)
 
     def finish(self, code: int, orders: dict[str, Any]) -> int:
-        """Tell how it ended. A failure is held back until the others had time to say what they saw of it: engines end
-        them as soon as they see one process end."""
+        """Report the exit code. After a failure, wait before exiting, so that other workers can report their errors.
+
+        Engines end all workers as soon as one process ends.
+        """
         self.send(is_="exit", code=code)
         if code and orders["holds_failures"]:
             self.leave.wait(orders["grace_s"] + times.LEFTOVERS_S)
         return code
 
     def pump(self, source: BinaryIO, stream: str) -> None:
-        """Send what the command writes, line by line; a carriage return, as progress bars write it, ends one too."""
+        """Send the command's output line by line. A carriage return, as in progress bars, ends a line too."""
         rest = b""
         while chunk := os.read(source.fileno(), LONGEST_LINE):
             *lines, rest = (rest + chunk).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
@@ -120,7 +122,7 @@ class Worker:
             self.send(is_="line", stream=stream, text=rest.decode("utf-8", "replace"))
 
     def listen(self, grace_s: float) -> None:
-        """Do what the agent says, and end the command when the agent is gone."""
+        """Handle the agent's messages, and end the command when the agent is gone."""
         for line in self.reader:
             message = json.loads(line)
             if message["do"] == "signal":
@@ -139,19 +141,19 @@ class Worker:
             self.kill(number)
 
     def kill(self, number: int) -> None:
-        """A signal to the command and all its group."""
+        """Send a signal to the command's process group."""
         if self.child is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.child.pid, number)
 
     def send(self, is_: str, **fields: Any) -> None:
-        # Without an agent nobody reads; `listen` then ends the command.
+        # If the agent is gone, `listen` ends the command.
         with self.lock, contextlib.suppress(OSError):
             self.connection.sendall(json.dumps({"is": is_, **fields}).encode() + b"\n")
 
 
 def membership(environ: Mapping[str, str]) -> dict[str, int | None]:
-    """What the engine says of this process: ``rank``, ``size`` and ``local_rank``, each None where it does not."""
+    """The engine's ``rank``, ``size`` and ``local_rank`` of this process, each None if its variable is not set."""
 
     def first(names: tuple[str, ...]) -> int | None:
         return next((int(environ[name]) for name in names if environ.get(name, "").isdecimal()), None)
@@ -160,17 +162,17 @@ def membership(environ: Mapping[str, str]) -> dict[str, int | None]:
 
 
 def start(orders: Mapping[str, Any]) -> subprocess.Popen[bytes]:
-    """The command, in a process group of its own, which dies with this process."""
+    """Start the command in a process group of its own, which dies with this process."""
     env = {**os.environ, **orders["env"]}
-    # Slurm may have shared a host's cores out already: what this worker may use is its own part then
+    # Slurm may have divided a host's cores among its tasks already
     threads = os.environ.get("SLURM_CPUS_PER_TASK") or str(max(1, len(os.sched_getaffinity(0)) // orders["slots"]))
     for name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"):
-        env[name] = env.get(name) or threads  # else each of a host's workers takes all its cores
+        env[name] = env.get(name) or threads  # otherwise each worker uses all cores of its host
     command, libc, parent = orders["command"], ctypes.CDLL(None), os.getpid()
 
     def die_with_parent() -> None:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died in between
+        if os.getppid() != parent:  # this process died before prctl
             os._exit(1)
 
     return subprocess.Popen(

@@ -1,4 +1,4 @@
-"""``distpad doctor``: facts of each host, and what they mean for a job. Nothing here imports TensorFlow.
+"""``distpad doctor``: facts of each host, and findings from them. This package does not import TensorFlow.
 
-facts.py runs on each host and only looks; hosts.py brings it there; checks.py knows what is wrong and what to do.
+facts.py runs on each host and changes nothing. hosts.py starts it there. checks.py turns facts into findings.
 """

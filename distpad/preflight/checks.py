@@ -1,4 +1,4 @@
-"""What is wrong, and what to do: from the facts of all hosts to findings. Pure; one small function a rule."""
+"""Turn the facts of all hosts into findings with remedies. Pure functions, one per check."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distpad.preflight.findings import ERROR, OK, WARNING, Finding, Question
 HostCheck = Callable[[str, Mapping[str, Any], Question], Iterator[Finding]]
 ClusterCheck = Callable[[Mapping[str, Mapping[str, Any]], Question], Iterator[Finding]]
 
-# what is looked at | the rule. Of each host by itself:
+# name | check of one host
 OF_A_HOST: dict[str, HostCheck] = {
     "probes": host_checks.probes,
     "TensorFlow": host_checks.tensorflow,
@@ -29,7 +29,7 @@ OF_A_HOST: dict[str, HostCheck] = {
     "TF_CONFIG": host_checks.tf_config,
     "ports": host_checks.ports,
 }
-# and of all that answered, side by side:
+# name | comparison of all hosts that answered
 OF_ALL_HOSTS: dict[str, ClusterCheck] = {
     "names": cluster_checks.names,
     "versions": cluster_checks.versions,
@@ -40,11 +40,11 @@ OF_ALL_HOSTS: dict[str, ClusterCheck] = {
 
 
 def check(answers: Mapping[str, Mapping[str, Any]], question: Question) -> list[Finding]:
-    """All findings, errors first. What was looked at and is in order is a finding, too: of state ``ok``.
+    """Return all findings, errors first. A check that passes yields a finding of state ``ok``.
 
     Args:
-      answers: by host, what ``hosts.ask`` returned.
-      question: what was asked.
+      answers: the result of ``hosts.ask``, by host.
+      question: the hosts, ports and code that the user asked about.
     """
     facts = {host: answer["facts"] for host, answer in answers.items() if "facts" in answer}
     found: list[Finding] = []

@@ -1,4 +1,4 @@
-"""Rules of all hosts side by side: what has to be the same, and how they see one another."""
+"""Checks that compare all hosts: clocks, names, software and code."""
 
 from __future__ import annotations
 
@@ -14,58 +14,62 @@ SKEW_S = 5.0
 
 
 def clock(host: str, answer: Mapping[str, Any]) -> Iterator[Finding]:
-    """Logs of hosts whose clocks differ cannot be read side by side, and tickets and certificates fail."""
+    """Clocks must agree. Otherwise logs of several hosts cannot be compared, and tickets and certificates fail."""
     ahead = answer["facts"]["time"] - answer["received"]
     behind = answer["sent"] - answer["facts"]["time"]
     off = max(ahead, behind)
     if off > SKEW_S:
         where = "ahead" if ahead > behind else "behind"
-        yield warning(host, f"its clock is {off:.0f} s {where}", "Let all hosts keep time: timedatectl set-ntp true")
+        yield warning(host, f"its clock is {off:.0f} s {where}", "Synchronise all clocks: timedatectl set-ntp true")
 
 
 def names(facts: AllFacts, question: Question) -> Iterator[Finding]:
-    """Hosts have to know one another, and themselves, by addresses where others can connect: Gloo looks up its own
-    host's name and tells the others what it found."""
+    """Each host must resolve all names, its own included, to addresses that other hosts can reach.
+
+    Gloo resolves the name of its own host and sends the address to the other workers.
+    """
     for here, each in facts.items():
         for name, addresses in each.get("names", {}).items():
             own = name in (here, each["host"])
             if not own and name not in facts:
-                continue  # of that host there is worse to tell
-            trouble = hostcheck.trouble_with(name, addresses, is_own=own)
-            if trouble:
-                yield error(here, *trouble)
+                continue  # a finding already reports that this host is unreachable
+            problem = hostcheck.name_problem(name, addresses, is_own=own)
+            if problem:
+                yield error(here, *problem)
 
 
 def versions(facts: AllFacts, question: Question) -> Iterator[Finding]:
-    """Packages, Python and MPI have to be the same."""
+    """Packages, Python and MPI must have the same version on all hosts."""
     names = sorted({name for each in facts.values() for name in each.get("packages", {})})
     rows = {name: {host: each["packages"].get(name, "") for host, each in _having(facts, "packages")} for name in names}
     rows["Python"] = {host: _minor(each["python"]["version"]) for host, each in _having(facts, "python")}
     rows["mpirun"] = {host: (each["mpi"]["mpirun"] or {}).get("version", "") for host, each in _having(facts, "mpi")}
     for name, found in rows.items():
         if len(set(found.values())) > 1:
-            yield error(_odd_ones(found), f"{name} differs: {_who_has_what(found)}", "Install the same everywhere.")
+            yield error(
+                _outliers(found), f"{name} differs: {_hosts_by_value(found)}", "Install the same version everywhere."
+            )
 
 
 def builds(facts: AllFacts, question: Question) -> Iterator[Finding]:
-    """Horovod has to be built alike: a rank without NCCL would wait for those with it forever."""
+    """Horovod must have the same build on all hosts. A rank without NCCL waits forever for ranks with NCCL."""
     found = {
         host: " ".join(each["engines"]["horovod"]["built_with"])
         for host, each in _having(facts, "engines")
         if (each["engines"].get("horovod") or {}).get("built_with") is not None
     }
     if len(set(found.values())) > 1:
-        remedy = "Build it alike everywhere: launch/install_horovod.sh --force"
-        yield error(_odd_ones(found), f"what Horovod was built with differs: {_who_has_what(found)}", remedy)
+        remedy = "Build Horovod again on all hosts: launch/install_horovod.sh --force"
+        yield error(_outliers(found), f"Horovod's build differs: {_hosts_by_value(found)}", remedy)
 
 
 def own_code(facts: AllFacts, question: Question) -> Iterator[Finding]:
-    """distpad itself has to be the same: its messages between workers have no versions."""
+    """distpad must be the same on all hosts, since messages between its workers carry no version."""
     yield from _same_files(facts, "distpad", "distpad's own code", "Install the same distpad everywhere.")
 
 
 def code(facts: AllFacts, question: Question) -> Iterator[Finding]:
-    """The folder of ``--code``: workers of two different programs wait for each other, or train two models."""
+    """The folder of ``--code`` must be the same. Workers with different programs hang, or train different models."""
     remedy = f"Copy it there: rsync -a {question.code}/ HOST:{question.code}/"
     yield from _same_files(facts, "code", f"the code in {question.code}", remedy)
 
@@ -83,17 +87,17 @@ def _same_files(facts: AllFacts, key: str, what: str, remedy: str) -> Iterator[F
 
 
 def _having(facts: AllFacts, key: str) -> list[tuple[str, Mapping[str, Any]]]:
-    """The hosts whose probe told something."""
+    """The hosts whose facts contain ``key``."""
     return [(host, each) for host, each in facts.items() if key in each]
 
 
-def _odd_ones(found: Mapping[str, str]) -> str:
-    """The hosts that differ from most, or from the first."""
+def _outliers(found: Mapping[str, str]) -> str:
+    """The hosts whose value is not the most common one; among equally common values, the first host's counts."""
     common = max(found.values(), key=list(found.values()).count)
     return ", ".join(host for host, value in found.items() if value != common)
 
 
-def _who_has_what(found: Mapping[str, str]) -> str:
+def _hosts_by_value(found: Mapping[str, str]) -> str:
     groups: dict[str, list[str]] = {}
     for host, value in found.items():
         groups.setdefault(value or "none", []).append(host)

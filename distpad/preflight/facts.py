@@ -1,8 +1,8 @@
-"""The facts of the machine that this runs on, as JSON.
+"""Print the facts of this machine as JSON.
 
     echo '{"hosts": ["host2"], "ports": [2222], "limit_s": 60}' | python -m distpad.preflight.facts
 
-Each probe has a time limit and an error of its own: one that fails is a fact, too, and the others go on.
+All probes share a time limit. The error of a failed probe is a fact as well, and the other probes continue.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ PROBES: dict[str, Probe] = {
 
 
 def collect(asked: dict[str, Any], probes: dict[str, Probe] = PROBES) -> dict[str, Any]:
-    """Run all probes at once.
+    """Run all probes in parallel.
 
     Args:
-      asked: ``limit_s``: seconds for all; ``hosts``: names to resolve; ``ports``: to be found free or taken;
+      asked: ``limit_s``: seconds for all probes; ``hosts``: names to resolve; ``ports``: port numbers to test;
         ``code``: a folder whose Python files are compared.
-      probes: by name; what each finds has to be JSON.
+      probes: functions by name. Their results must be JSON.
 
     Returns:
-      What each found, by its name, but for those that failed: ``errors`` says why, by name. ``host`` is the host's own
-      name and ``time`` when it answered, in seconds of its clock.
+      The results of successful probes by name; ``errors``: the messages of failed probes by name; ``host``: this
+      host's own name; ``time``: the time of the answer, in seconds of this host's clock.
     """
     asked = {"limit_s": 60.0, **asked}
     found: dict[str, Any] = {}
@@ -57,7 +57,7 @@ def collect(asked: dict[str, Any], probes: dict[str, Probe] = PROBES) -> dict[st
     def run(name: str, probe: Probe) -> None:
         try:
             found[name] = probe(asked)
-        except Exception as error:  # whatever it is: a fact
+        except Exception as error:  # any error is a fact
             errors[name] = f"{type(error).__name__}: {error}"
 
     threads = [threading.Thread(target=run, args=item, name=item[0], daemon=True) for item in probes.items()]
@@ -73,7 +73,7 @@ def collect(asked: dict[str, Any], probes: dict[str, Probe] = PROBES) -> dict[st
 
 
 def main() -> None:
-    """Answer the question on standard input with a line on standard output."""
+    """Read the question from standard input and print the facts on one line."""
     facts = collect(json.loads(sys.stdin.read() or "{}"))
     print(render.without_passwords(json.dumps(facts)), flush=True)
     os._exit(0)  # a probe that hangs must not keep the process

@@ -1,4 +1,4 @@
-"""A finding, and what was asked for."""
+"""The question to the doctor, and the findings in its answer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ OK, WARNING, ERROR = "ok", "warning", "error"
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What was looked at on a host (or on all), and what came of it.
+    """The result of one check on one host, or on all hosts.
 
     Attributes:
-      host: its name, or several, as in "host1, host2"; "all" for a comparison.
-      what: the rule's name in checks.py.
+      host: the host's name, or several names, as in "host1, host2"; "all" for a comparison.
+      what: the check's name in checks.py.
       state: "ok", "warning", "error".
-      evidence: what was found.
-      remedy: what to do.
+      evidence: the facts behind the finding.
+      remedy: an instruction for the user.
     """
 
     host: str
@@ -28,7 +28,7 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What the doctor was asked: hosts with their slots, and whether they were named on the command line."""
+    """The hosts, ports and code to check. ``slots_given`` is true if the user gave the slots of the hosts."""
 
     slots: dict[str, int]
     slots_given: bool = False
@@ -37,15 +37,15 @@ class Question:
 
     @property
     def several(self) -> bool:
-        """Whether workers have to reach one another over a network."""
+        """Whether workers communicate over a network."""
         return len(self.slots) > 1
 
 
 def error(host: str, evidence: str, remedy: str) -> Finding:
-    """What keeps a job from running, or from running right."""
+    """A problem that keeps a job from running, or from correct results."""
     return Finding(host, "", ERROR, evidence, remedy)
 
 
 def warning(host: str, evidence: str, remedy: str) -> Finding:
-    """What may be meant, or will hurt some jobs."""
+    """A setting that may be intended, or that harms only some jobs."""
     return Finding(host, "", WARNING, evidence, remedy)

@@ -1,4 +1,4 @@
-"""Rules of one host: each gets its facts, and yields what is wrong there."""
+"""Checks of one host. Each check reads the host's facts and yields the problems there."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ HOSTFILE = "OMPI_MCA_orte_default_hostfile"
 
 
 def probes(host: str, facts: Facts, question: Question) -> Iterator[Finding]:
-    """What could not be looked at is unknown, and not in order."""
+    """Each failed probe is a warning, since the state of its subject is unknown."""
     for name, why in facts["errors"].items():
-        yield warning(host, f"{name} could not be looked at: {why}", "Look at it by hand.")
+        yield warning(host, f"{name} could not be checked: {why}", "Check it manually.")
 
 
 def tensorflow(host: str, facts: Facts, question: Question) -> Iterator[Finding]:
-    """It has to load."""
+    """TensorFlow must be installed and must load."""
     if not any(name.startswith(("tensorflow", "tf-nightly")) for name in facts.get("packages", {"tensorflow": ""})):
         yield error(
             host, "TensorFlow is not installed in this Python", "launch/environment.sh makes a whole environment."
@@ -33,7 +33,7 @@ def tensorflow(host: str, facts: Facts, question: Question) -> Iterator[Finding]
 
 
 def keras(host: str, facts: Facts, question: Question) -> Iterator[Finding]:
-    """TensorFlow 2.15 goes with Keras 2, from 2.16 on with Keras 3."""
+    """TensorFlow up to 2.15 needs Keras 2. Later releases need Keras 3."""
     found, release = facts.get("packages", {}).get("keras", ""), _release(facts)
     if not found or not release:
         return
@@ -46,27 +46,27 @@ def keras(host: str, facts: Facts, question: Question) -> Iterator[Finding]:
 
 
 def addons(host: str, facts: Facts, question: Question) -> Iterator[Finding]:
-    """Their life ended with TensorFlow 2.15."""
+    """TensorFlow Addons support TensorFlow up to 2.15."""
     found = facts.get("packages", {}).get("tensorflow-addons")
     if found and _release(facts) > (2, 15):
         version = _tensorflow_version(facts)
         yield warning(
             host,
-            f"TensorFlow Addons {found} are for TensorFlow up to 2.15, here is {version}",
-            "Do without, or use 2.15.",
+            f"TensorFlow Addons {found} support TensorFlow up to 2.15, here is {version}",
+            "Uninstall them, or use TensorFlow 2.15.",
         )
 
 
 def horovod(host: str, facts: Facts, question: Question) -> Iterator[Finding]:
-    """One that is installed has to load: pip's cache does not know which TensorFlow a wheel was built for."""
+    """An installed Horovod must load. pip's cache ignores the TensorFlow that a wheel was built for."""
     if why := _engine(facts, "horovod").get("error"):
         yield error(
-            host, f"Horovod does not load: {why}", f"Build it for the TensorFlow at hand: {INSTALL_HOROVOD} --force"
+            host, f"Horovod does not load: {why}", f"Build it for the installed TensorFlow: {INSTALL_HOROVOD} --force"
         )
 
 
 def nccl(host: str, facts: Facts, question: Question) -> Iterator[Finding]:
-    """Without it gradients go through the CPU's memory: it runs, many times slower, and nobody is told."""
+    """Horovod on GPUs needs NCCL. Without NCCL, gradients go through the CPU's memory, slowly and without a warning."""
     built = _engine(facts, "horovod").get("built_with")
     if _gpus(facts) and built is not None and "nccl" not in built:
         yield error(
@@ -77,10 +77,10 @@ def nccl(host: str, facts: Facts, question: Question) -> Iterator[Finding]:
 
 
 def gpus(host: str, facts: Facts, question: Question) -> Iterator[Finding]:
-    """TensorFlow has to see the GPUs that the driver has."""
+    """TensorFlow must see all GPUs of the driver."""
     engine, driver = _engine(facts, "tensorflow"), facts.get("gpus", {})
     if why := driver.get("error"):
-        yield error(host, f"nvidia-smi fails: {why}", "Is the driver loaded, and does it fit the kernel?")
+        yield error(host, f"nvidia-smi fails: {why}", "Check that the driver is loaded and matches the kernel.")
     elif not _gpus(facts) or "gpus" not in engine:
         return
     elif not engine["for_gpus"]:
@@ -91,14 +91,14 @@ def gpus(host: str, facts: Facts, question: Question) -> Iterator[Finding]:
         visible = facts.get("environment", {}).get("CUDA_VISIBLE_DEVICES")
         found = f"TensorFlow sees {engine['gpus']} of {_gpus(facts)} GPUs"
         if visible is not None:
-            yield warning(host, f"{found}: CUDA_VISIBLE_DEVICES is {visible!r}", "Unset it, if all are meant.")
+            yield warning(host, f"{found}: CUDA_VISIBLE_DEVICES is {visible!r}", "Unset it to use all GPUs.")
         else:
-            built = f"It wants CUDA {engine['cuda']} and cuDNN {engine['cudnn']}: pip install 'tensorflow[and-cuda]'"
+            built = f"It needs CUDA {engine['cuda']} and cuDNN {engine['cudnn']}: pip install 'tensorflow[and-cuda]'"
             yield error(host, found, built)
 
 
 def slots(host: str, facts: Facts, question: Question) -> Iterator[Finding]:
-    """A GPU a worker; without GPUs, a core."""
+    """Each worker needs a GPU, or a core on hosts without GPUs."""
     wanted, have = question.slots.get(host, 1), _gpus(facts)
     if not question.slots_given:
         return
@@ -106,15 +106,17 @@ def slots(host: str, facts: Facts, question: Question) -> Iterator[Finding]:
         yield error(
             host,
             f"{wanted} slots, but {have} GPUs",
-            f"Write {host}:{have}. Two workers on one GPU get in each other's way.",
+            f"Write {host}:{have}. Workers should not share a GPU.",
         )
     cores = facts.get("machine", {}).get("cores") or wanted
     if not have and wanted > cores:
-        yield warning(host, f"{wanted} slots, but {cores} cores", f"Write {host}:{cores}, or be patient.")
+        yield warning(
+            host, f"{wanted} slots, but {cores} cores", f"Write {host}:{cores}. Workers that share a core are slow."
+        )
 
 
 def mpi(host: str, facts: Facts, question: Question) -> Iterator[Finding]:
-    """The mpirun on PATH has to be that of the library that Horovod loads: others start N jobs of one, or nothing."""
+    """mpirun must belong to the MPI library that Horovod loads. Another mpirun starts N jobs of one, or fails."""
     found = facts.get("mpi", {})
     missing = [name for name, path in found.get("links", {}).items() if not path and name.startswith("libmpi")]
     rebuild = f"{INSTALL_HOROVOD} --force builds it for the MPI on PATH."
@@ -128,44 +130,44 @@ def mpi(host: str, facts: Facts, question: Question) -> Iterator[Finding]:
         yield warning(
             host,
             f"Horovod has MPI ({_mpi(library)}), but no mpirun is on PATH",
-            "Put it on PATH, or launch with --gloo.",
+            "Add it to PATH, or launch with --gloo.",
         )
     elif library and _family(library) != _family(mpirun):
         yield error(host, f"Horovod loads {_mpi(library)}, but mpirun is {_mpi(mpirun)}", f"Change PATH, or: {rebuild}")
 
 
 def operator(host: str, facts: Facts, question: Question) -> Iterator[Finding]:
-    """Open MPI 5 ignores the hosts that an operator sets for 4, and runs everything on one."""
+    """Open MPI 5 ignores the hosts that an operator sets for version 4, and runs all workers on one host."""
     environment = facts.get("environment", {})
     mpirun = (facts.get("mpi", {}).get("mpirun") or {}).get("version", "")
     if _family(mpirun) >= ("Open MPI", 5) and HOSTFILE in environment:
         file = environment[HOSTFILE]
         if environment.get("PRTE_MCA_prte_default_hostfile") != file:
-            remedy = f"Set PRTE_MCA_prte_default_hostfile={file}, or give mpirun --hostfile {file}"
+            remedy = f"Set PRTE_MCA_prte_default_hostfile={file}, or call mpirun --hostfile {file}"
             yield error(host, f"{_mpi(mpirun)} ignores {HOSTFILE}: all workers would run on this host", remedy)
 
 
 def shared_memory(host: str, facts: Facts, question: Question) -> Iterator[Finding]:
-    """Containers get 64 MB, with which NCCL breaks in mid-run (NVIDIA/nccl#290)."""
+    """Containers get 64 MB by default, with which NCCL fails during training (NVIDIA/nccl#290)."""
     found = facts.get("shared_memory", {})
     if not found or (found["size"] >= GB and found["free"] >= GB // 4):
         return
     evidence = f"/dev/shm has {found['size'] // 2**20} MB, {found['free'] // 2**20} MB of it free"
     if _gpus(facts):
-        yield error(host, f"{evidence}: too little for NCCL", f"Give it 1 GB or more: {SHM}")
+        yield error(host, f"{evidence}: too little for NCCL", f"Increase it to 1 GB or more: {SHM}")
     else:
-        yield warning(host, evidence, f"Several workers of a host use it, and NCCL needs 1 GB: {SHM}")
+        yield warning(host, evidence, f"Workers on one host use it, and NCCL needs 1 GB: {SHM}")
 
 
 def open_files(host: str, facts: Facts, question: Question) -> Iterator[Finding]:
-    """Each worker holds a connection to each other, and files of the data."""
+    """Each worker opens a connection to each other worker, and the files of the data."""
     soft = facts.get("machine", {}).get("open_files", {}).get("soft", -1)
     if 0 <= soft < 1024:
         yield warning(host, f"a process may open only {soft} files", "ulimit -n 4096")
 
 
 def tf_config(host: str, facts: Facts, question: Question) -> Iterator[Finding]:
-    """One that is set names this host at its task's place, or the workers wait for each other forever."""
+    """TF_CONFIG, if set, must name this host at its task's index. Otherwise the workers wait forever."""
     found = facts.get("tf_config")
     if not found:
         return
@@ -176,17 +178,17 @@ def tf_config(host: str, facts: Facts, question: Question) -> Iterator[Finding]:
         task, sizes = found["task"], ", ".join(f"{len(each)} {kind}" for kind, each in found["cluster"].items())
         yield error(host, f"TF_CONFIG says task {task['type']} {task['index']}, but names {sizes}", remedy)
     elif found["cluster"] and not found["is_here"]:
-        yield error(host, f"TF_CONFIG says that this host is {found['address']}, which no address here is", remedy)
+        yield error(host, f"TF_CONFIG says that this host is {found['address']}, no address of this host", remedy)
 
 
 def ports(host: str, facts: Facts, question: Question) -> Iterator[Finding]:
-    """Ports that were asked for have to be free."""
+    """The ports in the question must be free."""
     for port, why in facts.get("ports", {}).items():
         if why:
             yield error(
                 host,
-                f"port {port} cannot be had: {why.lower()}",
-                f"Who has it: ss -ltnp 'sport = :{port}'. Or take another.",
+                f"port {port} is not free: {why.lower()}",
+                f"Find its process with ss -ltnp 'sport = :{port}', or use another port.",
             )
 
 
@@ -213,7 +215,7 @@ def _release(facts: Facts) -> tuple[int, ...]:
 
 
 def _family(banner: str) -> tuple[str, int]:
-    """The kind of MPI, and of Open MPI the major version, since 5 does not load what was built for 4."""
+    """The MPI implementation. For Open MPI also its major version, since 5 does not load libraries built for 4."""
     kinds = {"Open MPI": "Open MPI", "HYDRA": "MPICH", "MPICH": "MPICH", "Intel": "Intel MPI"}
     kind = next((kinds[mark] for mark in kinds if mark in banner), banner)
     version = re.search(r"(\d+)\.\d+", banner)

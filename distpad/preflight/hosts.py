@@ -1,4 +1,4 @@
-"""Ask all hosts for their facts, at once and within a limit, and say of each that cannot be asked why not."""
+"""Collect the facts of all hosts in parallel, within a time limit. Unreachable hosts get a reason and a remedy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from distpad.launcher import hostcheck, render, spec
 
 AT_ONCE = 32  # hosts
-WAY_S = 0.15  # this part of the limit is for the way there and back
+OVERHEAD = 0.15  # fraction of the limit for ssh and start-up
 
 
 def ask(
@@ -28,26 +28,26 @@ def ask(
     environ: Mapping[str, str] = os.environ,
     on_answer: Callable[[str], None] = lambda name: None,
 ) -> dict[str, dict[str, Any]]:
-    """The answers of all hosts by name, in the order of ``hosts``.
+    """Return the answers of all hosts by name, in the order of ``hosts``.
 
     Args:
-      hosts: this machine among them is asked without ssh. In a Slurm allocation the others are reached by srun.
-      question: what facts.py reads; it travels over standard input.
-      python: the Python with distpad in it, on all hosts.
-      ssh_args: further arguments for ssh.
-      limit_s: seconds for all of it.
-      environ: what ssh, srun and the Python on this machine get.
-      on_answer: is called with the name of each host that is done, from any thread.
+      hosts: the hosts. This machine is queried without ssh, other hosts of a Slurm allocation by srun.
+      question: the input of facts.py, sent over standard input.
+      python: the Python that has distpad installed, on all hosts.
+      ssh_args: extra arguments for ssh.
+      limit_s: seconds for all hosts together.
+      environ: the environment of ssh, srun and the Python on this machine.
+      on_answer: called with the name of each host that is done, from any thread.
 
     Returns:
       For each host ``{"facts": ..., "sent": ..., "received": ...}`` (seconds of this machine's clock), or
       ``{"unreachable": WHY, "remedy": ...}``.
     """
-    asked = json.dumps({**question, "limit_s": limit_s * (1 - WAY_S)})
+    asked = json.dumps({**question, "limit_s": limit_s * (1 - OVERHEAD)})
 
     def one(host: spec.Host) -> dict[str, Any]:
         program = [python, "-m", "distpad.preflight.facts"]
-        argv = render.carried(program, host, environ, ssh_args, by_srun="SLURM_JOB_ID" in environ)
+        argv = render.remote_argv(program, host, environ, ssh_args, by_srun="SLURM_JOB_ID" in environ)
         env = dict(environ) if host.is_here else render.agent_env(environ)
         answer = _run(argv, asked, env, limit_s, host.name, python)
         on_answer(host.name)
@@ -68,10 +68,10 @@ def _run(argv: list[str], asked: str, env: Mapping[str, str], limit_s: float, ho
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            start_new_session=True,  # what it started itself ends with it
+            start_new_session=True,  # so that its children end with it
         )
     except OSError as error:
-        remedy = "Name another with --python." if argv[0] == python else "Install it here."
+        remedy = "Choose another one with --python." if argv[0] == python else "Install it here."
         return {"unreachable": f"{argv[0]} cannot be run here: {error.strerror}", "remedy": remedy}
     try:
         output, wrote = process.communicate(asked, timeout=limit_s)
@@ -83,7 +83,7 @@ def _run(argv: list[str], asked: str, env: Mapping[str, str], limit_s: float, ho
     except BaseException:
         _kill(process)
         raise
-    for line in output.splitlines():  # a login script may have written, too
+    for line in output.splitlines():  # a login script may write as well
         with contextlib.suppress(json.JSONDecodeError):
             facts = json.loads(line)
             if isinstance(facts, dict) and "errors" in facts:
@@ -106,7 +106,7 @@ def _unreachable(host: str, python: str, wrote: str, code: int | None, limit_s: 
         why = f"it did not answer within {limit_s:g} s"
         return {
             "unreachable": f"{why}: {last[0]}" if last[0] else why,
-            "remedy": f"Does this end: ssh {host} hostname?",
+            "remedy": f"Check that this command ends: ssh {host} hostname",
         }
-    said = last[0] or "nothing was written"
-    return {"unreachable": f"exit code {code}: {said}", "remedy": f"Does this work: ssh {host} {python} -m distpad"}
+    message = last[0] or "no output"
+    return {"unreachable": f"exit code {code}: {message}", "remedy": f"Try: ssh {host} {python} -m distpad"}

@@ -1,4 +1,4 @@
-"""Probes of the machine: cores, memory, limits, GPUs, and the few variables that decide how a job runs."""
+"""Probes of the machine: cores, memory, limits, GPUs, and the environment variables that affect a job."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import subprocess
 from typing import Any
 
 LIMIT_S = 20
-# Values are shown, and pasted into reports: none of these is ever a secret.
+# The values of these variables appear in reports. None of them holds a secret.
 SHOWN = (
     *("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "TF_FORCE_GPU_ALLOW_GROWTH", "OMP_NUM_THREADS"),
     *("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS", "HOROVOD_GPU_OPERATIONS", "HOROVOD_GLOO_IFACE"),
@@ -20,7 +20,7 @@ SHOWN = (
     *("SLURM_JOB_ID", "SLURM_NNODES", "SLURM_NTASKS", "JOB_COMPLETION_INDEX"),
     *("DISTPAD_BACKEND", "DISTPAD_WORKERS", "DISTPAD_HOSTS", "DISTPAD_REPLICAS"),
 )
-# what tells that this machine belongs to | the variable
+# manager of this machine | variable that it sets
 MANAGERS = {
     "Slurm": "SLURM_JOB_ID",
     "Kubernetes": "KUBERNETES_SERVICE_HOST",
@@ -30,7 +30,7 @@ MANAGERS = {
 
 
 def machine() -> dict[str, Any]:
-    """Cores that this process may use, memory in bytes, and how many files it may open."""
+    """The cores that this process may use, the memory in bytes, and the limits on open files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return {
         "system": f"{platform.system()} {platform.release()}",
@@ -43,7 +43,7 @@ def machine() -> dict[str, Any]:
 
 
 def gpus() -> dict[str, Any]:
-    """What the driver says of the GPUs, whatever TensorFlow makes of them; without nvidia-smi their devices count."""
+    """The GPUs that nvidia-smi lists, and the number of GPU devices in /dev. Independent of TensorFlow."""
     found: dict[str, Any] = {"devices": len(glob.glob("/dev/nvidia[0-9]*")), "names": []}
     if shutil.which("nvidia-smi"):
         done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=LIMIT_S)
@@ -54,7 +54,7 @@ def gpus() -> dict[str, Any]:
 
 
 def shared_memory(folder: str = "/dev/shm") -> dict[str, int]:
-    """The size of shared memory, and what is free of it, in bytes."""
+    """The size of shared memory and its free part, in bytes."""
     size = os.statvfs(folder)
     return {"size": size.f_frsize * size.f_blocks, "free": size.f_frsize * size.f_bavail}
 

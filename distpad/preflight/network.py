@@ -1,4 +1,4 @@
-"""Probes of the network: names as this host sees them, free ports, and the cluster that TF_CONFIG tells of."""
+"""Probes of the network: name resolution on this host, free ports, and the cluster in TF_CONFIG."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from distpad.launcher import agent
 
 
 def names(hosts: Sequence[str]) -> dict[str, list[str]]:
-    """The addresses that hosts' names, and this host's own, lead to from here; none for a name that nobody knows."""
+    """The addresses to which this host resolves its own name and those of ``hosts``; empty for unknown names."""
     return {name: agent.resolve(name) for name in dict.fromkeys([*hosts, socket.gethostname()])}
 
 
 def ports(wanted: Sequence[int]) -> dict[str, str]:
-    """Why a port cannot be had here, by its number; empty where it is free."""
+    """For each port, the reason why it cannot be bound here; empty if it is free."""
     found = {port: agent.find_ports(1, port) for port in wanted}
     return {str(port): answer.get("why", "") for port, answer in found.items()}
 
 
 def tf_config(text: str | None) -> dict[str, Any] | None:
-    """What TF_CONFIG tells: its cluster and task, or why it tells nothing; None where it is not set.
+    """The cluster and task in TF_CONFIG, or the error in it; None if it is not set.
 
     >>> tf_config("{'cluster': {}}")["error"]
-    'it is no JSON: Expecting property name enclosed in double quotes at character 1'
+    'it is not JSON: Expecting property name enclosed in double quotes at character 1'
     """
     if not text:
         return None
@@ -35,9 +35,11 @@ def tf_config(text: str | None) -> dict[str, Any] | None:
         addresses = {kind: list(each) for kind, each in cluster.items()}
         found: dict[str, Any] = {"cluster": addresses, "task": {"type": task.get("type"), "index": task.get("index")}}
     except json.JSONDecodeError as error:
-        return {"error": f"it is no JSON: {error.msg} at character {error.pos}"}
+        return {"error": f"it is not JSON: {error.msg} at character {error.pos}"}
     except (AttributeError, TypeError):
-        return {"error": 'it has another form than {"cluster": {"worker": [...]}, "task": {"type": ..., "index": ...}}'}
+        return {
+            "error": 'it does not have the form {"cluster": {"worker": [...]}, "task": {"type": ..., "index": ...}}'
+        }
     mine = addresses.get(str(task.get("type")), [])
     index = int(task["index"]) if str(task.get("index")).isdecimal() else -1
     if 0 <= index < len(mine):
@@ -47,7 +49,7 @@ def tf_config(text: str | None) -> dict[str, Any] | None:
 
 
 def _is_here(name: str) -> bool:
-    """Whether a name leads to an address of this machine: one can listen at those alone."""
+    """Whether a name resolves to an address of this machine. Only its own addresses can be bound."""
     for address in agent.resolve(name):
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         with socket.socket(family) as tried:

@@ -1,4 +1,4 @@
-"""Probes of the software: versions, what was built for what, and whether the code is the same."""
+"""Probes of the software: versions, builds, and digests of the code."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ PACKAGES = (
     *("tensorflow", "tensorflow-cpu", "tensorflow-gpu", "tf-nightly", "keras", "tf-keras", "tensorflow-addons"),
     *("horovod", "numpy", "nvidia-nccl-cu11", "nvidia-nccl-cu12", "nvidia-nccl-cu13", "distpad"),
 )
-MOST_FILES = 5000  # of a folder of code: more is no code
-# Loaded apart, since a wrong library may end its process. It says its version before it is initialised, too.
+MOST_FILES = 5000  # in a folder of code; a folder with more holds something else
+# Runs in a process of its own, which a wrong library may crash. MPI reports its version before MPI_Init as well.
 ASK_LIBRARY = """import ctypes, sys
 text, size = ctypes.create_string_buffer(8192), ctypes.c_int()
 ctypes.CDLL(sys.argv[1]).MPI_Get_library_version(text, ctypes.byref(size))
@@ -29,12 +29,12 @@ print(text.value.decode())"""
 
 
 def python() -> dict[str, str]:
-    """The Python that answers."""
+    """The version and path of this Python."""
     return {"version": platform.python_version(), "executable": sys.executable}
 
 
 def packages() -> dict[str, str]:
-    """The versions of those PACKAGES that are installed."""
+    """The versions of the installed ones among PACKAGES."""
     found = {}
     for name in PACKAGES:
         try:
@@ -45,7 +45,7 @@ def packages() -> dict[str, str]:
 
 
 def engines(limit_s: float = LIMIT_S) -> dict[str, Any]:
-    """TensorFlow and Horovod, as they say of themselves (distpad/launcher/builds.py), in a process that may crash."""
+    """The builds of TensorFlow and Horovod, by distpad/launcher/builds.py in a process of its own, which may crash."""
     quiet = {"TF_CPP_MIN_LOG_LEVEL": "2", "TF_ENABLE_ONEDNN_OPTS": "0"}
     alone = {name: value for name, value in os.environ.items() if name != "TF_CONFIG"}
     command = [sys.executable, "-m", "distpad.launcher.builds"]
@@ -68,7 +68,7 @@ def engines(limit_s: float = LIMIT_S) -> dict[str, Any]:
 
 
 def mpi() -> dict[str, Any]:
-    """The ``mpirun`` on PATH; which MPI, NCCL and CUDA Horovod's library links to, and where they are."""
+    """The ``mpirun`` on PATH, and the MPI, NCCL and CUDA libraries that Horovod's library links to."""
     found: dict[str, Any] = {"mpirun": None, "links": {}, "library": None}
     program = shutil.which("mpirun")
     if program:
@@ -85,27 +85,27 @@ def mpi() -> dict[str, Any]:
 
 
 def own_code() -> dict[str, str]:
-    """A digest of each of distpad's own files, so that a host with a stale copy is found."""
+    """A digest of each of distpad's own files, which reveals a host with a stale copy."""
     return code(str(pathlib.Path(__file__).resolve().parents[1]))
 
 
 def code(folder: str) -> dict[str, str]:
-    """A digest of each Python file below a folder, but for hidden folders and environments."""
+    """A digest of each Python file below a folder, without hidden folders and environments."""
     found: dict[str, str] = {}
     root = pathlib.Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
-    for place, folders, files in os.walk(root):
+    for parent, folders, files in os.walk(root):
         folders[:] = sorted(each for each in folders if each[0] != "." and each != "__pycache__")
         if "pyvenv.cfg" in files:
             folders.clear()
             continue
         for name in sorted(files):
             if name.endswith(".py"):
-                file = pathlib.Path(place, name)
+                file = pathlib.Path(parent, name)
                 found[file.relative_to(root).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
         if len(found) > MOST_FILES:
-            raise ValueError(f"{folder} holds more than {MOST_FILES} Python files: name the folder of the code itself")
+            raise ValueError(f"{folder} holds more than {MOST_FILES} Python files; give the folder of the code itself")
     return found
 
 

@@ -1,10 +1,10 @@
-"""Hold the namespaces of a test's hosts, and end all that runs in them when the test's process ends, in whatever way.
+"""Hold the namespaces of a test's hosts, and kill all processes in them when the test's process ends for any reason.
 
     python guard.py FOLDER NAME...
 
-Prints the process id of a keeper for each name: a process that only sleeps, with a network, a host name and a view of
-the file system of its own. Then waits for a line on its input or, where the test's process was killed, for the end of
-it: this is why the guard is a process apart. No namespace has a name, so none can be in the way of a later run.
+Prints the process id of a keeper for each name: a process that only sleeps, with its own network, host name and mount
+namespace. Then waits for a line on its input, or for the end of the input if the test's process is killed. The guard
+is therefore a separate process. Namespaces have no names, so that they cannot conflict with a later run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import time
 
 LIMIT_S = 20
 
-# /dev/shm and /run hold what belongs to one host: shared memory of MPI, sockets and pid files.
+# /dev/shm and /run belong to one host: they hold MPI's shared memory, sockets and pid files.
 KEEPER = """set -e
 echo "$1" >/proc/sys/kernel/hostname
 mount -t tmpfs tmpfs /dev/shm
@@ -44,19 +44,19 @@ def keep(folder: str, name: str) -> subprocess.Popen[str]:
 
 
 def network(process: int | str) -> int | None:
-    """The network namespace that a process is in; None where it has ended."""
+    """The network namespace of a process; None if it has ended."""
     with contextlib.suppress(OSError):
         return os.stat(f"/proc/{process}/ns/net").st_ino
     return None
 
 
 def inhabitants(networks: set[int]) -> list[int]:
-    """The processes of these networks, whoever started them."""
+    """All processes in these network namespaces."""
     return [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and network(entry) in networks]
 
 
 def end(networks: set[int]) -> None:
-    """Kill until nobody is left: one that forks while the list is read is on the next."""
+    """Kill until no process is left. A process that forks during one pass is found in the next."""
     limit = time.monotonic() + LIMIT_S
     while (left := inhabitants(networks)) and time.monotonic() < limit:
         for process in left:
@@ -67,7 +67,7 @@ def end(networks: set[int]) -> None:
 
 def main(folder: str, names: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # meant for the test's process: its end is what counts here
+        signal.signal(number, signal.SIG_IGN)  # these signals are for the test's process; the guard waits for its end
     keepers = [keep(folder, name) for name in names]
     ready = [keeper.stdout is not None and keeper.stdout.readline() == "ready\n" for keeper in keepers]
     networks = {found for keeper in keepers if (found := network(keeper.pid))} - {network("self")}

@@ -1,13 +1,13 @@
-"""Several hosts on one machine, for tests of what runs on a cluster.
+"""Several hosts on one machine, for tests of launchers.
 
     with hosts.cluster(3) as (host1, host2, host3):
         assert host1.run(["ssh", "host2", "hostname"]).stdout == "host2\\n"
 
-Each host has a network interface with an address of its own at a switch, its own host name, /etc/hosts, /dev/shm, /run
-and sshd. Root may go from each to each by ``ssh NAME``, with host keys checked strictly. They share the file system
-besides, as by NFS, process ids (so that tests see every process and can signal it), and one home folder, which is not
-that of this machine. Nothing of this exists outside of the cluster's own namespaces: no interface, no mount, no name,
-so any number of clusters can be up at once. guard.py ends them with the test's process, however that ends.
+Each host has its own network interface and address at a switch, host name, /etc/hosts, /dev/shm, /run and sshd. Root
+can reach each host from each other by ``ssh NAME``, with strict checks of host keys. The hosts share the other parts of
+the file system, as by NFS, the process ids (so that tests see and can signal every process), and a home folder, which
+is not this machine's. All interfaces, mounts and names exist only in the cluster's own namespaces, so that clusters can
+run at the same time. guard.py ends a cluster when the test's process ends for any reason.
 
 Needs root on Linux, iproute2, util-linux and OpenSSH.
 """
@@ -30,7 +30,7 @@ import pytest
 from cluster import guard
 
 NETWORK = "10.77.0"  # the same in each cluster: their switches are not connected
-USER, USER_HOME = 10001, "/tmp"  # an ordinary one, beside root
+USER, USER_HOME = 10001, "/tmp"  # an ordinary user, besides root
 PROGRAMS = ("ip", "mount", "nsenter", "ssh", "ssh-keygen", "sshd", "unshare")
 LIMIT_S = 20
 PLAIN = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
@@ -54,7 +54,7 @@ SSH_CONFIG = """Host *
 
 
 class Host:
-    """One host of a cluster: what runs there, and what can go wrong there.
+    """One host of a cluster, with methods to run commands and to inject faults.
 
     Attributes:
         name: its host name, ``host1``, ``host2``, ...
@@ -65,15 +65,15 @@ class Host:
     def __init__(self, name: str, *, number: int, keeper: int, switch: int, folder: pathlib.Path) -> None:
         self.name, self.address, self.home = name, f"{NETWORK}.{number}", folder / "home"
         self._keeper, self._switch, self._folder = keeper, switch, folder / name
-        self.port = f"port{number}"  # of the switch; a host's name may be too long for that
+        self.port = f"port{number}"  # of the switch; a host's name may be too long for an interface
         self._sshd: subprocess.Popen[bytes] | None = None
 
     # -- processes --
 
     def command(self, argv: Sequence[str | os.PathLike[str]], cwd: str | os.PathLike[str] | None = None) -> list[str]:
-        """What runs a command in this host. It becomes that command, with the same process id, so signals reach it."""
+        """Wrap a command so that it runs in this host. The wrapper execs the command, so that signals reach it."""
         spaces = _enter(self._keeper, "--uts", "--mount")
-        # nsenter itself would stay in the old view of the file system
+        # nsenter itself would stay in the old mount namespace
         return [*spaces, "env", f"--chdir={cwd or os.getcwd()}", *map(os.fspath, argv)]
 
     def popen(
@@ -84,19 +84,18 @@ class Host:
         cwd: str | os.PathLike[str] | None = None,
         **settings: Any,
     ) -> subprocess.Popen[Any]:
-        """Start a command in this host: as ``subprocess.Popen``, but for HOME, which is the cluster's."""
+        """Start a command in this host, like ``subprocess.Popen``, but with the cluster's HOME."""
         environment = {**(os.environ if env is None else env), "HOME": str(self.home)}
-        environment.pop("SSH_AUTH_SOCK", None)  # the keys of whoever runs the tests open nothing here
+        environment.pop("SSH_AUTH_SOCK", None)  # the developer's own keys must not be used here
         return subprocess.Popen(self.command(argv, cwd), env=environment, **settings)
 
     def run(
         self, argv: Sequence[str | os.PathLike[str]], *, limit_s: float = 60, **settings: Any
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command in this host to its end, with what it wrote, both streams in one, as ``stdout``.
+        """Run a command in this host to its end. ``stdout`` holds both output streams.
 
         Raises:
-            subprocess.TimeoutExpired: it had not ended after ``limit_s``; it is killed. It leads a session of its own,
-                which is killed with it.
+            subprocess.TimeoutExpired: the command did not end within ``limit_s``. It is killed with its session.
         """
         settings = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **settings}
         process = self.popen(argv, text=True, start_new_session=True, **settings)
@@ -110,15 +109,14 @@ class Host:
         return subprocess.CompletedProcess(process.args, process.returncode, output)
 
     def processes(self) -> list[int]:
-        """All that runs in this host now but for its own sshd: whatever a job left there, by any name. Sessions of sshd
-        count."""
+        """All processes in this host except its sshd: leftover processes of a job. Sessions of sshd count."""
         own = {self._keeper, self._sshd.pid if self._sshd else None}
         network = guard.network(self._keeper)
         assert network is not None, f"{self.name} is down"
         return [process for process in guard.inhabitants({network}) if process not in own]
 
     def listens(self, port: int) -> bool:
-        """Whether anyone listens on this TCP port here, at any address."""
+        """Whether a process listens on this TCP port, at any address."""
         tables = [
             pathlib.Path(f"/proc/{self._keeper}/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6")
         ]
@@ -128,7 +126,7 @@ class Host:
     # -- faults --
 
     def cut(self) -> None:
-        """Cut the link, unseen: the interface stays up, and packets go nowhere, both ways."""
+        """Drop all packets in both directions. The interface stays up."""
         _ip(self._switch, f"link set {self.port} nomaster")
 
     def mend(self) -> None:
@@ -151,14 +149,14 @@ class Host:
         _wait(lambda: self.listens(22), f"{self.name}: sshd does not listen", self._folder / "sshd.log")
 
     def stop_sshd(self) -> None:
-        """Stop sshd: connections are refused. Sessions that are open go on."""
+        """Stop sshd, so that connections are refused. Open sessions continue."""
         if self._sshd is not None:
             self._sshd.terminate()
             self._sshd.wait(LIMIT_S)
             self._sshd = None
 
     def change_host_key(self) -> None:
-        """Give sshd another host key than the one that the others know. Sessions that are open go on."""
+        """Change sshd's host key, which the other hosts do not know. Open sessions continue."""
         self.stop_sshd()
         for file in self._folder.glob("host_key*"):
             file.unlink()
@@ -166,13 +164,15 @@ class Host:
         self.start_sshd()
 
     def resolve_to_loopback(self, name: str | None = None) -> None:
-        """Have a name, by default its own, resolve to loopback on this host, as many installers set it up."""
+        """Make a name, by default the host's own, resolve to the loopback on this host, as many installers do."""
         file = self._folder / "etc" / "hosts"
         rows = [row for row in file.read_text().splitlines() if (name or self.name) not in row.split()]
-        file.write_text("\n".join([*rows, f"127.0.1.1 {name or self.name}", ""]))  # in place: it is bound to /etc/hosts
+        file.write_text(
+            "\n".join([*rows, f"127.0.1.1 {name or self.name}", ""])
+        )  # in place, since the file is bound to /etc/hosts
 
     def occupy(self, port: int) -> subprocess.Popen[Any]:
-        """Have a process listen on a TCP port; kill the process that is returned to free it."""
+        """Start a process that listens on a TCP port, and return it. Kill it to free the port."""
         code = f"import socket, time; taken = socket.create_server(('', {port})); time.sleep(1e6)"
         process = self.popen([sys.executable, "-S", "-c", code], env=PLAIN, stdin=subprocess.DEVNULL)
         _wait(lambda: self.listens(port), f"{self.name}: port {port} cannot be taken")
@@ -187,15 +187,15 @@ def cluster(
     known_as: Callable[[str], list[str]] = lambda name: [name],
     sshd: bool = True,
 ) -> Iterator[tuple[Host, ...]]:
-    """Bring up so many hosts, ``host1`` to ``hostN``, and end them with all that runs on them.
+    """Start hosts ``host1`` to ``hostN``, and end them with all their processes.
 
-    Where this machine cannot have them, the test is skipped at a desk, and fails in CI.
+    If this machine cannot run such hosts, the test is skipped on a developer's machine and fails in CI.
 
     Args:
-        count: how many.
-        names: their host names, where they have others.
-        known_as: from a host's name to those by which the others know it.
-        sshd: whether each has one.
+        count: the number of hosts.
+        names: their host names, if they differ from the default.
+        known_as: for a host's name, the names by which other hosts know it.
+        sshd: whether each host runs sshd.
     """
     if reason := missing():
         (pytest.fail if os.environ.get("DISTPAD_CI") else pytest.skip)(f"no hosts for tests here: {reason}")
@@ -227,11 +227,11 @@ def cluster(
         with contextlib.suppress(BrokenPipeError):
             keeping.communicate("end\n", timeout=2 * LIMIT_S)
         for host in hosts:
-            host.stop_sshd()  # is dead: reaps it
+            host.stop_sshd()  # reaps the dead process
 
 
 def missing() -> str:
-    """Why this machine cannot have such hosts; nothing where it can."""
+    """The reason why this machine cannot run such hosts; empty if it can."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "they need root on Linux"
     if absent := [name for name in PROGRAMS if shutil.which(name, path=PLAIN["PATH"]) is None]:
@@ -241,15 +241,14 @@ def missing() -> str:
 
 
 def processes(marker: str) -> list[int]:
-    """The processes, of any host and of this machine, that have a text in their command line or environment, except for
-    this one."""
+    """The processes on all hosts and this machine with a text in their command line or environment, except this one."""
     return [
         process for process in _everyone() if marker.encode() in _read(process, "cmdline") + _read(process, "environ")
     ]
 
 
 def command_lines() -> dict[int, str]:
-    """The command line of each process, of any host and of this machine, except for this one."""
+    """The command lines of all processes on all hosts and this machine, except this process."""
     return {process: _read(process, "cmdline").replace(b"\0", b" ").decode(errors="replace") for process in _everyone()}
 
 
@@ -269,7 +268,7 @@ def _enter(keeper: int, *spaces: str) -> list[str]:
 
 
 def _ip(keeper: int, *lines: str) -> None:
-    """Run commands of ``ip`` in the network of a keeper."""
+    """Run ``ip`` commands in a keeper's network namespace."""
     done = subprocess.run(
         [*_enter(keeper), "ip", "-batch", "-"], input="\n".join(lines) + "\n", capture_output=True, text=True
     )
@@ -277,7 +276,7 @@ def _ip(keeper: int, *lines: str) -> None:
 
 
 def _connect(switch: int, ports: Mapping[str, tuple[str, int]]) -> None:
-    """Connect hosts, given as address: (port, keeper), to a switch."""
+    """Connect hosts, given as {address: (port, keeper)}, to a switch."""
     _ip(switch, "link add switch type bridge", "link set switch up")
     for address, (port, keeper) in ports.items():
         _ip(
@@ -289,7 +288,7 @@ def _connect(switch: int, ports: Mapping[str, tuple[str, int]]) -> None:
 
 
 def _write_files(folder: pathlib.Path, names: Sequence[str], known_as: Callable[[str], list[str]]) -> None:
-    """The files of all hosts: those in NAME/etc are bound over /etc there."""
+    """Write the files of all hosts. The files in NAME/etc are bound over those in /etc."""
     (folder / "switch" / "etc").mkdir(parents=True)
     (folder / "switch" / "etc" / "hostname").write_text("switch\n")
     user = folder / "home" / ".ssh"
@@ -307,7 +306,7 @@ def _write_files(folder: pathlib.Path, names: Sequence[str], known_as: Callable[
         rows = [("127.0.0.1", ["localhost"]), *((ip, list(dict.fromkeys(all_names))) for ip, all_names in rows)]
         (etc / "hosts").write_text("".join(f"{ip} {' '.join(all_names)}\n" for ip, all_names in rows))
         (etc / "nsswitch.conf").write_text("passwd: files\ngroup: files\nshadow: files\nhosts: files\n")
-        # root has a home of its own, and is not locked, or sshd would refuse it
+        # root needs this home folder and an unlocked account, or sshd would refuse the login
         own = [f"root:x:0:0:root:{folder / 'home'}:/bin/bash", f"user:x:{USER}:{USER}:user:{USER_HOME}:/bin/bash"]
         users = [
             row

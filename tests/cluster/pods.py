@@ -1,11 +1,11 @@
-"""Pods of Kubernetes as hosts of a test: what a container's command finds in one, and nothing more.
+"""Pods of Kubernetes as hosts of a test, with only the environment that a container's command gets.
 
     with pods.up(["train-0", "train-1"], service="workers") as (first, second):
         assert first.run(["id", "-u"]).stdout == "10001\\n"
 
-A pod has the host name that Kubernetes would give it, and knows the others by the names of their headless Service. What
-runs in it is an ordinary user without any capability, sees a file system of its own, which is read-only but for what is
-mounted there, and gets no variable but those that it is given. No sshd runs there.
+A pod has the host name that Kubernetes would give it, and resolves the other pods by the names of their headless
+Service. Its processes run as an ordinary user without capabilities, on a file system of their own, which is read-only
+except for mounts, and with explicit variables only. No sshd runs there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 SSH_CONFIG = ROOT / "k8s" / "image" / "ssh_config"
 HOME = "/opt/distpad"  # of the project in the image
 NAMESPACE = "default"
-# What an image would have, and how many threads a test may use.
+# The variables of an image, and the number of threads in a test.
 IMAGE = {
     "PATH": f"{pathlib.Path(sys.executable).parent}:{hosts.PLAIN['PATH']}",
     "LANG": "C.UTF-8",
@@ -42,12 +42,12 @@ IMAGE = {
 
 @dataclasses.dataclass(frozen=True)
 class Mount:
-    """What is mounted in a pod.
+    """A mount in a pod.
 
     Attributes:
-        path: where.
-        source: a folder of this machine; None: memory, empty at first.
-        options: of mount, such as ``ro`` and, for memory, ``size=1g``.
+        path: the mount point.
+        source: a folder of this machine; None for a new tmpfs.
+        options: options of mount, such as ``ro`` and, for a tmpfs, ``size=1g``.
     """
 
     path: str
@@ -65,12 +65,12 @@ SCRATCH = (Mount("/tmp", options="mode=1777"), Mount("/dev/shm", options="mode=1
 
 
 class Pod:
-    """One pod. ``host`` is what it is made of, which can be cut off.
+    """One pod.
 
     Args:
-        host: where it runs.
-        mounts: beside what the image has.
-        user: number of its user and group.
+        host: the host that runs it, which tests can cut off.
+        mounts: further mounts besides the image's.
+        user: id of its user and group.
         groups: further groups.
     """
 
@@ -100,14 +100,14 @@ class Pod:
         first: bool = False,
         **settings: Any,
     ) -> subprocess.Popen[str]:
-        """Start a command as the pod's user: both its streams in one.
+        """Start a command as the pod's user, with both output streams in one.
 
         Args:
             argv: the command.
-            env: its variables, beside those of the image.
-            first: as process 1 of process ids of its own, as a container's: a signal that it does not handle does
-                nothing, and all that it started ends with it. The process that is returned is that one's parent.
-            settings: as for ``subprocess.Popen``.
+            env: its variables, besides the image's.
+            first: whether it is process 1 of its own namespace, as in a container. Unhandled signals then have no
+                effect, and its children end with it. The returned process is its parent.
+            settings: as in ``subprocess.Popen``.
         """
         inside = ["chroot", self.root, "env", f"--chdir={HOME}", *self.as_user, *map(os.fspath, argv)]
         if first:
@@ -130,7 +130,7 @@ class Pod:
         return subprocess.CompletedProcess(argv, process.returncode, output)
 
     def kill(self) -> None:
-        """End all that runs in it at once, as where its node is lost, but that its network says so."""
+        """Kill all its processes at once, like the loss of its node, except that its connections are closed."""
         for process in self.host.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
@@ -138,7 +138,7 @@ class Pod:
 
 @contextlib.contextmanager
 def nodes(names: Sequence[str], *, service: str) -> Iterator[tuple[hosts.Host, ...]]:
-    """Bring up what pods run on, a host for each.
+    """Start the nodes of pods, one host for each pod.
 
     Args:
         names: the pods' host names.
@@ -155,12 +155,12 @@ def nodes(names: Sequence[str], *, service: str) -> Iterator[tuple[hosts.Host, .
 
 @contextlib.contextmanager
 def up(names: Sequence[str], *, service: str, shared: Sequence[pathlib.Path] = ()) -> Iterator[tuple[Pod, ...]]:
-    """Bring up pods, and end them with all that runs in them.
+    """Start pods, and end them with all their processes.
 
     Args:
         names: their host names.
         service: the headless Service.
-        shared: folders that all see, at the same path, as a volume.
+        shared: folders that all pods mount at the same path, like a volume.
     """
     volumes = [Mount(str(path), path) for path in shared]
     with nodes(names, service=service) as found:
@@ -168,8 +168,7 @@ def up(names: Sequence[str], *, service: str, shared: Sequence[pathlib.Path] = (
 
 
 def _make_root(root: str, mounts: Sequence[Mount]) -> str:
-    """The commands that make a pod's file system: this machine's programs and what is in the image, all read-only, and
-    the mounts."""
+    """The commands that create a pod's file system: read-only programs of this machine and the image, and mounts."""
     seen = {str(path): path for path in map(pathlib.Path, (ROOT, sys.prefix, sys.base_prefix))}
     image = [Mount("/usr", pathlib.Path("/usr"), "ro"), Mount("/sys", pathlib.Path("/sys"), "ro")]
     image += [Mount(HOME, ROOT, "ro"), *(Mount(name, path, "ro") for name, path in seen.items())]
@@ -177,12 +176,12 @@ def _make_root(root: str, mounts: Sequence[Mount]) -> str:
         [
             f"mkdir {root}",
             f"mount -t tmpfs -o mode=755 tmpfs {root}",
-            f"cp -a /bin /lib* /sbin /etc {root}/",  # all but /etc are names of folders in /usr
+            f"cp -a /bin /lib* /sbin /etc {root}/",  # all except /etc are links to folders in /usr
             f"cp {shlex.quote(str(SSH_CONFIG))} {root}/etc/ssh/ssh_config",
             f"mkdir {root}/proc {root}/dev {root}/run {root}/var",
             f"mount --rbind /dev {root}/dev",
             f"mount --bind /proc {root}/proc",
-            *(each.command(root) for each in (*mounts, *image)),  # the checkout may lie in /tmp, which is mounted
+            *(each.command(root) for each in (*mounts, *image)),  # the checkout may be in /tmp, which is a mount
             f"mount -o remount,bind,ro {root}",
         ]
     )

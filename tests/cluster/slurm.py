@@ -1,5 +1,6 @@
-"""A real Slurm for tests: a login host and nodes, which are namespaces of this machine with their own names, addresses,
-processes, /tmp and /dev/shm. Needs root, and Debian's slurm-wlm and munge.
+"""A real Slurm for tests: a login host and nodes, as namespaces of this machine.
+
+Each has its own name, address, processes, /tmp and /dev/shm. Needs root, and Debian's slurm-wlm and munge.
 
     with slurm.start(nodes=2) as cluster:
         job = cluster.sbatch("launch/slurm/horovod.sbatch", "python", "train.py", options=["--nodes=2"])
@@ -39,7 +40,7 @@ NEEDS = {
     "unshare": "util-linux",
     "nsenter": "util-linux",
 }
-# What pytest, srun or mpirun around the tests would tell programs inside: they are to believe this cluster alone.
+# Variables of a pytest, srun or mpirun around the tests, which must not reach programs in this cluster.
 FOREIGN = re.compile("SLURM|SBATCH|SRUN|OMPI|PMI|PRTE|HOROVOD_|TF_CONFIG")
 
 CONFIG = """
@@ -76,8 +77,8 @@ SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0
 
 
 class Job(NamedTuple):
-    """What became of a job: Slurm's state (COMPLETED, FAILED, TIMEOUT, CANCELLED, ...), the exit code and signal of the
-    batch script, and all that it wrote."""
+    """The result of a job: Slurm's state (COMPLETED, FAILED, TIMEOUT, CANCELLED, ...), and the exit code, signal and
+    output of the batch script."""
 
     id: str
     state: str
@@ -91,17 +92,17 @@ class Slurm:
     """A running cluster. Commands run on its login host."""
 
     def __init__(self, folder: pathlib.Path, nodes: Sequence[str], process: subprocess.Popen[str]) -> None:
-        self.folder = folder  # the nodes see it: for scripts and results
+        self.folder = folder  # shared with the nodes, for scripts and results
         self.nodes = tuple(nodes)
         self.process = process
         (self.init,) = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
 
     def argv(self, *command: str | os.PathLike[str]) -> list[str]:
-        """What runs a command on the login host, in this folder."""
+        """Wrap a command so that it runs on the login host, in this folder."""
         return ["nsenter", f"--target={self.init}", "--all", f"--wd={os.getcwd()}", "--", *map(str, command)]
 
     def env(self, settings: Mapping[str, str] | None = None) -> dict[str, str]:
-        """The environment of such commands."""
+        """The environment of commands on the login host."""
         kept = {name: value for name, value in os.environ.items() if not FOREIGN.match(name)}
         return {**kept, "SLURM_CONF": str(self.folder / "slurm.conf"), **(settings or {})}
 
@@ -123,7 +124,7 @@ class Slurm:
         options: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
     ) -> str:
-        """Submit a batch script with its arguments; the job's id. ``options`` are sbatch's."""
+        """Submit a batch script with its arguments, and return the job's id. ``options`` are sbatch's."""
         output = f"--output={self.folder}/job-%j.out"
         done = self.run("sbatch", "--parsable", output, *options, script, *args, env=env)
         if done.returncode:
@@ -131,12 +132,12 @@ class Slurm:
         return done.stdout.strip()
 
     def show(self, job: str) -> dict[str, str]:
-        """What ``scontrol show job`` tells of a job, by name."""
+        """The fields of ``scontrol show job``, by name."""
         shown = self.run("scontrol", "--oneliner", "show", "job", job).stdout
         return dict(pair.split("=", 1) for pair in shown.split() if "=" in pair)
 
     def output(self, job: str) -> str:
-        """What a job wrote so far."""
+        """The output of a job so far."""
         path = self.folder / f"job-{job}.out"
         return path.read_text(errors="replace") if path.exists() else ""
 
@@ -144,7 +145,7 @@ class Slurm:
         """Wait for a job's end.
 
         Raises:
-            TimeoutError: it has not ended after ``limit_s`` seconds; with what it wrote. It is cancelled.
+            TimeoutError: the job did not end within ``limit_s`` seconds. It is cancelled; the message has its output.
         """
         began = time.monotonic()
         while True:
@@ -176,7 +177,7 @@ class Slurm:
         return {line.split()[0]: line.split()[1] for line in lines}
 
     def logs(self) -> str:
-        """The ends of all daemons' logs."""
+        """The last lines of all daemons' logs."""
         paths = [path for path in sorted(self.folder.glob("*.[lo][ou][gt]")) if not path.name.startswith("job-")]
         return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-2000:]}" for path in paths)
 
@@ -185,12 +186,12 @@ class Slurm:
 def start(
     nodes: int = 2, cpus: int = 8, gpus: int = 4, shared: Sequence[str | os.PathLike[str]] = ()
 ) -> Iterator[Slurm]:
-    """Start a cluster of ``node1``, ``node2``, ...; at the end nothing of it is left.
+    """Start a cluster of ``node1``, ``node2``, ..., and remove it at the end.
 
-    ``cpus`` and ``gpus`` are what Slurm believes that each node has. Nodes have a /tmp of their own, in which they see
-    this checkout, the Python that runs, the cluster's folder, and the folders in ``shared``.
+    ``cpus`` and ``gpus`` are the resources in Slurm's configuration of each node. Nodes have their own /tmp, which
+    contains this checkout, the current Python, the cluster's folder, and the folders in ``shared``.
 
-    Where something is missing, the test that asks is skipped at a desk, and fails in CI.
+    If a requirement is missing, the test is skipped on a developer's machine and fails in CI.
     """
     if missing := _missing():
         lack(f"Slurm: {missing}")
@@ -207,19 +208,19 @@ def start(
             stdout=subprocess.PIPE,
             stderr=(folder / "boot.out").open("w"),
             text=True,
-            start_new_session=True,  # Ctrl-C is for pytest, which then ends the cluster
+            start_new_session=True,  # pytest handles Ctrl-C and then ends the cluster
         )
         try:
             yield _ready(folder, names, process)
         finally:
-            process.kill()  # the kernel ends all processes of its namespace with it
+            process.kill()  # the kernel kills all processes of its namespace with it
             process.communicate()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def lack(what: str) -> None:
-    """Skip the test that needs what is missing here; in CI, let it fail."""
+    """Skip the test because of a missing requirement; in CI, fail it."""
     (pytest.fail if os.environ.get("DISTPAD_CI") else pytest.skip)(f"missing here: {what}")
 
 
@@ -234,11 +235,11 @@ def _missing() -> str:
 
 
 def _path() -> str:
-    return os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])  # where Debian keeps daemons
+    return os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])  # Debian's folders of daemons
 
 
 def _write(folder: pathlib.Path, names: Sequence[str], cpus: int, gpus: int) -> None:
-    folder.chmod(0o755)  # munged wants its socket's folder open to all
+    folder.chmod(0o755)  # munged requires that its socket's folder is open to all
     (folder / "state").mkdir()
     key = folder / "munge.key"
     key.touch(mode=0o600)
@@ -250,14 +251,14 @@ def _write(folder: pathlib.Path, names: Sequence[str], cpus: int, gpus: int) -> 
     nodes = [f"NodeName={name} NodeAddr={address} {has}" for name, address in places.items()]
     nodes.append("PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP")
     (folder / "slurm.conf").write_text(CONFIG.format(folder=folder) + "\n".join(nodes) + "\n")
-    devices = [folder / f"gpu{number}" for number in range(gpus)]  # slurmd only asks whether they are there
+    devices = [folder / f"gpu{number}" for number in range(gpus)]  # slurmd only checks that the files exist
     for device in devices:
         os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
     (folder / "gres.conf").write_text("".join(f"Name=gpu File={device}\n" for device in devices))
 
 
 def _ready(folder: pathlib.Path, names: Sequence[str], process: subprocess.Popen[str]) -> Slurm:
-    """The cluster, once all its nodes are idle."""
+    """Wait until all nodes are idle, and return the cluster."""
     end = time.monotonic() + START_LIMIT_S
     said: queue.Queue[str] = queue.Queue()
     assert process.stdout is not None

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The machines of tests/cluster/slurm.py, as namespaces: a login host with munged and slurmctld, and nodes with a slurmd
-# each. It is the first process of a process namespace, so that nothing of all this outlives it; it ends with its input.
+# The hosts of tests/cluster/slurm.py, as namespaces: a login host with munged and slurmctld, and nodes with one slurmd
+# each. This script is the first process of a process namespace, so that no process outlives it. It ends with its input.
 #   slurm.sh FOLDER SHARED... -- NODE...   in namespaces of its own (unshare)
 #   slurm.sh --node FOLDER NODE SHARED...  one node, likewise; called by itself
 set -euo pipefail
 
-# Hosts do not share /tmp nor /dev/shm. What they do share is a file system over the network elsewhere, a bind mount here.
+# Hosts do not share /tmp and /dev/shm. A shared folder, on a real cluster a network file system, is a bind mount here.
 own_folders() { # own_folders STAGE SHARED...
   local stage=$1 shared
   shift
@@ -58,7 +58,7 @@ main() {
       bash "${BASH_SOURCE[0]}" --node "$folder" "$name" "${shared[@]}" &
   done
   echo up
-  read -r _ || true # the end of the input is the end of everything
+  read -r _ || true # the end of the input ends the script
 }
 
 if [[ $1 == --node ]]; then

@@ -1,4 +1,4 @@
-"""An elastic job across hosts: a worker on another one is killed and replaced, and nothing is lost."""
+"""An elastic job across hosts: a worker on another host is killed and replaced, and no example is lost."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from elastic_job import ROOT, Job
 
 sys.path.insert(0, str(ROOT / "tests" / "launch"))
 
-import elastic_worker  # beside the tests of one host
+import elastic_worker  # from the tests on one host
 
 LIMIT_S = 120
 pytestmark = pytest.mark.timeout(4 * LIMIT_S)
@@ -30,7 +30,9 @@ def test_a_worker_on_another_host_is_killed_and_replaced(tmp_path):
             (remote,) = set(job.workers()) & set(pair[1].processes())
             killed = job.kill(remote)
             job.wait_for(trained_by(1), LIMIT_S, after=killed)
-            job.wait_for(lambda event: event["workers"] == 2, LIMIT_S, after=killed + 1)  # it may wait for us by now
+            job.wait_for(
+                lambda event: event["workers"] == 2, LIMIT_S, after=killed + 1
+            )  # it may be waiting for the file by now
             assert set(job.workers()) & set(pair[1].processes())
             (tmp_path / "go").touch()
             assert job.finish(LIMIT_S) == 0, job.told()

@@ -1,4 +1,4 @@
-"""The hosts that tests of launchers run on: they behave as such, can go wrong as such, and nothing of them is left."""
+"""The hosts of the launchers' tests: they behave like hosts, faults can be injected, and they leave nothing behind."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cluster import guard, hosts
 TESTS = pathlib.Path(__file__).resolve().parents[1]
 
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("hosts")]  # one cluster for all
+pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("hosts")]  # one cluster for all tests
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_processes_are_found_on_every_host_by_what_they_carry(trio):
     with contextlib.ExitStack() as stack:
         for host, argv, env in [
             (trio[0], ["sleep", "321"], {**os.environ, "JOB": marker}),
-            # a single process: a shell's child carries what its shell does until it is another program
+            # a single process, since a shell's child has the shell's command line until it execs
             (trio[1], [sys.executable, "-c", "import time; time.sleep(321)", marker], None),
         ]:
             process = stack.enter_context(host.popen(argv, env=env))
@@ -163,7 +163,7 @@ def test_a_changed_host_key_is_refused_and_a_name_can_resolve_to_loopback():
 
 
 def traces() -> list[list[str]]:
-    """What hosts could leave on this machine: mounts of theirs, and interfaces."""
+    """Traces that hosts could leave on this machine: mounts and interfaces."""
     mounts = pathlib.Path("/proc/mounts").read_text().splitlines()
     interfaces = pathlib.Path("/proc/net/dev").read_text().splitlines()
     places = ("/etc", "/dev/shm", "/run")
@@ -174,8 +174,10 @@ def test_nothing_is_left_after_an_exception_and_clusters_do_not_meet(trio):
     before = traces()
     networks = set()
     with contextlib.suppress(ZeroDivisionError), hosts.cluster(1) as (alone,):
-        assert "host2" in ssh(alone, "host2").stdout  # does not know the host of this name of the other cluster
-        command = "setsid env -i sleep 321 >/dev/null 2>&1 & exec sleep 0.1"  # left its session, forgot its environment
+        assert "host2" in ssh(alone, "host2").stdout  # not the host of the same name in the other cluster
+        command = (
+            "setsid env -i sleep 321 >/dev/null 2>&1 & exec sleep 0.1"  # in another session, without its environment
+        )
         ssh(alone, "host1", command)
         networks |= {guard.network(process) for process in alone.processes()}
         assert len(networks) == 1 and networks != {guard.network("self")}

@@ -1,4 +1,4 @@
-"""The batch scripts of launch/slurm in a real Slurm: what they start, and what becomes of the job."""
+"""The batch scripts of launch/slurm in a real Slurm: their processes, and the job's state and exit code."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ print(f"on {socket.gethostname()}: {float(total):g}, {os.environ['TF_CONFIG']}",
 TRAINING = slurm.ROOT / "tests" / "small_training.py"
 LIMIT_S = 240  # of a training, on a busy machine
 HOSTILE = ["two words", "", "$(touch injected)", "'single' \"double\"", "new\nline", "*", "--flag", "back\\slash", "--"]
-SMALL = ("--cpus-per-task=1", "--ntasks-per-node=1")  # what one machine can run in earnest
+SMALL = ("--cpus-per-task=1", "--ntasks-per-node=1")  # the size that one machine can run
 SCRIPTS = ("horovod", "multiworker")
 
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("slurm")]  # one slurm for all
+pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("slurm")]  # one Slurm for all tests
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def cluster():
 
 @pytest.fixture
 def run(cluster):
-    """Submits a script of launch/slurm and waits for its end."""
+    """Submit a script of launch/slurm and wait for its end."""
 
     def submit(name: str, *command: str, options=(), limit_s: float = 120, **env: str) -> slurm.Job:
         settings = {"DISTPAD_PYTHON": sys.executable, "PYTHONPATH": str(slurm.ROOT), **env}
@@ -48,7 +48,7 @@ def run(cluster):
 
 
 def found(output: str, text: str) -> list[str]:
-    """The lines that workers wrote and that begin so, without what the launcher puts in front."""
+    """The workers' lines that begin with a text, without the launcher's prefix."""
     lines = (line[line.find(text) :] for line in output.splitlines() if text in line and "distpad launch:" not in line)
     return sorted(lines)
 
@@ -90,7 +90,7 @@ ECHO = "import json, os, sys; print('ARGUMENTS ' + json.dumps([sys.argv[1:], os.
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_arguments_arrive_unchanged(run, name):
-    """With as many tasks, cores and GPUs as the script asks for; in the folder where sbatch was called."""
+    """With the script's own numbers of tasks, cores and GPUs, in the folder of the sbatch call."""
     job = run(name, sys.executable, "-c", ECHO, *HOSTILE)
     assert (job.state, job.code) == ("COMPLETED", 0), job.output
     lines = found(job.output, "ARGUMENTS ")
@@ -109,7 +109,7 @@ def test_the_exit_code_is_the_trainings(run, name):
 
 @pytest.mark.parametrize(("name", "launcher"), [("horovod", "srun"), ("horovod", "mpirun"), ("multiworker", "")])
 def test_each_node_sees_the_gpus_that_slurm_gave_it(cluster, run, name, launcher):
-    """Not those of the node where the launcher runs: another job has the first two of node2."""
+    """GPUs differ from those of the launcher's node: another job has the first two of node2."""
     script = cluster.folder / "other.sh"
     script.write_text("#!/bin/bash\nsleep 100\n")
     other = cluster.submit(script, options=["--nodelist=node2", "--gpus-per-node=2"])
@@ -127,7 +127,7 @@ TRAINS = "trap 'echo saved; exit 0' TERM; echo begun; while :; do sleep 0.1; don
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_training_can_save_before_its_time_is_up(cluster, name):
-    """Slurm's signal (--signal=B:TERM@60) gets to all workers."""
+    """Slurm's signal (--signal=B:TERM@60) reaches all workers."""
     script = slurm.ROOT / "launch" / "slurm" / f"{name}.sbatch"
     env = {"DISTPAD_PYTHON": sys.executable, "PYTHONPATH": str(slurm.ROOT)}
     job = cluster.submit(script, "sh", "-c", TRAINS, options=SMALL, env=env)
@@ -143,7 +143,7 @@ def test_the_training_can_save_before_its_time_is_up(cluster, name):
 
 # -- containers -------------------------------------------------------------------------------------------------------
 
-# In place of srun, since pyxis is not here: notes the options that are for it, and leaves them out.
+# Replaces srun, since pyxis is not installed: records the options for pyxis, and removes them.
 NOTING_SRUN = """#!/usr/bin/env bash
 kept=()
 for word; do [[ $word == --container-* ]] && echo "$word" >>"$NOTES" || kept+=("$word"); done
@@ -179,7 +179,7 @@ REFUSED = [
     ("horovod", (), {}, "horovod.sbatch: error: no command. It follows the script's name"),
     ("multiworker", (), {}, "multiworker.sbatch: error: no command. It follows the script's name"),
     ("horovod", ("true",), {"LAUNCHER": "ssh"}, "LAUNCHER is ssh, expected srun or mpirun"),
-    ("horovod", ("true",), {"LAUNCHER": "mpirun", "CONTAINER_IMAGE": "i"}, "expected srun: pyxis is part of it"),
+    ("horovod", ("true",), {"LAUNCHER": "mpirun", "CONTAINER_IMAGE": "i"}, "expected srun, whose plug-in"),
     ("multiworker", ("true",), {"DISTPAD_PYTHON": "/no/python"}, "/no/python cannot import distpad. Activate its"),
     ("multiworker", ("true",), {"PORT": "80"}, "--port is 80, expected 1024"),
 ]

@@ -1,4 +1,4 @@
-"""The test room tests/cluster/slurm.py: it is a Slurm as clusters have it; and what of Slurm the launchers rely on."""
+"""The test module tests/cluster/slurm.py behaves like a real Slurm; and the behaviour that the launchers rely on."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ total = hvd.allreduce(tf.constant(1.0 + hvd.rank()), op=hvd.Sum, name="total")
 line = f"rank {hvd.rank()} of {hvd.size()} on {socket.gethostname()}: {float(total):g}\\n"
 print(line, end="", flush=True)
 """
-# Containers forbid what Open MPI 4 would use between processes of a host; a task is not to be kept on one core.
+# Containers forbid Open MPI 4's single-copy mechanism; a task must not be bound to one core.
 MPIRUN = ["mpirun", "--allow-run-as-root", "--bind-to", "none", "--map-by", "slot"]
 MPIRUN += ["--mca", "btl_vader_single_copy_mechanism", "none"]
 
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("slurm")]  # one slurm for all
+pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("slurm")]  # one Slurm for all tests
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def cluster():
 
 @pytest.fixture
 def script(cluster):
-    """Makes a batch script of lines."""
+    """Write a batch script from lines."""
 
     def write(*lines: str) -> pathlib.Path:
         path = cluster.folder / "script.sh"
@@ -66,7 +66,7 @@ def test_nodes_are_hosts(cluster):
 
 
 def test_nodes_have_folders_of_their_own(cluster):
-    """So that what a launcher leaves in /tmp of one host is not found on another."""
+    """Files of a launcher in one host's /tmp do not appear on another host."""
     done = cluster.run("srun", "-N2", "sh", "-c", "touch /tmp/$(hostname) /dev/shm/$(hostname); ls /tmp/node* /dev/shm")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("/tmp/node") == done.stdout.count("node1\n") + done.stdout.count("node2\n") - 2 == 2
@@ -104,7 +104,7 @@ def test_a_job_that_does_not_end_is_cancelled(cluster, script):
 
 
 def test_a_signal_reaches_the_batch_script(cluster, script):
-    """What --signal=B:TERM@60 sends before the time is up."""
+    """The signal of --signal=B:TERM@60, before the time limit."""
     job = cluster.submit(script("trap 'echo saved; exit 7' TERM", "echo begun", "while :; do sleep 0.1; done"))
     _wait_until_begun(cluster, job)
     assert cluster.run("scancel", "--batch", "--signal=TERM", job).returncode == 0
@@ -124,7 +124,7 @@ def test_nothing_is_left(raises):
                 if str(running.folder).encode() in path.read_bytes():
                     found.append(path.with_name("cmdline").read_text().replace("\0", " "))
             except OSError:
-                continue  # it has ended meanwhile
+                continue  # the process has ended
         return found
 
     with pytest.raises(ErrorInside) if raises else contextlib.nullcontext(), slurm.start(nodes=1) as running:
@@ -136,7 +136,7 @@ def test_nothing_is_left(raises):
         if raises:
             raise ErrorInside
     sleeper.wait(10)
-    limit = time.monotonic() + 5  # the kernel ends a namespace's processes behind our back
+    limit = time.monotonic() + 5  # the kernel kills a namespace's processes asynchronously
     while left():
         assert time.monotonic() < limit, left()
         time.sleep(slurm.POLL_S)
@@ -176,13 +176,13 @@ def test_random_node_lists_are_read_as_scontrol_does(cluster, entries):
 
 
 def test_scontrol_does_not_tell_of_errors_by_its_exit_code(cluster):
-    """Who asks it has to look whether it printed a name."""
+    """Callers must check that it printed a name."""
     done = cluster.run("scontrol", "show", "hostnames", "a[1-2]b")
     assert (done.returncode, done.stdout) == (0, "") and "Invalid hostlist" in done.stderr
 
 
 def test_srun_carries_lines_both_ways(cluster):
-    """As the launcher speaks with its agents: a line in, a line out, and the end of the input is passed on."""
+    """Like the launcher's messages to its agents: lines in both directions, and the end of the input."""
     inner = [
         "srun",
         "--overlap",
@@ -220,7 +220,7 @@ GPUS = 'echo $(hostname) $SLURM_LOCALID sees "$CUDA_VISIBLE_DEVICES"'
 
 @pytest.mark.parametrize(("option", "agents_see"), [("--gpus-per-node=2", "0,1"), ("--gpus-per-task=1", "0")])
 def test_which_gpus_a_launchers_agent_sees(cluster, script, option, agents_see):
-    """With --gpus-per-task an agent, which is one task, sees one: so launch/slurm takes --gpus-per-node."""
+    """With --gpus-per-task an agent, which is one task, sees one GPU. launch/slurm therefore uses --gpus-per-node."""
     agent = f"srun --overlap --nodes=1 --ntasks=1 --nodelist=node2 sh -c '{GPUS}'"
     job = cluster.sbatch(script(agent), options=["--nodes=2", "--ntasks-per-node=2", option])
     assert (job.state, job.output) == ("COMPLETED", f"node2 0 sees {agents_see}\n")
@@ -249,7 +249,7 @@ def test_horovod_under_srun(cluster):
 
 @pytest.mark.wide
 def test_horovod_under_mpirun(cluster):
-    """mpirun finds the allocation's nodes by itself, and starts its daemons there by srun."""
+    """mpirun finds the allocation's nodes itself, and starts its daemons there by srun."""
     _need_horovod()
     allocate = ["salloc", "--quiet", "-N2", "--ntasks-per-node=1"]
     done = cluster.run(*allocate, *MPIRUN, "-np", "2", sys.executable, "-c", HOROVOD, limit_s=100)

@@ -131,7 +131,7 @@ def test_a_peer_that_is_not_there_is_named():
         flags = ("--wait-s", "12")  # within which both of the others come, however busy the machine is
         codes, said = finish(*(start(i, *scripted("all=sleep:600"), flags=flags) for i in (0, 2)), limit_s=120)
     assert codes == [3, 3] and time.monotonic() < began + 100
-    assert all("not there within 12 s: train-1.workers.default.svc\n" in text for text in said), said
+    assert all("missing after 12 s: train-1.workers.default.svc\n" in text for text in said), said
 
 
 @pytest.mark.wide  # as one that is not there
@@ -139,14 +139,14 @@ def test_a_peer_that_nobody_knows_is_named():
     with gang("indexed-job", 2, workers=3) as (_, start):
         codes, said = finish(*(start(i, *scripted("all=sleep:600"), flags=("--wait-s", "8")) for i in range(2)))
     assert codes == [3, 3]
-    assert all("8 s: train-2.workers.default.svc (nothing knows the name)" in text for text in said), said
+    assert all("8 s: train-2.workers.default.svc (name does not resolve)" in text for text in said), said
 
 
 @pytest.mark.wide  # as any other peer
 def test_the_first_pod_is_not_there():
     with gang("jobset", 2) as (_, start):
         codes, said = finish(start(1, *scripted("all=sleep:600"), flags=("--wait-s", "8")))
-    assert codes == [3] and "train-node-0-0.train (nobody answers there on port 2223)" in said[0]
+    assert codes == [3] and "train-node-0-0.train (no answer on port 2223)" in said[0]
 
 
 def test_pods_that_come_late():
@@ -162,7 +162,7 @@ def test_pods_that_were_told_different_numbers():
         first = start(0, *scripted("all=exit:0"), DISTPAD_WORKERS="2", flags=("--wait-s", "5"))
         codes, said = finish(start(1, *scripted("all=exit:0")), first)
     first, second = (f"train-{i}.workers.default.svc" for i in range(2))
-    assert codes == [2, 3] and f"pod: {first} was told of 2 workers, {second} of 3, expected the same" in said[0]
+    assert codes == [2, 3] and f"pod: {first} is configured for 2 workers, {second} for 3, expected the same" in said[0]
 
 
 # -- ends -------------------------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def test_an_exit_code_arrives():
         codes, said = finish(*(start(i, *scripted("1=exit:42", "all=sleep:600")) for i in range(3)), limit_s=120)
         assert [pod.host.processes() for pod in up] == [[], [], []]
     assert codes == [4, 42, 4], said
-    assert "train-1.workers.default.svc failed (exit code 42): the training cannot go on" in said[2]
+    assert "train-1.workers.default.svc failed (exit code 42): the training cannot continue" in said[2]
 
 
 def test_nobody_succeeds_before_all_have():
@@ -182,14 +182,14 @@ def test_nobody_succeeds_before_all_have():
         codes, said = finish(*(start(i, *scripted("1=sleep:3")) for i in range(2)))
         assert codes == [0, 0] and time.monotonic() > began + 3, said
         codes, said = finish(*(start(i, *scripted("1=sleep:2", "1=exit:9")) for i in range(2)))
-        assert codes == [4, 9] and "this worker was done, and has to start again with the others" in said[0]
+        assert codes == [4, 9] and "this worker was done, but restarts with the others" in said[0]
 
 
 def test_others_that_do_not_finish():
     with gang("indexed-job", 2) as (_, start):
         flags = (*FLAGS, "--finish-s", "2")
         codes, said = finish(*(start(i, *scripted("1=sleep:600"), flags=flags) for i in range(2)), limit_s=120)
-    assert codes == [124, 4] and "not all others within 2 s" in said[0]
+    assert codes == [124, 4] and "another one is not after 2 s" in said[0]
 
 
 @pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.wide)])
@@ -200,7 +200,7 @@ def test_a_pod_that_is_killed(lost):
         up[lost].kill()
         codes, said = finish(*running, limit_s=120)
     assert codes[lost] == -signal.SIGKILL and codes[1 - lost] == 4
-    assert f"train-{lost}.workers.default.svc was lost: the training cannot go on" in said[1 - lost]
+    assert f"train-{lost}.workers.default.svc was lost: the training cannot continue" in said[1 - lost]
 
 
 @pytest.mark.wide
@@ -252,7 +252,10 @@ def test_sigterm_is_passed_on_to_all():
         running[1].terminate()
         codes, said = finish(*running, limit_s=120)
     assert codes == [4, 77], said  # the first did not have to go
-    assert "got SIGTERM: passing it on" in said[1] and "train-1.workers.default.svc has to go" in said[0]
+    assert (
+        "got SIGTERM: forwarding it to the training" in said[1]
+        and "train-1.workers.default.svc is being terminated" in said[0]
+    )
 
 
 def test_a_training_that_stops_at_sigterm_is_not_done():
@@ -414,13 +417,13 @@ def test_sigterm_at_an_mpi_worker(mpi_job):
     codes, said = finish(running, mpi_job.sshds[1], limit_s=120)
     assert codes == [77, 143], said
     assert f"worker 1 on {MPI_HOSTS[1]} failed first (exit code 77)" in said[0]
-    assert "got SIGTERM: passing it on to 1 workers" in said[1]
+    assert "got SIGTERM: forwarding it to 1 workers" in said[1]
 
 
 def test_an_mpi_worker_that_is_not_there_is_named(mpi_job):
     mpi_job.start_workers(0)
     codes, said = finish(mpi_job.start("mpi-launcher", *HOROVOD, flags=("--wait-s", "3")), limit_s=120)
-    assert codes == [3] and f"not there within 3 s: {MPI_HOSTS[1]} (no sshd answers on port 2222)" in said[0]
+    assert codes == [3] and f"missing after 3 s: {MPI_HOSTS[1]} (no sshd answers on port 2222)" in said[0]
 
 
 def test_a_hostfile_with_other_pods_than_promised(mpi_job):

@@ -260,7 +260,7 @@ def test_a_missing_peer_is_named_and_counts(overlay):
         cluster.unschedulable.add(absent)
         cluster.until(lambda: len(cluster.pods) == 2, LIMIT_S)
         first = cluster.pods[0]
-        assert first.exit_code == 3 and re.search(rf"not there within 4 s: {absent}\.train", first.log), first.log
+        assert first.exit_code == 3 and re.search(rf"missing after 4 s: {absent}\.train", first.log), first.log
         assert counted(cluster) == 1
         cluster.unschedulable.clear()
         assert cluster.finish(LIMIT_S) == "Complete", cluster.told()
@@ -271,7 +271,7 @@ def test_a_missing_worker_of_an_elastic_job_is_waited_for():
         cluster.unschedulable.add("train-worker-0")
         assert cluster.finish(LIMIT_S) == "Failed"
         assert cluster.named("train-launcher").exit_code == 3
-        assert "not there within 4 s: pods for 1 workers" in cluster.told()
+        assert "missing after 4 s: pods for 1 workers" in cluster.told()
 
 
 @pytest.mark.parametrize("overlay", MPI_ONCE)

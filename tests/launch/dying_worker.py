@@ -1,4 +1,4 @@
-"""A worker that dies before a collective that the others are in already. Run by test_launch.py, under a launcher."""
+"""A worker that dies before a collective that the other worker has entered. Run by test_launch.py, under a launcher."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ def step(x: tf.Tensor) -> tf.Tensor:
 backend.run(step, lambda r: tf.ones([1, 2]))
 print(f"worker {backend.worker_index} made a step", flush=True)
 if backend.worker_index == 1:
-    time.sleep(1)  # the other one waits in its step by now
+    time.sleep(1)  # the other worker waits in its step by now
     os._exit(7)
 backend.run(step, lambda r: tf.ones([1, 2]))
 print("a step without the other worker: this must not be reached", flush=True)

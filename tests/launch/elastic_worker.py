@@ -1,6 +1,6 @@
 """A worker of an elastic job that trains a linear model: run by test_elastic.py, under horovodrun or alone.
 
-It tells what it does in files of its folder, and waits at two thirds of its steps until the test has put a file there.
+It records its events in files of its folder, and waits at two thirds of its steps until the test creates a file there.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import distpad
 from distpad import backends
 
 EXAMPLES, WIDTH, BATCH, EPOCHS, COMMIT_EVERY, RATE = 46, 3, 4, 3, 5, 0.05
-SECONDS = 0.05  # of a step
+SECONDS = 0.05  # per step
 
 
 def examples() -> list[dict[str, np.ndarray]]:
-    """Rows of 1 to 9 positions; the same in the test."""
+    """Rows of 1 to 9 positions. The test computes the same rows."""
     rng = np.random.default_rng(5)
     return [{"x": rng.normal(size=[n, WIDTH]), "y": rng.normal(size=[n])} for n in rng.integers(1, 10, size=EXAMPLES)]
 
@@ -45,7 +45,7 @@ def main(folder: pathlib.Path) -> None:
     optimizer.build(model.trainable_variables)
     loss_fn = distpad.DistributedLoss(tf.keras.losses.MeanSquaredError(reduction="none"), backend=engine)
 
-    # Traced once, for batches of any shape: so it is the same trace with another number of workers.
+    # Traced once, for batches of any shape, so that the trace is the same for any number of workers.
     traces = []
 
     @tf.function(
@@ -62,7 +62,7 @@ def main(folder: pathlib.Path) -> None:
             loss = loss_fn(y[..., tf.newaxis], model(x), lengths=lengths, denominator=count)
         gradients = distpad.gradient(tape, loss, model.trainable_variables, backend=engine)
         optimizer.apply_gradients(zip(gradients, model.trainable_variables))
-        # with an exchange in the step, too, that has a slot for each replica
+        # includes a collective in the step whose result has a slot for each replica
         widest, _, _ = distpad.pad_to_global_max(y, lengths=lengths, backend=engine)
         return distpad.global_value(loss, backend=engine), tf.shape(widest)[1]
 
@@ -95,7 +95,7 @@ def main(folder: pathlib.Path) -> None:
                 if state.step == hold:
                     state.commit()
                     wait(state)
-        engine.host_sum(np.zeros(1))  # nobody leaves before all are done
+        engine.host_sum(np.zeros(1))  # no worker leaves before all are done
         return "done"
 
     def wait(state: distpad.ElasticState) -> None:

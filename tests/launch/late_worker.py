@@ -1,4 +1,4 @@
-"""A program whose worker 0 is late when both are done: the other has to wait for it before it exits."""
+"""A program whose worker 0 finishes late: the other worker must wait for it before it exits."""
 
 import time
 

@@ -1,8 +1,8 @@
-"""A worker without TensorFlow that does what a test tells it: scripted_worker.py RANK=WHAT ...  (RANK may be "all")
+"""A worker without TensorFlow that follows a script: scripted_worker.py RANK=ACTION ...  (RANK may be "all")
 
-What: exit:N, kill, sleep:S, ignore-terms (SIGTERM, SIGINT), leave-child, say (arguments, variables, folder as JSON),
-fail-once, write:N (lines), chatter:S (a line each 20 ms), save-on-term:S (takes so long). Several are done in order.
-Before the first that takes time, its number is a file in the folder DISTPAD_MARK: tests signal it from then on.
+Actions: exit:N, kill, sleep:S, ignore-terms (SIGTERM, SIGINT), leave-child, say (arguments, variables, folder as JSON),
+fail-once, write:N (lines), chatter:S (a line each 20 ms), save-on-term:S (takes S seconds). They run in order. Before
+the first action that takes time, it writes its process id to the folder DISTPAD_MARK, so that tests can signal it.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ RANK = next(os.environ[name] for name in RANKS if name in os.environ)
 
 
 def come() -> None:
-    with contextlib.suppress(OSError):  # nobody may wait for it, any more
+    with contextlib.suppress(OSError):  # the test may have stopped waiting
         open(os.path.join(os.environ.get("DISTPAD_MARK", "/nowhere"), str(os.getpid())), "w").close()
 
 
@@ -36,7 +36,7 @@ def do(what: str) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
         print("ignoring", flush=True)
-    elif name == "leave-child":  # out of reach of its group and session, holding the pipes
+    elif name == "leave-child":  # in another group and session, with the pipes open
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     elif name == "say":
         print(json.dumps({"argv": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd()}), flush=True)

@@ -1,4 +1,4 @@
-"""Elastic jobs of real workers that are killed, taken away and given back: nothing is lost, and nothing seen twice."""
+"""Elastic jobs of real workers that are killed, removed and added: no example is lost or seen twice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from elastic_job import BOTH, ROOT, Job
 
 WORKER = pathlib.Path(__file__).with_name("elastic_worker.py")
-START_S = CHANGE_S = END_S = 180  # limits, for a busy machine; what is usual is a tenth of it
+START_S = CHANGE_S = END_S = 180  # limits for a busy machine; the usual times are a tenth of these
 STEPS = elastic_worker.EPOCHS * -(-elastic_worker.EXAMPLES // elastic_worker.BATCH)
 pytestmark = pytest.mark.timeout(4 * START_S)
 
@@ -28,7 +28,7 @@ def trained_by(workers: int, step: int = 0):
 
 
 def formed_by(workers: int):
-    """A job began to train that has so many workers."""
+    """Whether an event is the start of training with this number of workers."""
     return lambda event: event["what"] == "began" and event["workers"] == workers
 
 
@@ -46,10 +46,12 @@ def expected_weights() -> np.ndarray:
 
 
 def check(job: Job) -> None:
-    """The job ends well, with each example trained on once an epoch, and nobody is left."""
+    """Check that the job succeeds, trains on each example once per epoch, and leaves no process."""
     (job.folder / "go").touch()
     assert job.finish(END_S) == 0, job.told()
-    (result,) = (json.loads(path.read_text()) for path in job.folder.glob("result-*"))  # one worker has written it
+    (result,) = (
+        json.loads(path.read_text()) for path in job.folder.glob("result-*")
+    )  # exactly one worker writes the result
     assert result["step"] == len(result["losses"]) == STEPS
     for epoch in range(elastic_worker.EPOCHS):
         seen = sorted(index for number, *indices in result["seen"] if number == epoch for index in indices)
@@ -71,7 +73,7 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path, victim):
 
 @pytest.mark.wide
 def test_hosts_are_taken_away_and_given_back(tmp_path):
-    """That of worker 0 first, so that another writes the result. Nobody goes back: what is announced costs no step."""
+    """Worker 0's host first, so that another worker writes the result. Announced changes repeat no step."""
     with made(tmp_path) as job:
         job.wait_for(trained_by(2, 2), START_S)
         job.list_hosts(BOTH[1])

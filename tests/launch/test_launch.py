@@ -1,4 +1,4 @@
-"""The command line under the engines' own launchers, and what becomes of a job that loses a worker."""
+"""The command line under the engines' own launchers, and jobs that lose a worker."""
 
 from __future__ import annotations
 
@@ -37,8 +37,7 @@ OWN = HERE.parent / "to_certify.py"
 
 @pytest.fixture
 def certified(tmp_path, monkeypatch):
-    """Runs ``distpad certify my_training:FUNCTION`` where the module is, as users do; each worker's model begins with
-    weights of its own."""
+    """Run ``distpad certify my_training:FUNCTION`` in the module's folder. Each worker's initial weights differ."""
     shutil.copy(OWN, tmp_path / "my_training.py")
     monkeypatch.chdir(tmp_path)
 
@@ -82,7 +81,7 @@ def test_a_worker_that_dies_leaves_nobody_waiting(world):
 
 @pytest.mark.wide
 def test_workers_leave_together():
-    """One that exits while another still receives breaks the connection that this comes over."""
+    """A worker that exits while another worker still receives breaks its connection."""
     code, output, _ = worlds.start("multiworker:2", HERE / "late_worker.py", limit_s=LIMIT_S)
     assert code == 0, output
     times = {
@@ -90,5 +89,5 @@ def test_workers_leave_together():
         for worker, what, at in re.findall(r"worker (\d) (came|left) at ([\d.]+)", output)
     }
     assert len(times) == 4, output
-    assert times["came", 0] - times["came", 1] > 1  # or this proves nothing
+    assert times["came", 0] - times["came", 1] > 1  # otherwise this test proves nothing
     assert times["left", 1] >= times["came", 0]

@@ -1,4 +1,4 @@
-"""`distpad launch` on this host: how jobs end, who is named, and that nobody is left."""
+"""`distpad launch` on this host: exit codes, the worker named in the summary, and no leftover processes."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ ENGINES = {
 }
 
 
-# Five faults happen under every engine. All others are the launcher's affair, whatever engine it starts: they happen
-# where no engine has a launcher of its own, and under the others as wide tests (horovodrun imports TensorFlow: 5 s).
+# Five faults run under every engine. The other faults do not depend on the engine: they run by default under the engine
+# without a launcher of its own, and under the other engines as wide tests (horovodrun imports TensorFlow: 5 s).
 everywhere = pytest.mark.parametrize("engine", ENGINES, indirect=True)
 mostly_alone = pytest.mark.parametrize(
     "engine",
@@ -101,7 +101,7 @@ def test_a_worker_that_ignores_sigterm(engine):
 def test_children_never_outlive_it(engine):
     done = launch(*engine, "-np", 2, command=scripted("all=leave-child"))
     assert done.code == 0
-    assert "ended on localhost what the job had left" in done.stderr
+    assert "killed leftover processes on localhost" in done.stderr
 
 
 @everywhere
@@ -129,7 +129,7 @@ pathlib.Path(sys.argv[1], "saved").touch()
 
 
 def test_a_launcher_that_is_killed_leaves_the_workers_their_grace(tmp_path):
-    """Also those that write all the time, which nobody reads any more."""
+    """Also workers that write continuously, although the reader is gone."""
     running = Launched("-np", 1, "--grace-s", 60, command=[sys.executable, "-c", SAVER, tmp_path])
     end = time.monotonic() + LIMIT_S
     while not (tmp_path / "up").exists() and time.monotonic() < end:
@@ -156,7 +156,7 @@ def test_signals_are_forwarded(number, code, engine):
     running.process.send_signal(number)
     done = running.finish()
     assert done.code == code, done.stderr
-    assert f"got {number.name}: passing it on" in done.stderr and done.left() == []
+    assert f"got {number.name}: forwarding it to the workers" in done.stderr and done.left() == []
     assert done.stderr.count("KeyboardInterrupt") == (2 if number == signal.SIGINT else 0)
 
 
@@ -165,7 +165,7 @@ def test_a_second_ctrl_c_does_not_wait():
     running.workers(2)
     running.process.send_signal(signal.SIGINT)
     time.sleep(1)
-    assert running.process.poll() is None  # the workers have their grace
+    assert running.process.poll() is None  # the workers have their grace period
     running.process.send_signal(signal.SIGINT)
     done = running.finish()
     assert done.code == 130 and done.left() == []
@@ -173,7 +173,7 @@ def test_a_second_ctrl_c_does_not_wait():
 
 @mostly_alone
 def test_a_time_limit(engine):
-    limit_s = 6 if engine == ENGINES["multiworker"] else 25  # others have to have started by then
+    limit_s = 6 if engine == ENGINES["multiworker"] else 25  # the other engines need this time to start
     done = launch(*engine, "-np", 2, "--timeout-s", limit_s, command=scripted("0=sleep:600"))
     assert done.code == 124
     assert f"not done after {limit_s} s: ending worker 0," in done.stderr
@@ -186,7 +186,7 @@ def test_workers_that_never_stop_writing_keep_nobody_from_looking(engine):
 
 
 def test_a_long_grace_is_one_grace():
-    """Agents hear of the launcher while it waits, or they would end the job in their own way, with a second signal."""
+    """The launcher sends signs of life while it waits. Otherwise the agents would end the job, with a second signal."""
     lost_s = times.scaled(QUICK).lost_s
     running = Launched("-np", 1, "--grace-s", 60, command=scripted(f"0=save-on-term:{1.5 * lost_s}"))
     running.workers(1)
@@ -226,7 +226,7 @@ def test_a_command_that_may_not_be_run(tmp_path):
 def test_a_worker_that_never_starts():
     running = Launched("--backend", "horovod", "-np", 2, "--start-timeout-s", 5, command=scripted("all=sleep:600"))
     end = time.monotonic() + LIMIT_S
-    while time.monotonic() < end:  # horovodrun is stopped before it has started anybody
+    while time.monotonic() < end:  # horovodrun is stopped before it has started a worker
         for child in psutil.Process(running.process.pid).children(recursive=True):
             if any(word.endswith("horovodrun") for word in child.cmdline()):
                 child.suspend()
@@ -252,18 +252,18 @@ def test_an_engine_that_starts_another_number():
         *ENGINES["mpirun"], "-np", 2, "--launcher-arg=-np", "--launcher-arg=1", command=scripted("all=sleep:600")
     )
     assert done.code == 3, done.stderr
-    assert "2 workers were asked for, but mpirun started a worker on localhost as rank 0 of 1" in done.stderr
+    assert "expected 2 workers, but mpirun started a worker on localhost as rank 0 of 1" in done.stderr
 
 
 def test_an_engine_that_fails():
     done = launch(*ENGINES["mpirun"], "-np", 2, "--launcher-arg=--no-such-option", command=scripted("all=sleep:600"))
     assert done.code not in (0, 3, 124)
     assert "mpirun ended (exit code" in done.stderr and "before the workers were done" in done.stderr
-    assert "no-such-option" in done.stderr  # its own words
+    assert "no-such-option" in done.stderr  # mpirun's own message
 
 
 def python_in(folder: pathlib.Path) -> pathlib.Path:
-    """A Python beside which no engine stands."""
+    """A Python in a folder without engines."""
     python = folder / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
@@ -300,9 +300,9 @@ def test_another_family_of_mpi(tmp_path):
     mpirun = tmp_path / "mpirun"
     mpirun.write_text("#!/bin/sh\necho HYDRA build details:\n")
     mpirun.chmod(0o755)
-    python = ("--python", python_in(tmp_path))  # beside which mpirun is looked for
+    python = ("--python", python_in(tmp_path))  # the launcher searches for mpirun in Python's folder
     done = launch("--backend", "horovod", "--mpi", "-np", 1, *python, command=scripted())
-    assert done.code == 2 and "mpirun says it is 'HYDRA build details:', expected Open MPI" in done.stderr
+    assert done.code == 2 and "mpirun --version is 'HYDRA build details:', expected Open MPI" in done.stderr
 
 
 ELASTIC = ("--backend", "horovod", "--min-np", 1, "--max-np", 1)
@@ -396,7 +396,7 @@ def test_threads_are_shared_out():
     done = launch("-np", 2, command=scripted("0=say"), env={"OMP_NUM_THREADS": "", "TF_NUM_INTRAOP_THREADS": "7"})
     env = json.loads(done.stdout.partition("] ")[2])["env"]
     assert env["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
-    assert env["TF_NUM_INTRAOP_THREADS"] == "7"  # what is set stays
+    assert env["TF_NUM_INTRAOP_THREADS"] == "7"  # a variable that is set stays
 
 
 def test_threads_are_those_that_slurm_gives_a_task():
@@ -419,7 +419,7 @@ def test_logs_by_attempt_rank_and_stream(tmp_path):
         for rank in (0, 1):
             assert (tmp_path / f"logs/attempt-{attempt}/rank-{rank}.stdout").read_text() == f"attempt {attempt}\n"
     assert done.stdout == ""  # without --tee
-    assert re.search(r"what all of them wrote: .*/logs/attempt-0", done.stderr)
+    assert re.search(r"full output: .*/logs/attempt-0", done.stderr)
 
 
 def test_the_logs_of_an_earlier_run_stay(tmp_path):
@@ -459,14 +459,14 @@ def test_a_reader_that_goes_away_does_not_end_the_job():
 
 def test_a_full_disk_does_not_end_the_job(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # what this process starts can write to no file
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # children of this process cannot write to files
     try:
         running = Launched("-np", 1, "--log-dir", tmp_path, command=scripted("0=write:3", "0=exit:7"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     done = running.finish()
     assert done.code == 7 and "failed first (exit code 7)" in done.stderr
-    assert re.search(r"rank-0\.std(out|err) cannot be written \(File too large\)", done.stderr)  # whichever came first
+    assert re.search(r"rank-0\.std(out|err) cannot be written \(File too large\)", done.stderr)  # whichever comes first
     assert done.stdout.count("\n") == 3
 
 
@@ -493,7 +493,7 @@ def test_restarts_end():
 
 
 def test_a_restart_is_not_swept_away_by_what_ends_the_attempt_before():
-    """A host that was cut off for a while still has that one's agent, which kills whatever carries its number."""
+    """A host that was cut off may still run the first attempt's agent, which kills all processes with its job id."""
     command = ["sh", "-c", "echo $DISTPAD_JOB; exit 9"]
     done = launch("-np", 1, "--max-restarts", 1, "--backoff-s", 0.1, command=command)
     assert done.code == 9 and len(set(done.stdout.split())) == 2

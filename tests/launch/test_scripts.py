@@ -1,4 +1,4 @@
-"""What launch/README.md shows: its commands run, its file of flags is understood, its table names every script."""
+"""launch/README.md: its commands run, its config file is valid, and its table lists every script."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def test_its_commands_are_understood(line):
 
 
 def test_a_small_training_by_mpirun():
-    """That by ssh, and by horovodrun, is in tests/cluster/test_launch.py, that by srun in test_sbatch.py beside it."""
+    """tests/cluster/test_launch.py trains by ssh and horovodrun, tests/cluster/test_sbatch.py by srun."""
     if not shutil.which("mpirun"):
         (pytest.fail if os.environ.get("DISTPAD_CI") else pytest.skip)("mpirun is missing")
-    # two workers on two busy cores: Open MPI would wait for messages at full speed
+    # with two workers on two busy cores, Open MPI's busy waiting would slow them down
     slow = ["--launcher-arg=--mca", "--launcher-arg=mpi_yield_when_idle", "--launcher-arg=1"]
     done = run(["launch/mpirun.sh", "-np", "2", *slow, "--", "python", "tests/small_training.py", "2"])
     assert done.returncode == 0, done.stderr
@@ -85,7 +85,7 @@ def test_its_file_of_flags_is_understood(tmp_path):
 
 def test_its_table_names_every_script():
     scripts = {path.name for path in (ROOT / "launch").rglob("*") if path.suffix in (".sh", ".sbatch")}
-    inner = {"environment.sh", "install_horovod.sh", "packages.sh", "python.sh"}  # for setting up
+    inner = {"environment.sh", "install_horovod.sh", "packages.sh", "python.sh"}  # for installation
     assert set(re.findall(r"[\w/]+/(\w+\.(?:sh|sbatch))", TEXT)) == scripts - inner
 
 

@@ -13,13 +13,13 @@ import distpad
 from distpad import backends
 from distpad.backends import detection
 
-PROMISES = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+SIZES = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 TWO_WORKERS = json.dumps({"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 0}})
 
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch):
-    for name in ("TF_CONFIG", *PROMISES):
+    for name in ("TF_CONFIG", *SIZES):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -141,10 +141,10 @@ def test_a_worker_of_several_needs_its_strategy(monkeypatch, cluster):
     assert "backend=strategy" in str(raised.value) and "backend='local'" in str(raised.value)
 
 
-@pytest.mark.parametrize("promise", PROMISES)
-def test_a_rank_of_several_needs_horovod(monkeypatch, promise):
-    monkeypatch.setenv(promise, "2")
-    with pytest.raises(ValueError, match=f"{promise} promises 2 ranks, but Horovod is not initialised") as raised:
+@pytest.mark.parametrize("variable", SIZES)
+def test_a_rank_of_several_needs_horovod(monkeypatch, variable):
+    monkeypatch.setenv(variable, "2")
+    with pytest.raises(ValueError, match=f"{variable} expects 2 ranks, but Horovod is not initialised") as raised:
         distpad.gather(tf.zeros([1, 1]))
     assert "init()" in str(raised.value) and "backend='local'" in str(raised.value)
 

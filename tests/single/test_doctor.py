@@ -88,7 +88,7 @@ def wrong(found):
 
 # what is looked at: state, changes, what the evidence and the remedy say
 ON_ONE_HOST = {
-    "a probe that failed": ("probes", "warning", {"errors": {"gpus": "not done after 60 s"}}, "gpus.*60 s", "by hand"),
+    "a probe that failed": ("probes", "warning", {"errors": {"gpus": "not done after 60 s"}}, "gpus.*60 s", "manually"),
     "no TensorFlow": ("TensorFlow", "error", {"packages": {"numpy": "2"}}, "not installed", "environment.sh"),
     "a TensorFlow that crashes": (
         *("TensorFlow", "error", {"engines.tensorflow": {"error": "signal 4", "ended": "signal 4"}}),
@@ -162,8 +162,8 @@ ON_ONE_HOST = {
     ),
     "few files": ("open files", "warning", {"machine.open_files.soft": 256}, "only 256 files", "ulimit -n"),
     "TF_CONFIG that is no JSON": (
-        *("TF_CONFIG", "error", {"tf_config": {"error": "it is no JSON: Extra data at character 3"}}),
-        *("TF_CONFIG is set, but it is no JSON", "Unset it"),
+        *("TF_CONFIG", "error", {"tf_config": {"error": "it is not JSON: Extra data at character 3"}}),
+        *("TF_CONFIG is set, but it is not JSON", "Unset it"),
     ),
     "TF_CONFIG with a task too many": (
         *(
@@ -187,7 +187,7 @@ ON_ONE_HOST = {
     ),
     "a port that is taken": (
         *("ports", "error", {"ports": {"2222": "Address already in use"}}),
-        *("port 2222 cannot be had: address already in use", r"ss -ltnp 'sport = :2222'"),
+        *("port 2222 is not free: address already in use", r"ss -ltnp 'sport = :2222'"),
     ),
 }
 
@@ -262,24 +262,24 @@ def test_facts_that_are_missing_break_no_rule():
 ON_TWO_HOSTS = {
     "its own name leads to loopback": (
         *("names", "error", "b", {"names.b": ["127.0.1.1"]}),
-        *("its own name b leads to 127.0.1.1, the loopback", "real address in /etc/hosts"),
+        *("its own name b resolves to 127.0.1.1, the loopback", "real address in /etc/hosts"),
     ),
     "another's name leads to loopback": (
         "names",
         "error",
         "b",
         {"names.a": ["::1"]},
-        "the name a leads to ::1",
+        "the name a resolves to ::1",
         "/etc",
     ),
-    "another is not known": ("names", "error", "b", {"names.a": []}, "does not know the name a", "DNS"),
+    "another is not known": ("names", "error", "b", {"names.a": []}, "the name a does not resolve", "DNS"),
     "another TensorFlow": (
         *("versions", "error", "b", {"packages.tensorflow": "2.20.0"}),
-        *("tensorflow differs: a has 2.21.0, b has 2.20.0", "the same everywhere"),
+        *("tensorflow differs: a has 2.21.0, b has 2.20.0", "the same version everywhere"),
     ),
     "a package that one lacks": (
         *("versions", "error", "b", {"packages": {k: v for k, v in WELL["packages"].items() if k != "horovod"}}),
-        *("horovod differs: a has 0.28.1, b has none", "the same everywhere"),
+        *("horovod differs: a has 0.28.1, b has none", "the same version everywhere"),
     ),
     "another Python": ("versions", "error", "b", {"python.version": "3.12.1"}, "Python differs: a has 3.11", "same"),
     "another build": (
@@ -323,10 +323,12 @@ def test_what_is_harmless_on_two_hosts(change):
 
 def test_a_host_that_cannot_be_reached_is_named_once():
     given = answers(a={"names.b": []})
-    given["b"] = {"unreachable": "no ssh server listens there", "remedy": "Try on it: systemctl status ssh"}
+    given["b"] = {"unreachable": "no ssh server listens there", "remedy": "Check on the host: systemctl status ssh"}
     found = wrong(checks.check(given, TWO))
     assert found == [
-        findings.Finding("b", "reach", "error", "no ssh server listens there", "Try on it: systemctl status ssh")
+        findings.Finding(
+            "b", "reach", "error", "no ssh server listens there", "Check on the host: systemctl status ssh"
+        )
     ]
 
 
@@ -378,10 +380,10 @@ def test_code_is_python_outside_of_environments(tmp_path):
     [
         (None, None),
         ("", None),
-        ("[]", "another form"),
+        ("[]", "does not have the form"),
         ('{"cluster": []}', None),
-        ('{"cluster": {"worker": 3}}', "another form"),
-        ("{", "no JSON"),
+        ('{"cluster": {"worker": 3}}', "does not have the form"),
+        ("{", "not JSON"),
     ],
 )
 def test_tf_config_of_any_form(text, expected):
@@ -411,13 +413,13 @@ def ask(tmp_path, script: str, limit_s: float = 30):
 
 
 SAID = {
-    "Could not resolve hostname far": ("nothing knows its name", "spelt right"),
+    "Could not resolve hostname far": ("its name does not resolve", "spelling"),
     "connect to host far port 22: Connection refused": ("no ssh server listens there", "systemctl status ssh"),
-    "connect to host far port 22: Connection timed out": ("it does not answer", "is port 22 open"),
-    "WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!": ("its host key is not the one", "ssh-keygen -R far"),
+    "connect to host far port 22: Connection timed out": ("it does not answer", "port 22 is open"),
+    "WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!": ("its host key has changed", "ssh-keygen -R far"),
     "Host key verification failed.": ("its host key is not known here", "accept it: ssh far"),
-    "root@far: Permission denied (publickey).": ("does not let this user in", "ssh-copy-id far"),
-    "/py: No such file or directory": ("this Python is not there: /py", "--python"),
+    "root@far: Permission denied (publickey).": ("accepts no key of this user", "ssh-copy-id far"),
+    "/py: No such file or directory": ("it has no Python at /py", "--python"),
     "/py: No module named distpad.preflight": ("distpad is not installed there", "/py -m pip install distpad"),
     "something else": ("exit code 255: something else", "ssh far /py -m distpad"),
 }

@@ -110,7 +110,7 @@ def test_a_source_of_each_workers_own_is_refused():
         distpad.ElasticState([], batches=own, backend="local")
 
 
-def test_a_promised_horovod_must_be_initialised(monkeypatch):
+def test_a_launched_horovod_must_be_initialised(monkeypatch):
     monkeypatch.setenv("HOROVOD_SIZE", "2")
-    with pytest.raises(ValueError, match="ElasticState: HOROVOD_SIZE promises 2 ranks, but Horovod is not"):
+    with pytest.raises(ValueError, match="ElasticState: HOROVOD_SIZE expects 2 ranks, but Horovod is not"):
         distpad.ElasticState([])

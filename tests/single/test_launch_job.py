@@ -160,7 +160,7 @@ WRONG = {
     ),
     "launcher 3": ({"backend": "horovod", "launcher": "ssh"}, r"expected horovodrun, mpirun or srun"),
     "arguments": ({"launcher_args": ("-v",)}, r"--launcher-arg needs an engine's launcher"),
-    "elastic": ({"backend": "horovod", "controller": "mpi", "min_np": 1}, r"elastic jobs are Horovod's over Gloo"),
+    "elastic": ({"backend": "horovod", "controller": "mpi", "min_np": 1}, r"elastic jobs need Horovod over Gloo"),
     "elastic 2": ({"backend": "horovod", "min_np": 4, "max_np": 2}, r"--min-np 4, -np None, --max-np 2, expected"),
     "restarts": ({"max_restarts": -1}, r"--max-restarts is -1, expected at least 0"),
     "timeout": ({"timeout_s": float("nan")}, r"--timeout-s is nan, expected"),
@@ -211,7 +211,7 @@ def test_a_value_where_a_secrets_file_belongs_is_refused_and_not_repeated():
     with pytest.raises(ValueError, match="expected NAME=FILE") as caught:
         spec.parse_secrets(["KEY"])
     assert spec.parse_secrets(["KEY=/run/secrets/a=b"]) == {"KEY": "/run/secrets/a=b"}
-    assert "value does not belong" in str(caught.value)
+    assert "Do not write a secret's value" in str(caught.value)
 
 
 def test_the_hosts_of_an_allocation(monkeypatch):
@@ -249,7 +249,7 @@ def test_an_elastic_job_fails_though_a_worker_was_replaced(end, code):
     job = make(backend="horovod", min_np=1)
     tried = attempt.Attempt(job, 0, ENVIRON, {}, "", [], None)
     for _ in range(2):  # the second takes the place of the first
-        tried.welcome("localhost", {"rank": 0, "size": 1})
+        tried.take_hello("localhost", {"rank": 0, "size": 1})
         if 0 in tried.failures:
             break
         tried.take_end("localhost", 0, 9)
@@ -267,19 +267,19 @@ def script(path, text: str) -> str:
     return str(path)
 
 
-def asking(path, text: str) -> discovery.Discovery:
+def discovery_by(path, text: str) -> discovery.Discovery:
     job = make(backend="horovod", min_np=1, host_discovery_script=script(path / "discover", text))
     return discovery.Discovery(job, str(path / "hosts"), lambda host: True)
 
 
 def test_a_script_that_finds_hosts(tmp_path, monkeypatch):
-    assert asking(tmp_path, "echo a:2; echo; echo b").ask() == spec.parse_hosts("a:2,b")
+    assert discovery_by(tmp_path, "echo a:2; echo; echo b").discover() == spec.parse_hosts("a:2,b")
     with pytest.raises(ValueError, match="discover failed: no rights"):
-        asking(tmp_path, "echo no rights >&2; exit 1").ask()
+        discovery_by(tmp_path, "echo no rights >&2; exit 1").discover()
     monkeypatch.setattr(discovery.times, "DISCOVERY_LIMIT_S", 0.5)
     began = time.monotonic()
     with pytest.raises(ValueError, match=r"timed out after 0\.5 seconds"):
-        asking(tmp_path, "sleep 20\necho a").ask()  # the sleep has the pipe, too
+        discovery_by(tmp_path, "sleep 20\necho a").discover()  # the sleep has the pipe, too
     assert time.monotonic() - began < 10
 
 
@@ -301,10 +301,10 @@ def test_hosts_that_fit():
     [
         ({"versions": {"tensorflow-cpu": "2.15.1"}}, "tensorflow-cpu differs: a has 2.21.0, b has 2.15.1"),
         ({"versions": {}}, "a has 2.21.0, b has none"),
-        ({"resolves": {"a": [], "b": ["10.0.0.2"]}}, "on b, it does not know the name a"),
-        ({"resolves": {"a": ["10.0.0.1"], "b": []}}, "on b, it does not know its own name b"),
-        ({"resolves": {"a": ["127.0.1.1"], "b": ["10.0.0.2"]}}, "on b, the name a leads to 127.0.1.1, the loopback"),
-        ({"resolves": {"a": ["10.0.0.1"], "b": ["::1"]}}, "on b, its own name b leads to ::1, the loopback"),
+        ({"resolves": {"a": [], "b": ["10.0.0.2"]}}, "on b, the name a does not resolve"),
+        ({"resolves": {"a": ["10.0.0.1"], "b": []}}, "on b, its own name b does not resolve"),
+        ({"resolves": {"a": ["127.0.1.1"], "b": ["10.0.0.2"]}}, "on b, the name a resolves to 127.0.1.1, the loopback"),
+        ({"resolves": {"a": ["10.0.0.1"], "b": ["::1"]}}, "on b, its own name b resolves to ::1, the loopback"),
     ],
 )
 def test_hosts_that_do_not_fit(changes, message):
@@ -318,7 +318,7 @@ def test_the_interface_that_hosts_share():
     assert hostcheck.interface(both) == ("eth0", "")
     both["b"]["interfaces"] = {"ens3": ["10.0.0.2"]}
     name, wrong = hostcheck.interface(both)
-    assert name == "" and "(a has eth0, b has ens3). Name one: --network-interface" in wrong
+    assert name == "" and "(a has eth0, b has ens3). Choose one with --network-interface" in wrong
 
 
 def test_what_ssh_wrote_is_explained():

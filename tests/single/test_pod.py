@@ -55,8 +55,8 @@ def test_a_jobset_of_one_job_in_a_subdomain_of_its_own():
 def test_what_a_training_gets():
     env = pod.member("indexed-job", JOB, 2222).env({"MINE": "x", "TF_CONFIG": "old"})
     assert env["MINE"] == "x" and json.loads(env["TF_CONFIG"])["task"] == {"type": "worker", "index": 1}
-    promised = {name: env[f"DISTPAD_{name}"] for name in ("BACKEND", "WORKERS", "HOSTS", "RANK")}
-    assert promised == {"BACKEND": "multiworker", "WORKERS": "3", "HOSTS": "3", "RANK": "1"}
+    expected = {name: env[f"DISTPAD_{name}"] for name in ("BACKEND", "WORKERS", "HOSTS", "RANK")}
+    assert expected == {"BACKEND": "multiworker", "WORKERS": "3", "HOSTS": "3", "RANK": "1"}
 
 
 @pytest.mark.parametrize("name", JOB)
@@ -110,7 +110,7 @@ def test_the_operators_variable_tells_where_its_host_file_is(mpi):
         pod.Mpi(("train",)).job({})
 
 
-def test_a_host_file_with_other_pods_than_promised(mpi):
+def test_a_host_file_with_another_number_of_pods(mpi):
     with pytest.raises(ValueError, match=r"DISTPAD_WORKERS is 3, expected .+ names 2: t-worker-0\.t\.ns\.svc, "):
         mpi.job({"DISTPAD_WORKERS": "3"})
 
@@ -160,7 +160,7 @@ def test_keys_that_are_missing(keys, tmp_path):
 def test_a_folder_that_others_may_read(keys, tmp_path):
     place = tmp_path / "open"
     place.mkdir(mode=0o755)
-    with pytest.raises(ValueError, match="expected a folder of ours"):
+    with pytest.raises(ValueError, match="expected a private folder"):
         sshfiles.write(keys, place, 2222)
     assert list(place.iterdir()) == []
 

@@ -201,7 +201,7 @@ def test_node_lists_of_random_numbers(data):
         ("a[1-2-3]", "'1-2-3' is neither"),
         ("a[1, 2]", "' 2' is neither"),
         ("a[٣]", "'٣' is neither"),
-        ("a[3-1]", "expected ranges that run upwards. '3-1' runs downwards"),
+        ("a[3-1]", "expected ascending ranges. '3-1' is descending"),
         ("a[1-65537]", "expected at most 65536 hosts"),
         ("a[1-99999999999999999999]", "expected at most 65536 hosts"),
         ("a[1-300]b[1-300]", "alone has 90000"),
@@ -252,8 +252,8 @@ ERRORS = [
     (lambda: tfconfig.from_slurm(["a"], "2", 2, port=9), "from_slurm: procid is 2, expected from 0 to 1, of 2"),
     (
         lambda: tfconfig.from_slurm(["a", "b"], "2(x2)", 1, port=9, nodeid=1, localid=0),
-        "from_slurm: nodeid is 1, expected 0. Task 1 of 2(x2) tasks a node is there where tasks are counted node by "
-        "node. Use srun --distribution=block",
+        "from_slurm: nodeid is 1, expected 0. Numbered node by node (2(x2) tasks a node), task 1 has this number. "
+        "Use srun --distribution=block",
     ),
     (
         lambda: tfconfig.from_indexed_job("Train", 2, 0, service="s", port=9),
@@ -261,7 +261,7 @@ ERRORS = [
     ),
     (
         lambda: tfconfig.from_indexed_job("t" * 61, 11, 0, service="s", port=9),
-        "-10', of 64 characters",
+        "-10', with 64 characters",
     ),
     (
         lambda: tfconfig.from_indexed_job("t", 2, 0, service="s", namespace="", port=9),

@@ -29,6 +29,6 @@ def test_signs_of_life_come_well_within_the_patience_for_them():
 @pytest.mark.parametrize("by_srun", [False, True])
 def test_agents_of_other_hosts_get_it(by_srun):
     environ = {times.SCALE: "0.5", "HOME": "/home/me"}
-    argv = render.carried(["python"], spec.Host("node1", 1), environ, by_srun=by_srun)
+    argv = render.remote_argv(["python"], spec.Host("node1", 1), environ, by_srun=by_srun)
     assert "env DISTPAD_TIME_SCALE=0.5 python" in argv[-1] or by_srun  # srun hands on its own variables
     assert render.agent_env(environ)[times.SCALE] == "0.5"

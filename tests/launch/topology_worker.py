@@ -1,4 +1,4 @@
-"""A worker that starts the engine it was started for. Run by test_promises.py, under promises kept and broken."""
+"""A worker that starts its engine and prints its index. Run by test_topology.py, with right and wrong topologies."""
 
 import sys
 
