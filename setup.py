@@ -17,6 +17,7 @@ EXTRAS = {
     "plots": ["matplotlib>=3.7"],
     "tensorboard": ["tensorboard>=2.15"],  # for PaddingStats.callback and PaddingStats.write
     "examples": ["matplotlib>=3.7", "pillow>=10", "scikit-learn>=1.3", "scipy>=1.9", "tqdm>=4.65"],
+    "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
     "dev": ["hypothesis>=6", "mypy>=1.8", "pytest>=7", "pytest-timeout>=2.2", "ruff>=0.4"],
 }
 

@@ -27,6 +27,7 @@ _PACKAGES = {
     "Padded": "padding",
     "PaddedBatches": "data",
     "PeerError": "errors",
+    "Preemption": "preemption",
     "WeightedCounts": "losses",
     "broadcast_variables": "gradients",
     "certify": "certification",
@@ -86,3 +87,4 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
     from distpad.padding import pad as pad
     from distpad.padding import pad_sequences as pad_sequences
     from distpad.padding import unpad as unpad
+    from distpad.preemption import Preemption as Preemption

@@ -11,7 +11,7 @@ Usage: launch/environment.sh STACK [--openmpi5] [--horovod] [--tests]
   STACK       current (TensorFlow 2.21, Keras 3) or classic (TensorFlow 2.15, Keras 2, Addons)
   --openmpi5  with Open MPI 5 from PyPI, in an environment of its own, STACK-openmpi5
   --horovod   with Horovod, built for that TensorFlow and that MPI (the first time 3 to 10 minutes)
-  --tests     with pytest, hypothesis, ruff and mypy
+  --tests     with pytest, hypothesis, ruff, mypy and mkdocs
   -h, --help  this text
 
 Examples:

@@ -53,7 +53,8 @@ def core(name: str, stack: str, cores: float, seconds: int, also: str = "") -> S
 KERAS = "keras or optimizer or test_fit or predicting"  # what runs fit: Keras 2 and 3 go ways of their own there
 SUITES = [
     Suite("lint", "current", 1, 15, 5, f"ruff check . && ruff format --check . && mypy distpad && {SCRIPTS}"),
-    Suite("single", "current", 1, 160, 15, f"{PYTEST} tests/single"),
+    Suite("single", "current", 1, 130, 15, f"{PYTEST} tests/single"),
+    Suite("docs", "current", 1, 70, 15, f"{PYTEST} tests/docs"),
     Suite("mirrored:2", "current", 1, 150, 30, world("mirrored:2")),
     Suite("multiworker:2", "current", 1.5, 180, 30, world("multiworker:2")),
     Suite("horovod:2", "current", 1.5, 150, 30, world("horovod:2")),

@@ -69,17 +69,18 @@ class HorovodBackend(base.Backend):
         return self._hvd if self.has_all_ranks else self.process_set
 
     def replica_count(self) -> Any:
-        return _membership()[0] if self._re_forms() else self.num_replicas
+        return _membership()[0] if self.is_elastic else self.num_replicas
 
     def replica_index(self) -> tf.Tensor:
-        return tf.cast(_membership()[1], tf.int32) if self._re_forms() else tf.constant(self.worker_index)
+        return tf.cast(_membership()[1], tf.int32) if self.is_elastic else tf.constant(self.worker_index)
 
     @property
     def has_all_ranks(self) -> bool:
         """Whether the backend spans all ranks of the job."""
         return self.process_set is self._hvd.global_process_set
 
-    def _re_forms(self) -> bool:
+    @property
+    def is_elastic(self) -> bool:  # type: ignore[override]
         return self.has_all_ranks and is_elastic()
 
     # Every collective has an explicit name. Horovod pairs tensors by name. TensorFlow's names depend on the operations

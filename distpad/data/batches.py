@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+import tensorflow as tf
 
 from distpad import backends, errors
 from distpad.data import config, epoch, feeder, keras, progress, reader, sources, sync
@@ -19,7 +22,7 @@ _NAME = "PaddedBatches"
 _BOUNDARIES = 8  # of the buckets that "auto" computes from a sampler's lengths
 
 
-class PaddedBatches:
+class PaddedBatches(tf.train.experimental.PythonState):
     """Batches of this worker's examples, padded alike on all replicas of all workers, with the global counts.
 
     A thread reads a window of ``lookahead`` steps ahead. Then one small exchange synchronises the window between all
@@ -62,6 +65,9 @@ class PaddedBatches:
 
     Collective: all workers iterate together and leave a loop at the same step. Iterating makes one exchange per window,
     of a few numbers per step.
+
+    The object is trackable: ``tf.train.Checkpoint(model=model, optimizer=optimizer, batches=batches)`` saves and
+    restores the position in the data with the variables.
 
     >>> source = [{"y": [1, 2, 3]}, {"y": [4]}, {"y": [5, 6]}]
     >>> batches = PaddedBatches(source, 2, padding={"y": Pad()}, tokens="y", buckets=None)
@@ -275,6 +281,14 @@ class PaddedBatches:
             return None
         size = (self._config.batch_size or 1) * self._backend.num_replicas
         return count // size if self._config.drop_remainder else -(-count // size)
+
+    def serialize(self) -> str:
+        """Return the position as JSON, for ``tf.train.Checkpoint``."""
+        return json.dumps(self.state_dict())
+
+    def deserialize(self, string_value: str) -> None:
+        """Load the position of a checkpoint, by ``load_state_dict``."""
+        self.load_state_dict(json.loads(string_value))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position as a dict for JSON: after the last whole optimiser step whose batches were yielded.

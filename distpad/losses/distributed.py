@@ -38,8 +38,9 @@ class DistributedLoss(tf.keras.losses.Loss):
     Args:
       loss: a Keras loss (Keras 2 or 3, TensorFlow Addons) of reduction none or of the default reduction, which
         ``average`` replaces; the name of one, such as ``"mse"``; or a callable ``(y_true, y_pred) -> [batch, ...]`` in
-        positions, ``[batch]`` with ``per="sequence"``. A loss ``[batch]`` without any mask or lengths is that of plain
-        classification: each row is one position.
+        positions, ``[batch]`` with ``per="sequence"``; autograph does not convert it, so one with Python's ``if`` or
+        ``for`` over tensors is a ``tf.function`` itself. A loss ``[batch]`` without any mask or lengths is that of
+        plain classification: each row is one position.
       average: see above.
       per: "position", or "sequence" for losses with one value a sequence, such as CTC. Then "token" divides by the
         global sum of ``lengths``, the other two by the number of sequences that count.
@@ -92,6 +93,7 @@ class DistributedLoss(tf.keras.losses.Loss):
         self._has_warned = False
         self._of_no_rows: dict[Any, Any] = {}  # traced functions, by what they are given
 
+    @tf.autograph.experimental.do_not_convert  # it would take three seconds of the first trace
     def __call__(
         self,
         y_true: Any,

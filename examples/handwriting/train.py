@@ -14,6 +14,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -36,7 +37,6 @@ from handwriting import (
     folder,
     learner,
     model,
-    preemption,
     reading,
     report,
     rows,
@@ -169,22 +169,27 @@ def train(
     shown = {"loss": "?", "CER": "?"}
     often = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file needs few lines
     progress = {"initial": first, "total": last, "unit": "step", "ncols": 88, "mininterval": often}
-    with preemption.Watch(engine) as watch, tqdm(range(first, last), disable=engine.worker > 0, **progress) as bar:
+    done = first
+
+    def save() -> None:
+        saved.save(done)
+        if engine.worker == 0:
+            print(f"train.py: SIGTERM: step {done} is saved. --resume goes on there.", flush=True)
+
+    preemption = distpad.Preemption(save, every=LOG_EVERY, backend=engine.backend)
+    with preemption, tqdm(range(first, last), disable=engine.worker > 0, **progress) as bar:
         for step, batch in zip(bar, rows.endless(batches)):
             loss = learning.step(batch)
             done = step + 1
-            ends = False
             if done % LOG_EVERY == 0 or done == last:
-                ends = watch.anyone()
                 shown["loss"] = f"{learning.global_loss(loss):.3f}"
             if done % LOOK_EVERY == 0 and engine.worker == 0:
                 reader.model.set_weights(learning.model.get_weights())
                 shown["CER"] = f"{error_rate(reader, look_at):.1%}"
             bar.set_postfix(shown, refresh=False)
-            if done % options.checkpoint_every == 0 or done == last or ends:
+            if done % options.checkpoint_every == 0 or done == last:
                 saved.save(done)
-            if ends:
-                watch.leave(done)
+            preemption.step(done)
             commit(done)
     reader.model.set_weights(learning.model.get_weights())
 
@@ -224,7 +229,7 @@ def conclude(
 def run(options: argparse.Namespace) -> None:
     began = time.monotonic()
     engine = engines.start(options.backend, options.replicas)
-    preemption.end_at_sigterm()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which TensorFlow's workers would ignore
     if options.batch < engine.replicas and not options.max_columns:
         raise ValueError(
             f"--batch is {options.batch}, expected at least one example for each of {engine.replicas} replicas."

@@ -426,7 +426,6 @@ def test_wrong_arguments_are_named(tmp_path, monkeypatch, capsys, arguments, mes
     """In this process, which has imported TensorFlow and makes no devices for them."""
     from handwriting import train
 
-    monkeypatch.setattr(train.preemption, "end_at_sigterm", lambda: None)
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments, "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as end:
         train.main()

@@ -33,7 +33,7 @@ PACKAGES = (
     "__init__",  # the facade; the command line stands above it, since it uses what users use
     "certification data metrics",
     "losses",
-    "gradients",
+    "gradients preemption",
     "collectives",
     "backends padding",
     "preflight",
@@ -291,7 +291,7 @@ def test_every_suite_stands_in_the_table_once_and_runs_something():
 def test_every_engine_and_every_kind_of_test_runs_by_default():
     whole = {suite for suite, command in DEFAULT.items() if not CHOOSES.search(command)}
     worlds = ("mirrored:2", "multiworker:2", "horovod:2")
-    kinds = ("lint", "single", "launch", "launcher", "cluster", "k8s", "examples")
+    kinds = ("lint", "single", "docs", "launch", "launcher", "cluster", "k8s", "examples")
     assert whole >= {("current", name) for name in (*worlds, *kinds)}
     assert set(DEFAULT) >= {("current", name) for name in ("local", "onedevice", "mirrored:4", "horovod:3", "mpirun:2")}
     assert set(DEFAULT) >= {("classic", name) for name in ("single", *worlds, "examples")}

@@ -1,5 +1,5 @@
-"""The diff of README.md is two programs, of which only the second one trains as one device does; figures and options
-that the text names are those of their commands."""
+"""The diff of README.md is two programs, of which only the second one trains as one device does; figures that the text
+names are those of their commands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import subprocess
 import sys
 
 import pytest
-from test_readme import help_of, uses_of
 
 pytestmark = pytest.mark.one_stack
 
@@ -111,7 +110,8 @@ def test_table_of_labels_is_what_its_command_prints():
 
 
 def test_benchmarks_that_are_quoted_exist():
-    section = README.split("## Benchmarks")[1].split("\n## ")[0]
+    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    section = text.split("## Benchmarks")[1].split("\n## ")[0]
     quoted = [
         name for line in section.splitlines() if line[:2] == "- " for name in re.findall("`(\\w+)`", line.split(":")[0])
     ]
@@ -122,35 +122,3 @@ def test_benchmarks_that_are_quoted_exist():
     for name, script in scripts.items():
         assert script, f"benchmarks/run.sh has no {name}"
         assert f"`{script[1]}`" in described and (ROOT / "benchmarks" / script[1]).is_file()
-
-
-# -- commands in the text ---------------------------------------------------------------------------------------------
-
-
-def options_in_text() -> set[tuple[str, str, str]]:
-    """(program, subcommand, option) of each piece of code in a line of text: a lone option is that of the program that
-    its paragraph named last."""
-    found = set()
-    for document in ("README.md", "launch/README.md", "k8s/README.md", "benchmarks/README.md"):
-        text = re.sub(
-            r"^```.*?^```$", "", (ROOT / document).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
-        )
-        for paragraph in text.split("\n\n"):
-            program: list[str] = []
-            for code in re.findall("`([^`]+)`", paragraph):
-                words = code.split()
-                if re.fullmatch(r"(\./)?(launch|tests|examples|benchmarks)/\S+\.(sh|py)", words[0]):
-                    program = words[:1]
-                elif words[0] == "distpad":
-                    program = words[:2]
-                elif not (program and words[0].startswith("--")):
-                    continue
-                found |= set(uses_of([*program, *(word for word in words if word.startswith("--"))]))
-    return {use for use in found if use[-1] != "--shm-size"}  # docker's
-
-
-@pytest.mark.one_stack
-@pytest.mark.parametrize("use", sorted(options_in_text()), ids=" ".join)
-def test_options_in_the_text_exist(use):
-    program, subcommand, option = use
-    assert re.search(rf"(?<![\w-]){option}(?![\w-])", help_of(program, subcommand)), f"--help does not know {option}"

@@ -163,3 +163,26 @@ def test_lengths_are_hashed_once(monkeypatch):
     assert shard.state_dict()["sampler"] == sampler.fingerprint()
     with pytest.raises(ValueError, match="read-only"):
         sampler.lengths[0] = 5
+
+
+# -- tf.train.Checkpoint ----------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_holds_the_position(tmp_path):
+    """As it holds that of tf.data's iterators, beside variables; a position of another source is refused."""
+    made = lambda examples: distpad.PaddedBatches(
+        examples, 2, padding={"y": distpad.Pad()}, tokens="y", backend="local"
+    )
+    examples = [{"y": [i] * (1 + i % 3)} for i in range(12)]
+    batches, first_of = made(examples), lambda batch: batch.data["y"].numpy()[:, 0].tolist()
+    for _, batch in zip(range(3), batches):
+        first_of(batch)
+    path = tf.train.Checkpoint(weight=tf.Variable(1.0), batches=batches).save(str(tmp_path / "at"))
+
+    resumed, weight = made(examples), tf.Variable(0.0)
+    tf.train.Checkpoint(weight=weight, batches=resumed).restore(path).assert_consumed()
+    assert float(weight) == 1 and [first_of(batch) for batch in resumed] == [[6, 7], [8, 9], [10, 11]]
+    other = made(examples[::-1])
+    tf.train.Checkpoint(weight=weight, batches=other).restore(path)
+    with pytest.raises(ValueError, match="source begins with other examples"):
+        list(other)
