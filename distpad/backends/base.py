@@ -26,6 +26,7 @@ class Backend(abc.ABC):
       gradient_reduction: how the engine's training loop reduces the replicas' gradients: "sum" or "mean".
       num_replicas: number of replicas over all workers.
       num_workers, worker_index: number of processes, and the index of this one.
+      is_elastic: whether the number of workers may change while the job runs.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Backend(abc.ABC):
     num_replicas: int
     num_workers: int
     worker_index: int
+    is_elastic: bool = False
 
     # -- in the step: called where a replica's code runs, eagerly or in a tf.function ---------------------------------
 
@@ -75,8 +77,6 @@ class Backend(abc.ABC):
         May also be called between steps, outside a replica's code. Collective: one all-reduce.
         """
         return self.all_reduce(tf.convert_to_tensor(variable))
-
-    is_elastic = False  # whether the number of workers may change while the job runs
 
     @property
     def gradient_scale(self) -> Any:

@@ -25,61 +25,56 @@ _BOUNDARIES = 8  # of the buckets that "auto" computes from a sampler's lengths
 class PaddedBatches(tf.train.experimental.PythonState):
     """Batches of this worker's examples, padded alike on all replicas of all workers, with the global counts.
 
-        A thread reads a window of ``lookahead`` steps ahead. Then one small exchange synchronises the window between all
-        workers: the padded length of each step, its number of valid positions over all replicas, and the end of the epoch.
-        Another thread pads the next batches and moves them to the devices. The step itself has static shapes and the exact
-        denominator:
+    A thread reads a window of ``lookahead`` steps ahead. Then one small exchange synchronises the window between all
+    workers: the padded length of each step, its number of valid positions over all replicas, and the end of the epoch.
+    Another thread pads the next batches and moves them to the devices. The step itself has static shapes and the exact
+    denominator:
 
-            for batch in batches:
-                strategy.run(step, args=(batch,))  # loss_fn(y_true, y_pred, batch=batch)
+        for batch in batches:
+            strategy.run(step, args=(batch,))  # loss_fn(y_true, y_pred, batch=batch)
 
-        Each iteration is the next epoch. An epoch yields every example exactly once. If workers hold different numbers of
-        examples, a worker that has no more yields filler rows, which do not count, until all workers are done.
+    Each iteration is the next epoch. An epoch yields every example exactly once. If workers hold different numbers of
+    examples, a worker that has no more yields filler rows, which do not count, until all workers are done.
 
-        Args:
-          source: this worker's examples: a ``tf.data.Dataset`` of unbatched elements, an iterable of dicts (or tuples, or
-            single arrays), or ``(indexable, sampler)`` with a ``LengthSampler``. Each epoch iterates it again.
-          batch_size: examples per replica; None with a sampler.
-          padding: mapping from feature names to ``Pad``. A feature of a tuple is named by its index, a single array 0.
-          tokens: the padded feature whose valid positions the loss averages over; or a mapping from losses to features.
-          weights: a feature with sample weights, one per position or one per example: then counts are sums of weights, and
-            the loss needs the weights too. With several losses, a mapping from the weighted losses to features.
-          buckets: the lengths to which batches are padded, so that a step has few shapes. ``"auto"``: with a sampler, its
-            buckets or the best 8 boundaries for its lengths (with ``max_tokens`` and without buckets, the longest length);
-            else ``Buckets.auto()``, where sizes that are at most two boundaries apart share the higher one. A ``Buckets``
-            for all features, or a mapping with equally many boundaries: a step uses the highest boundary that a feature
-            needs. None: the longest length, exactly.
-          lookahead: steps in a window; rounded up to a multiple of ``accumulation_steps``.
-          accumulation_steps: micro-batches in one optimiser step; ``counts`` are over all of them. Batches without valid
-            positions complete the last group of an epoch.
-          drop_remainder: end an epoch before the first optimiser step that is not full on all replicas.
-          replicated: allow all workers to read the same examples; with a sampler they never do.
-          backend: see ``distpad.backends.resolve``.
-          warn_after_s: seconds after which all workers warn of a slow source, naming its worker.
-          timeout_s: seconds after which a slow source, or a worker that does not come to an exchange, is an error.
+    Args:
+      source: this worker's examples: a ``tf.data.Dataset`` of unbatched elements, an iterable of dicts (or tuples, or
+        single arrays), or ``(indexable, sampler)`` with a ``LengthSampler``. Each epoch iterates it again.
+      batch_size: examples per replica; None with a sampler.
+      padding: mapping from feature names to ``Pad``. A feature of a tuple is named by its index, a single array 0.
+      tokens: the padded feature whose valid positions the loss averages over; or a mapping from losses to features.
+      weights: a feature with sample weights, one per position or one per example: then counts are sums of weights, and
+        the loss needs the weights too. With several losses, a mapping from the weighted losses to features.
+      buckets: the lengths to which batches are padded, so that a step has few shapes. ``"auto"``: with a sampler, its
+        buckets or the best 8 boundaries for its lengths (with ``max_tokens`` and without buckets, the longest length);
+        else ``Buckets.auto()``, where sizes that are at most two boundaries apart share the higher one. A ``Buckets``
+        for all features, or a mapping with equally many boundaries: a step uses the highest boundary that a feature
+        needs. None: the longest length, exactly.
+      lookahead: steps in a window; rounded up to a multiple of ``accumulation_steps``.
+      accumulation_steps: micro-batches in one optimiser step; ``counts`` are over all of them. Batches without valid
+        positions complete the last group of an epoch.
+      drop_remainder: end an epoch before the first optimiser step that is not full on all replicas.
+      replicated: allow all workers to read the same examples; with a sampler they never do.
+      backend: see ``distpad.backends.resolve``.
+      warn_after_s: seconds after which all workers warn of a slow source, naming its worker.
+      timeout_s: seconds after which a slow source, or a worker that does not come to an exchange, is an error.
 
-        Raises:
-          ValueError, TypeError: wrong arguments; while iterating, on all workers: configurations or examples that differ
-            between workers, or workers that all read the same examples.
-          PeerError: while iterating, if another worker failed, was too slow, or left.
+    Raises:
+      ValueError, TypeError: wrong arguments; while iterating, on all workers: configurations or examples that differ
+        between workers, or workers that all read the same examples.
+      PeerError: while iterating, if another worker failed, was too slow, or left.
 
-    <<<<<<< HEAD
-        It is trackable: ``tf.train.Checkpoint(model=model, optimizer=optimizer, batches=batches)`` saves the position in
-        the data (``state_dict``) beside the variables, and restoring it goes on there.
+    Collective: all workers iterate together and leave a loop at the same step. Iterating makes one exchange per window,
+    of a few numbers per step.
 
-        Iterating is collective among workers: one exchange of a few numbers a step, for ``lookahead`` steps at once. All
-        workers leave a loop at the same step.
-    =======
-        Collective: all workers iterate together and leave a loop at the same step. Iterating makes one exchange per window,
-        of a few numbers per step.
-    >>>>>>> prose-data
+    The object is trackable: ``tf.train.Checkpoint(model=model, optimizer=optimizer, batches=batches)`` saves and
+    restores the position in the data with the variables.
 
-        >>> source = [{"y": [1, 2, 3]}, {"y": [4]}, {"y": [5, 6]}]
-        >>> batches = PaddedBatches(source, 2, padding={"y": Pad()}, tokens="y", buckets=None)
-        >>> for batch in batches:
-        ...     print(batch.data["y"].numpy().tolist(), batch.lengths["y"].numpy(), float(batch.counts.tokens))
-        [[1, 2, 3], [4, 0, 0]] [3 1] 4.0
-        [[5, 6], [0, 0]] [2 0] 2.0
+    >>> source = [{"y": [1, 2, 3]}, {"y": [4]}, {"y": [5, 6]}]
+    >>> batches = PaddedBatches(source, 2, padding={"y": Pad()}, tokens="y", buckets=None)
+    >>> for batch in batches:
+    ...     print(batch.data["y"].numpy().tolist(), batch.lengths["y"].numpy(), float(batch.counts.tokens))
+    [[1, 2, 3], [4, 0, 0]] [3 1] 4.0
+    [[5, 6], [0, 0]] [2 0] 2.0
     """
 
     def __init__(
@@ -288,11 +283,11 @@ class PaddedBatches(tf.train.experimental.PythonState):
         return count // size if self._config.drop_remainder else -(-count // size)
 
     def serialize(self) -> str:
-        """The position as JSON: ``tf.train.Checkpoint(batches=batches)`` saves it, as tf.data's iterators are saved."""
+        """Return the position as JSON, for ``tf.train.Checkpoint``."""
         return json.dumps(self.state_dict())
 
     def deserialize(self, string_value: str) -> None:
-        """Go on at a position that a checkpoint holds; see ``load_state_dict``."""
+        """Load the position of a checkpoint, by ``load_state_dict``."""
         self.load_state_dict(json.loads(string_value))
 
     def state_dict(self) -> dict[str, Any]:

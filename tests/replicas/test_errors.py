@@ -233,7 +233,7 @@ def test_other_wrong_arguments_are_named(world):
         wrongly(world, *[lambda: distpad.gather(x, rows=[1], backend=world.backend).values] * 2)
     with pytest.raises((ValueError, TypeError), match="axis is -2, expected an axis after the first"):
         wrongly(world, *[lambda: distpad.gather(x, axis=-2, backend=world.backend).values] * 2)
-    with pytest.raises(TypeError, match="variables is with a str, expected variables"):
+    with pytest.raises(TypeError, match="variables is with a str, expected only variables"):
         distpad.broadcast_variables(["a"], backend=world.backend)
     with pytest.raises(ValueError, match="root is '0', expected a worker"):
         distpad.broadcast_variables([], root="0", backend=world.backend)
