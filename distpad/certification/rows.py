@@ -49,8 +49,10 @@ def rank_of_mask(fields: Fields, loss: Any) -> int:
 
 
 def kinds(fields: Fields, mask_rank: int, *, takes_no_rows: bool, accumulates: bool) -> list[Kind]:
-    """The kinds of case that the batch and the loss allow. A replica is empty where the step takes no rows, or where a
-    row can be marked as padding."""
+    """The kinds of case that the batch and the loss allow.
+
+    An empty replica needs a step that takes no rows, or a row that can be marked as padding.
+    """
     sources = _sources(fields)
     can_be_padding = bool(sources or mask_rank)
     allowed = {
@@ -82,10 +84,10 @@ def draw(
     Args:
       fields: the batch.
       kind: what is varied.
-      number: of rows.
-      seed: of the draws.
-      mask_rank: the rank of a mask or of weights that the batch does not have; 0: none is made.
-      takes_no_rows: whether the empty replica has no rows; otherwise the last row is the replica's, as padding.
+      number: the number of rows.
+      seed: the seed of the draws.
+      mask_rank: the rank of a mask, or of weights, for a batch that has none; 0 for no such mask.
+      takes_no_rows: whether the empty replica has no rows. Otherwise it gets the last row, as padding.
     """
     random = np.random.default_rng(seed)
     picked = np.resize(random.permutation(number_of(fields)), number)
@@ -101,18 +103,12 @@ def draw(
     elif kind is Kind.SAMPLE_WEIGHTS:
         weight = rows.get("sample_weight", np.ones(shape))
         rows["sample_weight"] = (random.choice([0.0, 0.5, 1.0, 3.0], weight.shape) * (weight != 0)).astype(weight.dtype)
-    elif kind in (Kind.ALL_PADDING, Kind.EMPTY_REPLICA):
+    elif kind is Kind.ALL_PADDING or (kind is Kind.EMPTY_REPLICA and not takes_no_rows):
         if mask_rank and not _sources(rows):
             rows["mask"] = np.ones(shape, bool)
-        if kind is Kind.ALL_PADDING:
-            _mark_as_padding(rows, slice(None))
-        elif not takes_no_rows:
-            _mark_as_padding(rows, slice(-1, None))
+        padding = slice(None) if kind is Kind.ALL_PADDING else slice(-1, None)
+        rows[_sources(rows)[0]][padding] = 0
     return rows
-
-
-def _mark_as_padding(rows: Fields, which: slice) -> None:
-    rows[_sources(rows)[0]][which] = 0
 
 
 def _sources(fields: Fields) -> list[str]:

@@ -68,34 +68,35 @@ def on_one_device(model: Any, loss: Any, training: bool) -> OneDevice:
     is called as it is."""
     call_loss = _caller(loss)
 
-    @tf.function
     def step(batch: rows.Fields) -> tuple[Any, ...]:
         with tf.GradientTape() as tape:
             y_pred = predict(model, batch["x"], training)
             if isinstance(loss, losses.DistributedLoss):
-                value, count = reference.of_rows(loss, batch, y_pred)
+                value, divisor = reference.of_rows(loss, batch, y_pred)
             else:
-                value, count = call_loss(batch, y_pred), tf.zeros([])
+                value, divisor = call_loss(batch, y_pred), tf.zeros([])
         found = tape.gradient(value, model.trainable_variables)
-        return _dense(found, model.trainable_variables), value, count, [leaf[:0] for leaf in tf.nest.flatten(y_pred)]
+        return _dense(found, model.trainable_variables), value, divisor, [leaf[:0] for leaf in tf.nest.flatten(y_pred)]
 
-    def run(batch: rows.Fields) -> Device:
-        found, value, count, predicted = backends.run_alone(lambda: step(_tensors(batch)))
-        dtype = _narrowest([*(tensor.dtype for tensor in (*found, *predicted)), *_half_precision(model)])
-        return Device([gradient.numpy() for gradient in found], float(value), float(count), dtype)
-
-    return run
+    return _alone(step, model)
 
 
 def own_on_one_device(step: Callable[[Any], Any], given: batches.Given, model: Any) -> OneDevice:
     """The user's step, run as if this process were the only one."""
     untraced = _untraced(step)
-    traced = tf.function(lambda batch: _returned(untraced(given.form(batch)), model))
+    run = _alone(lambda batch: (_returned(untraced(given.form(batch)), model), 0.0, 0.0, []), model)
+    return lambda batch: run(given.counted(batch))
+
+
+def _alone(step: Callable[[rows.Fields], tuple[Any, ...]], model: Any) -> OneDevice:
+    """Run ``step(batch) -> (gradients, value, divisor, predictions)`` outside the engine."""
+    traced = tf.function(step)
 
     def run(batch: rows.Fields) -> Device:
-        found = backends.run_alone(lambda: traced(_tensors(given.counted(batch))))
-        dtype = _narrowest([*(gradient.dtype for gradient in found), *_half_precision(model)])
-        return Device([gradient.numpy() for gradient in found], 0.0, 0.0, dtype)
+        tensors = lambda: tf.nest.map_structure(tf.convert_to_tensor, batch)
+        found, value, divisor, predicted = backends.run_alone(lambda: traced(tensors()))
+        dtype = _narrowest([*(tensor.dtype for tensor in (*found, *predicted)), *_half_precision(model)])
+        return Device([gradient.numpy() for gradient in found], float(value), float(divisor), dtype)
 
     return run
 
@@ -191,10 +192,6 @@ def _in_numpy(run: Callable[..., list[Any]]) -> Replicas:
             raise ValueError(f"certify: the step refused its batch: {error.message}") from error
 
     return called
-
-
-def _tensors(batch: rows.Fields) -> rows.Fields:
-    return tf.nest.map_structure(tf.convert_to_tensor, batch)
 
 
 def _narrowest(dtypes: Sequence[tf.DType]) -> str:
