@@ -1,4 +1,4 @@
-"""TF_CONFIG for tf.distribute.MultiWorkerMirroredStrategy: from hosts, from Slurm, from Kubernetes. Pure functions.
+"""TF_CONFIG for tf.distribute.MultiWorkerMirroredStrategy: from addresses, or from Kubernetes. Pure functions.
 
 Each builder returns the text of the environment variable. All workers of a job need the same addresses in the same
 order, and each its own index. The builders therefore take arguments that are equal on all workers, and one index.
@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from typing import Union
 
 from distpad import errors
-from distpad.launcher import nodelist
 
 Integer = Union[int, str]  # environment variables hold numbers as text
 
@@ -43,80 +42,6 @@ def cluster(addresses: Sequence[str], index: Integer) -> str:
     '{"cluster": {"worker": ["node1:2222", "node2:2222"]}, "task": {"type": "worker", "index": 1}}'
     """
     return _config("cluster", addresses, "index", index)
-
-
-def from_hosts(hosts: Iterable[tuple[str, int]], index: Integer, *, port: Integer) -> str:
-    """TF_CONFIG of worker ``index`` among hosts with ``slots`` workers each, at consecutive ports from ``port``.
-
-    Args:
-        hosts: ``(name, slots)`` of each host. Indices count the slots of the first host, then those of the next. The
-            brackets of an IPv6 address are optional.
-        index: the worker's index, from 0.
-        port: the port of each host's first worker; the next worker has ``port + 1``.
-
-    Returns:
-        JSON, equal on all workers except for the index.
-
-    Raises:
-        TypeError: a number is not an integer, or a host is not a string.
-        ValueError: a host is malformed or a duplicate, it has no slot, a port is above 65535, or the index is out of
-            range.
-
-    >>> json.loads(from_hosts([("a", 2), ("b", 1)], 2, port=2222))["cluster"]["worker"]
-    ['a:2222', 'a:2223', 'b:2222']
-    """
-    addresses = _addresses("from_hosts", "hosts", hosts, port)
-    return _config("from_hosts", addresses, "index", index)
-
-
-def from_slurm(
-    hostnames: Sequence[str],
-    tasks_per_node: str,
-    procid: Integer,
-    *,
-    port: Integer,
-    nodeid: Integer | None = None,
-    localid: Integer | None = None,
-) -> str:
-    """TF_CONFIG of one task of a Slurm step, with one worker per task.
-
-    Args:
-        hostnames: the step's nodes, from ``scontrol show hostnames`` or
-            :func:`~distpad.launcher.nodelist.slurm_hostnames`.
-        tasks_per_node: ``SLURM_STEP_TASKS_PER_NODE``, or ``SLURM_TASKS_PER_NODE``, such as ``"2(x3),1"``.
-        procid: ``SLURM_PROCID``.
-        port: the port of each node's first task; the next task has ``port + 1``.
-        nodeid: ``SLURM_NODEID``. If given, tasks that are not numbered node by node (``srun --distribution=cyclic``)
-            raise, since their ports would be on other nodes.
-        localid: ``SLURM_LOCALID``, for the same check.
-
-    Returns:
-        JSON, equal on all workers except for the index.
-
-    Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: the number of nodes differs from ``tasks_per_node``, an argument is malformed or out of range, or
-            the task's number does not match its node.
-
-    >>> json.loads(from_slurm(["n1", "n2"], "2,1", "2", port=20000, nodeid="1", localid="0"))["cluster"]["worker"]
-    ['n1:20000', 'n1:20001', 'n2:20000']
-    """
-    if isinstance(hostnames, str):
-        raise TypeError(errors.sentence("from_slurm", "hostnames", repr(hostnames), "a list of host names"))
-    tasks = nodelist.slurm_tasks_per_node(tasks_per_node)
-    if len(tasks) != len(hostnames):
-        rule = f"the tasks of {len(hostnames)} nodes"
-        evidence = f"It has {len(tasks)}. Is one of the job, the other of the step?"
-        raise ValueError(errors.sentence("from_slurm", "tasks_per_node", repr(tasks_per_node), rule, evidence))
-    addresses = _addresses("from_slurm", "hostnames", zip(hostnames, tasks), port)
-    config = _config("from_slurm", addresses, "procid", procid)
-    places = [(node, local) for node, count in enumerate(tasks) for local in range(count)]
-    for argument, value, place in zip(("nodeid", "localid"), (nodeid, localid), places[int(procid)]):
-        if value is not None and _integer("from_slurm", argument, value, 0) != place:
-            evidence = f"Numbered node by node ({tasks_per_node} tasks a node), task {procid} has this number."
-            remedy = "Use srun --distribution=block."
-            raise ValueError(errors.sentence("from_slurm", argument, value, str(place), evidence, remedy))
-    return config
 
 
 def from_indexed_job(
@@ -149,7 +74,7 @@ def from_indexed_job(
     if namespace is not None:
         _label("from_indexed_job", "namespace", namespace, namespace)
         domain = f"{service}.{namespace}.svc"
-    addresses = _addresses("from_indexed_job", "job", ((f"{job}-{pod}.{domain}", 1) for pod in pods), port)
+    addresses = _addresses("from_indexed_job", (f"{job}-{pod}.{domain}" for pod in pods), port)
     return _config("from_indexed_job", addresses, "index", index)
 
 
@@ -205,8 +130,8 @@ def from_jobset(
         _below("from_jobset", "job_index", job_index, jobs),
         _below("from_jobset", "pod_index", pod_index, each),
     )
-    hosts = ((f"{jobset}-{name}-{job}-{pod}.{domain}", 1) for name, job, pod in pods)
-    addresses = _addresses("from_jobset", "jobset", hosts, port)
+    hosts = (f"{jobset}-{name}-{job}-{pod}.{domain}" for name, job, pod in pods)
+    addresses = _addresses("from_jobset", hosts, port)
     return _config("from_jobset", addresses, "index", pods.index(mine))
 
 
@@ -240,21 +165,11 @@ def _canonical(function: str, address: str) -> str:
     return f"{name} {int(port)}"
 
 
-def _addresses(function: str, argument: str, hosts: Iterable[tuple[str, Integer]], port: Integer) -> list[str]:
-    first = _integer(function, "port", port, 1)
-    addresses = []
-    for host, slots in hosts:
-        if not isinstance(host, str):
-            raise TypeError(errors.sentence(function, argument, repr(host), "host names as strings"))
-        count = _integer(function, "slots", slots, 1)
-        last = first + count - 1
-        if last > _HIGHEST_PORT:
-            evidence = f"{host} would listen up to port {last}."
-            rule = f"at most {_HIGHEST_PORT - count + 1} for {count} workers on a host"
-            raise ValueError(errors.sentence(function, "port", first, rule, evidence))
-        name = f"[{host}]" if _ip_version(host) == 6 else host
-        addresses += [f"{name}:{each}" for each in range(first, last + 1)]
-    return addresses
+def _addresses(function: str, hosts: Iterable[str], port: Integer) -> list[str]:
+    number = _integer(function, "port", port, 1)
+    if number > _HIGHEST_PORT:
+        raise ValueError(errors.sentence(function, "port", number, f"at most {_HIGHEST_PORT}"))
+    return [f"{host}:{number}" for host in hosts]
 
 
 def _ip_version(host: str) -> int | None:

@@ -260,11 +260,11 @@ def _write(folder: pathlib.Path, names: Sequence[str], cpus: int, gpus: int) -> 
 def _ready(folder: pathlib.Path, names: Sequence[str], process: subprocess.Popen[str]) -> Slurm:
     """Wait until all nodes are idle, and return the cluster."""
     end = time.monotonic() + START_LIMIT_S
-    said: queue.Queue[str] = queue.Queue()
+    lines: queue.Queue[str] = queue.Queue()
     assert process.stdout is not None
-    threading.Thread(target=lambda: said.put(process.stdout.readline()), daemon=True).start()
+    threading.Thread(target=lambda: lines.put(process.stdout.readline()), daemon=True).start()
     try:
-        up = said.get(timeout=START_LIMIT_S).strip() == "up"
+        up = lines.get(timeout=START_LIMIT_S).strip() == "up"
     except queue.Empty:
         up = False
     states: dict[str, str] = {}

@@ -294,7 +294,7 @@ def test_arguments_and_variables_arrive_and_no_secret_shows(pair, engine, tmp_pa
     (tmp_path / "key").write_text("s3cr3t-from-file\n")
     flags = ("--secret", f"API_KEY={tmp_path / 'key'}", "--env", "GIVEN")
     env = {"GIVEN": "s3cr3t-2 $(touch hacked)\n'", "OTHER": "s3cr3t-3"}
-    running = start(pair, engine, "all=say", *hostile, "all=sleep:2", flags=flags, env=env, cwd=tmp_path)
+    running = start(pair, engine, "all=report", *hostile, "all=sleep:2", flags=flags, env=env, cwd=tmp_path)
     seen: set[str] = set()  # also processes that start before the workers
     end = time.monotonic() + FAULT_LIMIT_S
     now: list[str] = []
@@ -305,13 +305,13 @@ def test_arguments_and_variables_arrive_and_no_secret_shows(pair, engine, tmp_pa
     lines = hosts.command_lines()
     done = running.finish()
     assert done.code == 0, done.stderr
-    said = {line[:10]: json.loads(line.partition("] ")[2]) for line in done.stdout.splitlines()}
-    assert set(said) == {"[worker 0]", "[worker 1]"}
-    for each in said.values():
-        assert each["argv"] == ["all=say", *hostile, "all=sleep:2"] and each["cwd"] == str(tmp_path)
+    reports = {line[:10]: json.loads(line.partition("] ")[2]) for line in done.stdout.splitlines()}
+    assert set(reports) == {"[worker 0]", "[worker 1]"}
+    for each in reports.values():
+        assert each["argv"] == ["all=report", *hostile, "all=sleep:2"] and each["cwd"] == str(tmp_path)
         assert (each["env"]["API_KEY"], each["env"]["GIVEN"]) == ("s3cr3t-from-file", env["GIVEN"])
     assert (
-        "OTHER" in said["[worker 0]"]["env"] and "OTHER" not in said["[worker 1]"]["env"]
+        "OTHER" in reports["[worker 0]"]["env"] and "OTHER" not in reports["[worker 1]"]["env"]
     )  # --env does not name OTHER
     shown = [line for line in lines.values() if "s3cr3t" in line]
     assert shown == [] and any("distpad.launcher.worker" in line for line in lines.values())

@@ -1,10 +1,10 @@
-"""Make crds/condensed.json, the facts of the operators' CRDs that tests hold manifests against, from the CRDs.
+"""Make crds/condensed.json, the schemas and rules against which tests validate manifests, from the operators' CRDs.
 
     python tests/k8s/condense.py FOLDER
 
-Kept: fields, types, formats, enums, patterns, limits, defaults, what is required, list types and rules in CEL, of all
-served versions. Left out: descriptions, which are nine tenths of a CRD. A part that occurs more than once stands once,
-under "shared". Tests run this again under --all, where the CRDs are at hand, and expect the same file.
+It keeps fields, types, formats, enums, patterns, limits, defaults, required fields, list types and CEL rules of all
+served versions. It drops descriptions, nine tenths of a CRD. Parts that occur more than once are stored once, under
+"shared". With --all, and if the CRDs are available, a test runs this script again and compares the file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 TABLE = pathlib.Path(__file__).parent / "crds" / "condensed.json"
-# file | where it comes from: repository, release, path
+# file | origin: repository, release, path
 SOURCES = """
 kubeflow.org_mpijobs.yaml                   | kubeflow/mpi-operator v0.8.0, manifests/base/
 jobset.x-k8s.io_jobsets.yaml                | kubernetes-sigs/jobset v0.12.0, config/components/crd/bases/
@@ -33,10 +33,10 @@ Schema = dict[str, Any]
 
 
 def read(folder: pathlib.Path) -> dict[str, Schema]:
-    """The schemas of all served versions by "apiVersion kind", as they are in the CRDs.
+    """The schemas of all served versions in the CRDs, by "apiVersion kind".
 
     Raises:
-      FileNotFoundError: the folder lacks some; with where they come from.
+      FileNotFoundError: files are missing. The message has their origin.
     """
     absent = [name for name in FILES if not (folder / name).is_file()]
     if absent:
@@ -68,14 +68,14 @@ def plain(schema: Schema) -> Schema:
 
 
 def condense(schemas: dict[str, Schema]) -> str:
-    """The text of the table: one kind, and one shared part, a line."""
+    """The text of the table, with one line per kind and per shared part."""
     kinds = {key: plain(schema) for key, schema in schemas.items()}
     counted: collections.Counter[str] = collections.Counter()
 
     def count(value: Any) -> None:
         if isinstance(value, dict) and len(text := _text(value)) > WORTH_SHARING:
             counted[text] += 1
-            if counted[text] > 1:  # what is in it is shared with it
+            if counted[text] > 1:  # its inner parts are shared with it
                 return
         for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
             count(each)
@@ -102,7 +102,7 @@ def condense(schemas: dict[str, Schema]) -> str:
 
 
 def expand(text: str) -> dict[str, Schema]:
-    """The schemas in a table's text, by "apiVersion kind". What is shared is the same object wherever it occurs."""
+    """The schemas in a table's text, by "apiVersion kind". A shared part is the same object wherever it occurs."""
     table = json.loads(text)
     made: dict[str, Any] = {}
 

@@ -1,7 +1,7 @@
-"""What no schema says: the rules of the API server's own checks, and of the operators' controllers and webhooks.
+"""Rules beyond the schemas: the API server's own checks, and those of the operators' controllers and webhooks.
 
-A manifest that breaks one is accepted, and then does not run; or runs, and is wrong. Read in the sources of Kubernetes,
-JobSet 0.12, MPI operator 0.8 and Kubeflow Trainer 2.3.
+A manifest that breaks such a rule is accepted, but does not run, or runs incorrectly. The rules come from the sources
+of Kubernetes, JobSet 0.12, MPI operator 0.8 and Kubeflow Trainer 2.3.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from k8s.podrules import container, variables
 
 LABEL = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")  # DNS-1035
 ANCESTOR = "trainer.kubeflow.org/trainjob-ancestor-step"
-ROOTS_KEYS = "/".join(("", "root", ".ssh"))  # the operators' default, where the key is root's alone
+ROOTS_KEYS = "/".join(("", "root", ".ssh"))  # the operators' default, where only root can read the key
 OPEN_MPI = tuple(
     f"OMPI_MCA_{name}"
     for name in ("orte_default_hostfile", "orte_keep_fqdn_hostnames", "orte_set_default_slots", "plm_rsh_args")
@@ -34,7 +34,7 @@ def findings(resources: Sequence[Resource]) -> list[str]:
 
 
 def job_fields(resources: Sequence[Resource]) -> Iterator[str]:
-    """What the API server asks of a Job beyond its schema."""
+    """The API server's rules for a Job beyond its schema."""
     for path, job in manifests.jobs(resources).items():
         spec = job["spec"]
         policy = spec.get("podFailurePolicy")
@@ -57,7 +57,7 @@ def job_fields(resources: Sequence[Resource]) -> Iterator[str]:
 
 
 def not_retried(resources: Sequence[Resource]) -> Iterator[str]:
-    """Wrong usage and commands that cannot be started end a Job at once; a disruption is not counted as a failure."""
+    """Wrong usage and commands that cannot be started end a Job at once. A disruption does not count as a failure."""
     for path, job in manifests.jobs(resources).items():
         rules = job["spec"].get("podFailurePolicy", {}).get("rules", ())
         final = [rule["onExitCodes"] for rule in rules[:1] if rule["action"] == "FailJob" and "onExitCodes" in rule]
@@ -71,7 +71,7 @@ def not_retried(resources: Sequence[Resource]) -> Iterator[str]:
 
 
 def indexed_job(resources: Sequence[Resource]) -> Iterator[str]:
-    """Pods have names that lead to them, ready or not, and they are told which."""
+    """Pods have names that resolve before the pods are ready, and variables that hold these names."""
     services = {service["metadata"]["name"]: service["spec"] for service in manifests.of_kind(resources, "Service")}
     for job in manifests.of_kind(resources, "Job"):
         spec, template = job["spec"], job["spec"]["template"]
@@ -85,16 +85,16 @@ def indexed_job(resources: Sequence[Resource]) -> Iterator[str]:
             yield "pods are not found before they are ready"
         if not service.get("selector", {}).items() <= template["metadata"]["labels"].items():
             yield f"the Service chooses {service.get('selector')}"
-        told = variables(template)
+        env = variables(template)
         wanted = {"DISTPAD_WORKERS": str(spec["completions"]), "DISTPAD_SERVICE": template["spec"].get("subdomain")}
-        yield from (f"{key} is {told.get(key)}, not {value}" for key, value in wanted.items() if told.get(key) != value)
+        yield from (f"{key} is {env.get(key)}, not {value}" for key, value in wanted.items() if env.get(key) != value)
 
 
 # -- JobSet -----------------------------------------------------------------------------------------------------------
 
 
 def jobset_specs(resources: Sequence[Resource]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each JobSet's spec and the name that it will have: a TrainJob becomes one of its runtime's."""
+    """The spec and name of each JobSet, including the JobSets that TrainJobs create from their runtimes."""
     for resource in manifests.of_kind(resources, "JobSet"):
         yield resource["metadata"]["name"], resource["spec"]
     names = [resource["metadata"]["name"] for resource in manifests.of_kind(resources, "TrainJob")]
@@ -103,7 +103,7 @@ def jobset_specs(resources: Sequence[Resource]) -> Iterator[tuple[str, dict[str,
 
 
 def jobset(resources: Sequence[Resource]) -> Iterator[str]:
-    """What JobSet's webhook refuses, and what would make pods that do not find one another."""
+    """The errors of JobSet's webhook, and settings with which pods do not find one another."""
     for name, spec in jobset_specs(resources):
         jobs = [each["name"] for each in spec["replicatedJobs"]]
         for number, each in enumerate(spec["replicatedJobs"]):
@@ -140,7 +140,7 @@ def _jobset_failures(policy: dict[str, Any]) -> Iterator[str]:
         yield f"rules {names}"
     reasons = {reason for rule in policy.get("rules", ()) for reason in rule.get("onJobFailureReasons", ())}
     yield from (f"no Job fails by {reason}" for reason in sorted(reasons - set(JOB_FAILURES)))
-    # What the Job controller writes (pkg/controller/job/pod_failure_policy.go), and what has to follow.
+    # The Job controller's message (pkg/controller/job/pod_failure_policy.go), and its required form.
     for message, action in (
         ("Container node for pod a/b failed with exit code 2 matching FailJob rule at index 0", "FailJobSet"),
         (
@@ -162,7 +162,7 @@ def _jobset_failures(policy: dict[str, Any]) -> Iterator[str]:
 
 
 def mpijob(resources: Sequence[Resource]) -> Iterator[str]:
-    """What the MPI operator's controller refuses with an event, and what it would do in silence."""
+    """The errors that the MPI operator's controller reports as events, and those that it ignores silently."""
     for job in manifests.of_kind(resources, "MPIJob"):
         spec, roles = job["spec"], job["spec"]["mpiReplicaSpecs"]
         if set(roles) != {"Launcher", "Worker"}:
@@ -189,14 +189,14 @@ def mpijob(resources: Sequence[Resource]) -> Iterator[str]:
         elastic = container(roles["Launcher"]["template"])["command"][2] == "mpi-elastic-launcher"
         if spec.get("launcherCreationPolicy") != ("AtStartup" if elastic else "WaitForWorkersReady"):
             yield f"launcherCreationPolicy is {spec.get('launcherCreationPolicy')}"
-        told = variables(roles["Launcher"]["template"])
+        env = variables(roles["Launcher"]["template"])
         wanted = {"DISTPAD_WORKERS": roles["Worker"].get("replicas"), "DISTPAD_SLOTS": spec.get("slotsPerWorker", 1)}
-        yield from (f"{key} is {told.get(key)}" for key, value in wanted.items() if told.get(key) != str(value))
+        yield from (f"{key} is {env.get(key)}" for key, value in wanted.items() if env.get(key) != str(value))
         yield from _mpi_pods(roles["Launcher"]["template"], roles["Worker"]["template"], spec.get("sshAuthMountPath"))
 
 
 def _mpi_pods(launcher: Resource, worker: Resource, keys: str | None) -> Iterator[str]:
-    """Launchers and workers of both operators."""
+    """Rules for launchers and workers of both operators."""
     if keys in (None, ROOTS_KEYS):
         yield f"sshAuthMountPath is {keys}: keys are root's alone there"
     for pod in (launcher, worker):
@@ -215,12 +215,12 @@ def _mpi_pods(launcher: Resource, worker: Resource, keys: str | None) -> Iterato
 
 
 def workers(resources: Sequence[Resource]) -> int:
-    """As many pods as a TrainJob asks for."""
+    """The number of pods is the TrainJob's."""
     return max([job["spec"].get("trainer", {}).get("numNodes", 1) for job in manifests.of_kind(resources, "TrainJob")])
 
 
 def trainjob(resources: Sequence[Resource]) -> Iterator[str]:
-    """What Trainer's webhooks refuse, and the names by which it knows what is what."""
+    """The errors of Trainer's webhooks, and the labels by which Trainer identifies jobs."""
     for place, job in enumerate(resources):
         if job["kind"] != "TrainJob":
             continue
@@ -239,15 +239,15 @@ def trainjob(resources: Sequence[Resource]) -> Iterator[str]:
             continue
         ancestors = {name: each["template"].get("metadata", {}).get("labels", {}) for name, each in jobs.items()}
         if [name for name, labels in ancestors.items() if labels.get(ANCESTOR) == "trainer"] != ["node"]:
-            yield f"{ANCESTOR} is for node alone: {ancestors}"  # who has it gets numNodes pods
+            yield f"{ANCESTOR} is for node alone: {ancestors}"  # the job with this label gets numNodes pods
         templates = {name: each["template"]["spec"]["template"] for name, each in jobs.items()}
         yield from (f"{name}'s container" for name, pod in templates.items() if container(pod)["name"] != "node")
         yield from (
             f"{name} has {each['replicas']} replicas" for name, each in jobs.items() if each.get("replicas", 1) > 1
         )
-        told = variables(templates["launcher" if "mpi" in policy else "node"])
-        if told.get("DISTPAD_WORKERS") != str(trainer.get("numNodes")):
-            yield f"DISTPAD_WORKERS is {told.get('DISTPAD_WORKERS')}"
+        env = variables(templates["launcher" if "mpi" in policy else "node"])
+        if env.get("DISTPAD_WORKERS") != str(trainer.get("numNodes")):
+            yield f"DISTPAD_WORKERS is {env.get('DISTPAD_WORKERS')}"
         if "mpi" in policy:
             yield from _mpi_runtime(runtime, policy["mpi"], jobs)
 

@@ -1,7 +1,7 @@
-"""Jobs and JobSets: which pods are made of them, and what becomes of these.
+"""Test doubles of the controllers of Jobs and JobSets.
 
-A double of their controllers, written after the sources of Kubernetes 1.34 (pkg/controller/job) and JobSet 0.12
-(pkg/controllers), as far as k8s/ uses them.
+They follow the sources of Kubernetes 1.34 (pkg/controller/job) and JobSet 0.12 (pkg/controllers), as far as k8s/ uses
+them.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 def make_pod(template: Resource, hostname: str, subdomain: str, **more: Mapping[str, str]) -> Resource:
-    """A pod of a template.
+    """Create a pod from a template.
 
     Args:
-        template: with metadata and spec.
-        hostname: its host name.
-        subdomain: the Service behind it.
-        more: ``labels``, ``annotations`` and ``env`` that are added.
+        template: a template with metadata and spec.
+        hostname: the pod's host name.
+        subdomain: the headless Service.
+        more: additional ``labels``, ``annotations`` and ``env``.
     """
     pod = copy.deepcopy({"metadata": template.get("metadata", {}), "spec": template["spec"]})
     for kind in ("labels", "annotations"):
@@ -42,10 +42,10 @@ class Job:
     """batch/v1 Job, Indexed.
 
     Attributes:
-        outcome: Complete, Failed, or nothing yet.
-        reason: why it failed, such as BackoffLimitExceeded.
-        message: the same in words.
-        failures: how many were counted.
+        outcome: Complete or Failed; empty while the job runs.
+        reason: the reason of a failure, such as BackoffLimitExceeded.
+        message: the message of a failure.
+        failures: the number of counted failures.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Job:
         return sum(pod.ready for pod in self.active) + len(self.done) == self.count
 
     def delete(self) -> None:
-        """With all its pods."""
+        """Delete the Job and all its pods."""
         self.outcome = self.outcome or "Deleted"
         for pod in self.active:
             pod.delete()
@@ -132,7 +132,7 @@ class Job:
             self.again_at = time.monotonic() + BACKOFF_S
 
     def _rule(self, pod: Running) -> tuple[int, str]:
-        """The first that fits."""
+        """The first rule that matches."""
         for number, rule in enumerate(self.spec.get("podFailurePolicy", {}).get("rules", ())):
             codes = rule.get("onExitCodes")
             if codes:
@@ -150,7 +150,7 @@ class Job:
 
 
 class JobSet:
-    """jobset.x-k8s.io/v1alpha2. ``restarts`` counts all, ``counted`` those that the limit is for."""
+    """jobset.x-k8s.io/v1alpha2. ``restarts`` counts all restarts, ``counted`` those that count against the limit."""
 
     def __init__(self, namespace: Namespace, resource: Resource, resources: Sequence[Resource] = ()) -> None:
         self.namespace, self.spec, self.name = namespace, resource["spec"], resource["metadata"]["name"]

@@ -1,11 +1,11 @@
-"""What runs one pod of a manifest: the container's real command, as the kubelet and a container runtime would start it.
+"""Run one pod of a manifest: the container's real command, started like by the kubelet and a container runtime.
 
-The command is process 1 of a pod of tests/cluster/pods.py. It gets the variables of the manifest with their references
-resolved, the volumes, the user and the groups; when the pod is deleted SIGTERM, and SIGKILL after
-terminationGracePeriodSeconds. With restartPolicy OnFailure a container that failed is started again in its pod.
+The command is process 1 of a pod of tests/cluster/pods.py. It gets the manifest's variables with their references
+resolved, its volumes, user and groups. When the pod is deleted, it gets SIGTERM, and SIGKILL after
+terminationGracePeriodSeconds. With restartPolicy OnFailure, a failed container restarts in its pod.
 
-Not here: resources are not limited, the network policy is not enforced (k8s/README.md says what does that), images are
-not pulled: this machine's programs and this checkout stand for the image. Waits are shorter than Kubernetes's.
+This double does not limit resources, enforce the network policy or pull images: this machine's programs and this
+checkout replace the image. Waits are shorter than in Kubernetes.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ Files = Mapping[str, bytes]
 
 
 class Running:
-    """A pod that was started, and what became of it.
+    """A pod that was started.
 
     Args:
-        pod: as the API server would have it.
-        host: where it runs.
-        files: the data of Secrets and ConfigMaps, by "Kind/name"; it may change, as it may in Kubernetes.
-        state: a folder for its volumes and its log, and for the claims' volumes, which outlive it.
+        pod: the pod as in the API server.
+        host: the host that runs it.
+        files: the data of Secrets and ConfigMaps, by "Kind/name". The data may change, as in Kubernetes.
+        state: a folder for the pod's volumes and log, and for the claims' volumes, which outlive the pod.
 
     Attributes:
         phase: Running, Succeeded or Failed.
-        exit_code: of its container, when it has ended.
-        restarts: how often its container was started again.
-        disrupted: whether it has the condition DisruptionTarget.
-        log: what its container wrote, with all its restarts.
+        exit_code: the container's exit code, once it has ended.
+        restarts: the number of restarts of the container.
+        disrupted: whether the pod has the condition DisruptionTarget.
+        log: the container's output, over all restarts.
     """
 
     def __init__(self, pod: Resource, host: hosts.Host, files: dict[str, Files], state: pathlib.Path) -> None:
@@ -54,8 +54,8 @@ class Running:
         self.folder.mkdir(parents=True)
         self.folder.chmod(0o755)
         self.phase, self.exit_code, self.restarts, self.disrupted = "Running", None, 0, False
-        self.kill_at: float | None = None  # it is being deleted
-        self.start_at: float | None = None  # its container is to be started again
+        self.kill_at: float | None = None  # set while the pod is being deleted
+        self.start_at: float | None = None  # set while the container waits for a restart
         self.synced: dict[str, Files] = {}
         context = {**self.spec["securityContext"], **self.container["securityContext"]}
         assert context["readOnlyRootFilesystem"] and context["capabilities"]["drop"] == ["ALL"]
@@ -94,7 +94,7 @@ class Running:
         return folder
 
     def _sync(self) -> None:
-        """Secrets and ConfigMaps as files, as they are now."""
+        """Write the current Secrets and ConfigMaps as files."""
         for volume in self.spec["volumes"]:
             kind = "Secret" if "secret" in volume else "ConfigMap" if "configMap" in volume else None
             if kind is None:
@@ -109,7 +109,7 @@ class Running:
                 fresh = file.with_name(f".{file.name}")
                 fresh.write_bytes(data[item["key"]])
                 mode = item.get("mode", source.get("defaultMode", 0o644))
-                fresh.chmod(mode | (0o440 if kind == "Secret" else 0))  # the group that owns it may read it
+                fresh.chmod(mode | (0o440 if kind == "Secret" else 0))  # the owning group may read it
                 os.chown(fresh, 0, self.group)
                 fresh.rename(file)
 
@@ -155,7 +155,7 @@ class Running:
 
     @property
     def ready(self) -> bool:
-        """Whether its probe would say so."""
+        """Whether the readiness probe would succeed."""
         if self.ended or self.start_at is not None:
             return False
         probe = self.container.get("readinessProbe")
@@ -163,7 +163,7 @@ class Running:
         return probe is None or self.host.listens(ports[probe["tcpSocket"]["port"]])
 
     def step(self) -> None:
-        """See what has happened since."""
+        """Update the state after changes of the process."""
         if self.ended:
             return
         self._sync()
@@ -188,12 +188,12 @@ class Running:
         parent = self.process.pid
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             children = pathlib.Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-            # unshare does not pass on that its child was killed, but ends with exit code 1
+            # unshare ends with exit code 1 if its child was killed
             for process in [*([parent] if number == signal.SIGKILL else []), *map(int, children)]:
                 os.kill(process, number)
 
     def delete(self) -> None:
-        """What ``kubectl delete pod`` does, once."""
+        """Delete the pod, like ``kubectl delete pod``. Further calls have no effect."""
         if self.ended or self.kill_at is not None:
             return
         self.kill_at = time.monotonic() + self.spec.get("terminationGracePeriodSeconds", 30)
@@ -202,13 +202,13 @@ class Running:
         self.signal(signal.SIGTERM)
 
     def evict(self) -> None:
-        """Its node is drained, or something more important wants its place."""
+        """Evict the pod, like a drained node or a preemption."""
         self.disrupted = True
         self.delete()
 
 
 def expand(text: str, variables: Mapping[str, str]) -> str:
-    """Kubernetes's ``$(NAME)``; ``$$`` is a dollar, and what is not known stays."""
+    """Expand ``$(NAME)`` like Kubernetes. ``$$`` is a dollar, and unknown names stay."""
 
     def one(match: re.Match[str]) -> str:
         return "$" if match[0] == "$$" else variables.get(match[1], match[0])

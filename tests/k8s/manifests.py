@@ -31,7 +31,7 @@ Resource = dict[str, Any]
 
 
 def missing(what: str) -> None:
-    """Skip at a desk, fail in CI."""
+    """Skip the test on a developer's machine; fail it in CI."""
     (pytest.fail if os.environ.get("DISTPAD_CI") == "1" else pytest.skip)(what)
 
 
@@ -39,7 +39,7 @@ def missing(what: str) -> None:
 
 
 def tool(name: str) -> str:
-    """A program that tests/k8s/tools.sh brings."""
+    """A program that tests/k8s/tools.sh installs."""
     found = shutil.which(str(TOOLS / name)) or shutil.which(name)
     if found is None:
         missing(f"{name} is missing. Run tests/k8s/tools.sh, which puts it into {TOOLS}.")
@@ -48,26 +48,26 @@ def tool(name: str) -> str:
 
 @functools.cache
 def kubectl() -> str:
-    """That of PATH where it is new enough, else the one that tools.sh brings."""
+    """The kubectl on PATH if it is new enough, else the one that tools.sh installs."""
     found = shutil.which("kubectl")
     return found if found and version(found) >= OLDEST_KUBECTL else tool(str(TOOLS / "kubectl"))
 
 
 def version(program: str) -> tuple[int, int]:
-    """(0, 0) where it does not tell, such as a name that leads nowhere."""
+    """The version of a kubectl; (0, 0) if it cannot be run."""
     done = subprocess.run([program, "version", "--client"], capture_output=True, text=True, timeout=60)
-    told = re.search(r"v(\d+)\.(\d+)", done.stdout)
-    return (int(told[1]), int(told[2])) if told else (0, 0)
+    found = re.search(r"v(\d+)\.(\d+)", done.stdout)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 # -- building ---------------------------------------------------------------------------------------------------------
 
 
 def build(folder: pathlib.Path | str) -> list[Resource]:
-    """What ``kubectl apply -k`` would apply.
+    """Build the manifests that ``kubectl apply -k`` would apply.
 
     Raises:
-      ValueError: kustomize refuses it, or warns.
+      ValueError: kustomize fails or warns.
     """
     done = subprocess.run([kubectl(), "kustomize", str(folder)], capture_output=True, text=True, timeout=60)
     if done.returncode or done.stderr:
@@ -76,7 +76,7 @@ def build(folder: pathlib.Path | str) -> list[Resource]:
 
 
 def build_own(place: pathlib.Path, overlay: str, components: Sequence[str] = (), **more: Any) -> list[Resource]:
-    """A kustomization as users write it, on an overlay: a copy of k8s/ stands beside it, at ``place``."""
+    """Build a user's kustomization of an overlay, next to a copy of k8s/ at ``place``."""
     if not (place / "k8s").exists():
         shutil.copytree(FOLDER, place / "k8s")
     own = {
@@ -103,7 +103,7 @@ def _built(overlay: str, components: tuple[str, ...]) -> list[Resource]:
 
 
 def with_components(overlay: str, components: Sequence[str]) -> list[Resource]:
-    """An overlay with some of COMPONENTS, as ``build_own`` makes it, to be changed at will."""
+    """A copy of an overlay with some of COMPONENTS, built by ``build_own``, which callers may change."""
     return copy.deepcopy(_built(overlay, tuple(components)))
 
 
@@ -113,7 +113,7 @@ def _built_alone(overlay: str) -> list[Resource]:
 
 
 def overlay(name: str) -> list[Resource]:
-    """One of OVERLAYS, to be changed at will."""
+    """A copy of one of OVERLAYS, which callers may change."""
     return copy.deepcopy(_built_alone(name))
 
 
@@ -129,13 +129,13 @@ def of_kind(resources: Sequence[Resource], *kinds: str) -> list[Resource]:
 
 
 def find(resources: Sequence[Resource], name: str) -> Resource:
-    """The one that is called so, such as Job/train."""
+    """The resource with a kind and name, such as Job/train."""
     (found,) = [resource for resource in resources if called(resource) == name]
     return found
 
 
 def nested(resource: Resource) -> Iterator[tuple[str, str, Resource]]:
-    """The templates in it, at any depth, as the objects that are made of them: ``(path, "Job" or "Pod", object)``."""
+    """The templates in a resource at any depth, as the objects made from them: ``(path, "Job" or "Pod", object)``."""
     for path, value in walk(resource):
         spec = value.get("spec") if isinstance(value, dict) else None
         if not path.endswith("template") or not isinstance(spec, dict):
@@ -148,7 +148,7 @@ def nested(resource: Resource) -> Iterator[tuple[str, str, Resource]]:
 
 
 def pods(resources: Sequence[Resource]) -> dict[str, Resource]:
-    """All pods by where they stand. Changing one changes the manifest."""
+    """All pods by path. A change of a pod changes the manifest."""
     return {
         f"{called(resource)} {path}": found
         for resource in resources
@@ -158,7 +158,7 @@ def pods(resources: Sequence[Resource]) -> dict[str, Resource]:
 
 
 def jobs(resources: Sequence[Resource]) -> dict[str, Resource]:
-    """All Jobs: those that stand there, and those that operators make of templates."""
+    """All Jobs: in the manifests, and in the templates of operators."""
     own = {called(resource): resource for resource in of_kind(resources, "Job")}
     made = {
         f"{called(resource)} {path}": found
@@ -170,7 +170,7 @@ def jobs(resources: Sequence[Resource]) -> dict[str, Resource]:
 
 
 def walk(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Everything in a manifest, with its dotted path."""
+    """All values in a manifest, with their dotted paths."""
     yield path, value
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, each in inner:
@@ -178,7 +178,7 @@ def walk(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def scalars(resources: Sequence[Resource]) -> dict[str, Any]:
-    """All values by their paths: what two builds differ in is what their dictionaries differ in."""
+    """All scalars by their paths, to compare two builds."""
     return {
         f"{called(resource)} {path}": value
         for resource in resources
@@ -188,14 +188,14 @@ def scalars(resources: Sequence[Resource]) -> dict[str, Any]:
 
 
 def at(value: Any, path: str) -> Any:
-    """What stands at a dotted path."""
+    """The value at a dotted path."""
     for key in filter(None, path.split(".")):
         value = value[int(key)] if isinstance(value, list) else value[key]
     return value
 
 
 def put(value: Any, path: str, new: Any) -> None:
-    """Change what stands at a dotted path; None takes it away; ``-`` at the end of a list adds to it."""
+    """Set the value at a dotted path. None removes it; ``-`` appends to a list."""
     above, _, key = path.rpartition(".")
     place = at(value, above)
     if key == "-":

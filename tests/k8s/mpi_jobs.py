@@ -1,7 +1,7 @@
-"""MPIJobs and TrainJobs: what their operators make of them.
+"""Test doubles of the operators of MPIJobs and TrainJobs.
 
-A double of these, written after the sources of MPI operator 0.8 (pkg/controller/mpi_job_controller.go) and Kubeflow
-Trainer 2.3 (pkg/runtime/framework/plugins/jobset and mpi), as far as k8s/ uses them.
+They follow the sources of MPI operator 0.8 (pkg/controller/mpi_job_controller.go) and Kubeflow Trainer 2.3
+(pkg/runtime/framework/plugins/jobset and mpi), as far as k8s/ uses them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def add_volume(pod: Resource, path: str, volume: Resource) -> None:
 
 
 def make_keys() -> dict[str, bytes]:
-    """The Secret of an MPI job: ECDSA of 521 bits, whatever its file is called."""
+    """The Secret of an MPI job: an ECDSA key of 521 bits, although its file is called id_rsa."""
     with tempfile.TemporaryDirectory() as folder:
         key = pathlib.Path(folder) / "key"
         make = ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "521", "-m", "PEM", "-N", "", "-C", "", "-f", key]
@@ -52,7 +52,7 @@ def make_keys() -> dict[str, bytes]:
 class MpiJob:
     """kubeflow.org/v2beta1."""
 
-    ROOM = 1  # hosts beside those that it asks for, for a job that grows
+    SPARE_HOSTS = 1  # further hosts, for a job that grows
 
     def __init__(self, namespace: Namespace, resource: Resource, resources: Sequence[Resource] = ()) -> None:
         self.namespace, self.spec, self.name = namespace, resource["spec"], resource["metadata"]["name"]
@@ -66,14 +66,14 @@ class MpiJob:
     @staticmethod
     def host_names(resource: Resource, resources: Sequence[Resource] = ()) -> list[str]:
         name, count = resource["metadata"]["name"], resource["spec"]["mpiReplicaSpecs"]["Worker"]["replicas"]
-        return [f"{name}-launcher", *(f"{name}-worker-{index}" for index in range(count + MpiJob.ROOM))]
+        return [f"{name}-launcher", *(f"{name}-worker-{index}" for index in range(count + MpiJob.SPARE_HOSTS))]
 
     @property
     def replicas(self) -> int:
         return self.roles["Worker"]["replicas"]
 
     def resize(self, replicas: int) -> None:
-        """What a patch of the Worker replicas does."""
+        """Change the number of Worker replicas."""
         self.roles["Worker"]["replicas"] = replicas
 
     def step(self) -> None:
@@ -83,7 +83,7 @@ class MpiJob:
         for index in range(max([self.replicas, *(index + 1 for index in self.workers)])):
             pod = self.workers.get(index)
             if pod is not None and pod.ended and pod.kill_at is not None:
-                pod = self.workers[index] = None  # it is deleted, not just failed
+                pod = self.workers[index] = None  # it was deleted, and did not just fail
             if index >= self.replicas:
                 if pod is not None:
                     pod.delete()
@@ -136,7 +136,7 @@ class MpiJob:
 
 
 class TrainJob(JobSet):
-    """trainer.kubeflow.org/v1alpha1: the JobSet that Trainer makes of it, and what MPI needs."""
+    """trainer.kubeflow.org/v1alpha1: the JobSet that Trainer creates, and the additions for MPI."""
 
     def __init__(self, namespace: Namespace, resource: Resource, resources: Sequence[Resource]) -> None:
         jobset, policy = self._made(resource, resources)
@@ -150,7 +150,7 @@ class TrainJob(JobSet):
 
     @staticmethod
     def _made(resource: Resource, resources: Sequence[Resource]) -> tuple[Resource, dict[str, Any]]:
-        """The JobSet, with the numbers of the TrainJob; and the runtime's policy."""
+        """The JobSet with the TrainJob's numbers, and the runtime's policy."""
         runtime = manifests.find(resources, f"TrainingRuntime/{resource['spec']['runtimeRef']['name']}")
         spec = copy.deepcopy(runtime["spec"]["template"]["spec"])
         for each in spec["replicatedJobs"]:
@@ -176,5 +176,7 @@ class TrainJob(JobSet):
                 items = [{"key": "hostfile", "path": "hostfile", "mode": 0o444}]
                 config = {"name": f"{name}-mpi-hostfile", "items": items}
                 add_volume(pod, "/etc/mpi", {"name": "mpi-hostfile", "configMap": config})
-                told = {**OPEN_MPI, "OMPI_MCA_orte_set_default_slots": str(slots)}
-                pod["spec"]["containers"][0]["env"] += [{"name": key, "value": value} for key, value in told.items()]
+                variables = {**OPEN_MPI, "OMPI_MCA_orte_set_default_slots": str(slots)}
+                pod["spec"]["containers"][0]["env"] += [
+                    {"name": key, "value": value} for key, value in variables.items()
+                ]

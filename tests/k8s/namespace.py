@@ -1,10 +1,10 @@
-"""A namespace of Kubernetes with one job in it: a double of the cluster that manifests are applied to.
+"""A namespace of Kubernetes with one job in it: a test double of a cluster.
 
     with namespace.of(manifests.overlay("jobset")) as applied:
         assert applied.finish(limit_s=120) == "Complete"
 
-The job's controller (jobs.py, mpi_jobs.py) makes pods, which kubelet.py runs, each on a host of its own. Nothing of it
-knows of distpad.
+The job's controller (jobs.py, mpi_jobs.py) creates pods, which kubelet.py runs, each on its own host. These modules do
+not use distpad.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ CONTROLLERS: dict[str, Any] = {
 
 
 class Namespace:
-    """It, with what was applied.
+    """The namespace with the applied manifests.
 
     Attributes:
-        pods: all that ever were, in the order of their starts.
-        unschedulable: host names of pods for which there is no room.
-        state: a folder; ``claims/NAME`` in it is what a PersistentVolumeClaim got.
+        pods: all pods that have existed, in the order of their starts.
+        unschedulable: host names of pods that cannot be scheduled.
+        state: a folder; ``claims/NAME`` in it is the volume of a PersistentVolumeClaim.
     """
 
     def __init__(self, resources: Sequence[Resource], nodes: Mapping[str, hosts.Host], state: pathlib.Path) -> None:
@@ -52,22 +52,22 @@ class Namespace:
         (self.job,) = [CONTROLLERS[resource["kind"]](self, resource, resources) for resource in _jobs(resources)]
 
     def create(self, pod: Resource) -> Running | None:
-        """Start a pod, where there is room for it.
+        """Start a pod if it can be scheduled.
 
         Raises:
-            AssertionError: one of that name is still there.
+            AssertionError: a pod of this name still exists.
         """
         name = pod["spec"]["hostname"]
         if name in self.unschedulable:
             return None
         assert not [each for each in self.pods if each.host.name == name and not each.ended], f"two pods {name}"
-        # Jobs give their pods names that are new each time
+        # Jobs give each new pod a new name
         pod["metadata"]["name"] = f"{name}.{sum(each.host.name == name for each in self.pods)}"
         self.pods.append(Running(pod, self.nodes[name], self.files, self.state))
         return self.pods[-1]
 
     def named(self, name: str) -> Running:
-        """The pod that has this host name, or had it last."""
+        """The latest pod with this host name."""
         return [pod for pod in self.pods if pod.host.name == name][-1]
 
     def step(self) -> None:
@@ -76,25 +76,25 @@ class Namespace:
         self.job.step()
 
     def until(self, happened: Callable[[], Any], limit_s: float) -> None:
-        """Let all run until something has happened.
+        """Run the pods until a condition holds.
 
         Raises:
-            TimeoutError: with what all pods wrote.
+            TimeoutError: the condition did not hold in time. The message has the output of all pods.
         """
         end = time.monotonic() + limit_s
         while not happened():
             if time.monotonic() > end:
-                raise TimeoutError(f"nothing within {limit_s} s\n{self.told()}")
+                raise TimeoutError(f"nothing within {limit_s} s\n{self.output()}")
             self.step()
             time.sleep(LOOK_S)
 
     def finish(self, limit_s: float) -> str:
-        """Let all run until the job has ended, and its pods too: Complete, or Failed."""
+        """Run until the job and its pods have ended, and return Complete or Failed."""
         self.until(lambda: self.job.outcome and all(pod.ended for pod in self.pods), limit_s)
         return self.job.outcome
 
-    def told(self) -> str:
-        """All that pods wrote."""
+    def output(self) -> str:
+        """The output of all pods."""
         return "\n".join(f"== {pod.name}: {pod.phase} {pod.exit_code}\n{pod.log}" for pod in self.pods)
 
 
@@ -104,7 +104,7 @@ def _jobs(resources: Sequence[Resource]) -> list[Resource]:
 
 @contextlib.contextmanager
 def of(resources: Sequence[Resource]) -> Iterator[Namespace]:
-    """Apply manifests to a cluster of their own, which is gone afterwards with all that runs in it."""
+    """Apply manifests to a new cluster, and remove the cluster with all its processes at the end."""
     (job,) = _jobs(resources)
     names = CONTROLLERS[job["kind"]].host_names(job, resources)
     state = pathlib.Path(tempfile.mkdtemp(prefix="distpad-k8s-"))

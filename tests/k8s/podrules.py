@@ -1,4 +1,4 @@
-"""What every pod of a job keeps to, of any kind: names that lead somewhere, memory, time to end, security, network."""
+"""Rules for every pod of a job of any kind: references, memory, termination, security, network."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def container(pod: Resource) -> dict[str, Any]:
 
 
 def variables(pod: Resource) -> dict[str, Any]:
-    """Values by name; None where it is taken from elsewhere."""
+    """Variables by name; None if the value comes from a reference."""
     return {each["name"]: each.get("value") for each in container(pod).get("env", ())}
 
 
 def references(resources: Sequence[Resource]) -> Iterator[str]:
-    """What a pod names is there: volumes, claims, its account, the variables in its arguments."""
+    """References of a pod resolve: volumes, claims, its service account, the variables in its arguments."""
     there = {manifests.called(resource) for resource in resources}
     for path, pod in manifests.pods(resources).items():
         spec, only = pod["spec"], container(pod)
@@ -44,7 +44,7 @@ def references(resources: Sequence[Resource]) -> Iterator[str]:
 
 
 def shared_memory(resources: Sequence[Resource]) -> Iterator[str]:
-    """/dev/shm is memory with a limit, which is part of the container's."""
+    """/dev/shm is memory with a limit within the container's limit."""
     for path, pod in manifests.pods(resources).items():
         mounted = {each["mountPath"]: each["name"] for each in container(pod).get("volumeMounts", ())}
         volumes = {volume["name"]: volume.get("emptyDir", {}) for volume in pod["spec"].get("volumes", ())}
@@ -63,15 +63,15 @@ def gibibytes(quantity: str) -> float:
 
 
 def resources_are_limits(resources: Sequence[Resource]) -> Iterator[str]:
-    """Requests are limits: for GPUs Kubernetes asks for it, for the rest it keeps pods from being evicted."""
+    """Requests equal limits. Kubernetes requires it for GPUs; for other resources, it protects pods from eviction."""
     for path, pod in manifests.pods(resources).items():
-        told = container(pod)["resources"]
-        if told.get("requests") != told.get("limits") or not {"cpu", "memory"} <= set(told.get("limits", {})):
-            yield f"{path}: {told}"
+        found = container(pod)["resources"]
+        if found.get("requests") != found.get("limits") or not {"cpu", "memory"} <= set(found.get("limits", {})):
+            yield f"{path}: {found}"
 
 
 def time_to_end(resources: Sequence[Resource]) -> Iterator[str]:
-    """The entry point gives up on the training before Kubernetes gives up on the pod."""
+    """The entry point kills the training before Kubernetes kills the pod."""
     for path, pod in manifests.pods(resources).items():
         words = container(pod)["command"]
         grace = float(words[words.index("--grace-s") + 1]) if "--grace-s" in words else 0
@@ -80,7 +80,7 @@ def time_to_end(resources: Sequence[Resource]) -> Iterator[str]:
 
 
 def security(resources: Sequence[Resource]) -> Iterator[str]:
-    """Beyond the standard *restricted*: no token, nothing to be written but volumes, no secret in a variable."""
+    """Beyond the standard *restricted*: no token, only volumes are writable, no secret in a variable."""
     for path, pod in manifests.pods(resources).items():
         spec, only = pod["spec"], container(pod)
         if spec.get("automountServiceAccountToken") is not False:
@@ -99,7 +99,7 @@ def security(resources: Sequence[Resource]) -> Iterator[str]:
 
 
 def network(resources: Sequence[Resource]) -> Iterator[str]:
-    """The policy is for all pods of the job, and lets them through to one another, at all TCP ports, and to DNS."""
+    """The policy selects all pods of the job, and allows TCP between them at all ports, and DNS."""
     policies = manifests.of_kind(resources, "NetworkPolicy")
     if len(policies) != 1:
         yield f"{len(policies)} policies"

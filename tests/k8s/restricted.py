@@ -23,12 +23,12 @@ KINDS = ("initContainers", "containers", "ephemeralContainers")
 
 
 def findings(spec: Spec) -> list[str]:
-    """What a namespace that enforces the standard would refuse a pod for."""
+    """The errors for a pod in a namespace that enforces the standard."""
     return [f"{rule.__name__}: {each}" for rule in RULES for each in rule(spec)]
 
 
 def findings_of(resources: Sequence[manifests.Resource]) -> list[str]:
-    """Those of all pods in them."""
+    """The errors of all pods in the resources."""
     return [each for pod in manifests.pods(resources).values() for each in findings(pod["spec"])]
 
 
@@ -37,7 +37,7 @@ def containers(spec: Spec) -> list[Spec]:
 
 
 def contexts(spec: Spec) -> Iterator[tuple[str, Spec]]:
-    """Every security context, the pod's and the containers', by whose it is."""
+    """The security contexts of the pod and its containers, by owner."""
     yield "pod", spec.get("securityContext", {})
     yield from ((each["name"], each.get("securityContext", {})) for each in containers(spec))
 
@@ -65,7 +65,7 @@ def host_ports(spec: Spec) -> Iterator[str]:
 
 
 def host_probes(spec: Spec) -> Iterator[str]:
-    """A probe or a hook of another host than the pod."""
+    """Probes and hooks that name another host than the pod."""
     for each in containers(spec):
         lifecycle = each.get("lifecycle", {})
         probes = [each.get(key, {}) for key in ("livenessProbe", "readinessProbe", "startupProbe")]
@@ -102,7 +102,7 @@ def privilege_escalation(spec: Spec) -> Iterator[str]:
 
 
 def non_root(spec: Spec) -> Iterator[str]:
-    """Either the pod says so and no container denies it, or every container does."""
+    """runAsNonRoot is set by the pod and overridden by no container, or set by every container."""
     of_pod = spec.get("securityContext", {}).get("runAsNonRoot")
     for each in containers(spec):
         if each.get("securityContext", {}).get("runAsNonRoot", of_pod) is not True:

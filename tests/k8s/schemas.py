@@ -1,4 +1,4 @@
-"""What the API server refuses by schema, in strict mode: custom resources by their CRDs, others by Kubernetes's."""
+"""Validate resources like the API server in strict mode: custom resources by CRDs, others by Kubernetes's schemas."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kubernetes_validate import utils
 
 from k8s import condense, manifests
 
-VERSIONS = ("1.31", "1.34", "1.37")  # of Kubernetes: the oldest that k8s/README.md names, one between, the newest
+VERSIONS = ("1.31", "1.34", "1.37")  # of Kubernetes: the minimum of k8s/README.md, one between, the newest
 OBJECT_META = {
     "type": "object",
     "properties": {
@@ -30,14 +30,14 @@ OBJECT_META = {
 Schema = dict[str, Any]
 
 
-# Both read megabytes of JSON on each call.
+# Cached, since both read megabytes of JSON.
 utils.schema_contents = functools.cache(utils.schema_contents)
 utils.all_versions = functools.cache(utils.all_versions)
 
 
 @functools.cache
 def crds() -> dict[tuple[str, str], Schema]:
-    """The schema of each kind, of the table that condense.py makes of the CRDs: (apiVersion, kind) to schema."""
+    """The schema of each (apiVersion, kind), from the table that condense.py makes from the CRDs."""
     return by_kind(condense.expand(condense.TABLE.read_text(encoding="utf-8")))
 
 
@@ -55,16 +55,17 @@ def findings(
     old: manifests.Resource | None = None,
     given: Callable[[], dict[tuple[str, str], Schema]] = crds,
 ) -> list[str]:
-    """What would be refused. With ``old``: as an update of it, so that rules of what cannot be changed are held, too.
+    """Return the errors of a resource; with ``old``, those of an update, including changes of immutable fields.
+
     ``given`` are other schemas of the custom resources.
 
     Raises:
-      KeyError: there is no schema for such a custom resource.
+      KeyError: there is no schema for the custom resource.
     """
     if is_built_in(resource):
         return of_kubernetes(resource)
     found = of_crd(resource, old, given)
-    for path, _, made in manifests.nested(resource):  # a CRD knows less of pods than Kubernetes
+    for path, _, made in manifests.nested(resource):  # a CRD's schema of pods is less strict than Kubernetes's
         found += [f"{path}: {each}" for each in of_kubernetes(made)]
     return found
 
@@ -74,14 +75,14 @@ def of_crd(
     old: manifests.Resource | None = None,
     given: Callable[[], dict[tuple[str, str], Schema]] = crds,
 ) -> list[str]:
-    """What the CRD of a custom resource refuses."""
+    """The errors of a custom resource by its CRD."""
     key = resource["apiVersion"], resource["kind"]
     schema = given()[key]
     found = [
         f"{'.'.join(map(str, error.absolute_path))}: {error.message}"
         for error in _validator(given, key).iter_errors(resource)
     ]
-    # as the API server does it: rules are of values that have the right types
+    # like the API server, which evaluates rules only for values of the right types
     return found or [*_broken_lists(schema, resource), *_broken_rules(schema, resource, old)]
 
 
@@ -91,7 +92,7 @@ def _validator(given: Callable[[], dict[tuple[str, str], Schema]], key: tuple[st
 
 
 def findings_of(resources: Sequence[manifests.Resource]) -> list[str]:
-    """All of all."""
+    """The errors of all resources."""
     return [each for resource in resources for each in findings(resource)]
 
 
@@ -111,7 +112,7 @@ def _of_kubernetes(text: str) -> tuple[str, ...]:
 
 
 def strict(schema: Schema, root: bool = True) -> Schema:
-    """A CRD's schema as JSON schema that refuses unknown fields, which the API server drops without a word."""
+    """Convert a CRD's schema to a JSON schema that refuses unknown fields, which the API server drops silently."""
     made = dict(schema)
     for key in ("items", "additionalProperties"):
         if isinstance(made.get(key), dict):
@@ -128,7 +129,7 @@ def strict(schema: Schema, root: bool = True) -> Schema:
 
 
 def _parts(schema: Schema, value: Any, old: Any, path: str = "") -> Iterator[tuple[str, Schema, Any, Any]]:
-    """Schema and value side by side, with what was there before an update."""
+    """Walk through schema and value in parallel, with the old value of an update."""
     yield path, schema, value, old
     if isinstance(value, dict):
         for key, each in value.items():
@@ -143,7 +144,7 @@ def _parts(schema: Schema, value: Any, old: Any, path: str = "") -> Iterator[tup
 
 
 def _broken_lists(schema: Schema, resource: manifests.Resource) -> Iterator[str]:
-    """Lists that are sets, or maps by some of their fields, hold nothing twice."""
+    """Duplicates in lists that are sets, or maps by some of their fields."""
     for path, part, value, _ in _parts(schema, resource, None):
         kind = part.get("x-kubernetes-list-type")
         if not isinstance(value, list) or kind not in ("map", "set"):
@@ -151,18 +152,18 @@ def _broken_lists(schema: Schema, resource: manifests.Resource) -> Iterator[str]
         keys = part.get("x-kubernetes-list-map-keys", [])
         seen = [tuple(str(each.get(key)) for key in keys) if kind == "map" else str(each) for each in value]
         twice = {each for each in seen if seen.count(each) > 1}
-        yield from (f"{path}: {each} stands there twice" for each in sorted(twice, key=str))
+        yield from (f"{path}: {each} is a duplicate" for each in sorted(twice, key=str))
 
 
 def _broken_rules(schema: Schema, resource: manifests.Resource, old: manifests.Resource | None) -> Iterator[str]:
-    """The CRD's rules in CEL. Those that speak of the old state are for updates alone."""
+    """Violations of the CRD's CEL rules. Rules about the old value apply only to updates."""
     for path, part, value, before in _parts(schema, resource, old):
         for rule in part.get("x-kubernetes-validations", ()):
             of_update = "oldSelf" in rule["rule"]
             if of_update and before is None:
                 continue
-            told = {"self": value, **({"oldSelf": before} if of_update else {})}
-            if not holds(rule["rule"], told):
+            values = {"self": value, **({"oldSelf": before} if of_update else {})}
+            if not holds(rule["rule"], values):
                 yield f"{path}: {rule.get('message') or rule['rule']}"
 
 
@@ -172,6 +173,6 @@ def _compiled(rule: str) -> Any:
     return environment.program(environment.compile(rule))
 
 
-def holds(rule: str, told: dict[str, Any]) -> bool:
-    """Raises celpy.CELEvalError where it cannot be evaluated: a rule that nobody looked at must not pass."""
-    return bool(_compiled(rule).evaluate({name: celpy.json_to_cel(value) for name, value in told.items()}))
+def holds(rule: str, values: dict[str, Any]) -> bool:
+    """Evaluate a CEL rule. Raises celpy.CELEvalError if that fails: a rule that was not evaluated must not pass."""
+    return bool(_compiled(rule).evaluate({name: celpy.json_to_cel(value) for name, value in values.items()}))

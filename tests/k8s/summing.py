@@ -1,4 +1,4 @@
-"""A training in small, for pods: sums over all workers, one a step.  summing.py STEPS [SECONDS-A-STEP]"""
+"""A small training for pods: one sum over all workers per step.  summing.py STEPS [SECONDS-PER-STEP]"""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""The table of the operators' CRDs that stands here: it refuses what they refuse, and is what they are condensed to."""
+"""The table of the operators' CRDs: it refuses the same manifests as the CRDs, and is up to date with them."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ CUSTOM = {
 }
 SORTS = ("unknown field", "wrong type", "not in enum", "required is missing")
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("manifests")]  # what is built and read is kept
+pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("manifests")]  # builds are cached
 
 
 @functools.cache
 def full() -> dict[tuple[str, str], schemas.Schema]:
-    """The CRDs themselves, where they are at hand."""
+    """The CRDs themselves, if they are available."""
     try:
         return schemas.by_kind(condense.read(CRDS))
     except FileNotFoundError as error:
-        pytest.skip(f"{error}\nDISTPAD_CRDS says where they are.")
+        pytest.skip(f"{error}\nSet DISTPAD_CRDS to their folder.")
 
 
 def custom(kind: str) -> manifests.Resource:
@@ -39,18 +39,18 @@ def custom(kind: str) -> manifests.Resource:
 
 
 def faults(resource: manifests.Resource, *, once: bool) -> Iterator[tuple[str, str, manifests.Resource]]:
-    """A manifest with one fault of each of SORTS wherever its schema has such a rule: (sort, path, manifest).
+    """Yield manifests with one fault, for each of SORTS and each schema rule of this sort: (sort, path, manifest).
 
     Args:
-        resource: without faults.
-        once: one for each part of the schema, however often it is used.
+        resource: a manifest without faults.
+        once: whether each part of the schema gets one fault, however often it is used.
     """
     schema, seen = schemas.crds()[resource["apiVersion"], resource["kind"]], set()
     for path, part, value, _ in schemas._parts(schema, resource, None):
         if path.partition(".")[0] in ("apiVersion", "kind", "metadata") or (once and id(part) in seen):
             continue
         if "/" in path or ".com" in path:
-            continue  # names of labels and resources have dots of their own
+            continue  # names of labels and resources contain dots
         seen.add(id(part))
         changes = {}
         if isinstance(value, dict) and "properties" in part:
@@ -110,7 +110,7 @@ def test_table_and_crds_say_the_same_of_every_fault(kind):
     resource, count = custom(kind), 0
     assert not schemas.of_crd(resource, given=full)
     for sort, path, changed in faults(resource, once=False):
-        said = schemas.of_crd(changed)
-        assert said and said == schemas.of_crd(changed, given=full), f"{sort} at {path}"
+        found = schemas.of_crd(changed)
+        assert found and found == schemas.of_crd(changed, given=full), f"{sort} at {path}"
         count += 1
     assert count >= 12

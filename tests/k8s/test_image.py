@@ -1,4 +1,4 @@
-"""The images: hadolint, and that they are built by the project's own scripts, which other tests run."""
+"""The images: hadolint, and that the project's own scripts build them, which other tests run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SYSTEM = IMAGE / "system.sh"
 
 
 def instructions(stack: str) -> list[tuple[str, str]]:
-    """(instruction, the rest of its line) of a Dockerfile."""
+    """The (instruction, arguments) pairs of a Dockerfile."""
     lines = (IMAGE / f"Dockerfile.{stack}").read_text().replace("\\\n", " ").splitlines()
     return [
         (words[0], words[2]) for line in lines if line.strip() and line[0] != "#" for words in [line.partition(" ")]
@@ -67,7 +67,7 @@ def test_the_two_differ_in_their_stack_alone():
 
 @pytest.mark.parametrize("stack", STACKS)
 def test_each_step_is_a_script_of_the_project(stack):
-    """Nothing is done in a Dockerfile that is not done, and tested, elsewhere."""
+    """Dockerfiles run only scripts that other tests cover."""
     steps = [rest.split() for word, rest in instructions(stack) if word == "RUN"]
     scripts = {"k8s/image/system.sh": ["build", "run"], "launch/environment.sh": [f"{stack} --horovod"]}
     for script, *arguments in steps:
@@ -78,8 +78,8 @@ def test_each_step_is_a_script_of_the_project(stack):
 
 @pytest.mark.parametrize("stack", STACKS)
 def test_pods_run_as_an_ordinary_user_of_known_number(stack):
-    last = dict(instructions(stack))  # the last of each kind counts
-    assert last["USER"] == "10001:10001"  # a name would not do: runAsNonRoot wants to see the number
+    last = dict(instructions(stack))  # the last instruction of each kind counts
+    assert last["USER"] == "10001:10001"  # a number, since runAsNonRoot cannot check a name
     assert json.loads(last["ENTRYPOINT"]) == ["distpad", "pod"]
     assert f"PATH=/opt/envs/{stack}/bin:" in last["ENV"] and "HOME=/tmp " in last["ENV"]
     assert instructions(stack)[-2:] == [("USER", last["USER"]), ("ENTRYPOINT", last["ENTRYPOINT"])]
@@ -87,7 +87,7 @@ def test_pods_run_as_an_ordinary_user_of_known_number(stack):
 
 @pytest.mark.parametrize("stack", STACKS)
 def test_what_is_copied_is_in_the_context(stack):
-    """The context holds what .dockerignore lets in, which is what the Dockerfiles copy."""
+    """The context holds the files that .dockerignore admits, and the Dockerfiles copy all of them."""
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     let_in = {line[1:] for line in lines if line.startswith("!")}
     assert "*" in lines
@@ -100,7 +100,7 @@ def test_what_is_copied_is_in_the_context(stack):
 
 
 def test_the_environment_stays_where_it_was_made():
-    """Environments do not survive being moved, nor does an editable distpad."""
+    """Environments and an editable distpad break when they are moved."""
     made, run = (IMAGE / "Dockerfile.current").read_text().split("\nFROM ")[1:]
     assert "ENV DISTPAD_ENVS=/opt/envs" in made and "WORKDIR /opt/distpad" in made
     assert "COPY --from=build /opt/envs /opt/envs" in run and "COPY --from=build /opt/distpad /opt/distpad" in run
@@ -119,7 +119,7 @@ def test_ssh_by_hand_reads_what_distpad_pod_writes():
 
 
 def run_system(tmp_path: pathlib.Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
-    """Run it on a root of its own, with an apt-get and a useradd that only note how they are called."""
+    """Run the script on a temporary root, with an apt-get and a useradd that only record their arguments."""
     stubs, root = tmp_path / "bin", tmp_path / "root"
     stubs.mkdir()
     (root / "etc" / "ssh").mkdir(parents=True)
@@ -145,17 +145,17 @@ def packages(calls: list[list[str]]) -> set[str]:
 def test_what_builds_horovod_is_installed(tmp_path):
     done, calls = run_system(tmp_path, "build")
     assert done.returncode == 0, done.stderr
-    told = set()  # what the script itself would tell somebody to install
+    named = set()  # packages in the script's own messages
     for each in re.findall(r"install_command '([^']+)'", (ROOT / "launch" / "install_horovod.sh").read_text()):
-        told |= set(each.split())
-    assert told and told <= packages(calls)
+        named |= set(each.split())
+    assert named and named <= packages(calls)
 
 
 def test_the_stage_that_runs(tmp_path):
     done, calls = run_system(tmp_path, "run")
     assert done.returncode == 0, done.stderr
     assert packages(calls) == {"openmpi-bin", "openssh-client", "openssh-server"}
-    assert {path.name for path in (tmp_path / "root" / "etc" / "ssh").iterdir()} == {"sshd_config"}  # no host's key
+    assert {path.name for path in (tmp_path / "root" / "etc" / "ssh").iterdir()} == {"sshd_config"}  # no host key
     assert not list((tmp_path / "root" / "var" / "lib" / "apt" / "lists").iterdir())
     (user,) = [call for call in calls if call[0] == "useradd"]
     assert user[1:3] == ["--uid", "10001"] and user[user.index("--home-dir") + 1] == "/tmp"

@@ -1,4 +1,4 @@
-"""``distpad launch --k8s`` prints what kubectl builds of k8s/, with a job's own values and nothing else changed."""
+"""``distpad launch --k8s`` prints the manifests that kubectl builds from k8s/, with only the job's values changed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distpad.cli import app
 from distpad.launcher import kubernetes
 from k8s import controllers, manifests, podrules, restricted, schemas
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("manifests")]  # what is built and read is kept
+pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("manifests")]  # builds are cached
 
 IMAGE = "registry.mycompany.com:5000/me/training:7@sha256:" + "0123456789abcdef" * 4
 COMMAND = [
@@ -32,7 +32,7 @@ COMMAND = [
     "- a: #",
     "--elastic",
 ]
-# where a value may have changed | what it is now, by the flag that set it
+# path of a changed value | the value, by the flag that sets it
 PLACES = {
     r"metadata\.namespace": "--namespace",
     r"metadata\.labels\.kueue\.x-k8s\.io/queue-name": "--queue",
@@ -46,7 +46,7 @@ PLACES = {
 
 @pytest.fixture(autouse=True)
 def _on_path(monkeypatch):
-    """The kubectl that the other tests take."""
+    """The kubectl of the other tests."""
     monkeypatch.setenv("PATH", f"{os.path.dirname(manifests.kubectl())}{os.pathsep}{os.environ['PATH']}")
 
 
@@ -61,7 +61,7 @@ def printed(*arguments: object) -> list[manifests.Resource]:
 
 
 def scalars(resources: list[manifests.Resource]) -> dict[str, Any]:
-    """All values by their paths but arguments; variables by their names."""
+    """All values by path, without arguments; variables by name."""
     found = {path: value for path, value in manifests.scalars(resources).items() if ".args" not in path}
     named = {path.removesuffix("name") + "value": name for path, name in found.items() if ".env." in path}
     return {f"{path} {named[path]}" if path in named else path: value for path, value in found.items()}
@@ -74,7 +74,7 @@ def arguments(resources: list[manifests.Resource]) -> list[Any]:
 
 
 def differences(before: list[manifests.Resource], after: list[manifests.Resource]) -> dict[str, set[str]]:
-    """The values that differ, by the flags that may set them."""
+    """The values that differ, by the flag that may set them."""
     old, new = scalars(before), scalars(after)
     added = {path.partition(" ")[2] for path in new.keys() - old.keys()}
     assert old.keys() <= new.keys() and added <= {"metadata.namespace"}
@@ -130,7 +130,7 @@ def test_each_component_alone():
 
 @pytest.mark.parametrize("kind", ["trainjob", "trainjob-mpi"])
 def test_the_runtime_comes_before_its_job(kind):
-    """kubectl applies in the order of the text."""
+    """kubectl applies resources in the order of the text."""
     kinds = [resource["kind"] for resource in printed(kind, "--image", IMAGE, "--", "true")]
     assert kinds.index("TrainingRuntime") < kinds.index("TrainJob") == len(kinds) - 1
 

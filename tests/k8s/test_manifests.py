@@ -1,4 +1,4 @@
-"""k8s/ builds, each overlay alone and with components, passes all checks, and says each number once."""
+"""k8s/: each overlay builds, alone and with components, passes all checks, and contains each number once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 
 from k8s import controllers, manifests, podrules, restricted, schemas
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("manifests")]  # what is built and read is kept
+pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("manifests")]  # builds are cached
 
 JOB, JOBSET, MPIJOB, TRAINJOB = "Job/train", "JobSet/train", "MPIJob/train", "TrainJob/train"
 MULTIWORKER, MPI = "TrainingRuntime/distpad-multiworker", "TrainingRuntime/distpad-mpi"
@@ -23,7 +23,7 @@ REPLICAS, NODES = "spec.mpiReplicaSpecs.Worker.replicas", "spec.trainer.numNodes
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a copy of k8s/, for kustomizations beside it."""
+    """A folder with a copy of k8s/, for kustomizations next to it."""
     return tmp_path_factory.mktemp("users")
 
 
@@ -39,7 +39,7 @@ def place(tmp_path_factory):
     ],
 )
 def test_it_builds_and_all_checks_pass(overlay, components):
-    """What has to be there is: a check of nothing passes, too."""
+    """The required resources exist, since a check of no resources passes as well."""
     resources = manifests.with_components(overlay, components) if components else manifests.overlay(overlay)
     kinds = [resource["kind"] for resource in resources]
     own = {"indexed-job": ["Job", "Service"], "jobset": ["JobSet"], "trainjob": ["TrainingRuntime", "TrainJob"]}
@@ -71,7 +71,7 @@ def test_users_set_the_image_once(overlay, place):
     "dockerfile", sorted((manifests.FOLDER / "image").glob("Dockerfile.*")), ids=lambda path: path.name
 )
 def test_images_have_the_pods_user(dockerfile):
-    """sshd and Python ask for its name, which an image gives to one user alone."""
+    """sshd and Python look up the user's name, which an image defines for one user only."""
     for overlay in manifests.OVERLAYS:
         for pod in manifests.pods(manifests.overlay(overlay)).values():
             context = pod["spec"]["securityContext"]
@@ -115,7 +115,7 @@ def test_gpus_are_for_those_who_train(overlay, place):
 
 
 JOB_OF_NODE = f"{JOBSET} {NODE}.spec"
-# overlay | file | the number's key | everything that follows it
+# overlay | file | the number's key | all values that depend on it
 NUMBERS = (
     ("indexed-job", "job.yaml", "completions", {f"{JOB} spec.completions", f"{JOB} spec.parallelism", f"{JOB} WORKERS"}),
     ("jobset", "jobset.yaml", "completions", {f"{JOB_OF_NODE}.completions", f"{JOB_OF_NODE}.parallelism", f"{JOBSET} WORKERS"}),
@@ -131,7 +131,7 @@ NUMBERS = (
 
 @pytest.mark.parametrize(("overlay", "file", "key", "places"), NUMBERS, ids=lambda value: str(value)[:20])
 def test_a_number_is_written_once(overlay, file, key, places, tmp_path):
-    """Changed in its one place, it changes wherever it is needed, and nothing else changes."""
+    """A change of the number in its one place changes all dependent values, and no others."""
     shutil.copytree(manifests.FOLDER, tmp_path / "k8s")
     chosen = tmp_path / "k8s" / "overlays" / overlay / file
     text, count = re.subn(rf"(?m)^( *{key}): \d+ (#.*the only place.*)$", r"\1: 7 \2", chosen.read_text())
@@ -181,7 +181,7 @@ def test_a_readme_says_what_to_do(folder):
 
 
 def test_the_kustomization_of_the_readme_builds(place):
-    """With everything at once: components, image, namespace, a storage class."""
+    """With all options together: components, image, namespace, a storage class."""
     (block,) = re.findall(r"```yaml\n(.*?)```", (manifests.FOLDER / "README.md").read_text(), re.DOTALL)
     given = yaml.safe_load(block)
     (base,) = given.pop("resources")

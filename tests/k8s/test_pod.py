@@ -1,4 +1,4 @@
-"""`distpad pod` in pods: which are network namespaces, with what Kubernetes and its operators put there."""
+"""`distpad pod` in pods: network namespaces with the files and variables of Kubernetes and its operators."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.timeout(500)
 
 
 def of_job(index: int, workers: int) -> dict[str, str]:
-    """What a pod of the Indexed Job "train" is told."""
+    """The variables of a pod of the Indexed Job "train"."""
     return {
         "JOB_COMPLETION_INDEX": str(index),
         "POD_NAMESPACE": pods.NAMESPACE,
@@ -42,7 +42,7 @@ def of_job(index: int, workers: int) -> dict[str, str]:
 
 
 def of_jobset(index: int, workers: int) -> dict[str, str]:
-    """What a pod of the JobSet "train" is told, whose replicated job is "node"."""
+    """The variables of a pod of the JobSet "train" with the replicated job "node"."""
     return {
         "JOB_COMPLETION_INDEX": str(index),
         "DISTPAD_JOBSET_NAME": "train",
@@ -62,13 +62,13 @@ GANGS = {
 
 @contextlib.contextmanager
 def gang(kind: str, count: int, workers: int | None = None):
-    """Pods, and what starts the entry point in each."""
-    name, service, told = GANGS[kind]
+    """Pods, and a function that starts the entry point in each."""
+    name, service, variables = GANGS[kind]
     with pods.up([name.format(index) for index in range(count)], service=service) as up:
 
         def start(index: int, *command, flags=FLAGS, **env) -> subprocess.Popen:
             argv = [*POD, kind, *flags, "--", *map(str, command)]
-            return up[index].popen(argv, {**told(index, workers or count), **QUICK, **env})
+            return up[index].popen(argv, {**variables(index, workers or count), **QUICK, **env})
 
         yield up, start
 
@@ -78,14 +78,14 @@ def scripted(*words) -> list:
 
 
 def finish(*processes: subprocess.Popen, limit_s: float = 120) -> tuple[list[int], list[str]]:
-    """Their exit codes, and what they wrote."""
+    """Wait for the processes, and return their exit codes and outputs."""
     end = time.monotonic() + limit_s
-    said = [process.communicate(timeout=max(1, end - time.monotonic()))[0] for process in processes]
-    return [process.returncode for process in processes], said
+    outputs = [process.communicate(timeout=max(1, end - time.monotonic()))[0] for process in processes]
+    return [process.returncode for process in processes], outputs
 
 
 def wait_for(process: subprocess.Popen, words: str, limit_s: float = 120) -> None:
-    """Read what it writes up to a line with these words."""
+    """Read the process's output up to a line with these words."""
     end, lines = time.monotonic() + limit_s, []
     while time.monotonic() < end:
         lines.append(process.stdout.readline())
@@ -101,20 +101,20 @@ def wait_for(process: subprocess.Popen, words: str, limit_s: float = 120) -> Non
 @pytest.mark.wide
 @pytest.mark.parametrize("kind", ["indexed-job", "jobset"])
 def test_workers_sum(kind):
-    """TensorFlow trains, as an ordinary user, with nothing to write to but /tmp."""
+    """TensorFlow trains as an ordinary user, who can write only to /tmp."""
     with gang(kind, 2) as (_, start):
-        codes, said = finish(*(start(i, sys.executable, SUMMING, 3) for i in range(2)), limit_s=TRAINING_LIMIT_S)
-    assert codes == [0, 0], said
-    assert [f"worker {i} of 2 sums" in said[i] for i in range(2)] == [True, True] and "step 2" in said[1]
+        codes, outputs = finish(*(start(i, sys.executable, SUMMING, 3) for i in range(2)), limit_s=TRAINING_LIMIT_S)
+    assert codes == [0, 0], outputs
+    assert [f"worker {i} of 2 sums" in outputs[i] for i in range(2)] == [True, True] and "step 2" in outputs[1]
 
 
 @pytest.mark.parametrize("kind", ["indexed-job", "jobset", pytest.param("trainjob", marks=pytest.mark.wide)])
 def test_what_the_training_is_told(kind):
     with gang(kind, 3) as (_, start):
-        codes, said = finish(*(start(i, *scripted("all=say"), MINE="x y") for i in range(3)))
+        codes, outputs = finish(*(start(i, *scripted("all=report"), MINE="x y") for i in range(3)))
     name, service, _ = GANGS[kind]
     behind = f"{service}.{pods.NAMESPACE}.svc" if kind == "indexed-job" else service
-    for index, text in enumerate(said):
+    for index, text in enumerate(outputs):
         assert f'{{\\"type\\": \\"worker\\", \\"index\\": {index}}}' in text and '"MINE": "x y"' in text
         for other in range(3):
             assert f"{name.format(other)}.{behind}:2222" in text
@@ -128,41 +128,43 @@ def test_what_the_training_is_told(kind):
 def test_a_peer_that_is_not_there_is_named():
     with gang("indexed-job", 3) as (_, start):
         began = time.monotonic()
-        flags = ("--wait-s", "12")  # within which both of the others come, however busy the machine is
-        codes, said = finish(*(start(i, *scripted("all=sleep:600"), flags=flags) for i in (0, 2)), limit_s=120)
+        flags = ("--wait-s", "12")  # enough for both other pods to start on a busy machine
+        codes, outputs = finish(*(start(i, *scripted("all=sleep:600"), flags=flags) for i in (0, 2)), limit_s=120)
     assert codes == [3, 3] and time.monotonic() < began + 100
-    assert all("missing after 12 s: train-1.workers.default.svc\n" in text for text in said), said
+    assert all("missing after 12 s: train-1.workers.default.svc\n" in text for text in outputs), outputs
 
 
-@pytest.mark.wide  # as one that is not there
+@pytest.mark.wide  # like a missing pod
 def test_a_peer_that_nobody_knows_is_named():
     with gang("indexed-job", 2, workers=3) as (_, start):
-        codes, said = finish(*(start(i, *scripted("all=sleep:600"), flags=("--wait-s", "8")) for i in range(2)))
+        codes, outputs = finish(*(start(i, *scripted("all=sleep:600"), flags=("--wait-s", "8")) for i in range(2)))
     assert codes == [3, 3]
-    assert all("8 s: train-2.workers.default.svc (name does not resolve)" in text for text in said), said
+    assert all("8 s: train-2.workers.default.svc (name does not resolve)" in text for text in outputs), outputs
 
 
-@pytest.mark.wide  # as any other peer
+@pytest.mark.wide  # like any other pod
 def test_the_first_pod_is_not_there():
     with gang("jobset", 2) as (_, start):
-        codes, said = finish(start(1, *scripted("all=sleep:600"), flags=("--wait-s", "8")))
-    assert codes == [3] and "train-node-0-0.train (no answer on port 2223)" in said[0]
+        codes, outputs = finish(start(1, *scripted("all=sleep:600"), flags=("--wait-s", "8")))
+    assert codes == [3] and "train-node-0-0.train (no answer on port 2223)" in outputs[0]
 
 
 def test_pods_that_come_late():
     with gang("indexed-job", 2) as (_, start):
         second = start(1, *scripted("all=exit:0"))
         time.sleep(3)
-        codes, said = finish(start(0, *scripted("all=exit:0")), second)
-    assert codes == [0, 0], said
+        codes, outputs = finish(start(0, *scripted("all=exit:0")), second)
+    assert codes == [0, 0], outputs
 
 
 def test_pods_that_were_told_different_numbers():
     with gang("indexed-job", 3) as (_, start):
         first = start(0, *scripted("all=exit:0"), DISTPAD_WORKERS="2", flags=("--wait-s", "5"))
-        codes, said = finish(start(1, *scripted("all=exit:0")), first)
+        codes, outputs = finish(start(1, *scripted("all=exit:0")), first)
     first, second = (f"train-{i}.workers.default.svc" for i in range(2))
-    assert codes == [2, 3] and f"pod: {first} is configured for 2 workers, {second} for 3, expected the same" in said[0]
+    assert (
+        codes == [2, 3] and f"pod: {first} is configured for 2 workers, {second} for 3, expected the same" in outputs[0]
+    )
 
 
 # -- ends -------------------------------------------------------------------------------------------------------------
@@ -170,26 +172,26 @@ def test_pods_that_were_told_different_numbers():
 
 def test_an_exit_code_arrives():
     with gang("indexed-job", 3) as (up, start):
-        codes, said = finish(*(start(i, *scripted("1=exit:42", "all=sleep:600")) for i in range(3)), limit_s=120)
+        codes, outputs = finish(*(start(i, *scripted("1=exit:42", "all=sleep:600")) for i in range(3)), limit_s=120)
         assert [pod.host.processes() for pod in up] == [[], [], []]
-    assert codes == [4, 42, 4], said
-    assert "train-1.workers.default.svc failed (exit code 42): the training cannot continue" in said[2]
+    assert codes == [4, 42, 4], outputs
+    assert "train-1.workers.default.svc failed (exit code 42): the training cannot continue" in outputs[2]
 
 
 def test_nobody_succeeds_before_all_have():
     with gang("indexed-job", 2) as (_, start):
         began = time.monotonic()
-        codes, said = finish(*(start(i, *scripted("1=sleep:3")) for i in range(2)))
-        assert codes == [0, 0] and time.monotonic() > began + 3, said
-        codes, said = finish(*(start(i, *scripted("1=sleep:2", "1=exit:9")) for i in range(2)))
-        assert codes == [4, 9] and "this worker was done, but restarts with the others" in said[0]
+        codes, outputs = finish(*(start(i, *scripted("1=sleep:3")) for i in range(2)))
+        assert codes == [0, 0] and time.monotonic() > began + 3, outputs
+        codes, outputs = finish(*(start(i, *scripted("1=sleep:2", "1=exit:9")) for i in range(2)))
+        assert codes == [4, 9] and "this worker was done, but restarts with the others" in outputs[0]
 
 
 def test_others_that_do_not_finish():
     with gang("indexed-job", 2) as (_, start):
         flags = (*FLAGS, "--finish-s", "2")
-        codes, said = finish(*(start(i, *scripted("1=sleep:600"), flags=flags) for i in range(2)), limit_s=120)
-    assert codes == [124, 4] and "another one is not after 2 s" in said[0]
+        codes, outputs = finish(*(start(i, *scripted("1=sleep:600"), flags=flags) for i in range(2)), limit_s=120)
+    assert codes == [124, 4] and "another one is not after 2 s" in outputs[0]
 
 
 @pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.wide)])
@@ -198,20 +200,20 @@ def test_a_pod_that_is_killed(lost):
         running = [start(i, *scripted("all=ignore-terms", "all=sleep:600")) for i in range(2)]
         wait_for(running[1 - lost], "ignoring")
         up[lost].kill()
-        codes, said = finish(*running, limit_s=120)
+        codes, outputs = finish(*running, limit_s=120)
     assert codes[lost] == -signal.SIGKILL and codes[1 - lost] == 4
-    assert f"train-{lost}.workers.default.svc was lost: the training cannot continue" in said[1 - lost]
+    assert f"train-{lost}.workers.default.svc was lost: the training cannot continue" in outputs[1 - lost]
 
 
 @pytest.mark.wide
 def test_a_pod_that_is_killed_in_training():
-    """TensorFlow's own error, or the limit: not a hang."""
+    """TensorFlow's own error or the time limit ends the job; it does not hang."""
     with gang("indexed-job", 2) as (up, start):
         running = [start(i, sys.executable, SUMMING, 1000, 0.2) for i in range(2)]
         wait_for(running[0], "step 2", TRAINING_LIMIT_S)
         up[1].kill()
-        codes, said = finish(*running, limit_s=120)
-    assert codes[0] != 0 and "train-1.workers.default.svc was lost" in said[0], said
+        codes, outputs = finish(*running, limit_s=120)
+    assert codes[0] != 0 and "train-1.workers.default.svc was lost" in outputs[0], outputs
 
 
 def test_a_pod_that_is_cut_off():
@@ -219,9 +221,9 @@ def test_a_pod_that_is_cut_off():
         running = [start(i, *scripted("all=write:1", "all=sleep:600")) for i in range(2)]
         wait_for(running[0], "line 0")
         up[1].host.cut()
-        codes, said = finish(*running, limit_s=120)  # both find out by silence
-    assert codes == [4, 4], said
-    assert "train-1.workers.default.svc was lost" in said[0] and "train-0.workers.default.svc was lost" in said[1]
+        codes, outputs = finish(*running, limit_s=120)  # both detect the silence
+    assert codes == [4, 4], outputs
+    assert "train-1.workers.default.svc was lost" in outputs[0] and "train-0.workers.default.svc was lost" in outputs[1]
 
 
 def test_a_replaced_pod_waits_until_all_are_replaced():
@@ -231,15 +233,15 @@ def test_a_replaced_pod_waits_until_all_are_replaced():
         start(1, *scripted("all=sleep:600"))
         wait_for(first, "ignoring")
         up[1].kill()
-        second = start(1, *scripted("all=exit:0"), flags=flags)  # while the first still holds on to the old gang
-        codes, said = finish(first)
-        assert codes == [4], said
-        codes, said = finish(start(0, *scripted("all=exit:0")), second)
-    assert codes == [0, 0], said
+        second = start(1, *scripted("all=exit:0"), flags=flags)  # while the first pod still belongs to the old gang
+        codes, outputs = finish(first)
+        assert codes == [4], outputs
+        codes, outputs = finish(start(0, *scripted("all=exit:0")), second)
+    assert codes == [0, 0], outputs
 
 
 def at_sigterm(code: int) -> list:
-    """A training that ends with a code when it is told to stop."""
+    """A training that ends with a given code at SIGTERM."""
     program = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(CODE)); print('up'); time.sleep(600)"
     return [sys.executable, "-uc", program.replace("CODE", str(code))]
 
@@ -250,11 +252,11 @@ def test_sigterm_is_passed_on_to_all():
         for process in running:
             wait_for(process, "up")
         running[1].terminate()
-        codes, said = finish(*running, limit_s=120)
-    assert codes == [4, 77], said  # the first did not have to go
+        codes, outputs = finish(*running, limit_s=120)
+    assert codes == [4, 77], outputs  # the first pod got no SIGTERM from Kubernetes
     assert (
-        "got SIGTERM: forwarding it to the training" in said[1]
-        and "train-1.workers.default.svc is being terminated" in said[0]
+        "got SIGTERM: forwarding it to the training" in outputs[1]
+        and "train-1.workers.default.svc is being terminated" in outputs[0]
     )
 
 
@@ -277,21 +279,21 @@ def test_sigterm_while_it_waits():
 
 def test_a_command_that_is_not_there():
     with gang("indexed-job", 1) as (_, start):
-        codes, said = finish(start(0, "no-such-command"))
-    assert codes == [127] and "cannot start no-such-command" in said[0]
+        codes, outputs = finish(start(0, "no-such-command"))
+    assert codes == [127] and "cannot start no-such-command" in outputs[0]
 
 
 def test_settings_that_are_missing():
     with gang("indexed-job", 1) as (_, start):
-        codes, said = finish(start(0, "true", DISTPAD_WORKERS=""))
-    assert codes == [2] and "pod: DISTPAD_WORKERS is" in said[0]
+        codes, outputs = finish(start(0, "true", DISTPAD_WORKERS=""))
+    assert codes == [2] and "pod: DISTPAD_WORKERS is" in outputs[0]
 
 
 # -- MPI --------------------------------------------------------------------------------------------------------------
 
 NAMES = ("train-launcher", "train-worker-0", "train-worker-1")
 MPI_HOSTS = [f"{name}.train.{pods.NAMESPACE}.svc" for name in NAMES[1:]]
-# what the MPI operator sets on the launcher (pkg/controller/mpi_job_controller.go of v0.8)
+# the variables that the MPI operator sets on the launcher (pkg/controller/mpi_job_controller.go of v0.8)
 OPERATOR = {
     "K_MPI_JOB_ROLE": "launcher",
     "OMPI_MCA_orte_keep_fqdn_hostnames": "true",
@@ -303,7 +305,7 @@ OPERATOR = {
 
 
 class MpiJob:
-    """The pods of an MPIJob "train" with two workers, and what the operator mounts there."""
+    """The pods of an MPIJob "train" with two workers, and the operator's mounts."""
 
     def __init__(self, up, folder: pathlib.Path) -> None:
         (self.launcher, *self.workers), self.folder = up, folder
@@ -315,7 +317,7 @@ class MpiJob:
             self.sshds.append(self.workers[index].popen(argv, {"K_MPI_JOB_ROLE": "worker", **QUICK}))
 
     def discover(self, *which: int) -> None:
-        """What the operator writes of the pods that run."""
+        """Write the operator's discovery script for the running pods."""
         script = self.folder / "mpi" / "discover_hosts.sh"
         fresh = script.with_suffix(".new")
         fresh.write_text("#!/bin/sh\n" + "".join(f"echo {MPI_HOSTS[i]}\n" for i in which))
@@ -324,10 +326,10 @@ class MpiJob:
 
     def start(self, kind: str, *command, flags=(), **env) -> subprocess.Popen:
         mounted = self.folder / "mpi"
-        told = {**OPERATOR, "OMPI_MCA_orte_default_hostfile": str(mounted / "hostfile"), "DISTPAD_WORKERS": "2"}
+        operator_env = {**OPERATOR, "OMPI_MCA_orte_default_hostfile": str(mounted / "hostfile"), "DISTPAD_WORKERS": "2"}
         where = ("--keys", self.folder / "ssh", "--host-discovery-script", mounted / "discover_hosts.sh")
         argv = [*POD, kind, *FLAGS, *where, *flags, "--", *map(str, command)]
-        return self.launcher.popen(argv, {**told, **QUICK, **env})
+        return self.launcher.popen(argv, {**operator_env, **QUICK, **env})
 
 
 @pytest.fixture
@@ -341,7 +343,7 @@ def mpi_job():
         keys, mounted = folder / "ssh", folder / "mpi"
         keys.mkdir()
         mounted.mkdir()
-        # the operator makes such a key, and calls it id_rsa; a Secret's files are root's, readable for the fsGroup
+        # the operator creates an ECDSA key named id_rsa; a Secret's files belong to root, and the fsGroup can read them
         subprocess.run(
             ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "521", "-N", "", "-C", "", "-f", keys / "id_rsa"], check=True
         )
@@ -360,17 +362,17 @@ HOROVOD = [sys.executable, "-m", "distpad", "certify", "--replicas", "2", "--cas
 @pytest.mark.wide
 def test_mpirun_over_ssh_as_an_ordinary_user(mpi_job):
     mpi_job.start_workers(0, 1)
-    codes, said = finish(mpi_job.start("mpi-launcher", *HOROVOD), limit_s=TRAINING_LIMIT_S)
-    assert codes == [0], said
-    assert "2 replicas on 2 workers" in said[0] and "NOT PASSED" not in said[0]
+    codes, outputs = finish(mpi_job.start("mpi-launcher", *HOROVOD), limit_s=TRAINING_LIMIT_S)
+    assert codes == [0], outputs
+    assert "2 replicas on 2 workers" in outputs[0] and "NOT PASSED" not in outputs[0]
     (key,) = mpi_job.workers[0].run(["stat", "-c", "%a %u", f"/tmp/distpad-ssh-{hosts.USER}/key"]).stdout.splitlines()
     assert key == f"600 {hosts.USER}"
 
 
 def test_an_mpi_worker_that_exits_with_42(mpi_job):
     mpi_job.start_workers(0, 1)
-    codes, said = finish(mpi_job.start("mpi-launcher", *scripted("1=exit:42", "0=sleep:600")))
-    assert codes == [42], said
+    codes, outputs = finish(mpi_job.start("mpi-launcher", *scripted("1=exit:42", "0=sleep:600")))
+    assert codes == [42], outputs
 
 
 def test_an_mpi_worker_pod_that_is_killed(mpi_job):
@@ -378,8 +380,8 @@ def test_an_mpi_worker_pod_that_is_killed(mpi_job):
     running = mpi_job.start("mpi-launcher", *scripted("all=write:1", "all=sleep:600"))
     wait_for(running, "line 0")
     mpi_job.workers[1].kill()
-    codes, said = finish(running, limit_s=120)
-    assert codes == [4] and f"{MPI_HOSTS[1]} was lost" in said[0], said
+    codes, outputs = finish(running, limit_s=120)
+    assert codes == [4] and f"{MPI_HOSTS[1]} was lost" in outputs[0], outputs
 
 
 def test_sigterm_at_the_mpi_launcher(mpi_job):
@@ -387,8 +389,8 @@ def test_sigterm_at_the_mpi_launcher(mpi_job):
     running = mpi_job.start("mpi-launcher", *scripted("all=write:1", "all=sleep:600"))
     wait_for(running, "line 0")
     running.terminate()
-    codes, said = finish(running, limit_s=120)
-    assert codes == [143], said
+    codes, outputs = finish(running, limit_s=120)
+    assert codes == [143], outputs
 
 
 def test_an_mpi_job_starts_again_when_its_pods_are_back(mpi_job):
@@ -404,50 +406,50 @@ time.sleep(100 if os.environ["DISTPAD_ATTEMPT"] == "0" else 0)
     wait_for(running, "starting again")
     time.sleep(3)
     mpi_job.start_workers(1)
-    codes, said = finish(running)
-    assert codes == [0] and "[worker 1] attempt 1" in said[0], said
+    codes, outputs = finish(running)
+    assert codes == [0] and "[worker 1] attempt 1" in outputs[0], outputs
 
 
 def test_sigterm_at_an_mpi_worker(mpi_job):
-    """The training hears of it, and has time to save what there is: its own end is the job's."""
+    """The training gets the signal and has time to save. The job ends with the training's exit code."""
     mpi_job.start_workers(0, 1)
     running = mpi_job.start("mpi-launcher", *at_sigterm(77))
     wait_for(running, "[worker 1] up")
     mpi_job.sshds[1].terminate()
-    codes, said = finish(running, mpi_job.sshds[1], limit_s=120)
-    assert codes == [77, 143], said
-    assert f"worker 1 on {MPI_HOSTS[1]} failed first (exit code 77)" in said[0]
-    assert "got SIGTERM: forwarding it to 1 workers" in said[1]
+    codes, outputs = finish(running, mpi_job.sshds[1], limit_s=120)
+    assert codes == [77, 143], outputs
+    assert f"worker 1 on {MPI_HOSTS[1]} failed first (exit code 77)" in outputs[0]
+    assert "got SIGTERM: forwarding it to 1 workers" in outputs[1]
 
 
 def test_an_mpi_worker_that_is_not_there_is_named(mpi_job):
     mpi_job.start_workers(0)
-    codes, said = finish(mpi_job.start("mpi-launcher", *HOROVOD, flags=("--wait-s", "3")), limit_s=120)
-    assert codes == [3] and f"missing after 3 s: {MPI_HOSTS[1]} (no sshd answers on port 2222)" in said[0]
+    codes, outputs = finish(mpi_job.start("mpi-launcher", *HOROVOD, flags=("--wait-s", "3")), limit_s=120)
+    assert codes == [3] and f"missing after 3 s: {MPI_HOSTS[1]} (no sshd answers on port 2222)" in outputs[0]
 
 
 def test_a_hostfile_with_other_pods_than_promised(mpi_job):
-    codes, said = finish(mpi_job.start("mpi-launcher", *HOROVOD, DISTPAD_WORKERS="3"))
-    assert codes == [2] and "DISTPAD_WORKERS is 3" in said[0] and MPI_HOSTS[1] in said[0]
+    codes, outputs = finish(mpi_job.start("mpi-launcher", *HOROVOD, DISTPAD_WORKERS="3"))
+    assert codes == [2] and "DISTPAD_WORKERS is 3" in outputs[0] and MPI_HOSTS[1] in outputs[0]
 
 
 @pytest.mark.wide
 def test_an_elastic_job_by_the_operators_script(mpi_job):
-    """The script prints hosts without slots, and those that run: at first one of two."""
+    """The script prints the running hosts, without slots: at first one of two."""
     mpi_job.discover()
     mpi_job.start_workers(0, 1)
     running = mpi_job.start("mpi-elastic-launcher", *HOROVOD, flags=("--min-np", "2"), DISTPAD_SLOTS="1")
     time.sleep(2)
     mpi_job.discover(0, 1)
-    codes, said = finish(running, limit_s=TRAINING_LIMIT_S)
-    assert codes == [0], said
-    assert "2 replicas on 2 workers" in said[0]
+    codes, outputs = finish(running, limit_s=TRAINING_LIMIT_S)
+    assert codes == [0], outputs
+    assert "2 replicas on 2 workers" in outputs[0]
 
 
 def test_an_elastic_job_without_pods(mpi_job):
     mpi_job.discover()
-    codes, said = finish(mpi_job.start("mpi-elastic-launcher", *HOROVOD, flags=("--wait-s", "2"), DISTPAD_SLOTS="1"))
-    assert codes == [3] and "pods for 1 workers" in said[0]
+    codes, outputs = finish(mpi_job.start("mpi-elastic-launcher", *HOROVOD, flags=("--wait-s", "2"), DISTPAD_SLOTS="1"))
+    assert codes == [3] and "pods for 1 workers" in outputs[0]
 
 
 def test_keys_that_are_not_there(mpi_job):

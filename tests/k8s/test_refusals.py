@@ -1,4 +1,4 @@
-"""Each check of manifests finds what it is there for: a manifest is changed in one place, and it says so."""
+"""Each check of manifests detects its errors: it reports a manifest that is changed in one place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 
 from k8s import controllers, manifests, restricted, schemas
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("manifests")]  # what is built and read is kept
+pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("manifests")]  # builds are cached
 
 JOB, JOBSET, MPIJOB, TRAINJOB = "Job/train", "JobSet/train", "MPIJob/train", "TrainJob/train"
 MULTIWORKER, MPI = "TrainingRuntime/distpad-multiworker", "TrainingRuntime/distpad-mpi"
@@ -25,7 +25,7 @@ LAUNCHER, WORKER = (f"spec.mpiReplicaSpecs.{role}.template.spec.containers.0" fo
 
 # -- what a schema refuses --------------------------------------------------------------------------------------------
 
-# overlay | resource | path | value (None: away) | what is said of it
+# overlay | resource | path | value (None: removed) | message
 UNFIT = (
     ("indexed-job", JOB, "spec.completion", 2, "'completion' was unexpected"),
     ("indexed-job", JOB, "spec.completions", "2", "is not of type 'integer'"),
@@ -37,7 +37,7 @@ UNFIT = (
     ("jobset", JOBSET, "spec.replicatedJobs.0.name", None, "'name' is a required property"),
     ("jobset", JOBSET, f"{NODE}.spec.template.spec.containers.0.env.0.val", "x", "unexpected"),
     ("jobset", JOBSET, f"{NODE}.spec.podReplacementPolicy", 1, "is not of type 'string'"),
-    ("jobset", JOBSET, "spec.replicatedJobs.-", {"name": "node", "template": {}}, "stands there twice"),
+    ("jobset", JOBSET, "spec.replicatedJobs.-", {"name": "node", "template": {}}, "is a duplicate"),
     ("jobset", JOBSET, "metadata.label", {}, "unexpected"),
     ("mpijob", MPIJOB, "spec.slotsPerWorkers", 1, "unexpected"),
     ("mpijob", MPIJOB, "spec.mpiImplementation", "MVAPICH", "is not one of"),
@@ -51,10 +51,10 @@ UNFIT = (
 )
 
 
-@pytest.mark.parametrize(("overlay", "name", "path", "value", "said"), UNFIT)
-def test_schemas_refuse(overlay, name, path, value, said):
+@pytest.mark.parametrize(("overlay", "name", "path", "value", "message"), UNFIT)
+def test_schemas_refuse(overlay, name, path, value, message):
     found = schemas.findings(manifests.find(manifests.changed(overlay, name, path, value), name))
-    assert any(said in each for each in found), found
+    assert any(message in each for each in found), found
 
 
 @pytest.mark.parametrize("version", schemas.VERSIONS)
@@ -65,7 +65,7 @@ def test_each_version_of_kubernetes_is_asked(version):
     )  # Job and Pod
 
 
-# overlay | resource | path | value | the rule in CEL
+# overlay | resource | path | value | CEL rule
 RULES = (
     ("jobset", JOBSET, "spec.startupPolicy", {"startupPolicyOrder": "InOrder"}, None),
     ("trainjob", MULTIWORKER, "spec.mlPolicy", {"mpi": {}, "torch": {}}, "Only one of the policy"),
@@ -75,18 +75,18 @@ RULES = (
 )
 
 
-@pytest.mark.parametrize(("overlay", "name", "path", "value", "said"), RULES)
-def test_rules_in_cel_refuse(overlay, name, path, value, said):
+@pytest.mark.parametrize(("overlay", "name", "path", "value", "message"), RULES)
+def test_rules_in_cel_refuse(overlay, name, path, value, message):
     changed = manifests.find(manifests.overlay(overlay), name)
     manifests.put(changed, path, value)
-    if said is None:  # a rule of two fields: the other one, too
+    if message is None:  # a rule on two fields: change the other one too
         assert not schemas.findings(changed)
         first = {"name": "first", "template": changed["spec"]["replicatedJobs"][0]["template"]}
         changed["spec"]["replicatedJobs"].insert(0, first)
         changed["spec"]["replicatedJobs"][1]["dependsOn"] = [{"name": "first", "status": "Ready"}]
-        said = "DependsOn"
+        message = "DependsOn"
     found = schemas.findings(changed)
-    assert any(said in each for each in found), found
+    assert any(message in each for each in found), found
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_rules_in_cel_refuse(overlay, name, path, value, said):
     ],
 )
 def test_what_cannot_be_changed_later(overlay, name, path, value):
-    """So READMEs say: delete, and apply again."""
+    """The READMEs therefore instruct: delete, and apply again."""
     old, new = (
         manifests.find(manifests.overlay(overlay), name),
         manifests.find(manifests.changed(overlay, name, path, value), name),
@@ -109,7 +109,7 @@ def test_what_cannot_be_changed_later(overlay, name, path, value):
 
 
 def test_every_rule_of_the_crds_can_be_evaluated():
-    """None is passed over because it is written in a way that is not understood here."""
+    """No rule is skipped because of unsupported CEL syntax."""
     rules = {
         rule["rule"]
         for schema in schemas.crds().values()
@@ -126,7 +126,7 @@ def test_every_rule_of_the_crds_can_be_evaluated():
 
 POD = "spec.template.spec"
 PLAIN = f"{POD}.containers.0"
-# overlay | resource | path | value (None: away) | the check that bites
+# overlay | resource | path | value (None: removed) | the check that reports it
 WRONG = (
     ("indexed-job", JOB, f"{PLAIN}.volumeMounts.0.name", "dta", "references"),
     ("indexed-job", JOB, f"{PLAIN}.volumeMounts.0.mountPath", "/tmp", "references"),
@@ -271,7 +271,7 @@ INSECURE = (
 @pytest.mark.parametrize(("rule", "path", "value"), INSECURE)
 @pytest.mark.parametrize("overlay", ["indexed-job", "mpijob"])
 def test_restricted_refuses(overlay, rule, path, value):
-    for where in manifests.pods(manifests.overlay(overlay)):  # each pod of it: none is passed over
+    for where in manifests.pods(manifests.overlay(overlay)):  # every pod of the overlay
         resources = manifests.overlay(overlay)
         manifests.put(manifests.pods(resources)[where]["spec"], path, value)
         assert any(each.startswith(f"{rule}: ") for each in restricted.findings_of(resources)), where
@@ -284,7 +284,7 @@ def test_every_rule_of_restricted_is_shown_to_refuse():
 
 # -- checkov ----------------------------------------------------------------------------------------------------------
 
-# check | why it is not asked
+# check | why it is skipped
 LEFT_OUT = {
     "CKV_K8S_21": "the namespace is chosen where it is applied: kubectl apply -n",
     "CKV_K8S_43": "the image, with its digest, is the user's to name: kustomize edit set image",
@@ -307,7 +307,7 @@ CARELESS = (
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory) -> dict[str, list[dict]]:
-    """checkov's of all overlays, and of one with a careless change each: by its file."""
+    """checkov's reports by file, for all overlays, and for overlays with one careless change each."""
     folder = tmp_path_factory.mktemp("checkov")
     for overlay in manifests.OVERLAYS:
         written(folder, overlay, manifests.overlay(overlay))
@@ -324,7 +324,7 @@ def reports(tmp_path_factory) -> dict[str, list[dict]]:
 
 
 def written(folder: pathlib.Path, name: str, resources: list) -> None:
-    """As checkov reads them: it passes over custom resources, so their pods are given apart, as Jobs."""
+    """Write manifests for checkov. It skips custom resources, so their pods are written separately, as Jobs."""
     built_in = [resource for resource in resources if schemas.is_built_in(resource)]
     templates = manifests.pods([resource for resource in resources if resource not in built_in])
     apart = [

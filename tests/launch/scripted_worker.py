@@ -1,8 +1,8 @@
 """A worker without TensorFlow that follows a script: scripted_worker.py RANK=ACTION ...  (RANK may be "all")
 
-Actions: exit:N, kill, sleep:S, ignore-terms (SIGTERM, SIGINT), leave-child, say (arguments, variables, folder as JSON),
-fail-once, write:N (lines), chatter:S (a line each 20 ms), save-on-term:S (takes S seconds). They run in order. Before
-the first action that takes time, it writes its process id to the folder DISTPAD_MARK, so that tests can signal it.
+Actions: exit:N, kill, sleep:S, ignore-terms (SIGTERM, SIGINT), leave-child, report (arguments, variables, folder as
+JSON), fail-once, write:N (lines), chatter:S (a line each 20 ms), save-on-term:S (takes S seconds). They run in order.
+Before the first action that takes time, it creates a file in DISTPAD_MARK, named by its process id, for the tests.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ RANKS = ("DISTPAD_RANK", "HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 RANK = next(os.environ[name] for name in RANKS if name in os.environ)
 
 
-def come() -> None:
+def mark_started() -> None:
     with contextlib.suppress(OSError):  # the test may have stopped waiting
         open(os.path.join(os.environ.get("DISTPAD_MARK", "/nowhere"), str(os.getpid())), "w").close()
 
@@ -30,7 +30,7 @@ def do(what: str) -> None:
     elif name == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif name == "sleep":
-        come()
+        mark_started()
         time.sleep(float(value))
     elif name == "ignore-terms":
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -38,7 +38,7 @@ def do(what: str) -> None:
         print("ignoring", flush=True)
     elif name == "leave-child":  # in another group and session, with the pipes open
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
-    elif name == "say":
+    elif name == "report":
         print(json.dumps({"argv": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd()}), flush=True)
     elif name == "fail-once":
         print(f"attempt {os.environ['DISTPAD_ATTEMPT']}", flush=True)
@@ -47,14 +47,14 @@ def do(what: str) -> None:
         for i in range(int(value)):
             print(f"{RANK} line {i} " + "x" * 100)
     elif name == "chatter":
-        come()
+        mark_started()
         for i in range(int(value) * 50):
             print(f"{RANK} step {i}", flush=True)
             time.sleep(0.02)
     elif name == "save-on-term":
         got: list[int] = []
         signal.signal(signal.SIGTERM, lambda number, _: got.append(number))
-        come()
+        mark_started()
         while not got:
             time.sleep(0.05)
         end = time.monotonic() + float(value)

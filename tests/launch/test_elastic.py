@@ -28,7 +28,7 @@ def trained_by(workers: int, step: int = 0):
 
 
 def formed_by(workers: int):
-    """Whether an event is the start of training with this number of workers."""
+    """A predicate of events: the start of training with this number of workers."""
     return lambda event: event["what"] == "began" and event["workers"] == workers
 
 

@@ -50,11 +50,11 @@ def engine(request):
 
 @mostly_alone
 def test_all_is_well(engine):
-    done = launch(*engine, "-np", 2, command=scripted("all=say"))
+    done = launch(*engine, "-np", 2, command=scripted("all=report"))
     assert done.code == 0, done.stderr
-    said = [json.loads(line.partition("] ")[2]) for line in done.stdout.splitlines()]
-    assert len(said) == 2
-    assert {each["env"]["DISTPAD_WORKERS"] for each in said} == {"2"}
+    reports = [json.loads(line.partition("] ")[2]) for line in done.stdout.splitlines()]
+    assert len(reports) == 2
+    assert {each["env"]["DISTPAD_WORKERS"] for each in reports} == {"2"}
     assert f"starting {sys.executable} on 2 workers (localhost:2)" in done.stderr
 
 
@@ -342,7 +342,7 @@ def test_a_port_that_is_in_use():
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = launch("-np", 1, "--port", port, command=scripted("all=say"))
+        done = launch("-np", 1, "--port", port, command=scripted("all=report"))
     assert done.code == 3
     assert f"port {port} on localhost cannot be used (address already in use)" in done.stderr
 
@@ -362,13 +362,13 @@ def test_arguments_folder_and_variables_arrive_unchanged(engine, tmp_path):
     folder = tmp_path / "my $(touch hacked)\nfolder 'of' mine"
     folder.mkdir()
     (folder / "worker 'its'.py").write_text(WORKER.read_text())
-    command = [sys.executable, "worker 'its'.py", "all=say", *HOSTILE]
+    command = [sys.executable, "worker 'its'.py", "all=report", *HOSTILE]
     done = launch(*engine, "-np", 2, command=command, cwd=folder, env={"GIVEN": "\n".join(HOSTILE)})
     assert done.code == 0, done.stderr
-    said = [json.loads(line.partition("] ")[2]) for line in done.stdout.splitlines()]
-    assert len(said) == 2
-    for each in said:
-        assert each["argv"] == ["all=say", *HOSTILE]
+    reports = [json.loads(line.partition("] ")[2]) for line in done.stdout.splitlines()]
+    assert len(reports) == 2
+    for each in reports:
+        assert each["argv"] == ["all=report", *HOSTILE]
         assert each["env"]["GIVEN"] == "\n".join(HOSTILE)
         assert each["cwd"] == str(folder)
     assert not list(tmp_path.rglob("hacked"))
@@ -378,7 +378,9 @@ def test_arguments_folder_and_variables_arrive_unchanged(engine, tmp_path):
 def test_no_secret_is_on_a_command_line(engine, tmp_path):
     (tmp_path / "key").write_text("s3cr3t-from-file\n")
     secret = ("--secret", f"API_KEY={tmp_path / 'key'}")
-    running = Launched(*engine, "-np", 2, *secret, command=scripted("all=say", "all=sleep:3"), env={"MINE": "s3cr3t-2"})
+    running = Launched(
+        *engine, "-np", 2, *secret, command=scripted("all=report", "all=sleep:3"), env={"MINE": "s3cr3t-2"}
+    )
     running.workers(2)
     lines = []
     for process in psutil.process_iter():
@@ -393,7 +395,7 @@ def test_no_secret_is_on_a_command_line(engine, tmp_path):
 
 
 def test_threads_are_shared_out():
-    done = launch("-np", 2, command=scripted("0=say"), env={"OMP_NUM_THREADS": "", "TF_NUM_INTRAOP_THREADS": "7"})
+    done = launch("-np", 2, command=scripted("0=report"), env={"OMP_NUM_THREADS": "", "TF_NUM_INTRAOP_THREADS": "7"})
     env = json.loads(done.stdout.partition("] ")[2])["env"]
     assert env["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
     assert env["TF_NUM_INTRAOP_THREADS"] == "7"  # a variable that is set stays
@@ -401,7 +403,7 @@ def test_threads_are_shared_out():
 
 def test_threads_are_those_that_slurm_gives_a_task():
     env = {"OMP_NUM_THREADS": "", "TF_NUM_INTRAOP_THREADS": "", "SLURM_CPUS_PER_TASK": "3"}
-    done = launch(*ENGINES["mpirun"], "-np", 2, command=scripted("0=say"), env=env)
+    done = launch(*ENGINES["mpirun"], "-np", 2, command=scripted("0=report"), env=env)
     env = json.loads(done.stdout.partition("] ")[2])["env"]
     assert (env["OMP_NUM_THREADS"], env["TF_NUM_INTRAOP_THREADS"]) == ("3", "3")
 

@@ -1,4 +1,4 @@
-"""TF_CONFIG from hosts, Slurm and Kubernetes: what TensorFlow reads in it, who it is made for, and its errors."""
+"""TF_CONFIG from addresses and Kubernetes, as TensorFlow reads it; Slurm's node lists; errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ unhurried = settings(deadline=None)  # the machine may be busy
 
 
 def read(config: str) -> tuple[list[str], int]:
-    """What TensorFlow's own resolver makes of it: the workers, and which of them it is."""
+    """Read TF_CONFIG with TensorFlow's own resolver: the workers' addresses, and the index."""
     before = os.environ.get("TF_CONFIG")
     os.environ["TF_CONFIG"] = config
     try:
@@ -47,34 +47,6 @@ def test_tensorflow_reads_a_cluster(names, data):
     for index in range(len(addresses)):
         assert read(tfconfig.cluster(addresses, index)) == (addresses, index)
         assert tfconfig.cluster(addresses, str(index)) == tfconfig.cluster(tuple(addresses), index)
-
-
-@unhurried
-@given(st.dictionaries(LABELS, COUNTS, min_size=1, max_size=5), st.integers(1, 65532))
-def test_workers_on_hosts_with_slots(hosts, port):
-    expected = []
-    for name, slots in hosts.items():
-        for slot in range(slots):
-            expected.append(f"{name}:{port + slot}")
-    for index in range(len(expected)):
-        assert read(tfconfig.from_hosts(hosts.items(), index, port=port)) == (expected, index)
-
-
-@unhurried
-@given(st.dictionaries(LABELS, COUNTS, min_size=1, max_size=5), st.integers(1, 65532))
-def test_every_task_of_slurm_finds_itself(hosts, port):
-    compressed = ",".join(map(str, hosts.values()))
-    procid = 0
-    for nodeid, (name, tasks) in enumerate(hosts.items()):
-        for localid in range(tasks):
-            numbers = [str(number) for number in (procid, port, nodeid, localid)]
-            config = tfconfig.from_slurm(
-                list(hosts), compressed, numbers[0], port=numbers[1], nodeid=numbers[2], localid=numbers[3]
-            )
-            addresses, index = read(config)
-            assert addresses[index] == f"{name}:{port + localid}"
-            assert len(set(addresses)) == len(addresses) == sum(hosts.values())
-            procid += 1
 
 
 @unhurried
@@ -104,13 +76,6 @@ def test_every_pod_of_a_jobset_finds_itself(jobset, sizes, renamed):
     assert len(addresses) == rank
 
 
-def test_ipv6_addresses_get_their_brackets():
-    expected = ["[fd00::1]:2222", "[fd00::1]:2223", "10.0.0.7:2222"]
-    for first in ("fd00::1", "[fd00::1]"):
-        hosts = [(first, 2), ("10.0.0.7", 1)]
-        assert read(tfconfig.from_hosts(hosts, 2, port=2222)) == (expected, 2)
-
-
 SERVES = """
 import os, socket, sys
 import tensorflow as tf
@@ -119,7 +84,7 @@ host = sys.argv[1]
 with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as held:  # as late as can be: others look too
     held.bind((host, 0))
     port = held.getsockname()[1]
-os.environ["TF_CONFIG"] = tfconfig.from_hosts([(host, 1)], 0, port=port)
+os.environ["TF_CONFIG"] = tfconfig.cluster([f"[{host}]:{port}" if ":" in host else f"{host}:{port}"], 0)
 strategy = tf.distribute.MultiWorkerMirroredStrategy()
 print("replicas", strategy.num_replicas_in_sync, flush=True)
 """
@@ -235,26 +200,8 @@ ERRORS = [
     (lambda: tfconfig.cluster(["a:1"], -1), "cluster: index is -1, expected at least 0"),
     (lambda: tfconfig.cluster(["a:1"], "-1"), "cluster: index is '-1', expected an integer from 0"),
     (lambda: tfconfig.cluster(["a:1"], ""), "cluster: index is '', expected an integer from 0"),
-    (lambda: tfconfig.from_hosts([("a", 0)], 0, port=1), "from_hosts: slots is 0, expected at least 1"),
-    (lambda: tfconfig.from_hosts([("a", 1)], 0, port=0), "from_hosts: port is 0, expected at least 1"),
-    (
-        lambda: tfconfig.from_hosts([("a", 3)], 0, port=65534),
-        "from_hosts: port is 65534, expected at most 65533 for 3 workers on a host. a would listen up to port 65536",
-    ),
-    (
-        lambda: tfconfig.from_hosts([("a", 1), ("b", 1), ("A.", 2)], 0, port=9),
-        "from_hosts: addresses is 'A.:9', expected each address once. Workers 0 and 2 would share it",
-    ),
-    (
-        lambda: tfconfig.from_slurm(["a", "b"], "2(x3)", 0, port=9),
-        "from_slurm: tasks_per_node is '2(x3)', expected the tasks of 2 nodes. It has 3",
-    ),
-    (lambda: tfconfig.from_slurm(["a"], "2", 2, port=9), "from_slurm: procid is 2, expected from 0 to 1, of 2"),
-    (
-        lambda: tfconfig.from_slurm(["a", "b"], "2(x2)", 1, port=9, nodeid=1, localid=0),
-        "from_slurm: nodeid is 1, expected 0. Numbered node by node (2(x2) tasks a node), task 1 has this number. "
-        "Use srun --distribution=block",
-    ),
+    (lambda: tfconfig.from_indexed_job("t", 1, 0, service="s", port=0), "port is 0, expected at least 1"),
+    (lambda: tfconfig.from_indexed_job("t", 1, 0, service="s", port=65536), "port is 65536, expected at most 65535"),
     (
         lambda: tfconfig.from_indexed_job("Train", 2, 0, service="s", port=9),
         "from_indexed_job: job is 'Train', expected a DNS label: at most 63 lower-case letters",
@@ -318,11 +265,7 @@ def test_an_address_counts_once_however_it_is_written(same):
         lambda: tfconfig.cluster([1], 0),
         lambda: tfconfig.cluster(["a:1"], 0.0),
         lambda: tfconfig.cluster(["a:1"], True),
-        lambda: tfconfig.from_hosts([(None, 1)], 0, port=1),
-        lambda: tfconfig.from_hosts([("a", None)], 0, port=1),
-        lambda: tfconfig.from_slurm("a", "1", 0, port=1),
-        lambda: tfconfig.from_slurm(["a"], 1, 0, port=1),
-        lambda: tfconfig.from_slurm(["a"], "1", 0, port=None),
+        lambda: tfconfig.from_indexed_job("t", 1, 0, service="s", port=None),
         lambda: tfconfig.from_indexed_job(None, 1, 0, service="s", port=1),
         lambda: tfconfig.from_jobset(None, [("a", 1, 1)], "a", 0, 0, port=1),
         lambda: nodelist.slurm_hostnames(None),
