@@ -312,7 +312,7 @@ MUTANTS = (
     ),
     Mutant(
         name="pipeline-filling-counted",
-        file="data/schema.py",
+        file="data/collate.py",
         old="if feature.name in emptied:",
         new="if not feature.name:",
         selection="test_every_example_once and uneven-32-list",
