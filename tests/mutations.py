@@ -125,7 +125,7 @@ MUTANTS = (
         file="collectives/checked.py",
         old="packed = tf.stop_gradient(",
         new="packed = tf.identity(",
-        selection="test_going_back_makes_no_collective",
+        selection="test_the_backward_pass_makes_no_collective",
         world="horovod:2",
     ),
     Mutant(
@@ -312,7 +312,7 @@ MUTANTS = (
     ),
     Mutant(
         name="pipeline-filling-counted",
-        file="data/schema.py",
+        file="data/collate.py",
         old="if feature.name in emptied:",
         new="if not feature.name:",
         selection="test_every_example_once and uneven-32-list",
@@ -343,7 +343,7 @@ MUTANTS = (
         file="data/batches.py",
         old="step * size * here, self._opened",
         new="(step + 1 if step else 0) * size * here, self._opened",
-        selection="test_going_on_in_the_middle_of_an_epoch",
+        selection="test_resuming_in_the_middle_of_an_epoch",
     ),
     Mutant(
         name="pipeline-forgotten-shard-not-seen",

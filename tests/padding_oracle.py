@@ -1,4 +1,4 @@
-"""What pad should give, element by element in plain Python, and the inputs that it is compared on."""
+"""The oracle of pad, element by element in plain Python, and the inputs for the comparison."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ shapes = st.lists(st.tuples(st.integers(0, 4), st.integers(1, 4), st.integers(1,
 
 
 def nested(rank: int, least: int = 0) -> st.SearchStrategy:
-    """One sequence of ``rank`` axes: nested lists, ragged everywhere, the inner ones not shorter than ``least``."""
+    """One sequence of ``rank`` axes: nested lists, ragged on all axes; inner lists have at least ``least`` items."""
     element: st.SearchStrategy = st.integers(-9, 9)
     for _ in range(rank - 1):
         element = st.lists(element, min_size=least, max_size=3)
@@ -37,7 +37,7 @@ def depth(item: Any) -> int:
 
 
 def cut(batch: list, length: Any = None, truncating: str = "post", **_: Any) -> list:
-    """The sequences without what is longer than ``length``."""
+    """The sequences cut to ``length``."""
     if length is None:
         return batch
     return [row[max(len(row) - length, 0) :] if truncating == "pre" else row[:length] for row in batch]
@@ -46,7 +46,7 @@ def cut(batch: list, length: Any = None, truncating: str = "post", **_: Any) -> 
 def oracle(
     batch: list, axes: list, *, length: Any = None, value: Any = 0, padding: str = "post", truncating: str = "post"
 ) -> tuple[list, list, list]:
-    """Element by element: (values, lengths, mask) of nested lists whose ``axes``, 0 the first of them, are ragged."""
+    """(values, lengths, mask) of nested lists with ragged ``axes``, computed element by element."""
     rank = max([depth(batch) - 1, axes[-1] + 1])
     batch = cut(batch, length, truncating)
     sizes: list[set] = [set() for _ in range(rank)]
@@ -81,7 +81,7 @@ def oracle(
 
 
 def ragged_axes(batch: list) -> list:
-    """Axis 0, and all axes on which two lists differ in length."""
+    """Axis 0 and all axes along which two lists differ in length."""
     sizes: dict[int, set] = {}
 
     def visit(item: Any, axis: int) -> None:
@@ -104,5 +104,5 @@ def as_lists(padded: Padded) -> tuple[list, list, list]:
 
 
 def plain(sequences: Any) -> list:
-    """Arrays within lists as lists."""
+    """Nested lists with the arrays in them converted to lists."""
     return [plain(item) for item in sequences] if isinstance(sequences, list) else np.asarray(sequences).tolist()

@@ -312,31 +312,9 @@ class PaddedBatches(tf.train.experimental.PythonState):
           TypeError, ValueError: not a state, the state of another source, or a position out of range. In the next
             iteration, on all workers: a source that begins with other examples.
         """
-        if not isinstance(state, Mapping):
-            raise TypeError(errors.sentence(_NAME, "state", repr(state), "a result of state_dict"))
-        missing = {"epoch", "step", "begins", "source"} - set(state)
-        if missing:
-            raise ValueError(errors.sentence(_NAME, "state", f"without {sorted(missing)}", "a result of state_dict"))
-        mine = self._belongs_to()
-        if state["source"] != mine:
-            raise ValueError(errors.sentence(_NAME, "state", f"of {state['source']}", f"one of {mine}"))
-        number = errors.integer(_NAME, "state's epoch", state["epoch"], least=0)
-        step = errors.integer(_NAME, "state's step", state["step"], least=0)
-        group = self._config.accumulation_steps
-        if step % group:
-            raise ValueError(
-                errors.sentence(_NAME, "state's step", step, f"a multiple of accumulation_steps, which is {group}")
-            )
-        if self._sampler is not None and step > -(-len(self._sampler.plan(number)) // group) * group:
-            rule = f"at most the {len(self._sampler.plan(number))} of epoch {number}"
-            raise ValueError(errors.sentence(_NAME, "state's step", step, rule))
-        if not isinstance(state["begins"], (list, tuple)) or (step and not state["begins"]):
-            found = f"{state['begins']!r} at step {step}"
-            rule = "the fingerprints of the epoch's first steps, as state_dict returned them"
-            raise ValueError(errors.sentence(_NAME, "state's begins", found, rule))
-        begins = tuple(errors.integer(_NAME, "state's begins", each, least=0) for each in state["begins"])
+        cursor = progress.cursor_of(state, self._belongs_to(), self._config.accumulation_steps, self._sampler)
         self._progress.stop()
-        self._progress.move_to(epoch.Cursor(number, step, begins if step else ()))
+        self._progress.move_to(cursor)
         self._requests.clear()
 
     def _belongs_to(self) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from distpad import errors
 from distpad.data.epoch import Cursor, Epoch
 from distpad.data.keras import Elements
+from distpad.data.sampler import LengthSampler
 from distpad.data.schema import Features
 
 _NAME = "PaddedBatches"
@@ -89,3 +90,39 @@ class Progress:
             running.finish()
         finally:
             running.close()
+
+
+def cursor_of(state: Any, source: Mapping[str, Any], group: int, sampler: LengthSampler | None) -> Cursor:
+    """Return the cursor of a saved state of ``PaddedBatches``.
+
+    Args:
+      state: a result of ``state_dict``.
+      source: the source that the state must belong to.
+      group: micro-batches in an optimiser step.
+      sampler: its plan bounds the step.
+
+    Raises:
+      TypeError, ValueError: not a state, the state of another source, or a position out of range.
+    """
+    if not isinstance(state, Mapping):
+        raise TypeError(errors.sentence(_NAME, "state", repr(state), "a result of state_dict"))
+    missing = {"epoch", "step", "begins", "source"} - set(state)
+    if missing:
+        raise ValueError(errors.sentence(_NAME, "state", f"without {sorted(missing)}", "a result of state_dict"))
+    if state["source"] != source:
+        raise ValueError(errors.sentence(_NAME, "state", f"of {state['source']}", f"one of {source}"))
+    number = errors.integer(_NAME, "state's epoch", state["epoch"], least=0)
+    step = errors.integer(_NAME, "state's step", state["step"], least=0)
+    if step % group:
+        raise ValueError(
+            errors.sentence(_NAME, "state's step", step, f"a multiple of accumulation_steps, which is {group}")
+        )
+    if sampler is not None and step > -(-len(sampler.plan(number)) // group) * group:
+        rule = f"at most the {len(sampler.plan(number))} of epoch {number}"
+        raise ValueError(errors.sentence(_NAME, "state's step", step, rule))
+    if not isinstance(state["begins"], (list, tuple)) or (step and not state["begins"]):
+        found = f"{state['begins']!r} at step {step}"
+        rule = "the fingerprints of the epoch's first steps, as state_dict returned them"
+        raise ValueError(errors.sentence(_NAME, "state's begins", found, rule))
+    begins = tuple(errors.integer(_NAME, "state's begins", each, least=0) for each in state["begins"])
+    return Cursor(number, step, begins if step else ())

@@ -1,4 +1,4 @@
-"""Features of an example: names, dtypes, shapes and ragged axes; and padding of examples to a batch."""
+"""Features of an example: names, dtypes, shapes and ragged axes."""
 
 from __future__ import annotations
 
@@ -198,56 +198,6 @@ class Features:
             for name, dtype, shape in read["features"]
         ]
         return cls(read["structure"], features)
-
-
-def collate(
-    features: Sequence[Feature],
-    rows: Sequence[Row],
-    sizes: Mapping[Name, Sequence[int]],
-    batch_size: int,
-    last: Row,
-    emptied: frozenset[Name],
-) -> tuple[list[np.ndarray], dict[Name, np.ndarray]]:
-    """Pad rows to a batch of static shape.
-
-    Args:
-      features: the features of the columns.
-      rows: at most ``batch_size`` rows.
-      sizes: the padded sizes of each feature's ragged axes.
-      batch_size: rows of the batch.
-      last: the row that filler rows repeat, cut to ``sizes``.
-      emptied: features whose length is 0 in filler rows.
-
-    Returns:
-      For each feature ``[batch_size, *shape]``, and for each padded feature its lengths ``[batch_size]`` int32.
-    """
-    values, lengths = [], {}
-    for column, feature in enumerate(features):
-        ragged = dict(zip(feature.pad.axes if feature.pad else (), sizes.get(feature.name, ())))
-        shape = [ragged.get(axis, size or 0) for axis, size in enumerate(feature.shape)]
-        real = [row[column] for row in rows]
-        fillers = batch_size - len(rows)
-        filler = last[column][tuple(slice(size) for size in shape)]
-        if feature.pad is None:
-            values.append(_stacked([*real, *[filler] * fillers], shape, feature.dtype))
-            continue
-        axis = feature.pad.axes[0]
-        if feature.name in emptied:
-            filler = filler[tuple(slice(0) if at == axis else slice(None) for at in range(filler.ndim))]
-        batch = np.full([batch_size, *shape], feature.padding_value, feature.dtype)
-        arrays = [*real, *[filler] * fillers]
-        for padded, array in zip(batch, arrays):
-            padded[tuple(map(slice, array.shape))] = array
-        values.append(batch)
-        lengths[feature.name] = np.array([array.shape[axis] for array in arrays], np.int32)
-    return values, {TupleIndex(name) if isinstance(name, int) else name: found for name, found in lengths.items()}
-
-
-def _stacked(arrays: Sequence[np.ndarray], shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    batch = np.empty([len(arrays), *shape], dtype)
-    for i, array in enumerate(arrays):
-        batch[i, ...] = array  # the ellipsis also assigns an object, such as a string
-    return batch
 
 
 def _skeleton(example: Any, path: tuple[Name, ...] = ()) -> Any:

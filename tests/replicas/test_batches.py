@@ -1,4 +1,4 @@
-"""PaddedBatches in every engine: what one replica sees, against what all workers hold."""
+"""PaddedBatches in every engine: each replica's batches, compared with the examples of all workers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def examples_of(worker: int, count: int, seed: int = 0) -> list[dict]:
 
 
 def counts_of(scenario: str, workers: int) -> list[int]:
-    """How many examples each worker holds."""
+    """The number of examples on each worker."""
     last = workers - 1
     return {
         "even": [12] * workers,
@@ -41,7 +41,7 @@ def made(world, source, *args, **options):
 
 
 def mine(world, batch: distpad.Batch) -> list[distpad.Batch]:
-    """A batch as each replica of this worker sees it, in NumPy."""
+    """The batch of each replica of this worker, in NumPy."""
     if world.strategy is None:
         return [tf.nest.map_structure(lambda leaf: leaf.numpy(), batch)]
     columns = [world.strategy.experimental_local_results(leaf) for leaf in tf.nest.flatten(batch)]
@@ -64,7 +64,7 @@ def held(world, scenario) -> list[list[dict]]:
 
 
 CORE, WIDE = pytest.mark.core, pytest.mark.wide
-EPOCHS = {  # by what the workers hold and how many steps are planned at once
+EPOCHS = {  # by scenario and lookahead
     ("even", 2): {"list": ()},
     ("uneven", 1): {"list": ()},
     ("uneven", 2): {"dataset": CORE},
@@ -85,7 +85,7 @@ EPOCHS = {  # by what the workers hold and how many steps are planned at once
     ],
 )
 def test_every_example_once_and_all_alike(world, scenario, window, kind):
-    """Two epochs of one object; shapes and counts are checked against those of all workers' examples."""
+    """Compares shapes and counts of two epochs with the examples of all workers."""
     here, workers, worker = world.backend.replicas_here, world.backend.num_workers, world.backend.worker_index
     all_held = held(world, scenario)
     source = all_held[worker]
@@ -172,7 +172,7 @@ def test_buckets_make_one_shape_per_boundary(world):
     assert shapes <= {(4, 2), (8, 6)} and shapes
 
 
-def test_going_on_in_the_middle_of_an_epoch(world):
+def test_resuming_in_the_middle_of_an_epoch(world):
     source = examples_of(world.backend.worker_index, 30 + world.backend.worker_index)
     whole = epoch_of(world, made(world, source, 1, lookahead=2))
     stopped = made(world, source, 1, lookahead=2)
@@ -200,7 +200,7 @@ def test_breaking_leaves_no_thread_and_the_next_epoch_is_whole(world):
     assert seen(epoch_of(world, batches)) == [int(example["id"]) for example in source]
 
 
-def test_a_sampler_deals_the_same_steps_to_any_number_of_replicas(world):
+def test_a_sampler_yields_the_same_steps_for_any_number_of_replicas(world):
     examples = examples_of(0, 40)
     lengths = [len(example["y"]) for example in examples]
     sampler = distpad.LengthSampler(lengths, global_batch_size=8, seed=3)
@@ -223,7 +223,7 @@ def test_a_sampler_deals_the_same_steps_to_any_number_of_replicas(world):
 
 
 def test_a_step_with_the_counts_of_a_batch_is_that_of_one_device(world):
-    """The gradient of a linear model, summed as the engine does, against NumPy's over all workers' examples."""
+    """Compares the reduced gradient of a linear model with NumPy's over all workers' examples."""
     random = np.random.default_rng(5)
     kernel = random.normal(size=[2, 1])
     all_held = [
@@ -255,7 +255,7 @@ def test_a_step_with_the_counts_of_a_batch_is_that_of_one_device(world):
         assert np.abs(found.numpy() - expected).max() < 1e-12 * np.abs(expected).max()
 
 
-def test_an_error_of_the_source_is_raised_behind_the_steps_before_it(world):
+def test_an_error_of_the_source_is_raised_after_the_steps_before_it(world):
     def failing():
         yield from examples_of(world.backend.worker_index, 2 * SIZE * world.backend.replicas_here)
         raise OSError("the disk is gone")
@@ -270,7 +270,7 @@ def test_an_error_of_the_source_is_raised_behind_the_steps_before_it(world):
         next(batches)
 
 
-def test_the_ledger_accounts_for_every_position(world):
+def test_the_stats_count_every_position(world):
     batches = made(world, held(world, "uneven")[world.backend.worker_index], SIZE, buckets=distpad.Buckets([4, 16]))
     positions = real = 0
     for step in epoch_of(world, batches):

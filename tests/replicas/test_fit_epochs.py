@@ -1,11 +1,11 @@
-"""Which epochs fit trains when it is called again, evaluates in between, or goes on in another process."""
+"""The epochs that fit trains when it is called again, after an evaluation, or with a loaded position."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import test_for_keras as feeding
-from test_for_keras import collected  # noqa: F401 (what fit leaves is collected here too)
+from test_for_keras import collected  # noqa: F401 (the fixture collects the iterators of fit)
 
 import distpad
 import oracle
@@ -26,7 +26,7 @@ WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2")
     ],
 )
 def test_three_calls_of_fit_train_three_epochs(world, how, count):
-    """Also with an evaluation, and a saved position, between them; and a job that goes on there trains the fourth."""
+    """Also with an evaluation and a saved position between the calls; a resumed job trains the fourth epoch."""
     data = feeding.examples(count)
     sampler = distpad.LengthSampler([len(e["y"]) for e in data], global_batch_size=8, seed=1)
     steps = len(sampler.plan(0))
@@ -58,7 +58,7 @@ def test_three_calls_of_fit_train_three_epochs(world, how, count):
 
 
 def test_fit_and_loops_take_turns(world):
-    """An epoch in a loop, one in fit, half of one in a loop: the next fit trains the one behind it."""
+    """An epoch in a loop, one in fit, half of one in a loop: the next fit trains the epoch after it."""
     if world.kind == "multiworker":
         pytest.skip("tf.data's threads and the loop's cannot both lead a worker's exchanges")
     data = feeding.examples(20)

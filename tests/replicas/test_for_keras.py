@@ -1,4 +1,4 @@
-"""PaddedBatches.for_keras: what fit is fed, and the history and weights of one device in every engine."""
+"""PaddedBatches.for_keras: the dataset for fit, and the history and weights of one device in every engine."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ RATE = 0.5
 
 @pytest.fixture(autouse=True)
 def collected():
-    """Python keeps iterators that a test left early until it collects them; the older, the longer TensorFlow's tuner of
-    each device's share may then sleep on, up to a minute, in the midst of some later test."""
-    gc.freeze()  # what was there before the test is not looked through again, which takes seconds
+    """Collect the iterators that a test left early. Otherwise the thread in which TensorFlow tunes each device's
+    dataset may sleep for up to a minute during a later test."""
+    gc.freeze()  # collecting all objects from before the test would take seconds
     yield
     gc.collect()
     gc.unfreeze()
@@ -47,7 +47,7 @@ def examples(count: int = 46, seed: int = 3) -> list[dict]:
 
 
 def sampled(world, **options):
-    """The same global steps in every world, the last of them uneven."""
+    """The same global steps in every world; the last step is uneven."""
     data = examples()
     sampler = distpad.LengthSampler([len(e["y"]) for e in data], **(options or {"global_batch_size": 8}), seed=1)
     return data, sampler, made(world, (data, sampler))
@@ -60,7 +60,7 @@ def made(world, source, *args, **options):
 
 
 def epoch_of(world, dataset, steps) -> list:
-    """Of this worker; where the dataset repeats, its next steps."""
+    """This worker's batches of an epoch; of a dataset that repeats, the next ``steps`` batches."""
 
     def rows(leaf):
         parts = world.strategy.experimental_local_results(leaf) if world.strategy else [leaf]
@@ -71,8 +71,8 @@ def epoch_of(world, dataset, steps) -> list:
 
 
 def model_in(world, graph=False):
-    """A linear model, compiled under the world's strategy; without ``graph`` Keras runs it eagerly, in a third of
-    the time."""
+    """A linear model, compiled under the world's strategy. Without ``graph`` Keras runs it eagerly, which takes a third
+    of the time."""
     with world.scope():
         inputs = tf.keras.Input([None, oracle.FEATURES])
         dense = tf.keras.layers.Dense(oracle.CLASSES)
@@ -92,19 +92,19 @@ def must_repeat(world) -> bool:
 
 
 def fed_by(world, batches, steps, **features):
-    """A dataset, and the steps of an epoch where fit must be told them."""
+    """A dataset, and the argument ``steps_per_epoch`` if fit needs it."""
     repeat = must_repeat(world)
     return batches.for_keras(**features, repeat=repeat), {"steps_per_epoch": steps} if repeat else {}
 
 
 def fit(world, model, fed, **options):
     dataset, steps = fed
-    with world.scope():  # as Keras 3 needs it with several workers of a strategy
+    with world.scope():  # Keras 3 needs the scope with several workers of a strategy
         return model.fit(dataset, verbose=0, **{**steps, **options})
 
 
 def expected(epochs, weighted: bool = False):
-    """NumPy's weights after these epochs of global steps, and each epoch's mean loss."""
+    """Each epoch's mean loss, and the weights after these epochs of global steps, in NumPy."""
     kernel, bias = oracle.weights()
     means = []
     for steps in epochs:
@@ -123,14 +123,14 @@ def check(model, history, means, weights) -> None:
         assert oracle.relative_error(found - start, wanted - start) <= 1e-5
 
 
-# -- what it is fed ---------------------------------------------------------------------------------------------------
+# -- the dataset ------------------------------------------------------------------------------------------------------
 
 
 def test_each_epoch_holds_the_rows_of_this_workers_replicas(world):
     data, sampler, batches = sampled(world)
     here, replicas, worker = world.backend.replicas_here, world.num_replicas, world.backend.worker_index
     dataset, _ = fed_by(world, batches, 0, x="x", y=["y", "id"])
-    every = iter(dataset)  # where it does not repeat, one epoch
+    every = iter(dataset)
     for number in range(2):
         steps = len(sampler.plan(number))
         found = epoch_of(world, every if must_repeat(world) else dataset, steps)
@@ -145,17 +145,17 @@ def test_each_epoch_holds_the_rows_of_this_workers_replicas(world):
                 and y.shape == weights.shape == x.shape[:2]
             )
             assert weights.dtype == np.float32
-            for row, place in enumerate(np.concatenate(parts)):
-                n = len(data[place]["y"]) if place >= 0 else 0
+            for row, index in enumerate(np.concatenate(parts)):
+                n = len(data[index]["y"]) if index >= 0 else 0
                 assert weights[row].tolist() == [1] * n + [0] * (longest - n)
-                if place >= 0:
-                    assert ids[row] == place
-                    np.testing.assert_array_equal(x[row, :n], data[place]["x"])
-                    np.testing.assert_array_equal(y[row, :n], data[place]["y"])
+                if index >= 0:
+                    assert ids[row] == index
+                    np.testing.assert_array_equal(x[row, :n], data[index]["x"])
+                    np.testing.assert_array_equal(y[row, :n], data[index]["y"])
 
 
 def test_uneven_ends_and_weights(world):
-    """Worker w holds 3 + 4 w examples; weights are those of the examples, in a dict where there are several losses."""
+    """Worker w holds 3 + 4 w examples, with weights in a dict of losses."""
     workers, here, worker = world.backend.num_workers, world.backend.replicas_here, world.backend.worker_index
     held = [examples(3 + 4 * w, seed=w) for w in range(workers)]
     steps = max(-(-len(part) // (2 * here)) for part in held)
@@ -180,9 +180,9 @@ def test_wrong_names_and_no_examples(world):
         made(world, [], 2).for_keras(x="x", y="y", **options)
 
 
-def test_keras_2_takes_only_what_repeats_with_several_workers_of_a_strategy(world):
+def test_keras_2_with_several_workers_of_a_strategy_needs_repeat(world):
     if not must_repeat(world):
-        pytest.skip("there it may end")
+        pytest.skip("here a dataset may end")
     with pytest.raises(
         ValueError, match=r"for_keras: repeat is False with 2 workers .* expected True. .*steps_per_epoch"
     ):
@@ -206,19 +206,19 @@ def test_rows_of_several_replicas_of_a_worker_are_split(world):
 
 
 def test_fit_gives_the_history_and_weights_of_one_device(world):
-    """Two epochs, shuffled differently, whose last step is uneven; one trace for all lengths."""
+    """Two epochs in different orders, whose last step is uneven; one trace for all lengths."""
     data, sampler, batches = sampled(world)
     model = model_in(world, graph=True)
     fed = fed_by(world, batches, len(sampler.plan(0)), x="x", y="y")
     history = fit(world, model, fed, epochs=2)
     check(model, history, *expected([[[data[i] for i in step] for step in sampler.plan(e)] for e in range(2)]))
     count = getattr(model.train_function, "experimental_get_tracing_count", None)
-    assert count is None or count() <= 2  # Keras 2 traces once more, while variables are made
+    assert count is None or count() <= 2  # Keras 2 traces a second time, to make variables
 
 
 @pytest.mark.worlds("mirrored:2", "horovod:2")
 def test_an_epoch_of_few_steps_is_trained_on_from_the_first(world):
-    """Fewer steps than are read ahead, while Keras 3 looks at the first batch."""
+    """The epoch has fewer steps than tf.data reads ahead while Keras 3 consumes a first batch to infer shapes."""
     data = examples(20)
     sampler = distpad.LengthSampler([len(e["y"]) for e in data], global_batch_size=8, seed=1)
     batches = made(world, (data, sampler))
@@ -242,7 +242,7 @@ def test_fit_with_uneven_workers_and_weights(world):
 
 @pytest.mark.worlds("mirrored:2")
 def test_fit_and_evaluate_with_a_loss_for_each_output(world):
-    """The labels of the second output are fewer; each loss is over its own, and weighs for itself."""
+    """The second output has fewer labels; each loss averages over its own labels and has its own loss weight."""
     data = [{**e, "z": (e["y"][::2] + 1) % oracle.CLASSES} for e in examples()]
     sampler = distpad.LengthSampler([len(e["y"]) for e in data], global_batch_size=8, seed=1)
     padding = {**PADDING, "z": distpad.Pad(value=-99)}
@@ -265,7 +265,7 @@ def test_fit_and_evaluate_with_a_loss_for_each_output(world):
     steps, epoch = len(sampler.plan(0)), 1
     fed = fed_by(world, batches, steps, x="x", y={"y": "y", "z": "z"})
     history = fit(world, model, fed).history
-    if must_repeat(world):  # the next epoch may have been begun, and dropped
+    if must_repeat(world):  # fit may have begun and dropped the next epoch
         batches, epoch = made(world, (data, sampler), padding=padding, tokens={"y": "y", "z": "z"}), 0
         fed = fed_by(world, batches, steps, x="x", y={"y": "y", "z": "z"})
     with world.scope():
@@ -299,7 +299,7 @@ def test_fit_and_evaluate_with_a_loss_for_each_output(world):
 
 @pytest.mark.worlds("mirrored:2")
 def test_epochs_of_different_numbers_of_steps(world):
-    """A token budget; nothing is left out where the dataset is repeated."""
+    """With a token budget, a dataset that repeats leaves no batch out."""
     data, sampler, batches = sampled(world, max_tokens=40, randomness=0.3)
     counts = [len(sampler.plan(e)) for e in range(6)]
     assert len(set(counts)) > 1, "of different numbers"
@@ -338,30 +338,30 @@ class Stop(tf.keras.callbacks.Callback):
 
 
 def test_leaving_early_leaves_no_thread_and_fit_goes_on(world):
-    before = {*threading.enumerate()}  # of iterators that models of other tests keep
+    before = {*threading.enumerate()}  # models of other tests may keep iterators
     _, sampler, batches = sampled(world)
     fed = fed_by(world, batches, len(sampler.plan(0)), x="x", y="y")
     if isinstance(fed[0], tf.data.Dataset):
-        assert not fed[0].options().autotune.enabled, "its thread may keep whoever collects an iterator for a minute"
+        assert not fed[0].options().autotune.enabled, "its thread may block garbage collection for a minute"
     model = model_in(world)
     with pytest.raises(KeyError, match="enough"):
         fit(world, model, fed, callbacks=[Stop()])
     if not world.strategy:
-        assert batches.state_dict()["step"] == 3, "nothing is read ahead, so that workers leave together"
+        assert batches.state_dict()["step"] == 3, "no batch is read ahead, so that workers leave together"
     fit(world, model, fed, steps_per_epoch=2)
     assert len(fit(world, model, fed).history["loss"]) == 1
-    gc.collect()  # until then another worker may keep its iterator, and this one wait to tell it of its leaving
+    gc.collect()  # until then another worker may keep its iterator, while this one waits to announce that it leaves
     until = time.monotonic() + HANG_S
     while left := [each.name for each in {*threading.enumerate()} - before if each.name.startswith("distpad-")]:
         assert time.monotonic() < until, left
         time.sleep(0.1)
 
 
-@pytest.mark.worlds("multiworker:2", "horovod:2")  # there are other workers to keep waiting
-def test_a_worker_that_keeps_its_iterator_keeps_nobody_waiting(world):
-    """As Python's garbage collector may, on one worker and not on another."""
+@pytest.mark.worlds("multiworker:2", "horovod:2")
+def test_a_worker_that_keeps_its_iterator_does_not_block_the_others(world):
+    """Python's garbage collector may keep an iterator on one worker and not on another."""
     if world.num_replicas > 2:
-        pytest.skip("iterators of four replicas that were left stop later tests for minutes, see keras.py")
+        pytest.skip("abandoned iterators of four replicas block later tests for minutes, see keras.py")
     data, sampler, _ = sampled(world)
     batches = made(world, (data, sampler), lookahead=2)
     dataset, _ = fed_by(world, batches, len(sampler.plan(0)), x="x", y="y")
@@ -371,7 +371,7 @@ def test_a_worker_that_keeps_its_iterator_keeps_nobody_waiting(world):
     kept = [iterator] if world.backend.worker_index == 0 else []
     del iterator
     gc.collect()
-    assert world.backend.host_sum(np.ones(1)) == world.backend.num_workers, "whatever they do elsewhere"
+    assert world.backend.host_sum(np.ones(1)) == world.backend.num_workers
     assert time.monotonic() - began < HANG_S
     kept.clear()
     gc.collect()
@@ -381,11 +381,11 @@ def test_a_worker_that_keeps_its_iterator_keeps_nobody_waiting(world):
 
 @pytest.mark.worlds("multiworker:2", "horovod:2")
 @pytest.mark.parametrize("slow", [0, pytest.param(1, marks=pytest.mark.wide)])
-def test_workers_that_left_at_any_step_go_on_together(world, slow, monkeypatch):
-    """An exchange every other step, and a worker that is slow to pad: when all leave at the same step, the others have
-    come to exchanges that it never comes to."""
+def test_workers_continue_together_after_leaving_at_any_step(world, slow, monkeypatch):
+    """Every second step has an exchange, and one worker pads slowly: when all leave at the same step, the others have
+    come to an exchange that the slow worker does not reach."""
     if world.num_replicas > 2:
-        pytest.skip("iterators of four replicas that were left stop later tests for minutes, see keras.py")
+        pytest.skip("abandoned iterators of four replicas block later tests for minutes, see keras.py")
     made_of = keras.Elements.of
 
     def slowly(*arguments):
@@ -402,7 +402,7 @@ def test_workers_that_left_at_any_step_go_on_together(world, slow, monkeypatch):
             fit(world, model, fed, callbacks=[Stop(last)])
     start = [weight.copy() for weight in model.get_weights()]
     fit(world, model, fed)
-    assert time.monotonic() - began < HANG_S, "nobody waited for somebody who never came"
+    assert time.monotonic() - began < HANG_S, "no worker waited for one that never came"
 
     def error_of(number):
         kernel, bias = start
@@ -412,4 +412,4 @@ def test_workers_that_left_at_any_step_go_on_together(world, slow, monkeypatch):
         return max(map(oracle.relative_error, model.get_weights(), (kernel, bias)))
 
     errors = [error_of(number) for number in range(len(sampler.plan(0)) * 2 + 2)]
-    assert sum(error <= 1e-5 for error in errors) == 1, "one of the epochs, and all of it"
+    assert sum(error <= 1e-5 for error in errors) == 1, "fit trained exactly one whole epoch"

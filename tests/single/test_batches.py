@@ -1,4 +1,4 @@
-"""PaddedBatches in one process: sources, wrong arguments, coverage, memory."""
+"""PaddedBatches in one process: features, wrong arguments, coverage of all examples, threads and memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def made(source=EXAMPLES, size=2, **options):
     return distpad.PaddedBatches(source, size, **options)
 
 
-# -- what it reads ----------------------------------------------------------------------------------------------------
+# -- features ---------------------------------------------------------------------------------------------------------
 
 
 def test_an_empty_list_has_the_dtype_of_the_others():
@@ -36,7 +36,7 @@ def test_an_empty_list_has_the_dtype_of_the_others():
 
 
 @pytest.mark.parametrize(("empty", "full", "axes"), [([], [1, 2], (0,)), ([[], []], [[1], [2]], (0, 1))])
-def test_empty_lists_wait_for_an_example_that_tells_the_dtype(empty, full, axes):
+def test_empty_lists_wait_for_an_example_with_a_dtype(empty, full, axes):
     source = [{"y": [1], "z": empty}] * 3 + [{"y": [1], "z": full}]
     batches = list(made(source, 1, padding={"y": distpad.Pad(), "z": distpad.Pad(axes)}, lookahead=8))
     assert all(batch.data["z"].dtype == tf.int64 for batch in batches) and len(batches) == 4
@@ -44,19 +44,19 @@ def test_empty_lists_wait_for_an_example_that_tells_the_dtype(empty, full, axes)
     assert [batch.indices.numpy().tolist() for batch in batches] == [[0], [1], [2], [3]]
 
 
-def test_bytes_keep_zeros_at_their_end():
+def test_bytes_keep_trailing_zeros():
     (batch,) = made([{"y": [1], "s": b"ab\0\0", "t": [b"\0", b"c"]}, {"y": [2], "s": "x\0", "t": ["", "d\0"]}])
     assert batch.data["s"].numpy().tolist() == [b"ab\0\0", b"x\0"]
     assert batch.data["t"].numpy().tolist() == [[b"\0", b"c"], [b"", b"d\0"]]
 
 
-def test_ragged_texts_are_filled_with_empty_ones():
+def test_ragged_strings_are_padded_with_empty_strings():
     padding = {"y": distpad.Pad(), "t": distpad.Pad()}
     (batch,) = made([{"y": [1], "t": ["a", "b"]}, {"y": [2], "t": ["c"]}], 3, padding=padding)
     assert batch.data["t"].numpy().tolist() == [[b"a", b"b"], [b"c", b""], [b"c", b""]]
 
 
-def test_a_source_may_use_its_buffers_again():
+def test_a_source_may_reuse_its_buffers():
     def source():
         buffer = np.zeros(2, np.int64)
         for k in range(6):
@@ -66,10 +66,10 @@ def test_a_source_may_use_its_buffers_again():
     assert [batch.data["y"].numpy().tolist() for batch in made(source(), 1)] == [[[k, k]] for k in range(6)]
 
 
-def test_nested_and_top_names_go_together():
+def test_nested_and_top_level_names_are_sorted_together():
     (batch,) = made([([1, 2], {"x": [1.0]})], 1, padding={0: distpad.Pad(), "1/x": distpad.Pad()}, tokens=0)
     assert {name: int(length[0]) for name, length in batch.lengths.items()} == {0: 2, "1/x": 1}
-    assert len(tf.nest.flatten(batch)) > 5  # which sorts the names
+    assert len(tf.nest.flatten(batch)) > 5  # flatten sorts the names
 
 
 def test_tuples_and_single_arrays_keep_their_structure():
@@ -82,7 +82,7 @@ def test_tuples_and_single_arrays_keep_their_structure():
     assert batch.data[0]["x"].shape == (2, 2) and batch.data[1].numpy().tolist() == [b"a", b"bc"]
 
 
-def test_several_ragged_axes_share_a_ladder():
+def test_several_ragged_axes_share_buckets():
     images = [{"image": np.ones([h, w, 1]), "y": [1]} for h, w in ((3, 9), (5, 2))]
     padding = {"image": distpad.Pad(axis=(1, 0)), "y": distpad.Pad()}
     buckets = {"image": distpad.Buckets([4, 16]), "y": distpad.Buckets([1, 2])}
@@ -92,7 +92,7 @@ def test_several_ragged_axes_share_a_ladder():
     assert float(tf.reduce_sum(batch.data["image"])) == 3 * 9 + 5 * 2
 
 
-def test_losses_of_their_own_counts():
+def test_each_loss_has_its_own_counts():
     source = [{"a": [1, 2], "b": [1.0], "w": 0.5}, {"a": [3], "b": [], "w": 2.0}]
     padding = {"a": distpad.Pad(), "b": distpad.Pad()}
     (batch,) = made(source, padding=padding, tokens={"text": "a", "tone": "b"}, weights={"text": "w"})
@@ -102,7 +102,7 @@ def test_losses_of_their_own_counts():
     assert not isinstance(batch.counts["tone"], distpad.WeightedCounts)
 
 
-def test_lengths_are_known_where_they_can_be():
+def test_len_is_the_number_of_steps_or_raises():
     assert len(made()) == len(list(made())) == 2 and len(made(accumulation_steps=3)) == 3
     assert len(made(drop_remainder=True)) == 1
     assert len(made(tf.data.Dataset.range(5).map(lambda i: {"y": tf.range(i)}))) == 3
@@ -144,7 +144,7 @@ def test_wrong_arguments_are_named(options, kind, match):
 
 
 @pytest.mark.parametrize(
-    ("value", "dtype", "fits"),
+    ("value", "dtype", "can_hold"),
     [
         (0.5, "int64", False), (np.nan, "int64", False), (np.inf, "int32", False), (2, "bool", False),
         (1, "bool", True), (-1, "uint8", False), (255, "uint8", True), (-1e9, "float16", False), (0.1, "float16", True),
@@ -152,11 +152,11 @@ def test_wrong_arguments_are_named(options, kind, match):
         ("<pad>", "object", True), (1, "object", False), (1e30, "bfloat16", True), (3.0, "int8", True),
     ],
 )  # fmt: skip
-def test_a_padding_value_must_be_one_of_the_dtype(value, dtype, fits):
+def test_the_dtype_must_be_able_to_hold_the_padding_value(value, dtype, can_hold):
     dtype = tf.as_dtype("string" if dtype == "object" else dtype).as_numpy_dtype
     source = [{"y": np.array(n * ["1"], object) if dtype is object else np.ones([n], dtype)} for n in (1, 2)]
     batches = made(source, padding={"y": distpad.Pad(value=value)})
-    if not fits:
+    if not can_hold:
         with pytest.raises(ValueError, match=r"padding\['y'\] is Pad\(value="):
             list(batches)
         return
@@ -186,7 +186,7 @@ def test_bad_examples_are_named(source, options, match):
         list(made(source, **options))
 
 
-def test_an_iterator_is_good_for_one_epoch():
+def test_an_iterator_yields_one_epoch():
     batches = made(iter(EXAMPLES))
     assert len(list(batches)) == 2
     with pytest.raises(ValueError, match="used up by the first epoch"):
@@ -198,7 +198,7 @@ def test_a_state_of_another_source_is_refused():
         made().load_state_dict(made(size=3).state_dict())
 
 
-def test_a_place_that_there_is_not_is_refused():
+def test_a_position_out_of_range_is_refused():
     sampler = distpad.LengthSampler([1] * 4, global_batch_size=2)
     source = [{"y": [1]}] * 4
     batches = made((source, sampler), None)
@@ -213,7 +213,7 @@ def test_a_place_that_there_is_not_is_refused():
 
 
 @pytest.mark.parametrize("ending", [SystemExit, KeyboardInterrupt])
-def test_a_source_that_ends_the_program_ends_it(ending):
+def test_a_source_may_end_the_program(ending):
     def source():
         yield {"y": [1]}
         raise ending("bye")
@@ -225,7 +225,7 @@ def test_a_source_that_ends_the_program_ends_it(ending):
 # -- two loops at once ------------------------------------------------------------------------------------------------
 
 
-def test_a_loop_that_another_replaced_says_so_and_moves_nothing():
+def test_a_replaced_loop_raises_and_does_not_move_the_position():
     batches = made([{"y": [k]} for k in range(9)], 1)
     older, newer = iter(batches), iter(batches)
     next(older), next(newer)
@@ -239,7 +239,7 @@ def test_a_loop_that_another_replaced_says_so_and_moves_nothing():
     assert [int(batch.data["y"][0, 0]) for batch in batches] == [5, 6, 7, 8]
 
 
-def test_an_iterator_that_nobody_uses_has_no_threads_and_takes_no_epoch():
+def test_an_unused_iterator_has_no_threads_and_begins_no_epoch():
     before = threading.active_count()
     batches = made()
     kept = [iter(batches) for _ in range(4)]
@@ -251,7 +251,7 @@ def test_an_iterator_that_nobody_uses_has_no_threads_and_takes_no_epoch():
 
 
 class Replicas(local.LocalBackend):
-    """One worker's view of several replicas, without an engine: each replica's batch in a list."""
+    """Several replicas of one worker without an engine: a batch is a list of the replicas' batches."""
 
     def __init__(self, count):
         self.num_replicas = count
@@ -291,7 +291,7 @@ def test_every_example_once_wherever_it_is_resumed(count, size, replicas, window
     count=st.integers(0, 40), batch=st.integers(1, 9), replicas=st.lists(st.integers(1, 4), min_size=2, max_size=2),
     stop=st.integers(0, 9),
 )  # fmt: skip
-def test_a_sampler_goes_on_with_another_number_of_replicas(count, batch, replicas, stop):
+def test_a_sampler_resumes_with_another_number_of_replicas(count, batch, replicas, stop):
     source = [{"y": np.arange(i % 7)} for i in range(count)]
     sampler = distpad.LengthSampler([i % 7 for i in range(count)], global_batch_size=batch, seed=1)
     before, after = (made((source, sampler), None, backend=Replicas(n), lookahead=3) for n in replicas)
@@ -308,8 +308,10 @@ def test_a_sampler_goes_on_with_another_number_of_replicas(count, batch, replica
 
 @pytest.mark.wide
 def test_memory_does_not_grow_over_10000_steps():
-    """The largest amount in the second half is that of the first, give or take two windows of examples. What TensorFlow
-    allocates itself is counted in live tensors: 2.15 loses 16 bytes for each that was ever made, in any program."""
+    """The peak of the second half is at most that of the first plus two windows of examples.
+
+    TensorFlow's own allocations are counted as live tensors, since 2.15 leaks 16 bytes per tensor in any program.
+    """
 
     class Source:
         def __iter__(self):
@@ -335,7 +337,7 @@ def test_memory_does_not_grow_over_10000_steps():
         tracemalloc.stop()
 
 
-def test_no_more_is_read_than_some_windows():
+def test_reading_ahead_is_bounded():
     read, threads = [], set(threading.enumerate())
 
     class Source:
@@ -352,6 +354,6 @@ def test_no_more_is_read_than_some_windows():
     assert not set(threading.enumerate()) - threads
 
 
-def test_the_defaults_of_a_backend_serve_a_new_engine():
-    """What a file in backends/ must bring for the pipeline is a sum and a maximum."""
+def test_the_default_host_merge_uses_sum_and_maximum():
+    """A new engine needs only these two for the pipeline."""
     assert base.Backend.host_merge(local.LocalBackend(), np.ones(2), np.ones(3), 1.0)[1].tolist() == [1, 1, 1]

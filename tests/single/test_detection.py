@@ -1,4 +1,4 @@
-"""Which engine runs a process: by name, by scope, by environment; and what is refused, since it would be a guess."""
+"""Detection of the engine: by name, by scope, by environment; and the errors where two engines are possible."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_each_rank_takes_its_own_gpu():
     start = sys.modules["distpad.backends.start"]  # distpad.backends.start is the function in it
     gpus = ["GPU:0", "GPU:1"]
     assert [start._gpu_of(rank, gpus) for rank in (0, 1)] == gpus
-    assert start._gpu_of(3, ["GPU:0"]) == "GPU:0"  # the launcher has shown it one alone, which is always number 0
+    assert start._gpu_of(3, ["GPU:0"]) == "GPU:0"  # the launcher made a single GPU visible, whose index is 0
     with pytest.raises(ValueError, match=r"start: local rank is 2, expected below 2, the GPUs here"):
         start._gpu_of(2, gpus)
 
@@ -46,23 +46,23 @@ def test_alone_is_local():
     assert (found.name, found.num_replicas, found.num_workers, found.worker_index) == ("local", 1, 1, 0)
 
 
-def test_a_backend_is_taken_as_it_is():
+def test_a_backend_is_returned_unchanged():
     backend = backends.LocalBackend()
     assert backends.resolve(backend) is backend
 
 
-def test_a_strategy_is_taken():
+def test_a_strategy_becomes_a_backend():
     found = backends.resolve(tf.distribute.OneDeviceStrategy("CPU:0"))
     assert isinstance(found, backends.StrategyBackend) and found.num_replicas == 1
 
 
-def test_an_unknown_name_lists_the_known():
+def test_an_unknown_name_lists_the_names():
     with pytest.raises(ValueError, match="distpad: backend is 'Horovod', expected one of 'local', 'horovod'"):
         backends.resolve("Horovod")
 
 
 @pytest.mark.parametrize("wrong", [3, True, ["local"], backends.LocalBackend, tf.distribute.MirroredStrategy])
-def test_a_wrong_type_lists_the_right_ones(wrong):
+def test_a_wrong_type_lists_the_types(wrong):
     with pytest.raises(TypeError, match=r"backend is \w+, expected a Backend, a tf.distribute.Strategy, 'local'"):
         backends.resolve(wrong)
 
@@ -103,12 +103,12 @@ def test_the_strategy_in_scope(make):
     assert backends.resolve().name == "local"
 
 
-def test_a_given_backend_wins_over_the_scope():
+def test_backend_overrides_the_scope():
     with tf.distribute.OneDeviceStrategy("CPU:0").scope():
         assert backends.resolve("local").name == "local"
 
 
-def test_outside_run_the_loss_says_where_it_belongs():
+def test_a_collective_outside_run_is_refused():
     strategy = tf.distribute.MirroredStrategy(["CPU:0"])
     backend = backends.resolve(strategy)
     with pytest.raises(ValueError, match=r"called outside MirroredStrategy.run, expected inside it"):
@@ -116,14 +116,14 @@ def test_outside_run_the_loss_says_where_it_belongs():
 
 
 def test_a_parameter_server_strategy_is_refused():
-    """Its class is what is looked at: making one would start a cluster."""
+    """The check looks at the class; making a strategy would start a cluster."""
     strategy = object.__new__(tf.distribute.ParameterServerStrategy)
     for refuse in (backends.resolve, backends.StrategyBackend):
         with pytest.raises(ValueError, match=r"ParameterServerStrategy.*, expected a synchronous strategy"):
             refuse(strategy)
 
 
-def test_no_strategy_at_all():
+def test_a_strategy_backend_needs_a_strategy():
     with pytest.raises(TypeError, match=r"strategy is str, expected a tf.distribute.Strategy"):
         backends.StrategyBackend("mirrored")
 
@@ -149,7 +149,7 @@ def test_a_rank_of_several_needs_horovod(monkeypatch, variable):
     assert "init()" in str(raised.value) and "backend='local'" in str(raised.value)
 
 
-def test_the_way_out_is_to_say_local(monkeypatch):
+def test_local_is_accepted_in_a_job_of_several(monkeypatch):
     monkeypatch.setenv("TF_CONFIG", TWO_WORKERS)
     monkeypatch.setenv("HOROVOD_SIZE", "2")
     assert backends.resolve("local").num_replicas == 1
@@ -157,7 +157,7 @@ def test_the_way_out_is_to_say_local(monkeypatch):
     assert distpad.gather(tf.ones([2, 1]), backend="local").values.shape == (2, 1)
 
 
-def test_a_scope_answers_too(monkeypatch):
+def test_a_scope_is_accepted_in_a_job_of_several(monkeypatch):
     monkeypatch.setenv("HOROVOD_SIZE", "2")
     strategy = tf.distribute.OneDeviceStrategy("CPU:0")
     with strategy.scope():
@@ -201,19 +201,19 @@ def test_horovod_that_is_not_initialised():
 
 
 @pytest.mark.parametrize("op", ["adasum", "Adasum"])
-def test_adasum_is_no_mean(op):
+def test_adasum_is_refused(op):
     with pytest.raises(ValueError, match=f"op is '{op}', expected a mean or a sum; Adasum is neither"):
         backends.HorovodBackend(op=op)
 
 
 @pytest.mark.parametrize("op", ["mean", "max", None])
-def test_unknown_ways_to_reduce(op):
+def test_unknown_reductions_are_refused(op):
     with pytest.raises(ValueError, match=f"op is {op!r}, expected one of 'average', 'sum'"):
         backends.HorovodBackend(op=op)
 
 
 def test_several_ranks_and_a_strategy_of_several_replicas(monkeypatch):
-    """Both would reduce. Real ones are in tests/workers; here what they say is put in their place."""
+    """Both engines would reduce. Here both are simulated; tests/workers has real ones."""
     monkeypatch.setattr(detection, "_horovod_ranks", lambda: 2)
     strategy = tf.distribute.OneDeviceStrategy("CPU:0")
     monkeypatch.setattr(type(strategy), "num_replicas_in_sync", property(lambda self: 4))

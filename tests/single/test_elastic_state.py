@@ -1,4 +1,4 @@
-"""ElasticState in one process: what is kept, what is gone back to, and what is refused. Jobs are in tests/launch."""
+"""ElasticState in one process: commit, restore, and argument errors. tests/launch has jobs of several."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pad and unpad on arrays and nested lists, against an oracle of plain Python loops."""
+"""pad and unpad of arrays and nested lists, compared with an oracle of plain Python loops."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_nested_lists_equal_the_oracle(batch_and_rank: tuple, options: dict) -> 
 def test_ragged_axes_fix_the_rank_of_the_mask(batch_and_rank: tuple, options: dict, counted_back: bool) -> None:
     batch, rank = batch_and_rank
     axes = list(range(rank))
-    known = depth(batch) - 1 == rank or not counted_back  # empty lists do not tell how many axes there are
+    known = depth(batch) - 1 == rank or not counted_back  # empty lists do not show their number of axes
     given_axes = [axis - rank for axis in axes] if counted_back and known else axes
     padded = pad(batch, ragged_axes=reversed(given_axes), **options)
     if known:
@@ -43,7 +43,7 @@ def test_ragged_axes_fix_the_rank_of_the_mask(batch_and_rank: tuple, options: di
 @given(batches(least=1), cutting)
 def test_unpad_inverts_pad_on_nested_lists(batch_and_rank: tuple, options: dict) -> None:
     batch, rank = batch_and_rank
-    options = {**options, "length": options.get("length", 0) + 4}  # nothing is cut
+    options = {**options, "length": options.get("length", 0) + 4}  # long enough that no sequence is cut
     padded = pad(batch, **options)
     assert plain(unpad(*padded)) == batch
     assert plain(unpad(padded.values, None, padded.mask)) == batch
@@ -135,10 +135,12 @@ def test_vectors_as_value() -> None:
     assert padded.values.dtype == np.float32
     assert padded.values[1:].tolist() == [[[0, 0, 1]] * 2] * 2
     assert padded.mask.shape == (3, 2)
-    assert pad([[], []], value=[0, 0, 1], length=1).values.tolist() == [[[0, 0, 1]]] * 2  # all empty: same shape
+    assert (
+        pad([[], []], value=[0, 0, 1], length=1).values.tolist() == [[[0, 0, 1]]] * 2
+    )  # the shape of value, since all are empty
 
 
-# What is empty
+# Empty batches and sequences
 
 
 def test_empty_batches_and_sequences_keep_shape_and_dtype() -> None:
@@ -169,7 +171,7 @@ def test_lengths_restore_empty_rows_at_the_end(padding: str) -> None:
     assert plain(unpad(padded.values, None, padded.mask)) == [[[1, 2]], *batch[1:2], []]
 
 
-# dtypes
+# Dtypes
 
 
 @pytest.mark.parametrize(

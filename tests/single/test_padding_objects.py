@@ -1,4 +1,4 @@
-"""pad of lists with elements that NumPy would make Python objects of, or would round, in silence."""
+"""pad of lists whose elements NumPy would silently round, or convert to Python objects."""
 
 from __future__ import annotations
 

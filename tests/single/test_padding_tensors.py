@@ -1,4 +1,4 @@
-"""pad and unpad on tensors, ragged and dense, in graphs and outside, against an oracle of plain Python loops."""
+"""pad and unpad of ragged and dense tensors, eagerly and in graphs, compared with an oracle of plain Python loops."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ tf = pytest.importorskip("tensorflow")
 
 
 def as_ragged(batch: list, rank: int) -> Any:
-    """``[batch, n_i, ...]``, ragged on all axes of its sequences."""
+    """A batch ``[batch, n_i, ...]``, ragged on all axes of a sequence."""
     return tf.ragged.constant(batch, dtype=tf.int64, ragged_rank=rank)
 
 
 @functools.cache
 def in_graph(rank: int, options: tuple) -> Any:
-    """``pad`` and ``unpad`` in graphs that are traced once, whatever the sizes."""
+    """``pad`` and ``unpad`` in graphs that are traced once for all sizes."""
     ragged = tf.RaggedTensorSpec([None] * (rank + 1), tf.int64)
     dense = tf.TensorSpec([None] * (rank + 1), tf.int64)
     padder = tf.function(lambda rows: pad(rows, **dict(options)), input_signature=[ragged])
@@ -34,7 +34,7 @@ def in_graph(rank: int, options: tuple) -> Any:
 def assert_oracle(padded: Padded, batch: list, rank: int, options: dict) -> None:
     assert all(tf.is_tensor(part) for part in padded)
     assert padded.values.shape.rank == padded.mask.shape.rank == rank + 1
-    if depth(batch) - 1 < rank:  # lists that are all empty do not show the oracle as many axes
+    if depth(batch) - 1 < rank:  # if all lists are empty, the oracle sees fewer axes
         assert not np.any(padded.mask)
     else:
         assert as_lists(padded) == oracle(batch, list(range(rank)), **options)
@@ -79,7 +79,7 @@ def test_unpad_inverts_pad_on_ragged_tensors(batch_and_rank: tuple, padding: str
 def assert_same_batch(padded: Padded, expected: Padded, frames: list) -> None:
     assert padded.lengths.numpy().tolist() == expected.lengths.tolist()
     assert padded.mask.numpy().sum() == expected.mask.sum()
-    if all(frames):  # heights of no frames leave no trace in a RaggedTensor
+    if all(frames):  # a RaggedTensor without frames does not hold their height
         assert as_lists(padded) == as_lists(expected)
 
 
@@ -163,7 +163,7 @@ def test_it_runs_in_an_input_pipeline_with_a_static_length() -> None:
     assert [batch.values.numpy().tolist() for batch in data][1] == [[4, 5, 6], [-1, -1, -1]]
 
 
-def rows() -> Any:  # tensors are made in the tests: others of this process may still configure devices
+def rows() -> Any:  # a function, since other tests of this process may configure devices before a tensor exists
     return tf.ragged.constant([[1, 2, 3], [4]])
 
 

@@ -1,4 +1,4 @@
-"""The plan of a window: merging reports, against a loop over all workers' steps."""
+"""The plan of a window: merged reports, compared with a loop over all workers' steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ AXES, LOSSES = 2, 1
 
 
 def report(window: int, rows: list[int], failed_at: int | None, seed: int) -> plan.Report:
-    """Of a worker with so many rows in each of its steps."""
+    """The report of a worker with these numbers of rows in its steps."""
     random = np.random.default_rng(seed)
     made = plan.Report.blank(window, AXES, LOSSES)
     for step, count in enumerate(rows):
@@ -54,7 +54,7 @@ def merged(reports, *, window, accumulation_steps=1, buckets=None, full_rows=Non
 
 @settings(deadline=None, max_examples=300)
 @given(data=st.data())
-def test_plans_are_what_a_loop_over_the_workers_finds(data):
+def test_plans_equal_a_loop_over_the_workers(data):
     accumulate = data.draw(st.integers(1, 3))
     window = accumulate * data.draw(st.integers(1, 4))
     reports = []
@@ -76,7 +76,8 @@ def test_plans_are_what_a_loop_over_the_workers_finds(data):
     for k, step in enumerate(found.steps):
         group = slice(k // accumulate * accumulate, k // accumulate * accumulate + accumulate)
         assert step.agreed == step.sizes
-        real = max(i for i in range(group.start, k + 1) if any(each.rows[i] for each in reports))  # else it fills up
+        # a step without rows has the sizes of the step before it
+        real = max(i for i in range(group.start, k + 1) if any(each.rows[i] for each in reports))
         assert step.agreed == tuple(max(1, max(int(each.longest[real, a]) for each in reports)) for a in range(AXES))
         assert step.rows == sum(each.rows[k] for each in reports)
         assert step.tokens == sum(each.tokens[group].sum() for each in reports)
@@ -100,7 +101,7 @@ def test_dropping_ends_before_the_first_step_that_is_not_full():
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
-def test_what_fails_behind_the_step_that_is_not_full_is_behind_the_end(accumulate):
+def test_a_failure_after_the_end_of_the_epoch_is_dropped(accumulate):
     reports = [report(6, [2, 2, 2], 3, 0), report(6, [2, 2, 1, 2], None, 1)]
     found = merged(reports, window=6, full_rows=4, accumulation_steps=accumulate)
     assert (len(found.steps), found.is_last, found.failure) == (2 // accumulate * accumulate, True, None)
@@ -108,7 +109,7 @@ def test_what_fails_behind_the_step_that_is_not_full_is_behind_the_end(accumulat
     assert (len(found.steps), found.failure) == (3 // accumulate * accumulate, plan.Failure(3, 0))
 
 
-def test_steps_that_fill_up_a_group_make_no_shape_of_their_own():
+def test_steps_that_complete_a_group_add_no_shape():
     one = plan.Report.blank(4, AXES, LOSSES)
     one.longest[:3], one.rows[:3] = [[9, 9], [9, 9], [2, 2]], 1
     buckets = [distpad.Buckets([1, 4, 9])] * AXES
@@ -118,7 +119,7 @@ def test_steps_that_fill_up_a_group_make_no_shape_of_their_own():
     assert merged([one], window=4, buckets=buckets, accumulation_steps=4).steps[3].rows == 0
 
 
-def test_a_message_does_not_grow_with_the_workers():
+def test_the_size_of_a_message_does_not_depend_on_the_number_of_workers():
     sizes = {tuple(map(len, plan.pack(report(8, [3], None, 0), 0, workers))) for workers in (1, 2, 1000)}
     assert sizes == {(1 + 8 * AXES, 8 + 2 * 8 * LOSSES)}
 
@@ -128,6 +129,6 @@ def test_differences_name_key_values_and_workers():
     assert plan.differences(texts) == ["window is 32 on worker 0, 16 on worker 2"]
 
 
-def test_fingerprints_travel_exactly_as_floats():
+def test_floats_hold_fingerprints_exactly():
     prints = [plan.fingerprint(str(i)) for i in range(1000)]
     assert len(set(prints)) == 1000 and all(p == int(p) < 2**48 for p in prints)

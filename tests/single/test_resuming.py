@@ -1,4 +1,4 @@
-"""A saved position is one of the same examples, or is refused."""
+"""A saved position resumes with the same examples, or is refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def numbers(count=40):
 
 
 class Shuffles:
-    """Another order in each iteration, as many loaders give."""
+    """Yields another order in each iteration, as many loaders do."""
 
     def __init__(self):
         self.random = np.random.default_rng(0)
@@ -45,7 +45,7 @@ SOURCES = {
 
 @pytest.mark.parametrize("lookahead", [1, 3, 32])
 @pytest.mark.parametrize("kind", SOURCES)
-def test_a_source_that_shuffles_anew_is_refused_in_the_middle_of_an_epoch(kind, lookahead):
+def test_a_source_that_shuffles_again_is_refused_in_the_middle_of_an_epoch(kind, lookahead):
     batches = made(SOURCES[kind](), lookahead=lookahead)
     for _ in itertools.islice(batches, 8):
         pass
@@ -57,8 +57,8 @@ def test_a_source_that_shuffles_anew_is_refused_in_the_middle_of_an_epoch(kind, 
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-def test_between_epochs_it_is_legal(kind):
-    """Also where the position is saved at the last step, inside the loop."""
+def test_a_source_that_shuffles_again_is_accepted_between_epochs(kind):
+    """Also if the position is saved at the last step, inside the loop."""
     batches = made(SOURCES[kind]())
     assert sorted(indices(batches)) == list(range(40))
     for step, _ in enumerate(batches):
@@ -78,10 +78,10 @@ def test_between_epochs_it_is_legal(kind):
     [
         lambda: numbers().shuffle(40, seed=1, reshuffle_each_iteration=False),
         lambda: [{"y": [i]} for i in range(40)],
-        lambda: [{"y": [float(i) if i % 3 else i]} for i in range(1, 41)],  # of another dtype, as more is known
+        lambda: [{"y": [float(i) if i % 3 else i]} for i in range(1, 41)],  # a dtype that later examples change
     ],
 )
-def test_one_order_goes_on_where_it_was(source, stop, accumulate):
+def test_a_source_of_one_order_resumes(source, stop, accumulate):
     whole = indices(made(source()))
     options = {"accumulation_steps": accumulate}
     stopped = made(source(), lookahead=4, **options)
@@ -93,7 +93,7 @@ def test_one_order_goes_on_where_it_was(source, stop, accumulate):
     assert indices(first) + indices(resumed) == whole
 
 
-def test_a_position_that_is_loaded_and_saved_again_is_still_checked():
+def test_a_position_is_checked_after_loading_and_saving_it_again():
     data = [{"y": [i]} for i in range(40)]
     batches = made(data)
     next(iter(batches))
@@ -135,7 +135,7 @@ def test_a_position_without_fingerprints_is_refused():
         batches.load_state_dict({**state, "begins": []})
 
 
-def test_an_error_of_the_source_at_its_beginning_is_its_own():
+def test_an_error_at_the_beginning_of_the_source_is_raised_unchanged():
     class Source:
         broken = False
 
@@ -169,7 +169,7 @@ def test_lengths_are_hashed_once(monkeypatch):
 
 
 def test_a_checkpoint_holds_the_position(tmp_path):
-    """As it holds that of tf.data's iterators, beside variables; a position of another source is refused."""
+    """A checkpoint restores the position with the variables; the position of another source is refused."""
     made = lambda examples: distpad.PaddedBatches(
         examples, 2, padding={"y": distpad.Pad()}, tokens="y", backend="local"
     )

@@ -68,7 +68,7 @@ def test_shapes_follow_from_the_boundary_and_budgets_hold(lengths, options, extr
         assert len(rows) == 1 and rows == rows_of.setdefault(boundary, rows)
         counts = [int((batch >= 0).sum()) for batch in batches]
         assert max(counts) - min(counts) <= 1
-        assert all((batch[:count] >= 0).all() for batch, count in zip(batches, counts))  # filling is behind
+        assert all((batch[:count] >= 0).all() for batch, count in zip(batches, counts))  # filler rows come last
 
 
 @relaxed

@@ -1,4 +1,4 @@
-"""What PaddedBatches reads examples from, and what it makes of their structure."""
+"""Sources of PaddedBatches, and the structure of their examples."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def made(source, size=2, **options):
 
 
 class MapStyle:
-    """As many libraries' data sets are: no ``__iter__``, and an index beyond the end is an error of its own."""
+    """A data set without ``__iter__``, as in many libraries: an index after the end raises KeyError."""
 
     def __init__(self, count):
         self.count = count
@@ -33,13 +33,13 @@ class MapStyle:
     def __len__(self):
         return self.count
 
-    def __getitem__(self, place):
-        if place >= self.count:
-            raise KeyError(place)
-        return {"y": np.arange(place + 1)}
+    def __getitem__(self, index):
+        if index >= self.count:
+            raise KeyError(index)
+        return {"y": np.arange(index + 1)}
 
 
-def test_a_map_style_object_is_taken_in_order():
+def test_a_map_style_object_is_read_in_order():
     batches = made(MapStyle(5))
     for _ in range(2):
         epoch = list(batches)
@@ -48,7 +48,7 @@ def test_a_map_style_object_is_taken_in_order():
 
 
 class DataFrame:
-    """What the pipeline asks of a pandas.DataFrame. Iterating one gives the names of its columns."""
+    """The part of pandas.DataFrame that the pipeline uses. Iterating it yields the names of its columns."""
 
     def __init__(self, columns):
         self.of = columns
@@ -65,7 +65,7 @@ class DataFrame:
 
 
 @pytest.mark.parametrize("sampled", [False, True])
-def test_a_data_frame_is_its_rows(monkeypatch, sampled):
+def test_a_data_frame_yields_its_rows(monkeypatch, sampled):
     texts = np.array([[1, 2, 3], [4], [5, 6]], object)
     columns = {"y": texts, "w": np.array([0.5, 2.0, 1.0], np.float32), "name": np.array(["a", "b", "c"], object)}
     try:
@@ -93,7 +93,7 @@ class Outer(NamedTuple):
 
 
 @pytest.mark.parametrize("kind", ["list", "dataset"])
-def test_named_tuples_stay_what_they_are(kind):
+def test_named_tuples_keep_their_class(kind):
     examples = [Pair(np.arange(n), (np.float32(n), {"k": np.int32(n)})) for n in (3, 1)]
     source: Any = examples
     if kind == "dataset":
@@ -107,11 +107,11 @@ def test_named_tuples_stay_what_they_are(kind):
     assert batch.lengths["y"].numpy().tolist() == [3, 1]
 
 
-def test_fields_keep_their_order_and_a_peer_without_examples_makes_one_alike():
+def test_fields_keep_their_order_and_a_worker_without_examples_makes_a_similar_class():
     features = Features.learn([Outer([1, 2], Pair([3], 4))], {"z_first": distpad.Pad()}, guess=True)
     assert features.names == ["z_first", "a_second/y", "a_second/extra"]
-    told = features.to_text().replace("test_sources:", "a_module_of_the_other_worker:")
-    packed = Features.from_text(told, {"z_first": distpad.Pad()}).pack(["a", "b", "c"])
+    text = features.to_text().replace("test_sources:", "a_module_of_the_other_worker:")
+    packed = Features.from_text(text, {"z_first": distpad.Pad()}).pack(["a", "b", "c"])
     assert (packed.z_first, packed.a_second.y, packed.a_second.extra) == ("a", "b", "c")
     assert type(packed).__name__ == "Outer" and type(packed) is not Outer
     assert type(features.pack(["a", "b", "c"])) is Outer
@@ -121,13 +121,13 @@ def test_fields_keep_their_order_and_a_peer_without_examples_makes_one_alike():
 
 
 @pytest.mark.parametrize("values", [([1.5], [1]), ([1], [1.5]), ([], [2], [0.5], [3])])
-def test_whole_numbers_among_others_in_lists_are_taken_for_what_they_mean(values):
+def test_integers_among_floats_in_lists_become_floats(values):
     (batch,) = made([{"y": value} for value in values], len(values))
     assert batch.data["y"].dtype == tf.float64
     assert [row[:n].tolist() for row, n in zip(batch.data["y"].numpy(), batch.lengths["y"])] == [[*v] for v in values]
 
 
-def test_a_scalar_too_and_in_a_later_epoch():
+def test_scalars_become_floats_also_in_a_later_epoch():
     batches = made([{"y": [1], "s": 2}, {"y": [2], "s": 0.5}])
     assert [[batch.data["s"].numpy().tolist() for batch in batches] for _ in range(2)] == [[[2.0, 0.5]]] * 2
 
@@ -139,7 +139,7 @@ def test_a_later_batch_that_would_change_the_dtype_is_refused_with_the_remedy():
         list(made([{"y": np.array([1.5])}, {"y": np.array([1])}], 1))
 
 
-# -- batches taken for examples ---------------------------------------------------------------------------------------
+# -- batches instead of examples --------------------------------------------------------------------------------------
 
 
 def singles(count=23, fixed=None):
@@ -166,14 +166,14 @@ def dataset(**options):
         lambda d: d.take(5).padded_batch(4),
     ],
 )
-def test_batches_are_not_taken_for_examples(batched):
+def test_batches_are_refused(batched):
     with pytest.raises(ValueError, match=r"whose elements hold \d+ rows of every feature.*dataset\.unbatch\(\)"):
         list(made(batched(dataset()), padding=BOTH))
     unbatched = made(dataset().padded_batch(4).unbatch(), padding=BOTH)
     assert sum(int(batch.rows) for batch in unbatched) == 23
 
 
-def test_examples_of_equal_length_are_not_taken_for_batches():
+def test_examples_of_equal_length_are_accepted():
     assert len(list(made(dataset(fixed=4), padding=BOTH))) == 12
     pairs = tf.data.Dataset.from_tensor_slices((np.ones([6, 5, 3]), np.ones([6, 5], np.int64)))
     assert len(list(made(pairs, padding={0: distpad.Pad(), 1: distpad.Pad()}, tokens=1))) == 3
@@ -183,7 +183,7 @@ def test_examples_of_equal_length_are_not_taken_for_batches():
     assert len(list(made(one))) == 1
 
 
-# -- names of what is nested ------------------------------------------------------------------------------------------
+# -- names of nested features -----------------------------------------------------------------------------------------
 
 
 def test_keys_of_lengths_keep_their_type():
@@ -192,7 +192,7 @@ def test_keys_of_lengths_keep_their_type():
     (batch,) = made(nested, padding=padding, tokens=1)
     assert set(batch.lengths) == {"0/0", "0/1", 1} and batch.lengths[1].numpy().tolist() == [3, 1]
     assert {type(key) is str or isinstance(key, int) for key in batch.lengths} == {True}
-    tf.nest.map_structure(lambda leaf: leaf.shape, batch)  # which sorts the keys
+    tf.nest.map_structure(lambda leaf: leaf.shape, batch)  # sorts the keys
     (batch,) = made([[1, 2], [3]], padding={0: distpad.Pad()}, tokens=0)
     assert [*batch.lengths] == [0] and isinstance(next(iter(batch.lengths)), int)
 
@@ -200,19 +200,19 @@ def test_keys_of_lengths_keep_their_type():
 @pytest.mark.parametrize(
     ("x", "y"), [(("0/0", "0/1"), 1), (["0/0", "0/1"], "1"), (0, 1), ({"source": "0/0", "shifted": "0/1"}, 1)]
 )
-def test_fit_is_fed_from_nested_tuples(x, y):
+def test_for_keras_takes_nested_tuples(x, y):
     nested = [(([1, 2], [3.0]), [4, 5, 6]), (([1], [2.0, 3.0]), [7])]
     padding = dict.fromkeys(["0/0", "0/1", 1], distpad.Pad())
     ((inputs, labels, weights),) = made(nested, padding=padding, tokens=1).for_keras(x=x, y=y)
     source, shifted = inputs.values() if isinstance(inputs, dict) else inputs
-    if isinstance(inputs, dict):  # in the order of their names
+    if isinstance(inputs, dict):  # its values are in the order of the names
         source, shifted = inputs["source"], inputs["shifted"]
     assert source.numpy().tolist() == [[1, 2], [1, 0]] and shifted.numpy().tolist() == [[3.0, 0.0], [2.0, 3.0]]
     assert labels.numpy().tolist() == [[4, 5, 6], [7, 0, 0]]
     assert weights.numpy().tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
-def test_a_part_of_an_example_stands_for_all_in_it():
+def test_the_name_of_a_part_selects_all_its_features():
     source = [{"in": {"a": [1.0], "b": 2}, "y": [3]}]
     padding = {"in/a": distpad.Pad(), "y": distpad.Pad()}
     ((x, y, _),) = made(source, 1, padding=padding).for_keras(x="in", y="y")

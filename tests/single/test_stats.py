@@ -1,4 +1,4 @@
-"""The stats of padding: what is booked under which cause, and how it is shown."""
+"""PaddingStats: the cause of each padded position, the table, and TensorBoard."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import distpad
 from distpad.data.stats import PaddingStats
 
 
-def test_each_position_is_booked_once_under_the_first_cause_that_made_it():
+def test_each_position_counts_once_under_its_first_cause():
     stats = PaddingStats()
-    # a picture of 2 ragged axes and a label; two real rows of three; longest over all replicas (4, 5) and 6
+    # an image with two ragged axes and a label; two of three rows are real; longest over all replicas: (4, 5) and 6
     stats.add_replica(
         [np.array([[2, 3], [4, 1]]), np.array([[5], [2]])], agreed=(4, 5, 6), sizes=(8, 8, 8), batch_size=3
     )
@@ -56,8 +56,8 @@ def test_the_table_shows_every_figure():
     assert "12.5%" in table  # 4 of 32 positions
 
 
-def test_keras_writes_the_ledger_for_tensorboard(tmp_path):
-    """One scalar a figure and epoch, in the files that TensorBoard reads."""
+def test_the_callback_writes_tensorboard_scalars(tmp_path):
+    """One scalar for each figure and epoch, in TensorBoard's files."""
     batches = distpad.PaddedBatches(
         [{"y": [1, 2]}, {"y": [3]}], 2, padding={"y": distpad.Pad()}, tokens="y", backend="local"
     )

@@ -1,4 +1,4 @@
-"""The world that these tests run in, as DISTPAD_WORLD says (tests/worlds.py)."""
+"""The world of these tests, which DISTPAD_WORLD names (tests/worlds.py)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ import pytest
 import replica_world
 
 
-@pytest.fixture(scope="session", autouse=True)  # before any test runs an operation: a strategy must be made first
+@pytest.fixture(scope="session", autouse=True)  # a strategy must be made before a test runs an operation
 def world() -> replica_world.World:
     return replica_world.made()

@@ -1,9 +1,9 @@
-"""A training step that one worker refuses while it is traced, with an optimiser behind the loss; all must be told.
+"""A training step whose arguments are wrong on one worker, found while tracing; all workers must raise the cause.
 
     distpad launch -np 2 -- python tests/workers/refused_step.py KIND
     horovodrun --gloo -np 2 python tests/workers/refused_step.py KIND
 
-Prints "worker N: SECONDS: MESSAGE" of what each worker raised.
+Prints "worker N: SECONDS: MESSAGE" for the error of each worker.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import replica_world
 
 
 def plain(world: replica_world.World, optimizer: Any = None) -> Callable[[Any], Any]:
-    """A step as everybody writes it; returns the function of the lengths."""
+    """The usual step, as a function of the lengths."""
     with world.scope():
         kernel = tf.Variable(tf.ones([3, 4]))
         optimizer = optimizer or tf.keras.optimizers.SGD(0.1)
@@ -44,7 +44,7 @@ def clipping_optimizer(world: replica_world.World) -> Callable[[Any], Any]:
 
 
 def clipped(world: replica_world.World) -> Callable[[Any], Any]:
-    """Clipping by the global norm, whose all-reduce stands between the loss and the optimiser."""
+    """Clipping by the global norm, whose all-reduce comes between the loss and the optimiser."""
     with world.scope():
         kernel, optimizer = tf.Variable(tf.ones([3, 1])), tf.keras.optimizers.SGD(0.1)
     loss_fn = distpad.DistributedLoss("mse", average="sequence_mean", backend=world.backend)
@@ -83,7 +83,7 @@ KINDS = {step.__name__: step for step in (plain, clipping_optimizer, clipped, ac
 
 
 def raised(world: replica_world.World, kind: str) -> tuple[str, float]:
-    """What this worker raises where the last one gives lengths of floats, and after how many seconds."""
+    """This worker's error, and its seconds, if the last worker gives lengths of dtype float."""
     step = KINDS[kind](world)
     is_last = world.backend.worker_index == world.backend.num_workers - 1
     lengths = tf.constant([1.0, 2.0] if is_last else [1, 2])

@@ -1,4 +1,4 @@
-"""What several workers tell one another ahead of their steps: errors, differences, and who is slow."""
+"""Window syncs between several workers: errors, differences, and slow workers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import distpad
 from replica_world import HANG_S
 
 PADDING = {"y": distpad.Pad()}
-WARN_S, SLOW_S = 0.3, 1.5  # when a slow worker is named, and how long it reads
-TIMEOUT_S, TOO_SLOW_S = 1.0, 5.0  # when one that is too slow ends all: workers are in this test at the same time
+WARN_S, SLOW_S = 0.3, 1.5  # the limit of the warning, and a slow worker's reading time
+TIMEOUT_S, TOO_SLOW_S = 1.0, 5.0  # the limit of the error, and the reading time that exceeds it
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def refused(world, batches, kind, match):
     assert time.monotonic() - began < HANG_S
 
 
-def test_a_peers_error_reaches_all_with_worker_step_and_message(world):
+def test_an_error_of_one_worker_reaches_all_with_worker_step_and_message(world):
     worker, last = world.backend.worker_index, world.backend.num_workers - 1
 
     class Source:
@@ -87,7 +87,7 @@ def test_examples_of_other_dtypes_are_named_on_all(world):
     refused(world, made(world, source), ValueError, r"examples differ.*int64.*worker 0.*int32.*worker 1")
 
 
-def test_a_worker_without_examples_gets_filling_of_any_dtype(world):
+def test_a_worker_without_examples_gets_filler_rows_of_any_dtype(world):
     worker = world.backend.worker_index
     texts = [{"y": np.arange(3), "t": "a", "b": np.ones([2], tf.bfloat16.as_numpy_dtype), "e": np.ones([0, 2])}] * 2
     batches = list(made(world, texts if worker == 0 else []))
@@ -101,8 +101,8 @@ def local(world, value):
     return (world.strategy.experimental_local_results(value)[0] if world.strategy else value).numpy()
 
 
-def test_a_worker_whose_first_example_comes_late_is_held_to_what_the_others_have(world):
-    """Step by step of windows of 2: worker 1 gets its first example in the second."""
+def test_a_late_first_example_that_differs_is_refused_on_all(world):
+    """With windows of two steps, worker 1 gets its first example in the second window."""
     worker = world.backend.worker_index
     source = [{"y": np.ones([n], np.int64), "v": np.ones([1 if worker == 1 else 2])} for n in (2, 2, 1, 1, 1, 1)]
     buckets = distpad.Buckets([1, 2])
@@ -113,20 +113,20 @@ def test_a_worker_whose_first_example_comes_late_is_held_to_what_the_others_have
     )
 
 
-def test_a_padding_value_that_a_dtype_lacks_is_refused_on_all(world):
-    """Also where only one worker has anything to fill."""
+def test_a_padding_value_that_the_dtype_cannot_hold_is_refused_on_all(world):
+    """Also if only one worker pads."""
     worker = world.backend.worker_index
     source = [{"y": np.arange(1 + i * (worker == 1), dtype=np.uint8)} for i in range(4)]
     batches = made(world, source, padding={"y": distpad.Pad(value=-1)})
     refused(world, batches, (ValueError, distpad.PeerError), r"Pad\(value=-1\), expected a value that uint8 can hold")
 
 
-def test_a_forgotten_shard_is_refused_unless_meant(world):
+def test_a_forgotten_shard_is_refused_unless_replicated(world):
     refused(world, made(world, examples(0)), ValueError, r"same examples on all .*dataset\.shard")
     assert sum(1 for _ in made(world, examples(0), replicated=True)) == 3
 
 
-def test_alike_examples_of_a_sampler_are_no_forgotten_shard(world):
+def test_equal_examples_of_a_sampler_are_accepted(world):
     source = [{"y": np.ones([3], np.int64)}] * 12
     sampler = distpad.LengthSampler([3] * 12, global_batch_size=12)
     assert sum(1 for _ in made(world, (source, sampler), None)) == 1

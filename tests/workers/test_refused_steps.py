@@ -1,4 +1,4 @@
-"""A step that one worker refuses while it is traced: all workers raise the cause, whatever stands behind the loss."""
+"""Wrong arguments on one worker, found while tracing: all workers raise the cause, whatever follows the loss."""
 
 from __future__ import annotations
 

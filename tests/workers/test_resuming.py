@@ -1,4 +1,4 @@
-"""A saved position whose source begins otherwise on one worker is refused on all."""
+"""A saved position is refused on all workers if the source of one begins with other examples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def made(world, source, **options):
 
 @pytest.mark.parametrize("changed", [None, 0, 1])
 def test_one_workers_other_order_is_refused_on_all(world, changed):
-    """The state of one worker is loaded on all, as a checkpoint is. Worker 1 has fewer examples than were consumed."""
+    """All workers load the state of one, as from a checkpoint. Worker 1 has fewer examples than were consumed."""
     worker = world.backend.worker_index
     count = [20, 3][min(worker, 1)]
     source = [{"y": np.array([100 * worker + i])} for i in range(count)]

@@ -1,4 +1,4 @@
-"""What only several processes can show: errors that reach all workers, broadcasts, and Horovod's own settings."""
+"""Tests that need several processes: errors that reach all workers, broadcasts, and Horovod's own settings."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def horovod(world):
     return hvd
 
 
-def share(world, value, **options):
+def contribution(world, value, **options):
     loss_fn = distpad.DistributedLoss(lambda t, p: tf.abs(t - p), backend=world.backend, **options)
     return lambda mask: loss_fn(tf.zeros([2, 3]), tf.fill([2, 3], float(value)), mask=mask)
 
 
-def test_peers_are_shown_what_the_faulty_replica_said(world):
+def test_all_workers_show_the_error_of_the_faulty_replica(world):
     last = world.num_replicas - 1
     given = lambda r: np.ones([2, 5 if r == last else 3], bool)
     started = time.monotonic()
     with pytest.raises(ValueError, match=r"mask has shape \(2, 5\)") as raised:
-        world.run(share(world, 1), given, graph=False)
+        world.run(contribution(world, 1), given, graph=False)
     assert time.monotonic() - started < HANG_S
-    said_by_peer = f"replica {last} refused its arguments" in str(raised.value)
-    assert said_by_peer == (world.backend.worker_index != last)
+    is_of_other_worker = f"replica {last} refused its arguments" in str(raised.value)
+    assert is_of_other_worker == (world.backend.worker_index != last)
 
 
 def test_variables_that_differ_between_workers_are_refused_on_all(world):
@@ -54,7 +54,7 @@ def test_variables_that_differ_between_workers_are_refused_on_all(world):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64", "uint32", "uint64", "int8", "bool", "complex64"])
 def test_horovod_broadcasts_variables_of_all_dtypes(world, horovod, dtype):
-    """Also those that it does not know."""
+    """Also dtypes that Horovod does not support."""
     root = world.num_replicas - 1
     values = lambda rank: tf.cast(tf.constant([rank, 1, 3]), dtype)
     variable = tf.Variable(values(world.backend.worker_index))
@@ -62,7 +62,7 @@ def test_horovod_broadcasts_variables_of_all_dtypes(world, horovod, dtype):
     assert variable.numpy().tolist() == values(root).numpy().tolist()
 
 
-def test_outside_any_scope_nothing_is_guessed(world):
+def test_detection_outside_any_scope(world):
     if world.strategy is None:
         assert isinstance(distpad.backends.resolve(), distpad.backends.HorovodBackend)
         return
@@ -79,7 +79,7 @@ def test_horovods_own_tape_is_refused(world, horovod):
 
 
 @pytest.mark.parametrize("op", ["average", "sum"])
-def test_who_keeps_horovods_own_tape_says_how_it_reduces(world, horovod, op):
+def test_horovods_own_tape_with_its_operation_as_op(world, horovod, op):
     reduction = {"average": horovod.Average, "sum": horovod.Sum}[op]
     backend = distpad.backends.HorovodBackend(op=op)
     kernel, bias = (tf.Variable(value) for value in oracle.weights())
@@ -101,7 +101,7 @@ def test_compressed_gradients_lose_no_more_than_float16_does(world, horovod):
         loss = distpad.DistributedLoss(lambda t, p: p, backend=backend)(tf.zeros([1, 50]), tf.square(x)[None])
     (found,) = distpad.gradient(tape, loss, [x], backend=backend)
     error = oracle.relative_error(found, 2 * x.numpy().astype("float64") / 50)
-    assert 1e-6 < error < 1e-2  # compressed indeed, and not more than that
+    assert 1e-6 < error < 1e-2  # compressed, and to float16 only
 
 
 def test_adasum_and_unknown_operations_are_refused(world, horovod):
@@ -112,15 +112,15 @@ def test_adasum_and_unknown_operations_are_refused(world, horovod):
 
 
 def test_a_graph_refuses_on_all_workers(world):
-    """Last of this file: TensorFlow's own collectives do not work again after a graph that failed."""
+    """The last test with a strategy: TensorFlow's own collectives do not work again after a failed graph."""
     message, seconds = refused_step.raised(world, "clipping_optimizer")
     assert "DistributedLoss: lengths have dtype float32, expected integers" in message
     assert seconds < HANG_S
 
 
 @pytest.mark.parametrize("per", ["position", "sequence"])
-def test_going_back_makes_no_collective(world, horovod, per):
-    """The counts are no function of the weights: in the traced step, there is the exchange and nothing else."""
+def test_the_backward_pass_makes_no_collective(world, horovod, per):
+    """The counts do not depend on the weights: the traced step has one collective, that of the forward pass."""
 
     def loss(y_true, y_pred):
         return tf.abs(y_pred) if per == "position" else tf.reduce_sum(tf.abs(y_pred), -1)
@@ -140,7 +140,7 @@ def test_going_back_makes_no_collective(world, horovod, per):
 
 
 def test_structures_that_differ_are_named(world, horovod):
-    """TensorFlow's collectives cannot compare sizes; Horovod's do, and distpad says what they mean."""
+    """Horovod's collectives compare sizes, and distpad explains the error; TensorFlow's collectives do not."""
     tensors = (np.ones([2, 3]),) * (2 if world.backend.worker_index else 1)
     with pytest.raises(ValueError, match="pad_to_global_max: replicas gave arguments of different structure"):
         distpad.pad_to_global_max(tensors, backend=world.backend)
