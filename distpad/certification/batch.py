@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from distpad import backends, errors
+from distpad import backends, errors, precision
 from distpad.certification import rows
 from distpad.collectives import shapes
-from distpad.losses import masking
+from distpad.losses import weights
 from distpad.losses.counts import Counts, LossInputs
 
 _KERAS = ("x", "y", "sample_weight")  # the places of a tuple, as in fit
@@ -84,7 +84,7 @@ def _checked(given: Given, needed: Sequence[str]) -> Given:
         )
     if not rows.number_of(fields):
         raise ValueError(errors.sentence("certify", "batch", "of no rows", "at least one row"))
-    for name, check in (("lengths", shapes.check_lengths), ("mask", masking.check_mask)):
+    for name, check in (("lengths", shapes.check_lengths), ("mask", weights.check_mask)):
         if needed and name in fields:  # a step may mean something else by them
             try:
                 check(fields[name])
@@ -128,7 +128,7 @@ def _arrays(name: str, value: Any) -> Any:
     if isinstance(value, (tf.RaggedTensor, tf.SparseTensor)):
         kind = type(value).__name__
         raise TypeError(errors.sentence("certify", f"batch[{name!r}]", f"a {kind}", "an array", "Use distpad.pad."))
-    arrays = tf.nest.map_structure(np.asarray, masking.as_tensor(value))
+    arrays = tf.nest.map_structure(np.asarray, precision.as_tensor(value, widen=False))
     for array in tf.nest.flatten(arrays):
         if array.dtype == object and not all(isinstance(item, (str, bytes)) for item in array.flat):
             remedy = "Under a strategy, give what all replicas have together."

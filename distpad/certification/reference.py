@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from distpad import losses
-from distpad.losses import masking
+from distpad.losses import weights
 
 _NEUTRAL = 0.25  # at padded places of predictions; another than the loss's own, so that who looks there is noticed
 
@@ -78,8 +78,8 @@ def _of_positions(rows: dict[str, Any], y_true: Any, y_pred: Any, padding_value:
     if padding_value is not None:
         is_vector = y_true.shape.rank > 2 and (tf.nest.is_nested(y_pred) or y_pred.shape.rank == y_true.shape.rank)
         factors.append(_is_label(y_true, padding_value, is_vector))
-    if masking.keras_mask(y_pred) is not None:
-        factors.append(tf.cast(masking.keras_mask(y_pred), tf.bool))
+    if weights.keras_mask(y_pred) is not None:
+        factors.append(tf.cast(weights.keras_mask(y_pred), tf.bool))
     masked = bool(factors)
     if "sample_weight" in rows:
         factors.append(rows["sample_weight"])
@@ -89,7 +89,7 @@ def _of_positions(rows: dict[str, Any], y_true: Any, y_pred: Any, padding_value:
 
 def _of_sequences(rows: dict[str, Any], y_true: Any, y_pred: Any, padding_value: Any) -> _Found:
     positions, factors, tokens = [], [], None
-    width = tf.shape(y_true)[1] if masking.has_positions(y_true, y_pred) else None
+    width = tf.shape(y_true)[1] if weights.has_positions(y_true, y_pred) else None
     mask = rows.get("mask")
     says_rows = mask is not None and mask.shape.rank == 1  # then rows without any positions may count
     if "lengths" in rows:
@@ -106,8 +106,8 @@ def _of_sequences(rows: dict[str, Any], y_true: Any, y_pred: Any, padding_value:
         factors += [] if says_rows else [tokens > 0]
     elif tokens is None:
         tokens = tf.ones_like(labels) * tf.cast(1 if width is None else width, tf.float64)
-    if masking.keras_mask(y_pred) is not None:  # of the prediction's frames
-        frames = tf.cast(masking.keras_mask(y_pred), tf.bool)
+    if weights.keras_mask(y_pred) is not None:  # of the prediction's frames
+        frames = tf.cast(weights.keras_mask(y_pred), tf.bool)
         factors.append(tf.reduce_any(frames, axis=list(range(1, frames.shape.rank))))
     if "sample_weight" in rows:
         given = rows["sample_weight"]

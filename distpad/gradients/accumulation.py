@@ -158,4 +158,4 @@ class _Sparse:
 
 def _shared(total: tf.Tensor, share: tf.Tensor | None, dtype: tf.DType) -> tf.Tensor:
     """Divided before it is narrowed: a sum may be too large for float16 where the mean is not."""
-    return tf.cast(total if share is None else precision.scaled(total, share), dtype)
+    return tf.cast(total if share is None else precision.scale(total, share), dtype)

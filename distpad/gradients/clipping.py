@@ -63,7 +63,7 @@ def clip_by_global_norm(
     factor = tf.where(tf.logical_and(ok, tf.math.is_finite(norm)), factor, float("nan"))
     clipped = list(gradients)
     for i in held:
-        clipped[i] = precision.scaled(gradients[i], factor)
+        clipped[i] = precision.scale(gradients[i], factor)
     return clipped, norm
 
 

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from distpad import backends, errors
-from distpad.losses import masking
-from distpad.losses.counts import Counts, WeightedCounts
+from distpad.losses.weights import Weights
 
 _NAME = "DistributedLoss"
 _KERAS = int(getattr(tf.keras, "__version__", "2").split(".")[0])
@@ -70,7 +69,7 @@ def check_ignored(loss: Any, padding_value: Any) -> None:
         raise ValueError(errors.sentence(_NAME, "the loss's ignore_class", ignored, "the padding value", remedy))
 
 
-def check_rank(losses: tf.Tensor, per: str, valid: masking.Valid, y_true: Any, y_pred: Any) -> None:
+def check_rank(losses: tf.Tensor, per: str, w: Weights, y_true: Any, y_pred: Any) -> None:
     rank = losses.shape.rank
     if rank is None:
         raise ValueError(f"{_NAME}: the loss has no known rank, expected [batch, ...]. Set its shape with set_shape.")
@@ -81,13 +80,14 @@ def check_rank(losses: tf.Tensor, per: str, valid: masking.Valid, y_true: Any, y
     if per == "sequence":
         return
     longer = _with_one_more_axis(y_true, y_pred)
-    if longer and (rank == 1 or (rank == longer.rank and losses.shape[-1] != 1) or (valid.rank or 0) > rank):
+    if longer and (rank == 1 or (rank == longer.rank and losses.shape[-1] != 1) or (w.rank or 0) > rank):
         name, other = ("y_true", "y_pred") if longer.of == "y_pred" else ("y_pred", "y_true")
         raise ValueError(
             f"{_NAME}: {name} has shape {longer.short} and {other} {longer.long}, expected the same number of axes: "
             f"this loss, of shape {tuple(losses.shape)}, takes positions for features. Write {name}[..., None]."
         )
-    if rank == 1 and (valid.rank or 1) > 1:
+    is_weight_of_rows = w.mask is None and w.weight is not None and w.weight.shape[1:] == [1]  # Keras 2 adds an axis
+    if rank == 1 and (w.rank or 1) > 1 and not is_weight_of_rows:
         raise ValueError(
             f"{_NAME}: the loss has shape [batch], expected [batch, length, ...], since lengths, a mask or weights of "
             'positions were given. Write per="sequence" if it has one value a sequence. If it averages over positions '
@@ -143,23 +143,3 @@ def refuse_layers(backend: backends.Backend) -> None:
             expected = "outside of layers: Keras divides what goes to add_loss by the number of replicas"
             raise ValueError(errors.sentence(_NAME, "the place of the call", f"the layer {layer}", expected, remedy))
         frame = frame.f_back
-
-
-def check_counted(counts: Counts, sources: dict[str, Any], padding_value: Any) -> None:
-    """Counts hold what the pipeline counted; a mask or weight that it did not count would make the mean wrong."""
-    given = {name for name, source in sources.items() if source is not None}
-    weighted = isinstance(counts, WeightedCounts) and len(getattr(sources["sample_weight"], "shape", ())) > 1
-    if not (given & {"lengths", "keras_mask"} or weighted) and padding_value is None:
-        raise ValueError(
-            f"{_NAME}: denominator holds Counts, but nothing says which positions they count. Give lengths= too."
-        )
-    if "mask" in given:
-        raise ValueError(
-            f"{_NAME}: mask was not counted in denominator, expected lengths alone. Give the number instead."
-        )
-    if ("sample_weight" in given) != isinstance(counts, WeightedCounts):
-        raise ValueError(
-            f"{_NAME}: denominator is a {type(counts).__name__}, but sample_weight is "
-            f"{'given' if 'sample_weight' in given else 'missing'}; expected WeightedCounts with the weights that were "
-            "counted, Counts without. Count them in the pipeline."
-        )

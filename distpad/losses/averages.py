@@ -1,66 +1,70 @@
-"""Averages: one replica's sums of a weighed loss, and the share of the global mean that follows from them."""
+"""Averages: one replica's sums of a weighted loss, and its local contribution to the global mean."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from distpad import precision
-from distpad.collectives import shapes
-from distpad.losses import masking
-from distpad.losses.gate import Gate
+from distpad import backends, precision
+from distpad.losses.weights import Gate, Weights
 
 
 class Sums(NamedTuple):
-    """One replica's numerator (differentiable) and counts, all float64; the dtype that the loss comes back in; and the
-    loss's number of rows, with whether mask and weights fit it."""
+    """One replica's sums, float64 scalars.
+
+    Attributes:
+      total: the sum of weight times loss, differentiable.
+      tokens: the sum of the weights.
+      sequences: the number of rows whose weights sum to more than 0.
+      dtype: the dtype of the loss that DistributedLoss returns.
+    """
 
     total: Any
     tokens: Any
     sequences: Any
     dtype: tf.DType = tf.float32
-    rows: Any = 0
-    is_broadcastable: Any = True
 
 
-def sum_up(
-    function: str, losses: tf.Tensor, valid: masking.Valid, average: str | float, gate: Gate | None = None
-) -> Sums:
-    """Weigh, mask and sum: within rows in the loss's dtype (float32 at least), over rows in float64.
+def sum_up(losses: tf.Tensor, w: Weights, average: str | float, gate: Gate | None = None) -> Sums:
+    """Mask, weigh and sum a loss: within rows in the loss's dtype (float32 at least), over rows in float64.
 
-    Raises ValueError, in the name of the public ``function``, for a mask or weight that does not fit the loss.
+    Args:
+      losses: ``[batch, ...]``; axes after the positions are averaged first.
+      w: weights that ``weights.broadcast_to`` returned for these losses.
+      average: as in DistributedLoss.
+      gate: makes the gradient NaN where a check fails.
     """
-    mask, weight, rank, is_broadcastable = _fit(function, losses, valid)
-    losses = tf.reduce_mean(losses, axis=list(range(rank, losses.shape.rank)))
+    rank = losses.shape.rank if w.rank is None else w.rank
+    if rank < losses.shape.rank:
+        losses = tf.reduce_mean(losses, axis=list(range(rank, losses.shape.rank)))
     ones = tf.ones_like(losses)
-    if weight is not None:
-        ones *= tf.cast(weight, losses.dtype)
-    if mask is not None:
-        ones = tf.where(mask, ones, 0)
-        losses = (gate or Gate()).choose(mask, losses, 0)
+    if w.weight is not None:
+        ones *= tf.cast(w.weight, losses.dtype)
+    if w.mask is not None:
+        ones = tf.where(w.mask, ones, 0)
+        losses = (gate or Gate()).where(w.mask, losses, 0)
     inner = list(range(1, rank))
     row_total = tf.reduce_sum(losses * ones, axis=inner)
     row_weight = tf.reduce_sum(ones, axis=inner)
     if average == "sequence_mean":
         row_total = tf.math.divide_no_nan(row_total, row_weight)
     row_tokens = tf.cast(row_weight, tf.float64)
-    if valid.tokens is not None:
-        row_tokens *= shapes.broadcast(shapes.Source("lengths", valid.tokens), shapes.sizes_of(losses, 1))[0]
+    if w.tokens is not None:
+        row_tokens *= w.tokens
     sequences = tf.reduce_sum(tf.cast(row_weight > 0, tf.float64))
     total = tf.reduce_sum(tf.cast(row_total, tf.float64))
-    return Sums(total, tf.reduce_sum(row_tokens), sequences, losses.dtype, tf.shape(losses)[0], is_broadcastable)
+    return Sums(total, tf.reduce_sum(row_tokens), sequences, losses.dtype)
 
 
-def abandoned(y_pred: Any) -> Sums:
-    """NaN that depends on all predictions, for a replica that refuses its arguments while a step is traced.
+def nan_sums(y_pred: Any) -> Sums:
+    """NaN that depends on all predictions, for a replica that has an argument error while a step is traced.
 
-    Its gradients then exist as on the other replicas, so that the optimiser does not end the trace, and the step runs
-    as far as the exchange that tells all replicas.
+    The gradients of this replica then exist as on the other replicas. So the optimizer does not end the trace, and the
+    step reaches the checked all-gather, where all replicas raise.
 
-    Raises ValueError where no prediction is floating: then no gradient could exist.
+    Raises: ValueError: no prediction is floating, so that no gradient can exist.
     """
     leaves = [leaf for leaf in tf.nest.flatten(y_pred, expand_composites=True) if tf.is_tensor(leaf)]
     floating = [leaf for leaf in leaves if leaf.dtype.is_floating]
@@ -70,43 +74,16 @@ def abandoned(y_pred: Any) -> Sums:
     return Sums(total * np.nan, 0.0, 0.0, precision.widened(floating[0].dtype))
 
 
-def _fit(function: str, losses: tf.Tensor, valid: masking.Valid) -> tuple[tf.Tensor | None, tf.Tensor | None, int, Any]:
-    """Mask and weight as they are applied, how many axes of the loss are positions, and whether the shapes fit.
+def local_contribution(backend: backends.Backend, sums: Sums, count: Any) -> tf.Tensor:
+    """This replica's term of the global mean, times the gradient scale of the engine.
 
-    What weighs nothing is masked, whatever its loss.
+    After the engine's reduction, its gradient is that of the global mean.
     """
-    mask, weight, rank = valid.mask, valid.weight, valid.rank or losses.shape.rank
-    if weight is not None and rank == losses.shape.rank + 1 and weight.shape[-1] == 1:
-        # weights [batch, length, 1], as Keras allows them
-        mask = None if mask is None else tf.squeeze(shapes.widen(mask, rank), -1)
-        weight, rank = tf.squeeze(weight, -1), rank - 1
-    if rank > losses.shape.rank:
-        raise ValueError(
-            f"{function}: mask or sample_weight has rank {rank}, expected at most {losses.shape.rank}, the rank "
-            f"of the loss {tuple(losses.shape)}."
-        )
-    sizes, is_broadcastable = shapes.sizes_of(losses, rank), valid.is_broadcastable
-    sources = []
-    for name, given in (("mask", mask), ("sample_weight", weight)):
-        if given is None:
-            continue
-        try:
-            given, fit = shapes.broadcast(shapes.Source(name, given, name == "sample_weight"), sizes)
-        except ValueError as error:
-            raise ValueError(
-                f"{function}: {name} has shape {tuple(given.shape)}, expected {tuple(losses.shape[:rank])}, the "
-                f"leading axes of the loss {tuple(losses.shape)}."
-            ) from error
-        is_broadcastable = fit if is_broadcastable is True else tf.logical_and(is_broadcastable, fit)
-        given = shapes.widen(given, rank)
-        if name == "sample_weight":
-            weight, given = given, tf.not_equal(given, 0)
-        sources.append(tf.broadcast_to(given, tf.shape(losses)[:rank]))
-    mask = functools.reduce(tf.logical_and, sources) if sources else None
-    return mask, weight, rank, is_broadcastable
+    contribution = tf.math.divide_no_nan(tf.cast(sums.total, tf.float64), tf.cast(count, tf.float64))
+    return tf.cast(contribution * tf.cast(backend.gradient_scale, contribution.dtype), sums.dtype)
 
 
 @tf.custom_gradient
-def value_with_gradient(value: tf.Tensor, share: tf.Tensor) -> Any:
-    """``value`` going forward, ``share`` going back; adding share - share instead would turn infinity into NaN."""
+def value_with_gradient(value: tf.Tensor, contribution: tf.Tensor) -> Any:
+    """``value`` with the gradient of ``contribution``. Adding contribution - contribution would make infinity NaN."""
     return tf.identity(value), lambda upstream: (None, upstream)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections.abc
 import numbers
 import warnings
 from typing import Any
@@ -12,9 +11,7 @@ import tensorflow as tf
 
 from distpad import backends, errors, gradients, precision
 from distpad.collectives import checked, shapes
-from distpad.losses import arguments, averages, masking
-from distpad.losses.counts import Counts, LossInputs, WeightedCounts
-from distpad.losses.gate import Gate
+from distpad.losses import arguments, averages, counts, no_rows, weights
 
 _NAME = "DistributedLoss"
 
@@ -91,7 +88,7 @@ class DistributedLoss(tf.keras.losses.Loss):
         self._backend = backend
         self._ran_on: backends.Backend | None = None
         self._has_warned = False
-        self._of_no_rows: dict[Any, Any] = {}  # traced functions, by what they are given
+        self._traces_of_no_rows: dict[Any, Any] = {}
 
     @tf.autograph.experimental.do_not_convert  # it would take three seconds of the first trace
     def __call__(
@@ -133,30 +130,18 @@ class DistributedLoss(tf.keras.losses.Loss):
         """
         backend = backends.resolve_step(self._backend, function=_NAME)
         arguments.refuse_layers(backend)
-        if not backends.is_alone():  # beside the engine, for a certificate
+        if not backends.is_alone():  # alone: the reference device of a certificate
             self._ran_on = backend
         sources = {"sample_weight": sample_weight, "lengths": lengths, "mask": mask}
         if batch is not None:
-            denominator = self._take_inputs(batch, sources, denominator)
-        sources["keras_mask"] = masking.keras_mask(y_pred)
-        gate = Gate()
+            sources, counted = counts.read_batch(batch, sources, denominator)
+            denominator = counted if isinstance(self.average, str) else None
+        sources.update(keras_mask=weights.keras_mask(y_pred), padding_value=self.padding_value)
         if denominator is not None:
-            count = self._count_from(denominator, sources)
-            sums, checks = self._sums(y_true, y_pred, sources, gate)
-            is_nothing = tf.logical_and(tf.equal(count, 0), tf.equal(sums.tokens, 0))
-            is_count = tf.logical_or(tf.logical_and(count > 0, tf.math.is_finite(count)), is_nothing)
-            text = (
-                "denominator is below 0, not finite, or 0 beside valid positions, expected their count (it, valid here)"
-            )
-            checks.append(checked.Check(text, (count, sums.tokens), is_count))
-            if isinstance(denominator, Counts):
-                checks += self._counted_checks(backend, denominator, sums, y_true, y_pred, sources)
-            gate.ok = checked.check_locally(backend, _NAME, checks)
-            count = count if gate.ok is True else tf.where(gate.ok, count, tf.constant(np.nan, tf.float64))
-            return self._share(backend, sums, count)
+            return self._average_locally(backend, y_true, y_pred, sources, denominator)
         if not backend.in_replica() and not tf.executing_eagerly():
-            return self._rehearse(y_true, y_pred, sources, gate)
-        return self._average_globally(backend, y_true, y_pred, sources, gate)
+            return self._rehearse(y_true, y_pred, sources)
+        return self._average_globally(backend, y_true, y_pred, sources)
 
     def call(self, y_true: Any, y_pred: Any) -> tf.Tensor:
         """The loss without any reduction, as Keras defines ``call``."""
@@ -174,181 +159,121 @@ class DistributedLoss(tf.keras.losses.Loss):
         """
         return gradients.global_value(loss, backend=self._ran_on or self._backend)
 
-    def _take_inputs(self, batch: Any, sources: dict, denominator: Any) -> Any:
-        """Put what a batch carries for this loss into ``sources``; returns its counts."""
-        inputs = getattr(batch, "loss_inputs", batch)
-        if isinstance(inputs, collections.abc.Mapping):
-            remedy = "Write batch=batch.loss_inputs[NAME]."
-            raise ValueError(errors.sentence(_NAME, "batch", f"of the losses {list(inputs)}", "that of one", remedy))
-        if not isinstance(inputs, LossInputs):
-            raise TypeError(errors.sentence(_NAME, "batch", type(batch).__name__, "a batch of distpad.PaddedBatches"))
-        twice = [name for name in ("lengths", "sample_weight") if sources[name] is not None]
-        twice += [] if denominator is None else ["denominator"]
-        if twice:
-            raise ValueError(
-                errors.sentence(_NAME, "batch", f"given beside {', '.join(twice)}", "to bring them itself")
-            )
-        weight = inputs.sample_weight
-        if not (tf.is_tensor(weight) or isinstance(weight, np.ndarray)):
-            sources["lengths"] = inputs.lengths
-        elif len(weight.shape) > 2:  # of areas, which lengths of one axis do not tell
-            sources["sample_weight"] = weight
-        else:
-            sources.update(lengths=inputs.lengths, sample_weight=weight)
-        return None if self._is_fixed() else inputs.counts
-
-    def _average_globally(
-        self, backend: backends.Backend, y_true: Any, y_pred: Any, sources: dict, gate: Gate
-    ) -> tf.Tensor:
-        argument_error = None
+    def _average_globally(self, backend: backends.Backend, y_true: Any, y_pred: Any, sources: dict) -> tf.Tensor:
+        """Divide by the count of all replicas, over one checked all-gather."""
+        gate, argument_error = weights.Gate(), None
         checks: list[checked.Check] = []
         try:
             sums, checks = self._sums(y_true, y_pred, sources, gate)
-        except Exception as error:  # whatever the loss raised travels with the numbers: no other replica waits for them
+        except Exception as error:  # any error travels in the all-gather, so that no other replica waits for this one
             argument_error = error
             try:
-                sums = averages.Sums(0.0, 0.0, 0.0) if tf.executing_eagerly() else averages.abandoned(y_pred)
+                sums = averages.Sums(0.0, 0.0, 0.0) if tf.executing_eagerly() else averages.nan_sums(y_pred)
             except ValueError:
                 raise error from None
-        payload = [sums.total, self._count_of(sums)]
+        is_fixed = not isinstance(self.average, str)
+        own_count = sums.tokens if self.average == "token" else sums.sequences
+        payload = [sums.total, float(self.average) if is_fixed else own_count]
         table = checked.all_gather(backend, _NAME, payload, checks, argument_error)
         total, count = tf.unstack(tf.reduce_sum(table, axis=0))
-        count = table[0, 1] if self._is_fixed() else count
+        count = table[0, 1] if is_fixed else count
         gate.ok = True if tf.executing_eagerly() else tf.logical_not(tf.math.is_nan(count))
         value = tf.math.divide_no_nan(total, count)
         if backend.gradient_reduction == "sum":
             value /= tf.cast(backend.replica_count(), value.dtype)
-        share = self._share(backend, sums, count)
-        return averages.value_with_gradient(tf.cast(value, sums.dtype), share)
+        contribution = averages.local_contribution(backend, sums, count)
+        return averages.value_with_gradient(tf.cast(value, sums.dtype), contribution)
 
-    def _share(self, backend: backends.Backend, sums: averages.Sums, count: Any) -> tf.Tensor:
-        share = tf.math.divide_no_nan(tf.cast(sums.total, tf.float64), tf.cast(count, tf.float64))
-        return tf.cast(share * tf.cast(backend.gradient_scale, share.dtype), sums.dtype)
+    def _average_locally(
+        self, backend: backends.Backend, y_true: Any, y_pred: Any, sources: dict, denominator: Any
+    ) -> tf.Tensor:
+        """Divide by a denominator that was counted before the step, without a collective."""
+        count = counts.as_scalar(denominator, self.average)
+        is_counts = isinstance(denominator, counts.Counts)
+        if is_counts:
+            counts.check_sources(denominator, sources, getattr(self.loss, "drops_invalid", False))
+        gate = weights.Gate()
+        sums, checks = self._sums(y_true, y_pred, sources, gate)
+        has_tokens = self.per == "position" or sources["lengths"] is not None or self.padding_value is not None
+        checks += counts.checks_of(denominator, count, backend, sums, has_tokens=has_tokens)
+        if is_counts and denominator.local is None and self.per == "position":
+            checks.append(counts.sources_check(y_true, y_pred, sources))
+        gate.ok = checked.check_locally(backend, _NAME, checks)
+        count = count if gate.ok is True else tf.where(gate.ok, count, tf.constant(np.nan, tf.float64))
+        return averages.local_contribution(backend, sums, count)
 
-    def _rehearse(self, y_true: Any, y_pred: Any, sources: dict, gate: Gate) -> tf.Tensor:
-        """Shapes and dtypes for Keras 3, which traces a model once outside any replica, and never runs that trace. Who
-        runs one gets an error, or inside XLA NaN."""
+    def _rehearse(self, y_true: Any, y_pred: Any, sources: dict) -> tf.Tensor:
+        """Return NaN of the right shape and dtype for Keras 3, which traces a model once outside any replica.
+
+        Keras never runs that trace. A run raises an error, or inside XLA gives NaN and NaN gradients.
+        """
+        gate = weights.Gate()
         sums, _ = self._sums(y_true, y_pred, sources, gate, counting=False)
         gate.ok = tf.constant(False)
         text = f"{_NAME}: called outside strategy.run, expected inside it, where a replica's code runs."
         with tf.control_dependencies([tf.debugging.Assert(False, [text])]):
             return tf.cast(sums.total * np.nan, sums.dtype)
 
-    def _is_fixed(self) -> bool:
-        return not isinstance(self.average, str)
-
-    def _count_of(self, sums: averages.Sums) -> Any:
-        if self._is_fixed():
-            return float(self.average)
-        return sums.tokens if self.average == "token" else sums.sequences
-
-    def _count_from(self, denominator: Any, sources: dict) -> Any:
-        """What ``denominator`` says this average divides by."""
-        if self._is_fixed():
-            raise ValueError(
-                f"{_NAME}: denominator was given with average={self.average}, expected one of them: both say what to "
-                "divide by."
-            )
-        if isinstance(denominator, Counts):
-            arguments.check_counted(denominator, sources, self.padding_value)
-            if getattr(self.loss, "drops_invalid", False):
-                raise ValueError(
-                    f"{_NAME}: denominator holds Counts, but the loss leaves sequences out by itself, which the "
-                    "pipeline counted. Leave denominator away, or give the number of those that are left."
-                )
-            denominator = denominator.tokens if self.average == "token" else denominator.sequences
-        elif isinstance(denominator, collections.abc.Mapping):
-            raise TypeError(
-                f"{_NAME}: denominator is a mapping with {list(denominator)}, expected one loss's counts. Write "
-                "denominator=counts[NAME]."
-            )
-        count = tf.convert_to_tensor(denominator)
-        if count.shape.rank != 0 or not (count.dtype.is_floating or count.dtype.is_integer):
-            raise ValueError(
-                f"{_NAME}: denominator has shape {tuple(count.shape)} and dtype {count.dtype.name}, expected one "
-                "number or Counts."
-            )
-        return tf.cast(count, tf.float64)
-
-    def _counted_checks(
-        self, backend: backends.Backend, counts: Counts, sums: averages.Sums, y_true: Any, y_pred: Any, sources: dict
-    ) -> list[checked.Check]:
-        """What was counted ahead of the step is what this call averages over, on as many replicas."""
-        checks = []
-        if counts.replicas is not None:
-            text = (
-                "denominator was counted for another number of replicas than run this step, expected the same. Make "
-                "PaddedBatches inside `with strategy.scope():`, behind hvd.init(), or with backend= "
-                "(counted for, running)"
-            )
-            for_these = tf.cast(counts.replicas, tf.float64), tf.cast(backend.replica_count(), tf.float64)
-            checks.append(checked.Check(text, for_these, tf.equal(*for_these)))
-        if counts.local is None:
-            if self.per == "position":
-                checks.append(masking.counted_check(y_true, y_pred, **sources, padding_value=self.padding_value))
-            return checks
-        has_tokens = self.per == "position" or sources["lengths"] is not None or self.padding_value is not None
-        counted, here = tf.cast(counts.local, tf.float64), tf.stack([sums.tokens, sums.sequences])
-        here = here if has_tokens else tf.stack([counted[0], here[1]])
-        text = (
-            "denominator holds Counts of other positions than this call averages over, expected the same. Give lengths "
-            "(and weights) of the feature that tokens= names, no further mask or padding value, or one number as the "
-            "denominator (tokens and sequences: counted, and averaged over)"
-        )
-        error = 1e-4 if isinstance(counts, WeightedCounts) else 1e-7  # sums of weights are rounded, of ones hardly
-        is_close = tf.reduce_all(tf.abs(counted - here) <= error * tf.maximum(tf.abs(counted), tf.abs(here)))
-        return [*checks, checked.Check(text, (*tf.unstack(counted), *tf.unstack(here)), is_close)]
-
     def _sums(
-        self, y_true: Any, y_pred: Any, sources: dict, gate: Gate, counting: bool = True
+        self, y_true: Any, y_pred: Any, sources: dict, gate: weights.Gate, counting: bool = True
     ) -> tuple[averages.Sums, list[checked.Check]]:
-        """This replica's numerator and counts."""
-        y_true = precision.wide(masking.as_tensor(y_true))
-        y_pred = tf.nest.map_structure(precision.wide, masking.as_tensor(y_pred))
+        """This replica's sums, and the checks of its arguments."""
+        y_true, y_pred = precision.as_tensor(y_true), precision.as_tensor(y_pred, nests=True)
         for name, given in (("y_true", y_true), ("y_pred", y_pred)):
             if isinstance(given, tf.RaggedTensor):
                 raise TypeError(f"{_NAME}: {name} is a RaggedTensor, expected a padded tensor. Use distpad.pad.")
-        sources = {**sources, "padding_value": self.padding_value}
         try:
             if self.per == "sequence":
-                valid, positions, checks = masking.of_sequences(y_true, y_pred, **sources)
-                valid, own_checks = self._filtered(y_true, y_pred, self._with_tokens(valid), counting)
-                checks += own_checks
+                w, positions, checks = self._of_sequences(y_true, y_pred, sources, counting)
+                rows = w.effective_mask
             else:
-                valid, checks = masking.of_positions(y_true, y_pred, **sources)
-                positions = valid.effective_mask
-            rows = valid.effective_mask
+                w, checks = weights.of_positions(y_true, y_pred, **sources)
+                positions = rows = w.effective_mask
         except (ValueError, TypeError) as error:
             raise type(error)(f"{_NAME}: {error}") from error
-        losses = self._losses(
-            masking.clean(y_true, positions, prediction=False), masking.clean(y_pred, rows, prediction=True, gate=gate)
-        )
-        valid = masking.of_rows(valid, losses)
-        arguments.check_rank(losses, self.per, valid, y_true, y_pred)
-        if self.per == "sequence" and (sources["lengths"] is not None or self.padding_value is not None):
-            arguments.refuse_positions(self.loss, y_true, y_pred)
+        clean_true = weights.clean(y_true, positions, prediction=False, gate=gate)
+        clean_pred = weights.clean(y_pred, rows, prediction=True, gate=gate)
+        if self.per == "sequence":
+            losses = no_rows.losses_of(self._unreduced, clean_true, clean_pred, self._traces_of_no_rows)
+        else:
+            losses = self._unreduced(clean_true, clean_pred)
+        arguments.check_rank(losses, self.per, w, y_true, y_pred)
         if self.per == "position":
-            self._warn_unmasked(losses, valid)
+            self._warn_unmasked(losses, w)
+        elif sources["lengths"] is not None or self.padding_value is not None:
+            arguments.refuse_positions(self.loss, y_true, y_pred)
+        w, check = weights.broadcast_to(_NAME, losses, w)
         average = self.average if self.per == "position" else "sequence_sum"
-        sums = averages.sum_up(_NAME, losses, valid, average, gate)
-        return sums, [*checks, masking.broadcast_check(sums.rows, sums.is_broadcastable)]
+        return averages.sum_up(losses, w, average, gate), [*checks, check]
 
-    def _filtered(
-        self, y_true: Any, y_pred: Any, valid: masking.Valid, counting: bool
-    ) -> tuple[masking.Valid, list[checked.Check]]:
-        """Without the sequences that such a loss leaves out, and its checks."""
-        if not hasattr(self.loss, "filter_invalid"):
-            return valid, []
-        kept, checks = self.loss.filter_invalid(y_true, y_pred, valid.effective_mask, counting=counting)
-        if kept is None:
-            return valid, checks
-        sources = [shapes.Source("mask", mask) for mask in (valid.mask, kept) if mask is not None]
-        return valid._replace(mask=shapes.all_of(sources)[0]), checks
+    def _of_sequences(
+        self, y_true: Any, y_pred: Any, sources: dict, counting: bool
+    ) -> tuple[weights.Weights, tf.Tensor | None, list[checked.Check]]:
+        """As ``weights.of_sequences``, without the sequences that the loss itself leaves out."""
+        w, positions, checks = weights.of_sequences(y_true, y_pred, **sources)
+        if w.tokens is None and self.average == "token":
+            raise ValueError("lengths are missing, expected [batch]: average='token' divides by their sum")
+        if hasattr(self.loss, "filter_invalid"):
+            kept, own_checks = self.loss.filter_invalid(y_true, y_pred, w.effective_mask, counting=counting)
+            both = [shapes.Source("mask", w.mask), shapes.Source("mask", kept)]
+            w, checks = w._replace(mask=shapes.all_of(both)[0]), checks + own_checks
+        return w, positions, checks
 
-    def _warn_unmasked(self, losses: tf.Tensor, valid: masking.Valid) -> None:
-        """Once, where a loss has positions and nothing says which of them are valid."""
-        weighted = valid.weight is not None and valid.weight.shape.rank > 1
-        if self._has_warned or valid.mask is not None or weighted or losses.shape.rank < 2:
+    def _unreduced(self, y_true: Any, y_pred: Any) -> tf.Tensor:
+        """The losses as a tensor, float32 at least."""
+        losses = self.call(y_true, y_pred)
+        if losses is None:
+            remedy = (
+                "Call it yourself: for tfa.seq2seq.SequenceLoss without averages and sums, "
+                "lambda y_true, y_pred: loss(y_true, y_pred, tf.ones_like(y_pred[..., 0]))"
+            )
+            raise TypeError(errors.sentence(_NAME, "the loss's result", None, "a tensor [batch, ...]", remedy + "."))
+        return precision.as_tensor(tf.convert_to_tensor(losses))
+
+    def _warn_unmasked(self, losses: tf.Tensor, w: weights.Weights) -> None:
+        """Warn once that all positions count, where a loss has positions and no source tells which are valid."""
+        weighted = w.weight is not None and w.weight.shape.rank > 1
+        if self._has_warned or w.mask is not None or weighted or losses.shape.rank < 2:
             return
         self._has_warned = True
         shape = tuple(losses.shape)
@@ -358,57 +283,6 @@ class DistributedLoss(tf.keras.losses.Loss):
             "that pass on a Keras mask.",
             stacklevel=2,
         )
-
-    def _losses(self, y_true: Any, y_pred: Any) -> tf.Tensor:
-        """The unreduced losses. One a sequence is not asked about no rows, since tf.nn.ctc_loss fails on them."""
-        first = next((leaf for leaf in tf.nest.flatten(y_pred) if leaf.dtype.is_floating), None)
-        if self.per == "position" or first is None or not first.shape.rank or (first.shape[0] or 0) > 0:
-            return self._asked(y_true, y_pred)
-        if first.shape[0] == 0:
-            return self._traced_for_any_rows(y_true, y_pred)
-
-        def none() -> tf.Tensor:
-            return tf.reduce_sum(first, axis=list(range(1, first.shape.rank)))
-
-        return tf.cond(tf.shape(first)[0] > 0, lambda: tf.cast(self._asked(y_true, y_pred), first.dtype), none)
-
-    def _traced_for_any_rows(self, y_true: Any, y_pred: Any) -> tf.Tensor:
-        """The losses of no rows, traced for any number of them: the gradient then reaches all that it would with rows,
-        as zeros, the variables of the loss too. A missing one would leave Horovod's other ranks waiting for it."""
-        leaves = tf.nest.flatten((y_true, y_pred))
-        tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, tf.Tensor)]
-        specs = [
-            tf.TensorSpec([None, *leaf.shape[1:]] if leaf.shape[:1] == [0] else leaf.shape, leaf.dtype)
-            for leaf in (leaves[i] for i in tensors)
-        ]
-        others = [leaf for leaf in leaves if not isinstance(leaf, tf.Tensor)]
-        key = (repr(tf.nest.map_structure(lambda _: 0, (y_true, y_pred))), tuple(specs), tuple(map(id, others)))
-        if key not in self._of_no_rows:
-
-            @tf.function(input_signature=specs, autograph=False)
-            def of_any_rows(*given: tf.Tensor) -> tf.Tensor:
-                named = dict(zip(tensors, given))
-                every = [named.get(i, leaf) for i, leaf in enumerate(leaves)]
-                return self._losses(*tf.nest.pack_sequence_as((y_true, y_pred), every))
-
-            # concrete, so that it is a graph also where tf.config.run_functions_eagerly wants none
-            self._of_no_rows[key] = of_any_rows.get_concrete_function()
-        return self._of_no_rows[key](*(leaves[i] for i in tensors))
-
-    def _asked(self, y_true: Any, y_pred: Any) -> tf.Tensor:
-        losses = self.call(y_true, y_pred)
-        if losses is None:
-            remedy = (
-                "Call it yourself: for tfa.seq2seq.SequenceLoss without averages and sums, "
-                "lambda y_true, y_pred: loss(y_true, y_pred, tf.ones_like(y_pred[..., 0]))"
-            )
-            raise TypeError(errors.sentence(_NAME, "the loss's result", None, "a tensor [batch, ...]", remedy + "."))
-        return precision.wide(tf.convert_to_tensor(losses))
-
-    def _with_tokens(self, valid: masking.Valid) -> masking.Valid:
-        if valid.tokens is None and self.average == "token":
-            raise ValueError("lengths are missing, expected [batch]: average='token' divides by their sum")
-        return valid
 
     def get_config(self) -> dict[str, Any]:
         """As in Keras: a saved model keeps the loss. A backend that is no string is detected when the loss runs."""

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from distpad import errors
 from distpad.collectives import checked, shapes
-from distpad.losses import averages, masking
+from distpad.losses import averages, weights
 from distpad.metrics import classes, means, ratio
 
 
@@ -73,17 +73,17 @@ class SequenceAccuracy(ratio.Ratio):
         return {**super().get_config(), "threshold": self.threshold}
 
     def _sums(self, y_true: Any, y_pred: Any, sources: dict[str, Any]) -> tuple[averages.Sums, list[checked.Check]]:
-        sources = {**sources, "keras_mask": masking.keras_mask(y_pred)}
+        sources = {**sources, "keras_mask": weights.keras_mask(y_pred)}
         y_true, y_pred = self._tensor("y_true", y_true), self._tensor("y_pred", y_pred)
         valid, checks = self._valid(y_true, y_pred, sources)
         if classes.is_binary(y_true, y_pred):
-            cleaned = masking.clean(y_pred, valid.effective_mask, prediction=True)
+            cleaned = weights.clean(y_pred, valid.effective_mask, prediction=True)
             checks = [*checks, classes.binary_check(self.threshold, y_true, cleaned)]
             right = tf.equal(*classes.binary_ids(self.threshold, y_true, y_pred))
         else:
             checks = [
                 *checks,
-                classes.vector_check(masking.clean(y_true, valid.effective_mask, prediction=False), y_pred),
+                classes.vector_check(weights.clean(y_true, valid.effective_mask, prediction=False), y_pred),
             ]
             right = tf.equal(*classes.ids_of(self._kind, y_true, y_pred))
         counted, is_broadcastable, rank = valid.effective_mask, valid.is_broadcastable, right.shape.rank
@@ -94,8 +94,9 @@ class SequenceAccuracy(ratio.Ratio):
             counted, fit = shapes.broadcast(shapes.Source("mask", counted, True), shapes.sizes_of(right, rank))
             counted = tf.broadcast_to(shapes.widen(counted, rank), tf.shape(right))
             is_broadcastable = tf.logical_and(is_broadcastable, fit)
-        whole = tf.reduce_all(tf.logical_or(right, tf.logical_not(counted)), axis=inner)
-        rows = masking.Valid(
+        whole = tf.cast(tf.reduce_all(tf.logical_or(right, tf.logical_not(counted)), axis=inner), tf.float64)
+        rows = weights.Weights(
             tf.reduce_any(counted, axis=inner), ratio.row_weight(valid.weight), 1, is_broadcastable=is_broadcastable
         )
-        return averages.sum_up(self._kind, tf.cast(whole, tf.float64), rows, "token"), checks
+        rows, check = weights.broadcast_to(self._kind, whole, rows)
+        return averages.sum_up(whole, rows, "token"), [*checks, check]

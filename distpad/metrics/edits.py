@@ -7,9 +7,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from distpad import errors
+from distpad import errors, precision
 from distpad.collectives import checked, shapes
-from distpad.losses import averages, masking
+from distpad.losses import averages, weights
 from distpad.metrics import classes, ratio
 
 
@@ -64,9 +64,9 @@ class ErrorRate(ratio.Ratio):
 
     def _sums(self, y_true: Any, y_pred: Any, sources: dict[str, Any]) -> tuple[averages.Sums, list[checked.Check]]:
         prediction_lengths = sources.pop("prediction_lengths")
-        sources["keras_mask"] = masking.keras_mask(y_pred)
+        sources["keras_mask"] = weights.keras_mask(y_pred)
         y_true = self._tensor("y_true", y_true)
-        y_pred = masking.as_tensor(y_pred if self.decode is None else self.decode(y_pred))
+        y_pred = precision.as_tensor(y_pred if self.decode is None else self.decode(y_pred), widen=False)
         try:
             valid, positions, checks = self._rows(y_true, y_pred, sources)
             predicted, more = self._predicted(y_pred, prediction_lengths)
@@ -86,22 +86,23 @@ class ErrorRate(ratio.Ratio):
         edits = tf.edit_distance(_sparse(predicted), _sparse(reference), normalize=False)
         edits = tf.ensure_shape(edits, [None])[:-1]  # its rank is lost where shapes of sparse tensors are not known
         valid = valid._replace(tokens=tf.cast(reference.row_lengths(), tf.float64))
-        sums = averages.sum_up(self._kind, tf.cast(edits, tf.float64), valid, "token")
-        return sums, [*checks, *more]
+        edits = tf.cast(edits, tf.float64)
+        valid, check = weights.broadcast_to(self._kind, edits, valid)
+        return averages.sum_up(edits, valid, "token"), [*checks, *more, check]
 
     def _rows(
         self, y_true: tf.Tensor, y_pred: Any, sources: dict[str, Any]
-    ) -> tuple[masking.Valid, Any, list[checked.Check]]:
+    ) -> tuple[weights.Weights, Any, list[checked.Check]]:
         """Which rows count, which positions are references, and the checks for the lengths."""
         weight = sources["sample_weight"]
         if weight is not None:
-            weight = masking.check_weight(weight)
+            weight = weights.check_weight(weight)
             if ratio.row_weight(weight) is None:
                 sources = _with_mask({**sources, "sample_weight": None}, tf.not_equal(weight, 0))
         if _is_scores(y_pred) and self.decode is None and sources["keras_mask"] is not None:
             sources = _with_mask({**sources, "keras_mask": None}, sources["keras_mask"])  # of the labels' positions
         padding_value = None if y_true.shape.rank == 1 else self.padding_value
-        return masking.of_sequences(y_true, **sources, padding_value=padding_value)
+        return weights.of_sequences(y_true, **sources, padding_value=padding_value)
 
     def _predicted(self, y_pred: Any, lengths: Any) -> tuple[Any, list[checked.Check]]:
         """Predicted sequences, ragged or sparse; None for scores, which lie on the labels' positions."""
@@ -115,7 +116,7 @@ class ErrorRate(ratio.Ratio):
             return self._units("y_pred", y_pred), []
         sources = dict.fromkeys(("mask", "keras_mask", "sample_weight"))
         padding_value = self.padding_value
-        _, counted, checks = masking.of_sequences(y_pred, lengths=lengths, padding_value=padding_value, **sources)
+        _, counted, checks = weights.of_sequences(y_pred, lengths=lengths, padding_value=padding_value, **sources)
         counted = tf.ones_like(y_pred, tf.bool) if counted is None else counted
         named = [check._replace(text=f"prediction_{check.text}") for check in checks]
         return tf.ragged.boolean_mask(y_pred, counted), named
@@ -189,7 +190,7 @@ def _with_mask(sources: dict[str, Any], more: tf.Tensor) -> dict[str, Any]:
     """Sources of which the mask holds where ``more`` does, too."""
     if sources["mask"] is None:
         return {**sources, "mask": more}
-    both = [shapes.Source("mask", masking.check_mask(sources["mask"])), shapes.Source("mask", more, True)]
+    both = [shapes.Source("mask", weights.check_mask(sources["mask"])), shapes.Source("mask", more, True)]
     return {**sources, "mask": shapes.all_of(both)[0]}
 
 

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from distpad import errors
 from distpad.collectives import checked
-from distpad.losses import averages, masking
+from distpad.losses import averages, weights
 from distpad.metrics import ratio
 
 
@@ -25,11 +25,11 @@ class PositionMean(ratio.Ratio):
         return []
 
     def _sums(self, y_true: Any, y_pred: Any, sources: dict[str, Any]) -> tuple[averages.Sums, list[checked.Check]]:
-        sources = {**sources, "keras_mask": masking.keras_mask(y_pred)}
+        sources = {**sources, "keras_mask": weights.keras_mask(y_pred)}
         y_true, y_pred = self._tensor("y_true", y_true), self._tensor("y_pred", y_pred)
         valid, checks = self._valid(y_true, y_pred, sources)
         counted = valid.effective_mask
-        cleaned = [masking.clean(y, counted, prediction=i == 1) for i, y in enumerate((y_true, y_pred))]
+        cleaned = [weights.clean(y, counted, prediction=i == 1) for i, y in enumerate((y_true, y_pred))]
         checks += self._checks(*cleaned)
         values = tf.cast(self._values(*cleaned), tf.float64)
         if not values.shape.rank:
@@ -37,7 +37,8 @@ class PositionMean(ratio.Ratio):
             raise ValueError(
                 errors.sentence(self._kind, "the function's result", found, "[batch, length, ...], unreduced")
             )
-        return averages.sum_up(self._kind, values, valid, "token"), checks
+        valid, check = weights.broadcast_to(self._kind, values, valid)
+        return averages.sum_up(values, valid, "token"), [*checks, check]
 
 
 @tf.keras.utils.register_keras_serializable("distpad")

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from distpad import backends, errors, precision
 from distpad.collectives import checked
-from distpad.losses import averages, masking
+from distpad.losses import averages, weights
 
 
 class Ratio(tf.keras.metrics.Metric):
@@ -69,9 +69,7 @@ class Ratio(tf.keras.metrics.Metric):
                 "inside `with strategy.scope():`, or behind hvd.init()."
             )
         sums, checks = self._sums(y_true, y_pred, sources)
-        ok = checked.check_locally(
-            here, self._kind, [*checks, masking.broadcast_check(sums.rows, sums.is_broadcastable)]
-        )
+        ok = checked.check_locally(here, self._kind, checks)
         parts = tf.stack([tf.cast(part, tf.float64) for part in (sums.total, sums.tokens)])
         if ok is not True:  # XLA drops assertions
             parts = tf.where(ok, parts, tf.constant(np.nan, tf.float64))
@@ -106,16 +104,16 @@ class Ratio(tf.keras.metrics.Metric):
 
     def _tensor(self, name: str, given: Any) -> Any:
         """Labels or predictions as tensors, half precision widened."""
-        tensor = masking.as_tensor(given)
+        tensor = precision.as_tensor(given, nests=True)
         if isinstance(tensor, (tf.RaggedTensor, tf.SparseTensor)):
             kind = type(tensor).__name__
             raise TypeError(errors.sentence(self._kind, name, f"a {kind}", "a padded tensor", "Use distpad.pad."))
-        return tf.nest.map_structure(precision.wide, tensor)
+        return tensor
 
-    def _valid(self, y_true: Any, y_pred: Any, sources: dict[str, Any]) -> tuple[masking.Valid, list[checked.Check]]:
+    def _valid(self, y_true: Any, y_pred: Any, sources: dict[str, Any]) -> tuple[weights.Weights, list[checked.Check]]:
         """The positions that count, from all sources."""
         try:
-            return masking.of_positions(y_true, y_pred, **sources, padding_value=self.padding_value)
+            return weights.of_positions(y_true, y_pred, **sources, padding_value=self.padding_value)
         except (ValueError, TypeError) as error:
             raise type(error)(f"{self._kind}: {error}.") from error
 

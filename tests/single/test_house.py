@@ -41,7 +41,7 @@ PACKAGES = (
     "errors",
 )
 # The private names of others that are read: what Python documents in spite of the underscore (NamedTuple's methods,
-# os._exit, sys._current_frames), and Keras's mask, for which there is no other way (losses/masking.py says why).
+# os._exit, sys._current_frames), and Keras's mask, for which there is no other way (losses/weights.py says why).
 PRIVATE_NAMES = {"_asdict", "_current_frames", "_exit", "_fields", "_keras_mask", "_replace"}
 SETTINGS = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
 
