@@ -443,8 +443,8 @@ MUTANTS = (
     Mutant(
         name="gather-filling-kept",
         file="collectives/dataset.py",
-        old="place = _indices(function, place)",
-        new="place = np.where(_indices(function, place) < 0, 10**6 + len(places), place)",
+        old="own = _indices(function, own)",
+        new="own = np.where(_indices(function, own) < 0, 10**6 + len(found), own)",
         selection="test_a_sampler_s_order_is_undone",
         world="horovod:2",
     ),
@@ -537,7 +537,7 @@ MUTANTS = (
     Mutant(
         name="optimizer-reduces-nothing-under-horovod",
         file="gradients/optimizer.py",
-        old="gradients[i] = whole",
+        old="gradients[i] = reduced",
         new="gradients[i] = gradients[i]",
         selection="test_clips_the_global_gradient and None",
         world="horovod:2",

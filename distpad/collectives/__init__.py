@@ -1,4 +1,4 @@
-"""Tensors made alike on all replicas, and gathered; and the checked all-gather under both."""
+"""Collectives: tensors padded alike on all replicas, tensors gathered, and the checked all-gather that both use."""
 
 from distpad.collectives.global_max import gather, pad_to_global_max
 

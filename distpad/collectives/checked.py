@@ -1,8 +1,8 @@
-"""The checked all-gather: one small all-reduce of numbers and errors, so that all replicas act alike or raise alike.
+"""The checked all-gather: one small all-reduce of numbers and errors, so that all replicas go on or all raise.
 
-Each replica sends its payload, and one status: the first of its checks that fails, with the text and the numbers that
-show it. Replicas may look at different things: no replica raises before all have seen the status of each, and so no
-replica waits for another that has left. XLA drops assertions: where a check fails there, the numbers are NaN.
+Each replica sends its payload and one status: its first check that fails, with the text and the numbers that show it.
+No replica raises before it has the status of every replica, so no replica waits for one that has left. The checks may
+differ between replicas. XLA drops assertions: where a check fails there, the payloads become NaN.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import tensorflow as tf
 
 from distpad import backends
 
-_WORD, _WORDS = 6, 48  # a text travels as so many words of so many bytes: a float64 holds six bytes exactly
-_NUMBERS = 4  # of evidence that a check shows, at most
+_WORD, _WORDS = 6, 48  # a text travels as 48 float64, each of which holds 6 bytes exactly
+_NUMBERS = 4  # the most numbers that a check shows as evidence
 
 
 class Check(NamedTuple):
-    """Something that must hold on this replica.
+    """A condition that must hold on this replica.
 
     Attributes:
-      text: the argument and what is expected of it, as in "lengths hold a value below 0, expected at least 0".
+      text: the error, as in "lengths hold a value below 0, expected at least 0".
       found: the evidence, a number or a tuple of at most four.
       ok: whether it holds, a bool or a bool scalar.
     """
@@ -34,7 +34,7 @@ class Check(NamedTuple):
     ok: Any
 
 
-@tf.autograph.experimental.do_not_convert  # tracing is faster, and errors show this code, not a copy of it
+@tf.autograph.experimental.do_not_convert  # tracing is faster, and errors show this source
 def all_gather(
     backend: backends.Backend,
     function: str,
@@ -42,38 +42,38 @@ def all_gather(
     checks: Sequence[Check] = (),
     argument_error: Exception | None = None,
 ) -> tf.Tensor:
-    """Give every replica's payload to every replica, after all have agreed that the checks hold everywhere.
+    """Gather the payloads of all replicas, if the checks of all replicas hold.
 
     Args:
       backend: the engine.
-      function: the public function, for messages.
-      payload: numbers (scalars), as many on all replicas; they travel as float64, exact for integers to 2**53.
-      checks: what must hold here.
-      argument_error: an error that this replica caught before the all-gather; its payload is then without meaning.
+      function: the name of the public function, for messages.
+      payload: scalars, as many on all replicas. They travel as float64, which is exact for integers up to 2**53.
+      checks: the conditions that must hold on this replica.
+      argument_error: an error that this replica caught before the all-gather. The values of its payload do not matter.
 
     Returns:
-      ``[replicas, len(payload)]`` float64, the same on all replicas; NaN where XLA dropped an assertion that fails.
+      ``[replicas, len(payload)]`` float64, equal on all replicas; NaN if a check fails inside XLA.
 
     Raises:
-      ValueError: eagerly, on all replicas, when a check fails on one of them or one has an argument error.
+      ValueError: on all replicas, if a check fails or an argument error exists on any of them.
       tf.errors.InvalidArgumentError: the same inside a ``tf.function``.
 
-    Collective: one all-reduce.
+    Collective: all replicas call this the same number of times; one all-reduce.
     """
     if backend.num_replicas == 1 or (backend.num_workers == 1 and not tf.executing_eagerly()):
-        # No other process waits for this one: an error that is known while a step is traced ends it on all replicas.
+        # No other process waits for this one: an error during tracing ends the step on all replicas.
         if argument_error is not None:
             raise argument_error
         check_locally(backend, function, [check for check in checks if isinstance(check.ok, bool)])
     report = _report(checks, argument_error, texts=not is_compiling())
-    # Nothing here is differentiated: a gradient through the collective would be one more, on some replicas perhaps.
+    # A gradient through the collective would be a second collective, which only some replicas might run.
     packed = tf.stop_gradient(tf.concat([[tf.cast(n, tf.float64) for n in payload], report], 0))
     try:
         table = backend.all_gather(packed)
     except Exception as error:
         if argument_error is not None:
             raise argument_error from error
-        if "ismatched" in str(error):  # Horovod's word; the sizes follow from the arguments' structure
+        if "ismatched" in str(error):  # Horovod's message for different sizes, which the structure determines
             raise ValueError(
                 f"{function}: replicas gave arguments of different structure, expected nests of as many tensors on all "
                 f"({len(payload)} here)."
@@ -91,9 +91,9 @@ def all_gather(
 
 @tf.autograph.experimental.do_not_convert
 def check_locally(backend: backends.Backend, function: str, checks: Sequence[Check]) -> Any:
-    """Hold this replica alone to the checks, where a step has no exchange: a check that fails ends its worker's step.
+    """Check this replica alone, in a step without an all-gather. A check that fails ends the step of this worker.
 
-    Returns: whether all hold: True where that is known, else a bool scalar, for graphs whose assertions XLA drops.
+    Returns: whether all checks hold: True if this is known, else a bool scalar, for XLA, which drops assertions.
 
     Raises: ValueError, or inside a ``tf.function`` tf.errors.InvalidArgumentError, for the first check that fails.
     """
@@ -123,9 +123,11 @@ def check_locally(backend: backends.Backend, function: str, checks: Sequence[Che
 
 @tf.autograph.experimental.do_not_convert
 def check_gathered(function: str, checks: Sequence[Check]) -> Any:
-    """Hold all replicas to checks of what an all-gather brought: ``found`` is ``[replicas, numbers]``, alike on all.
+    """Check gathered numbers: ``found`` is ``[replicas, numbers]``, equal on all replicas, so that all raise.
 
-    Returns: whether all hold, as ``check_locally``. Raises: as ``all_gather``, for the first check that fails.
+    Returns: whether all checks hold, as ``check_locally``.
+
+    Raises: as ``all_gather``, for the first check that fails.
     """
     if tf.executing_eagerly():
         for check in checks:
@@ -146,16 +148,16 @@ def check_gathered(function: str, checks: Sequence[Check]) -> Any:
 
 
 def alike(text: str, found: tf.Tensor) -> Check:
-    """The check that all replicas have the same numbers."""
+    """Return the check that all replicas have the same numbers."""
     return Check(text, found, tf.reduce_all(found == found[:1]))
 
 
 def is_compiling() -> bool:
-    """Whether the graph that is being traced is one of ``tf.function(jit_compile=True)``, or is called by one.
+    """Return whether XLA compiles the graph that is being traced, for a ``tf.function(jit_compile=True)``.
 
-    XLA has no kernel for strings and drops assertions. TensorFlow has no public function that tells. It marks each
-    conditional to be lowered for its own executor, except in graphs that XLA compiles: a conditional of constants shows
-    it. tests/single/test_xla.py notices a change.
+    XLA has no kernel for strings and drops assertions. TensorFlow has no public function for this question. But it
+    marks each conditional to be lowered for its own executor, except in graphs that XLA compiles. So this function
+    reads the mark of a conditional of constants. tests/single/test_xla.py notices a change.
 
     >>> is_compiling()
     False
@@ -171,11 +173,11 @@ def is_compiling() -> bool:
         return True
 
 
-# -- reports: [status, numbers, text], of one size on all replicas ----------------------------------------------------
+# -- reports: [status, numbers, text], of equal size on all replicas --------------------------------------------------
 
 
 def _report(checks: Sequence[Check], argument_error: Exception | None, texts: bool) -> Any:
-    """What this replica has to say: 1 and the evidence where a check fails, else zeros."""
+    """Return this replica's report: status 1 and the evidence if a check fails, else zeros."""
     width = _WORDS if texts else 0
     if argument_error is not None:
         return tf.constant([1.0, *[np.nan] * _NUMBERS, *_as_words(str(argument_error))[:width]], tf.float64)
@@ -198,26 +200,26 @@ def _numbers_of(check: Check) -> tuple[Any, ...]:
 
 
 def _evidence(checks: Sequence[Check]) -> tf.Tensor:
-    """The numbers of each check, ``[checks, 4]`` float64, NaN where it has fewer."""
+    """Return the numbers of each check, ``[checks, 4]`` float64, with NaN for missing numbers."""
     rows = [[*_numbers_of(check), *[np.nan] * _NUMBERS][:_NUMBERS] for check in checks]
     return tf.stack([[tf.cast(number, tf.float64) for number in row] for row in rows])
 
 
 def _message(function: str, reports: np.ndarray) -> str:
-    """What the first replica that failed says, with the numbers of all that say the same."""
+    """Return the message of the first replica with an error, with the numbers of all replicas with that message."""
     failed = np.flatnonzero(reports[:, 0])
     words = reports[:, 1 + _NUMBERS :]
     text = _text_of(tf.constant(words[failed[0]])).numpy().decode()
     same = [replica for replica in failed if np.array_equal(words[replica], words[failed[0]])]
     numbers = reports[:, 1 : 1 + _NUMBERS]
     shown = [(replica, _shown(numbers[replica, ~np.isnan(numbers[replica])])) for replica in same]
-    if not any(each for _, each in shown):  # the text of an error, which names the function
+    if not any(each for _, each in shown):  # the text of an argument error, which names the function
         return f"{function}: replica {failed[0]} refused its arguments: {text}"
     return f"{function}: {text}; found by replica: {', '.join(f'{replica}→{each}' for replica, each in shown)}."
 
 
 def _described(function: str, reports: tf.Tensor) -> list[Any]:
-    """The same in a graph, as an assertion prints it."""
+    """Return the message as the data of an assertion in a graph."""
     failed = tf.where(reports[:, 0] > 0)[:, 0]
     text = _text_of(reports[failed[0], 1 + _NUMBERS :])
     found = tf.gather(reports, failed)[:, 1 : 1 + _NUMBERS]
@@ -225,7 +227,7 @@ def _described(function: str, reports: tf.Tensor) -> list[Any]:
 
 
 def _assert(ok: tf.Tensor, evidence: Callable[[], list[Any]]) -> tf.Tensor:
-    """``ok``, after an assertion in the graph that prints the evidence where it is False; XLA has none."""
+    """Return ``ok`` after an assertion in the graph that prints the evidence if it is False; without one in XLA."""
     if is_compiling():
         return ok
 
@@ -233,26 +235,26 @@ def _assert(ok: tf.Tensor, evidence: Callable[[], list[Any]]) -> tf.Tensor:
         with tf.control_dependencies([tf.debugging.Assert(False, evidence(), summarize=-1)]):
             return tf.constant(False)
 
-    # A conditional, so that a step in which all is well computes no text. No collective after it begins on a replica
-    # that fails here.
+    # A conditional, so that a step without errors computes no text. A replica that fails here begins no collective
+    # that follows.
     return tf.cond(ok, lambda: tf.constant(True), fail)
 
 
 @functools.lru_cache(maxsize=256)
 def _as_words(text: str) -> tuple[float, ...]:
-    """The beginning of a text as numbers."""
+    """Encode the beginning of a text as numbers."""
     code = text.encode("ascii", "replace")[: _WORD * _WORDS].ljust(_WORD * _WORDS, b"\0")
     return tuple(float(int.from_bytes(code[i : i + _WORD], "little")) for i in range(0, len(code), _WORD))
 
 
 def _text_of(words: tf.Tensor) -> tf.Tensor:
-    """The text that ``_as_words`` made numbers of, a string scalar."""
+    """Decode the numbers of ``_as_words`` to a string scalar."""
     places = tf.constant([256**i for i in range(_WORD)], tf.int64)
     codes = tf.reshape(tf.cast(words, tf.int64)[:, tf.newaxis] // places % 256, [-1])
     return tf.strings.unicode_encode(tf.cast(tf.boolean_mask(codes, codes > 0), tf.int32), "UTF-8")
 
 
 def _shown(numbers: Sequence[float]) -> str:
-    """One number, or several in brackets."""
+    """Format one number, or several numbers in brackets."""
     listed = ", ".join(f"{number:g}" for number in numbers)
     return f"({listed})" if len(numbers) > 1 else listed

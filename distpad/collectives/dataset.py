@@ -1,4 +1,4 @@
-"""Assembly: what the steps of all workers gave, row by row, put together in the order of the data set."""
+"""Assembly: the rows of all steps of all workers, in the order of the data set."""
 
 from __future__ import annotations
 
@@ -15,14 +15,20 @@ from distpad.padding import Padded
 
 
 class _Column(NamedTuple):
-    """One tensor of the nest, of all rows that a worker has: their real elements one behind the other."""
+    """One tensor of the nest, of all rows of a worker: their real elements, concatenated."""
 
     flat: np.ndarray  # [sum of lengths, *inner]
     lengths: np.ndarray  # [rows]
 
 
 class _Rows(NamedTuple):
-    """A worker's rows; without columns, where it complained. Leaves tell of the arguments, on this worker."""
+    """A worker's rows.
+
+    Attributes:
+      indices: the example index of each row, int64.
+      columns: one for each tensor of the nest; none on a worker with an argument error.
+      leaves: the arguments, on this worker alone.
+    """
 
     indices: np.ndarray
     columns: list[_Column]
@@ -32,20 +38,20 @@ class _Rows(NamedTuple):
 def assemble(
     function: str, backend: backends.Backend, steps: Any, axis: Any, value: Any, lengths: Any, indices: Any
 ) -> Padded:
-    """``gather`` with indices. What is wrong on one worker travels in the exchange, and is raised on all."""
+    """``gather`` with indices. Errors of one worker travel in the all-gather, so that all workers raise together."""
     argument_error: Exception | None = None
     mine = _Rows(np.zeros(0, np.int64), [], [])
     try:
         mine = _rows(function, backend, steps, axis, value, lengths, indices)
-    except Exception as error:  # whatever it is, no other worker waits for this one
+    except Exception as error:  # any error, so that no other worker waits for this one
         argument_error = error
     headers, parts = zip(*map(_unpacked, backend.host_all_gather_bytes(_packed(mine, argument_error))))
     if argument_error is not None:
         raise argument_error
     for worker, header in enumerate(headers):
         if header["argument_error"]:
-            said = header["argument_error"].removeprefix(f"{function}: ")
-            raise ValueError(f"{function}: worker {worker} refused its arguments: {said}")
+            message = header["argument_error"].removeprefix(f"{function}: ")
+            raise ValueError(f"{function}: worker {worker} refused its arguments: {message}")
         if header["columns"] != headers[0]["columns"]:
             found = f"{header['columns']} on worker {worker}"
             expected = f"{headers[0]['columns']}, as on worker 0"
@@ -62,7 +68,7 @@ def assemble(
 def _rows(
     function: str, backend: backends.Backend, steps: Any, axis: Any, value: Any, lengths: Any, indices: Any
 ) -> _Rows:
-    """This worker's rows, without filling."""
+    """Return this worker's rows, without filler rows. Raises: TypeError, ValueError."""
     lengths = [None] * len(steps) if lengths is None and isinstance(steps, (list, tuple)) else lengths
     for name, given in (("tensors", steps), ("lengths", lengths), ("indices", indices)):
         if not isinstance(given, (list, tuple)):
@@ -70,29 +76,29 @@ def _rows(
         if len(given) != len(steps) or not given:
             expected = f"{len(steps) or 'at least one'}, one a step"
             raise ValueError(errors.sentence(function, f"the number of {name}", len(given), expected))
-    places, pieces = [], []
+    found, pieces = [], []
     leaves: list[nests.Leaf] = []
     for each in zip(steps, lengths, indices):
         tensors, lengths_here, indices_here = (_on_replicas(backend, item) for item in each)
         lengths_here = lengths_here or [None] * len(tensors)
         if not len(tensors) == len(lengths_here) == len(indices_here):
-            these = f"of {len(tensors)}, {len(lengths_here)} and {len(indices_here)} replicas"
+            sizes = f"of {len(tensors)}, {len(lengths_here)} and {len(indices_here)} replicas"
             remedy = "Give what strategy.run returned, and the batch's own lengths and indices."
-            raise ValueError(errors.sentence(function, "tensors, lengths and indices", these, "of as many", remedy))
-        for nest, counts, place in zip(tensors, lengths_here, indices_here):
+            raise ValueError(errors.sentence(function, "tensors, lengths and indices", sizes, "of as many", remedy))
+        for nest, counts, own in zip(tensors, lengths_here, indices_here):
             leaves, argument_error = nests.leaves_of(function, nest, axis, value, counts, numbers=True)
             if argument_error is not None:
                 raise argument_error
-            place = _indices(function, place)
-            places.append(place[place >= 0])
-            pieces.append([_cut(function, leaf, place) for leaf in leaves])
-    found = np.concatenate(places)
-    unique, times = np.unique(found, return_counts=True)
+            own = _indices(function, own)
+            found.append(own[own >= 0])
+            pieces.append([_cut(function, leaf, own) for leaf in leaves])
+    kept = np.concatenate(found)
+    unique, times = np.unique(kept, return_counts=True)
     if np.any(times > 1):
         twice = f"{unique[times > 1][0]} in several rows of worker {backend.worker_index}"
         raise ValueError(errors.sentence(function, "indices", twice, "each once", "Gather one epoch at a time."))
     columns = [_Column(*(np.concatenate(side) for side in zip(*column))) for column in zip(*pieces)]
-    return _Rows(found, columns, leaves)
+    return _Rows(kept, columns, leaves)
 
 
 def _on_replicas(backend: backends.Backend, item: Any) -> list[Any]:
@@ -107,13 +113,13 @@ def _indices(function: str, given: Any) -> np.ndarray:
     return indices.astype(np.int64)
 
 
-def _cut(function: str, leaf: nests.Leaf, places: np.ndarray) -> _Column:
-    """The real elements of real rows, the ragged axis first."""
+def _cut(function: str, leaf: nests.Leaf, indices: np.ndarray) -> _Column:
+    """Return the real elements of the rows that are no filler rows, with the padded axis first."""
     values, name = leaf.tensor.numpy(), f"tensors{leaf.where}"
-    if values.ndim == 0 or len(values) != len(places):
-        raise ValueError(errors.sentence(function, f"the shape of {name}", values.shape, f"[{len(places)}, ...]"))
+    if values.ndim == 0 or len(values) != len(indices):
+        raise ValueError(errors.sentence(function, f"the shape of {name}", values.shape, f"[{len(indices)}, ...]"))
     if values.ndim == 1:
-        return _Column(values[places >= 0], np.ones_like(places[places >= 0]))
+        return _Column(values[indices >= 0], np.ones_like(indices[indices >= 0]))
     if not 1 <= leaf.axis < values.ndim:
         raise ValueError(errors.sentence(function, f"axis of {name}", leaf.axis, f"1 to {values.ndim - 1}"))
     values = np.moveaxis(values, leaf.axis, 1)
@@ -121,8 +127,8 @@ def _cut(function: str, leaf: nests.Leaf, places: np.ndarray) -> _Column:
     if np.any((lengths < 0) | (lengths > values.shape[1])):
         expected = f"0 to {values.shape[1]}, the size of the axis"
         raise ValueError(errors.sentence(function, f"lengths of {name}", lengths.tolist(), expected))
-    lengths = np.where(places >= 0, lengths, 0)
-    return _Column(values[np.arange(values.shape[1]) < lengths[:, None]], lengths[places >= 0])
+    lengths = np.where(indices >= 0, lengths, 0)
+    return _Column(values[np.arange(values.shape[1]) < lengths[:, None]], lengths[indices >= 0])
 
 
 def _lengths(leaf: nests.Leaf, shape: tuple[int, ...]) -> np.ndarray:
@@ -130,7 +136,7 @@ def _lengths(leaf: nests.Leaf, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _padded(leaf: nests.Leaf, flat: np.ndarray, lengths: np.ndarray, order: np.ndarray) -> Padded:
-    """All rows in order, padded to the longest."""
+    """Return all rows in order, padded to the longest."""
     lengths_in_order = tf.constant(lengths[order], tf.int32)
     if leaf.tensor.shape.rank == 1:
         return Padded(tf.constant(flat[order]), lengths_in_order, tf.ones([len(order)], tf.bool))
@@ -145,19 +151,19 @@ def _padded(leaf: nests.Leaf, flat: np.ndarray, lengths: np.ndarray, order: np.n
 
 
 def _packed(rows: _Rows, argument_error: Exception | None) -> bytes:
-    """As bytes. Dtypes go by TensorFlow's names, since NumPy writes bfloat16 as nothing it can read."""
+    """Encode rows as bytes, with TensorFlow's names of dtypes, since NumPy cannot read the bfloat16 that it writes."""
     shapes = [[tf.as_dtype(flat.dtype).name, list(flat.shape[1:])] for flat, _ in rows.columns]
     header = json.dumps({"argument_error": str(argument_error or ""), "columns": shapes})
     arrays = {"header": np.frombuffer(header.encode(), np.uint8), "indices": rows.indices}
     for i, (flat, lengths) in enumerate(rows.columns):
         arrays |= {f"flat{i}": np.frombuffer(flat.tobytes(), np.uint8), f"lengths{i}": lengths}
     file = io.BytesIO()
-    np.savez(file, **arrays)  # type: ignore[arg-type] # takes the names for its options
+    np.savez(file, **arrays)  # type: ignore[arg-type] # mypy takes the names for options of savez
     return file.getvalue()
 
 
 def _unpacked(given: bytes) -> tuple[dict[str, Any], _Rows]:
-    """A worker's header and rows."""
+    """Decode a worker's header and rows."""
     arrays = np.load(io.BytesIO(given))
     header = json.loads(arrays["header"].tobytes())
     columns = []

@@ -1,4 +1,4 @@
-"""pad_to_global_max and gather: nests of tensors made alike on all replicas, over one exchange of their lengths."""
+"""pad_to_global_max and gather: nests of tensors padded alike on all replicas, after one all-gather of lengths."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distpad.collectives import checked, dataset, nests, shapes
 from distpad.padding import Padded
 from distpad.padding.buckets import Buckets
 
-_MOST_INNER_AXES = nests.MOST_AXES - 2  # all but the rows and the axis that is padded
+_MOST_INNER_AXES = nests.MOST_AXES - 2  # all axes but the rows and the padded axis
 
 
 @tf.autograph.experimental.do_not_convert
@@ -26,32 +26,32 @@ def pad_to_global_max(
     buckets: Buckets | None = None,
     backend: Any = None,
 ) -> Padded:
-    """Pad each replica's tensors to the longest of all replicas, behind what is there.
+    r"""Pad each replica's tensors at the end, to the longest of all replicas.
 
-    Every replica gets the same padded length, so that what follows (gathers, compiled functions) has one shape
-    everywhere. A replica without rows, or of length 0, takes part like the others.
+    The padded length is :math:`L = \max_r L_r` over all replicas r, rounded up by ``buckets``. So gathers and compiled
+    functions that follow have one shape on all replicas. A replica may have no rows, or length 0.
 
     Args:
-      tensors: a tensor ``[batch, length, ...]`` or a nest of them.
-      axis: the axis that is padded, an int or a nest of them like ``tensors``.
-      value: what it is padded with, a number or a nest of them.
-      lengths: the real length of each row, ``[batch]`` integers, or a nest of them (None: all of that tensor is
-        real).
-      buckets: rounds the agreed length up to a boundary.
-      backend: left out, it is detected (``distpad.backends.resolve``).
+      tensors: a tensor ``[batch, length, ...]`` of any dtype and of rank 8 at most, or a nest of tensors.
+      axis: the axis to pad, an integer or a nest of integers like ``tensors``.
+      value: the padding value, a scalar of the tensor's dtype or a nest of scalars.
+      lengths: the valid length of each row, ``[batch]`` integers from 0 to the size of ``axis``, or a nest of them.
+        None: each row is valid as a whole.
+      buckets: a ``distpad.Buckets``, which rounds the global length up to a boundary; None: no rounding.
+      backend: see ``distpad.backends.resolve``; None: detected.
 
     Returns:
-      ``Padded(values, lengths, mask)`` of nests like ``tensors``: values with the global length on ``axis``, lengths
-      ``[batch]`` int32, mask bool of the shape of values up to and including ``axis``. The padded length is the same
-      on all replicas.
+      ``Padded(values, lengths, mask)`` of nests like ``tensors``: values with size L on ``axis``, lengths ``[batch]``
+      int32, and mask, bool of the shape of values up to and including ``axis``. L is equal on all replicas; the rows
+      are those of this replica.
 
     Raises:
-      ValueError: on all replicas, when ranks or dtypes differ between them, an axis is out of range, a length is
-        negative or above the tensor's own, or the agreed length is above the buckets' last boundary. Inside a
-        ``tf.function`` the same is a ``tf.errors.InvalidArgumentError``.
-      TypeError: ``value`` does not fit a tensor's dtype.
+      ValueError: on all replicas: ranks or dtypes differ between replicas, an axis is out of range, lengths have
+        another number of rows or are out of range, or L is above the last boundary of the buckets. Inside a
+        ``tf.function`` a ``tf.errors.InvalidArgumentError``.
+      TypeError: ``tensors`` holds no tensor, ``value`` is not of its dtype, or ``buckets`` is no Buckets.
 
-    Collective: all replicas call this the same number of times; one all-reduce, however many tensors.
+    Collective: all replicas call this the same number of times; one all-reduce for any number of tensors.
 
     >>> labels = tf.constant([[1, 2], [3, 0]])
     >>> padded = pad_to_global_max({"label": labels}, lengths={"label": [2, 1]}, buckets=Buckets([4]))
@@ -63,7 +63,7 @@ def pad_to_global_max(
     if not isinstance(buckets, (Buckets, type(None))):
         raise TypeError(errors.sentence(function, "buckets", repr(buckets), "a distpad.Buckets"))
     leaves, argument_error = nests.leaves_of(function, tensors, axis, value, lengths)
-    longest, *_ = _agree(resolved, function, leaves, argument_error, buckets, rows=None, gathers=False)
+    longest, *_ = _gather_shapes(resolved, function, leaves, argument_error, buckets, rows=None, gathers=False)
     return _packed(tensors, [_pad(leaf, to) for leaf, to in zip(leaves, longest)])
 
 
@@ -78,33 +78,34 @@ def gather(
     indices: Any = None,
     backend: Any = None,
 ) -> Padded:
-    """Gather all replicas' rows, padded alike; with ``indices``, those of many steps in the order of the data set.
+    """Gather the rows of all replicas, padded alike; with ``indices``, the rows of many steps in data set order.
 
-    Without ``indices`` it is called in the step, and returns the step's rows in replica order. With them it is called
-    by each worker behind its loop, with lists of what the steps took and returned: steps need no collective of their
-    own, and may differ in length.
+    Without ``indices``, each replica calls this in the step, and gets the rows of this step in replica order. With
+    ``indices``, each worker calls this after its loop, with lists of one item a step. The steps then need no collective
+    of their own, and their lengths may differ.
 
     Args:
-      tensors: as in ``pad_to_global_max``; with ``indices`` a list of them, one a step, as ``strategy.run`` returned
-        them. Tensors ``[batch]`` may then be among them, which nothing is padded of: their lengths are 1.
+      tensors: as in ``pad_to_global_max``, but of numbers or bools; with ``indices`` a list of them, one a step, as
+        ``strategy.run`` returned them. With ``indices``, tensors ``[batch]`` are gathered unpadded, with lengths of 1.
       axis, value, backend: as in ``pad_to_global_max``; ``axis`` is at least 1.
       lengths: as in ``pad_to_global_max``; with ``indices`` a list of them, one a step.
-      rows: how many leading rows of this replica are real, an integer; the others are dropped. None: all.
-      indices: a list of ``[batch]`` integers, one a step, such as ``Batch.indices``: the place of each row in the
-        data set. Rows of index -1 are filling, and are dropped. Rows that several workers hold at the same place come
-        in worker order, so that a data set that was dealt by ``dataset.shard(num_workers, worker_index)`` is in its own
-        order again. Where all workers read all of it (``replicated=True``), write ``backend="local"``.
+      rows: the number of leading rows of this replica to gather, a scalar integer from 0 to ``batch``; None: all rows.
+      indices: a list of ``[batch]`` integers, one a step, such as ``Batch.indices``: the example index of each row.
+        Rows of index -1 are filler rows, which are dropped. Rows of several workers with the same index follow in
+        worker order. So the rows of ``dataset.shard(num_workers, worker_index)`` return to the order of ``dataset``. If
+        all workers read the whole data set (``replicated=True``), write ``backend="local"``.
 
-    Returns: ``Padded(values, lengths, mask)`` of nests like ``tensors``, ``[rows of all replicas, ...]``, the same on
-      all replicas. With ``indices`` padded to the longest row, the same on all workers.
+    Returns: ``Padded(values, lengths, mask)`` of nests like ``tensors``, ``[rows of all replicas, ...]``, equal on all
+      replicas. With ``indices``, padded to the longest row, and equal on all workers.
 
-    Raises: as ``pad_to_global_max``, and when ``rows`` is negative or above the rows that are there; TypeError for
-      tensors of strings, which no engine gathers. With ``indices``
-      ValueError or TypeError on all workers, when on one of them there are no steps, or not as many of tensors, lengths
-      and indices; an index twice; or other dtypes or inner axes than elsewhere.
+    Raises:
+      ValueError: as ``pad_to_global_max``; ``rows`` is out of range. With ``indices``, on all workers: no steps;
+        different numbers of tensors, lengths and indices; an index twice; dtypes or inner axes that differ between
+        workers.
+      TypeError: as ``pad_to_global_max``; tensors of strings, which no engine gathers; ``rows`` is no integer.
 
-    Collective: one all-reduce for the lengths, then a gather of values and one of lengths for each tensor. With
-    ``indices``, among workers: an exchange of sizes, and one of all rows.
+    Collective: all replicas call this the same number of times; one all-reduce of lengths, then two all-gathers for
+    each tensor, of values and of lengths. With ``indices``, among workers: an all-gather of sizes, and one of rows.
 
     >>> gather(tf.constant([[1, 2], [3, 4]]), rows=1).values.numpy().tolist()
     [[1, 2]]
@@ -116,13 +117,15 @@ def gather(
     resolved = backends.resolve(backend, function=function)
     if indices is not None:
         if rows is not None:
-            raise ValueError(errors.sentence(function, "rows", "given", "none with indices, where -1 is filling"))
+            raise ValueError(
+                errors.sentence(function, "rows", "given", "none with indices, where -1 marks a filler row")
+            )
         return dataset.assemble(function, resolved, tensors, axis, value, lengths, indices)
     leaves, argument_error = nests.leaves_of(function, tensors, axis, value, lengths, numbers=True)
     if argument_error is None and any(leaf.axis == 0 for leaf in leaves):
-        expected = "an axis behind the first, which holds the rows that are gathered"
+        expected = "an axis after the first, which holds the rows"
         argument_error = ValueError(errors.sentence(function, "axis", axis, expected))
-    longest, kept, total = _agree(resolved, function, leaves, argument_error, None, rows, gathers=True)
+    longest, kept, total = _gather_shapes(resolved, function, leaves, argument_error, None, rows, gathers=True)
     gathered = []
     for leaf, to in zip(leaves, longest):
         padded = _pad(leaf, to)
@@ -132,7 +135,7 @@ def gather(
     return _packed(tensors, gathered)
 
 
-def _agree(
+def _gather_shapes(
     backend: backends.Backend,
     function: str,
     leaves: list[nests.Leaf],
@@ -141,8 +144,10 @@ def _agree(
     rows: Any,
     gathers: bool,
 ) -> tuple[list[tf.Tensor], Any, tf.Tensor]:
-    """Exchange all lengths at once; returns the padded length of each leaf, the rows to keep of this replica, and their
-    sum over all replicas."""
+    """Gather the shapes of all leaves at once, and check them.
+
+    Returns: the padded length of each leaf; the number of rows to keep on this replica; its sum over all replicas.
+    """
     checks, columns = [], []
     for leaf in leaves:
         rank, axis = leaf.tensor.shape.rank, leaf.axis
@@ -150,18 +155,18 @@ def _agree(
         size = tf.shape(leaf.tensor)[axis] if in_range else 0
         count, as_many = _count(leaf)
         inner = [tf.shape(leaf.tensor)[i] for i in range(1, rank) if i != axis] if gathers else []
-        # as many numbers for any rank, since the payloads of all replicas have the same size
+        # the same number of sizes for any rank, since all replicas send payloads of one size
         inner = [*inner, *[-1] * _MOST_INNER_AXES][:_MOST_INNER_AXES]
         columns.append([size, rank, leaf.tensor.dtype.as_datatype_enum, in_range, *inner])
-        text = f"lengths of tensors{leaf.where} are expected to be as many as their rows"
+        text = f"lengths of tensors{leaf.where} are not as many as the rows, expected one a row"
         checks.append(checked.Check(text, count, as_many))
         checks += shapes.length_checks(leaf.lengths, None if leaf.lengths is None else size)
     first = tf.shape(leaves[0].tensor)[0] if leaves[0].tensor.shape.rank else 0
     try:
-        rows = first if rows is None else _whole_number(function, rows)
+        rows = first if rows is None else _integer(function, rows)
     except TypeError as error:
         rows, argument_error = first, argument_error or error
-    text = "rows are expected to be from 0 to the rows that are there"
+    text = "rows are out of range, expected 0 to the rows of this replica"
     checks.append(checked.Check(text, rows, _within(rows, first)))
     table = checked.all_gather(backend, function, [*itertools.chain(*columns), rows], checks, argument_error)
     tables = tf.reshape(table[:, :-1], [-1, len(leaves), len(columns[0])])
@@ -178,21 +183,21 @@ def _agree(
             checked.alike(text, found[:, 4:]),
         ]
     ok = checked.check_gathered(function, gathered)
-    if ok is not True:  # what follows waits for the assertion; XLA has none
+    if ok is not True:  # all that follows waits for the assertion; NaN inside XLA, which drops it
         tables = tf.where(ok, tables, tf.constant(np.nan, tf.float64))
     longest = [_bucketed(backend, function, tf.reduce_max(tables[:, i, 0]), buckets) for i in range(len(leaves))]
     return longest, rows, tf.cast(tf.reduce_sum(table[:, -1]), tf.int32)
 
 
 def _count(leaf: nests.Leaf) -> tuple[Any, Any]:
-    """How many lengths a leaf has, and whether it has as many rows."""
+    """Return the number of lengths of a leaf, and whether it is the number of its rows."""
     if leaf.lengths is None or not leaf.tensor.shape.rank:
         return 0, True
     count = tf.shape(leaf.lengths)[0]
     return count, tf.equal(count, tf.shape(leaf.tensor)[0])
 
 
-def _whole_number(function: str, rows: Any) -> tf.Tensor:
+def _integer(function: str, rows: Any) -> tf.Tensor:
     rows = tf.convert_to_tensor(rows)
     if rows.shape.rank != 0 or not rows.dtype.is_integer:
         given = f"of shape {tuple(rows.shape)} and dtype {rows.dtype.name}"
@@ -201,10 +206,10 @@ def _whole_number(function: str, rows: Any) -> tf.Tensor:
 
 
 def _gather_rows(backend: backends.Backend, values: tf.Tensor, total: tf.Tensor) -> tf.Tensor:
-    """All replicas' rows, ``total`` of them, of any dtype: those that no engine carries travel as another.
+    """Gather the rows of all replicas, ``total`` rows; a dtype that no engine carries travels as another dtype.
 
-    They travel as ``[rows, elements]``; where no replica has any, one row of one element travels, since TensorFlow's
-    gather crashes among workers that have nothing to send.
+    Rows travel as ``[rows, elements]``. If no replica has rows, one row of one element travels, since TensorFlow's
+    gather crashes among workers that send no rows.
     """
     if values.dtype.is_complex:
         parts = tf.stack([tf.math.real(values), tf.math.imag(values)], axis=-1)
@@ -227,13 +232,15 @@ def _within(rows: Any, limit: Any) -> tf.Tensor:
 
 
 def _bucketed(backend: backends.Backend, function: str, length: tf.Tensor, buckets: Buckets | None) -> tf.Tensor:
-    """The boundary at or above an agreed length, in the graph too. -1, which no tensor can be padded to, where a check
-    failed whose assertion XLA dropped."""
+    """Return the smallest boundary that is at least ``length``, in a graph too.
+
+    A length of NaN, from a check that fails inside XLA, gives -1, to which no tensor can be padded.
+    """
     length = tf.cast(tf.where(tf.math.is_nan(length), tf.constant(-1, length.dtype), length), tf.int32)
     if buckets is None:
         return length
     listed = buckets.boundaries
-    if buckets.beyond == "quarters":  # as far as int32 goes: a graph has no loop for the rest
+    if buckets.beyond == "quarters":  # all boundaries of int32, since a graph computes none
         listed = tuple(itertools.takewhile(lambda size: size < 2**31, map(buckets.boundary, itertools.count())))
     boundaries, last = tf.constant(listed), listed[-1]
     above = -(-length // last) * last
@@ -249,11 +256,11 @@ def _bucketed(backend: backends.Backend, function: str, length: tf.Tensor, bucke
 
 def _pad(leaf: nests.Leaf, to: tf.Tensor) -> Padded:
     tensor, axis = leaf.tensor, leaf.axis
-    if not 0 <= axis < tensor.shape.rank:  # being traced; the exchange has refused it
+    if not 0 <= axis < tensor.shape.rank:  # only while tracing: the checks refuse this axis in the run
         return Padded(tensor, tf.zeros([0], tf.int32), tf.zeros([0], tf.bool))
     shape = tf.shape(tensor)
-    behind = tf.one_hot(axis, tensor.shape.rank, on_value=to - shape[axis], off_value=0, dtype=tf.int32)
-    values = tf.pad(tensor, tf.stack([tf.zeros_like(behind), behind], axis=1), constant_values=leaf.value)
+    after = tf.one_hot(axis, tensor.shape.rank, on_value=to - shape[axis], off_value=0, dtype=tf.int32)
+    values = tf.pad(tensor, tf.stack([tf.zeros_like(after), after], axis=1), constant_values=leaf.value)
     values.set_shape([None if i == axis else size for i, size in enumerate(tensor.shape)])
     lengths = leaf.lengths
     if lengths is None:
@@ -265,7 +272,7 @@ def _pad(leaf: nests.Leaf, to: tf.Tensor) -> Padded:
 
 
 def _mask(values: tf.Tensor, axis: int, lengths: tf.Tensor) -> tf.Tensor:
-    """True on real elements: the shape of values up to and including ``axis``."""
+    """Return the mask of real elements, of the shape of values up to and including ``axis``."""
     shape = tf.shape(values)
     mask = tf.sequence_mask(lengths, shape[axis])
     middle = [1] * (axis - 1)
@@ -274,5 +281,5 @@ def _mask(values: tf.Tensor, axis: int, lengths: tf.Tensor) -> tf.Tensor:
 
 
 def _packed(like: Any, padded: list[Padded]) -> Padded:
-    """A list of Padded as one Padded of nests."""
+    """Pack a list of Padded into one Padded of nests."""
     return Padded(*(tf.nest.pack_sequence_as(like, list(column)) for column in zip(*padded)))

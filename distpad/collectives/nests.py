@@ -1,4 +1,4 @@
-"""Nests of tensors with the arguments that belong to each: read, checked, and laid side by side."""
+"""Nests of tensors, flattened and checked together with the axes, values and lengths of their tensors."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import tensorflow as tf
 from distpad import errors
 from distpad.collectives import shapes
 
-MOST_AXES = 8  # tf.pad takes no tensor of a higher rank
+MOST_AXES = 8  # the highest rank that tf.pad takes
 
 
 class Leaf(NamedTuple):
-    """One tensor of the nest, on this replica."""
+    """One tensor of a nest on this replica, with its arguments; ``where`` is its path, such as ``['label']``."""
 
     tensor: tf.Tensor
     axis: int
@@ -27,11 +27,19 @@ class Leaf(NamedTuple):
 def leaves_of(
     function: str, tensors: Any, axis: Any, value: Any, lengths: Any, *, numbers: bool = False
 ) -> tuple[list[Leaf], Exception | None]:
-    """Flatten the nests side by side; single axes and values serve every tensor. ``numbers``: refuse what no engine
-    gathers.
+    """Flatten ``tensors`` and the nests of its arguments; one axis or value serves all tensors.
 
-    What is wrong is returned, since it may be wrong on this replica alone: the exchange raises it on all. A leaf that
-    it concerns is then one that the exchange can do with.
+    Errors are returned, not raised, so that all replicas raise together. The leaf of an error is replaced by one that
+    can take part in the all-gather.
+
+    Args:
+      function: the name of the public function, for messages.
+      tensors, axis, value, lengths: arguments of the public function.
+      numbers: whether a tensor of strings is an error.
+
+    Returns: the leaves, and the first error or None.
+
+    Raises: ValueError: ``tensors`` is empty.
     """
     flat = tf.nest.flatten(tensors)
     if not flat:
@@ -58,16 +66,16 @@ def leaves_of(
             leaves.append(_leaf(function, where, known, *others))
         except (ValueError, TypeError) as error:
             argument_error = argument_error or error
-            if known.dtype == tf.string:  # no exchange can do with it
+            if known.dtype == tf.string:  # no engine gathers strings
                 known = tf.zeros_like(known, tf.float32)
             leaves.append(Leaf(known, min(1, known.shape.rank - 1), tf.zeros([], known.dtype), None, where))
     return leaves, argument_error
 
 
 def _tensor(function: str, where: str, given: Any) -> tf.Tensor:
-    """A leaf of ``tensors`` as a tensor of known rank."""
+    """Return a leaf of ``tensors`` as a tensor of known rank. Raises: TypeError, ValueError."""
     if isinstance(given, (int, float, str)):  # lists are nests here, as everywhere in TensorFlow
-        remedy = "Nested lists of numbers are padded by distpad.pad."
+        remedy = "distpad.pad pads nested lists of numbers."
         raise TypeError(errors.sentence(function, f"tensors{where}", repr(given), "a tensor or an array", remedy))
     if isinstance(given, (tf.RaggedTensor, tf.SparseTensor)):
         kind, remedy = type(given).__name__, "Use distpad.pad first."
@@ -75,7 +83,7 @@ def _tensor(function: str, where: str, given: Any) -> tf.Tensor:
     try:
         tensor = tf.convert_to_tensor(given)
     except (ValueError, TypeError) as error:
-        kind, remedy = type(given).__name__, "Ragged arrays are padded by distpad.pad."
+        kind, remedy = type(given).__name__, "distpad.pad pads ragged arrays."
         raise TypeError(errors.sentence(function, f"tensors{where}", kind, "a tensor or an array", remedy)) from error
     if tensor.shape.rank is None:
         raise ValueError(errors.sentence(function, f"the rank of tensors{where}", "unknown", "a known one (set_shape)"))
@@ -86,25 +94,25 @@ def _tensor(function: str, where: str, given: Any) -> tf.Tensor:
 
 
 def check_numbers(function: str, where: str, dtype: tf.DType) -> None:
-    """Refuse what no engine gathers."""
+    """Raise TypeError for a dtype that no engine gathers."""
     if not (dtype.is_integer or dtype.is_floating or dtype.is_complex or dtype.is_bool):
-        remedy = "Gather numbers, such as ids, and make text of them afterwards."
+        remedy = "Gather numbers, such as ids, and convert them to text afterwards."
         raise TypeError(errors.sentence(function, f"the dtype of tensors{where}", dtype.name, "numbers", remedy))
 
 
 def _leaf(function: str, where: str, tensor: tf.Tensor, axis: Any, value: Any, lengths: Any) -> Leaf:
-    """A tensor with the arguments that belong to it, checked as far as one replica can."""
+    """Return a tensor with its arguments. Raises: TypeError, ValueError, for errors that one replica can see."""
     try:
         axis = operator.index(axis)
     except TypeError as error:
         raise TypeError(errors.sentence(function, "axis", repr(axis), "an integer")) from error
     rank = tensor.shape.rank
-    axis = axis % rank if -rank <= axis < rank else axis  # out of range it stays: the exchange says so
+    axis = axis % rank if -rank <= axis < rank else axis  # out of range: an error on all replicas
     try:
-        filling = tf.constant(bool(value) if tensor.dtype == tf.bool else value, tensor.dtype)
+        padding = tf.constant(bool(value) if tensor.dtype == tf.bool else value, tensor.dtype)
     except (TypeError, ValueError) as error:
         raise TypeError(errors.sentence(function, "value", repr(value), f"a {tensor.dtype.name}")) from error
-    if filling.shape.rank:
+    if padding.shape.rank:
         raise ValueError(errors.sentence(function, "value", repr(value), "one number for each tensor"))
     if lengths is not None and axis == 0:
         raise ValueError(errors.sentence(function, f"lengths of tensors{where}", "given", "none where axis is 0"))
@@ -115,11 +123,11 @@ def _leaf(function: str, where: str, tensor: tf.Tensor, axis: Any, value: Any, l
                 shapes.broadcast(shapes.Source("lengths", lengths), shapes.sizes_of(tensor, 1))
         except (ValueError, TypeError) as error:
             raise type(error)(f"{function}: {error} (tensors{where}).") from error
-    return Leaf(tensor, axis, filling, lengths, where)
+    return Leaf(tensor, axis, padding, lengths, where)
 
 
 def _lists_as_arrays(lengths: Any) -> Any:
-    """Lists of numbers are somebody's lengths; TensorFlow would take them for more of the nest."""
+    """Convert lists of integers in a nest to arrays, since tf.nest would take each integer for a leaf."""
     if isinstance(lengths, dict):
         return {key: _lists_as_arrays(item) for key, item in lengths.items()}
     if isinstance(lengths, (list, tuple)):
@@ -131,7 +139,7 @@ def _lists_as_arrays(lengths: Any) -> Any:
 
 
 def _paths(nest: Any, prefix: str = "") -> list[str]:
-    """Where each leaf is, as one would write it: ``['label']``, in the order of ``tf.nest.flatten``."""
+    """Return the path of each leaf as code, such as ``['label']``, in the order of ``tf.nest.flatten``."""
     if isinstance(nest, dict):
         return [path for key in sorted(nest) for path in _paths(nest[key], f"{prefix}[{key!r}]")]
     if isinstance(nest, (list, tuple)):

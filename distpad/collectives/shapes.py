@@ -1,4 +1,4 @@
-"""Masks of different ranks and sources brought to one shape, also where shapes are known only when a step runs."""
+"""Masks broadcast to one shape, with static and dynamic shapes alike."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from distpad.collectives.checked import Check
 
 
 class Source(NamedTuple):
-    """Something that says which positions are valid; where it ``stretches``, axes of size one but the first do."""
+    """A mask (or weight) with the name of its argument.
+
+    Attributes:
+      name: the argument, for messages.
+      mask: leading axes of a tensor.
+      stretches: whether axes of size 1, other than the first, broadcast.
+    """
 
     name: str
     mask: Any
@@ -20,15 +26,15 @@ class Source(NamedTuple):
 
 
 def widen(tensor: tf.Tensor, rank: int) -> tf.Tensor:
-    """Add trailing axes of size one up to ``rank``, so that a prefix of a shape broadcasts to all of it."""
+    """Add trailing axes of size 1 up to ``rank``, so that leading axes broadcast to the whole shape."""
     missing = rank - tensor.shape.rank
     return tf.reshape(tensor, tf.concat([tf.shape(tensor), [1] * missing], 0)) if missing > 0 else tensor
 
 
 def all_of(sources: list[Source]) -> tuple[tf.Tensor | None, Any]:
-    """The AND of masks, each a prefix of the largest, and whether they fit together.
+    """Return the AND of masks, each of leading axes of the largest, and whether their shapes agree.
 
-    Raises ValueError where it is known beforehand that they do not.
+    Raises: ValueError: static shapes that do not agree.
     """
     sources = [source for source in sources if source.mask is not None]
     if len(sources) < 2:
@@ -45,10 +51,10 @@ def all_of(sources: list[Source]) -> tuple[tf.Tensor | None, Any]:
 
 
 class Sizes:
-    """Leading sizes of a tensor: as far as they are known while a step is traced, and as a tensor.
+    """The sizes of leading axes, static and as a tensor.
 
     Attributes:
-      static: a size or None for each axis.
+      static: the size of each axis, None where tracing does not know it.
     """
 
     def __init__(self, static: Sequence[int | None], dynamic: Callable[[], tf.Tensor]) -> None:
@@ -56,29 +62,29 @@ class Sizes:
         self._dynamic = functools.cache(dynamic)
 
     def dynamic(self, rank: int) -> tf.Tensor:
-        """The first ``rank`` sizes, int32."""
+        """Return the first ``rank`` sizes, int32."""
         sizes = self._dynamic()
         return sizes if rank == sizes.shape[0] else sizes[:rank]
 
 
 def sizes_of(tensor: tf.Tensor, rank: int) -> Sizes:
-    """The first ``rank`` sizes of a tensor."""
+    """Return the first ``rank`` sizes of a tensor."""
     return Sizes(tensor.shape[:rank], lambda: tf.shape(tensor))
 
 
 def sizes_with_rows(like: tf.Tensor, tensor: tf.Tensor) -> Sizes:
-    """The sizes of a tensor, but as many rows as another has."""
+    """Return the sizes of a tensor, with the number of rows of ``like``."""
     static = [like.shape[0], *tensor.shape[1:]]
     return Sizes(static, lambda: tf.concat([tf.shape(like)[:1], tf.shape(tensor)[1:]], axis=0))
 
 
 def broadcast(source: Source, sizes: Sizes) -> tuple[tf.Tensor, Any]:
-    """A mask (or weight) brought to the leading ``sizes`` where it has others, and whether it had them.
+    """Return a mask (or weight) of the leading ``sizes``, cut or padded if necessary, and whether it had them.
 
-    A shape that does not fit is an error on all replicas, which only the exchange can raise: until then the wrong one
-    must not fail by itself.
+    A dynamic shape that differs is an error on all replicas, which the checked all-gather raises. Until then, no
+    operation may fail on this replica alone.
 
-    Raises ValueError where it is known beforehand that the mask does not fit.
+    Raises: ValueError: a static shape that differs.
     """
     mask, is_known = source.mask, True
     for axis, (have, want) in enumerate(zip(mask.shape, sizes.static)):
@@ -99,7 +105,7 @@ def broadcast(source: Source, sizes: Sizes) -> tuple[tf.Tensor, Any]:
 
 
 def _largest(tensors: Sequence[tf.Tensor], rank: int) -> Sizes:
-    """Of each axis, over all tensors that have it."""
+    """Return the largest size of each axis."""
     known = [[t.shape[axis] for t in tensors if t.shape.rank > axis] for axis in range(rank)]
     static = [None if None in sizes else max(sizes) for sizes in known]
 
@@ -110,7 +116,7 @@ def _largest(tensors: Sequence[tf.Tensor], rank: int) -> Sizes:
 
 
 def check_lengths(lengths: Any) -> tf.Tensor:
-    """``[batch]`` integers."""
+    """Return lengths as a tensor, ``[batch]`` integers. Raises: TypeError, ValueError."""
     if isinstance(lengths, (tf.RaggedTensor, tf.SparseTensor)):
         raise TypeError(f"lengths are a {type(lengths).__name__}, expected [batch] integers")
     lengths = tf.convert_to_tensor(lengths, tf.int32 if is_empty(lengths) else None)
@@ -122,16 +128,16 @@ def check_lengths(lengths: Any) -> tf.Tensor:
 
 
 def is_empty(given: Any) -> bool:
-    """A list of nothing, which TensorFlow takes for floats: what an empty replica may hand over."""
+    """Return whether an argument is an empty list, as of an empty replica. TensorFlow makes floats of it."""
     return isinstance(given, (list, tuple)) and not given
 
 
 def length_checks(lengths: tf.Tensor | None, limit: Any = None) -> list[Check]:
-    """Lengths are 0 to ``limit``, where there are any."""
+    """Return the checks that lengths are 0 to ``limit``; none without lengths."""
     if lengths is None:
         return []
     lengths = tf.cast(lengths, tf.int64)
-    lowest, longest = tf.reduce_min(lengths), tf.reduce_max(lengths)  # of no lengths: above and below all others
+    lowest, longest = tf.reduce_min(lengths), tf.reduce_max(lengths)  # without rows: the largest and the smallest int64
     checks = [Check("lengths hold a value below 0, expected at least 0", lowest, lowest >= 0)]
     if limit is not None:
         text = "lengths hold a value above the size of axis 1, expected at most that"

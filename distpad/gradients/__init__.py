@@ -1,4 +1,4 @@
-"""Gradients: reduced as the loss expects, accumulated over micro-batches, clipped, and applied."""
+"""Gradients of the global batch: reduced, accumulated over micro-batches, clipped, and applied."""
 
 from distpad.gradients.accumulation import GradientAccumulator
 from distpad.gradients.clipping import clip_by_global_norm

@@ -1,4 +1,4 @@
-"""GradientAccumulator: many micro-batches, one optimiser step."""
+"""GradientAccumulator: sums the gradients of several micro-batches for one optimiser step."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ _NAME = "GradientAccumulator"
 
 
 class GradientAccumulator:
-    """Add up the gradients of any number of micro-batches, for one step of the optimiser in a custom loop.
+    r"""Sum the gradients of any number of micro-batches, for one optimiser step in a custom loop.
 
-    The step is that of one device with all micro-batches of all replicas concatenated. Micro-batches are added on each
-    replica alone; only ``take`` communicates, once a step however many there were. The sums stand in variables of each
-    replica: ``add`` and ``take`` may be in one ``tf.function`` or in two, so that no more than one micro-batch is held
-    in memory.
+    The step equals that of one device with all micro-batches m of all replicas r concatenated:
 
-    What the loss is divided by must span them all. Where it is known beforehand, as
-    ``PaddedBatches(accumulation_steps=...)`` counts it, give it to the loss: ``denominator=batch.counts``. Else let the
-    loss sum, by ``denominator=1``, and give each micro-batch's count to ``add``: ``take`` divides by the counts of all
-    micro-batches of all replicas.
+    .. math:: g = \sum_{r, m} g_{r, m} / \sum_{r, m} c_{r, m}
+
+    Each replica adds its micro-batches by itself. Only ``take`` communicates, once a step. The sums are variables of
+    each replica: ``add`` and ``take`` may run in one ``tf.function`` or in two, so that memory holds one micro-batch.
+
+    The denominator of the loss must span all micro-batches. If it is counted before the step, as
+    ``PaddedBatches(accumulation_steps=...)`` does, give it to the loss: ``denominator=batch.counts``. Else sum in the
+    loss, with ``denominator=1``, and give the count c of each micro-batch to ``add``: ``take`` divides.
 
     Args:
       variables: a list of TensorFlow or Keras variables.
-      backend: the loss's backend; left out, it is detected at each call.
+      backend: the loss's backend; None: detected at each call.
 
     Raises:
       TypeError: ``variables`` is no list.
@@ -51,20 +52,21 @@ class GradientAccumulator:
         self._backend = backend
         self._totals: list[_Dense | _Sparse | None] = [None] * len(self._variables)
         self._count: tf.Variable | None = None
-        self._counted: bool | None = None  # None: nothing was added yet
+        self._counted: bool | None = None  # whether micro-batches have counts; None before the first one
 
     @tf.autograph.experimental.do_not_convert
     def add(self, tape: tf.GradientTape, loss: tf.Tensor, *, count: Any = None) -> None:
-        """Add the gradients of one micro-batch.
+        """Add the gradients of one micro-batch. Not collective.
 
         Args:
           tape: a plain ``tf.GradientTape``.
-          loss: what the loss returned on this replica for this micro-batch.
-          count: what this replica's loss is to be divided by, a scalar such as its number of valid positions, where the
-            loss was given ``denominator=1``; of all micro-batches, or of none.
+          loss: the scalar that the loss returned on this replica for this micro-batch.
+          count: the denominator of this micro-batch on this replica, a scalar such as the number of its valid
+            positions, for a loss of ``denominator=1``. Give it for all micro-batches or for none.
 
         Raises:
-          TypeError: as ``distpad.gradient``. ValueError: a count that is no scalar; counts of some micro-batches only.
+          TypeError: as ``distpad.gradient``.
+          ValueError: ``count`` is no scalar, or is given for some micro-batches only.
         """
         function = f"{_NAME}.add"
         counted = count is not None
@@ -90,34 +92,38 @@ class GradientAccumulator:
 
     @tf.autograph.experimental.do_not_convert
     def take(self) -> list[Any]:
-        """Take out the step's gradients, ready for ``optimizer.apply_gradients``; the next step begins at zero.
+        """Return the gradients of this step for ``optimizer.apply_gradients``, and reset the sums to zero.
 
-        Returns: as ``distpad.gradient``: a gradient for each variable, sparse ones as ``tf.IndexedSlices`` with the
-          rows of all micro-batches; None where no loss depended on the variable. Counts of 0 alone give zeros.
+        Returns: as ``distpad.gradient``, one gradient for each variable. A sparse gradient is a ``tf.IndexedSlices``
+          with the rows of all micro-batches. A variable on which no loss depends gives None. A total count of 0 gives
+          zeros.
 
         Raises:
-          ValueError: nothing was ever added on this worker, which raises alone, since it knows neither the gradients'
-            kinds nor whether counts were given. Have as many micro-batches on all workers, as ``PaddedBatches`` does.
+          ValueError: this worker never added a micro-batch. It raises alone, since it knows neither the kinds of the
+            gradients nor whether there are counts. Give all workers as many micro-batches, as ``PaddedBatches`` does.
 
-        Collective under Horovod: one fused all-reduce; and one of the counts, on all engines, where they were given.
+        Collective: under Horovod one fused all-reduce of the gradients; with counts, one all-reduce of them on all
+        engines.
         """
         function = f"{_NAME}.take"
         resolved = backends.resolve_step(self._backend, function=function)
         if self._counted is None:
             raise ValueError(f"{function}: nothing was added. Call add for each micro-batch first.")
-        share = None
+        factor = None
         if self._count is not None:
-            share = tf.math.divide_no_nan(tf.ones([], tf.float64), resolved.all_reduce(self._count.read_value()))
-        found = [None if total is None else total.read(share) for total in self._totals]
+            factor = tf.math.divide_no_nan(tf.ones([], tf.float64), resolved.all_reduce(self._count.read_value()))
+        found = [None if total is None else total.read(factor) for total in self._totals]
         self.reset()
         return resolved.reduce_gradients(found)
 
     @tf.autograph.experimental.do_not_convert
     def reset(self) -> None:
-        """Forget what was added, on all replicas of this worker, to begin a step again that an error ended midway."""
+        """Reset the sums to zero on all replicas of this worker, to repeat a step after an error. Not collective."""
         held = [variable for total in self._totals if total is not None for variable in total.variables]
         for variable in [*held, *([] if self._count is None else [self._count])]:
-            variable.assign(empty(variable.shape, variable.dtype), read_value=False)  # outside a replica there is none
+            variable.assign(
+                empty(variable.shape, variable.dtype), read_value=False
+            )  # no value to read outside a replica
 
 
 class _Dense:
@@ -131,12 +137,12 @@ class _Dense:
     def add(self, gradient: Any) -> None:
         self._sum.assign_add(tf.cast(tf.convert_to_tensor(gradient), self._sum.dtype))
 
-    def read(self, share: tf.Tensor | None) -> tf.Tensor:
-        return _shared(self._sum.read_value(), share, self._dtype)
+    def read(self, factor: tf.Tensor | None) -> tf.Tensor:
+        return _scaled(self._sum.read_value(), factor, self._dtype)
 
 
 class _Sparse:
-    """The rows of a sparse gradient on each replica, one micro-batch's behind the other's."""
+    """The rows of a sparse gradient on each replica, concatenated over micro-batches."""
 
     def __init__(self, like: tf.IndexedSlices, shape: tf.TensorShape) -> None:
         self._dtype = like.dtype
@@ -146,16 +152,16 @@ class _Sparse:
         self.variables = [self._values, self._indices]
 
     def add(self, gradient: Any) -> None:
-        if isinstance(gradient, tf.Tensor):  # another loss uses the whole table
+        if isinstance(gradient, tf.Tensor):  # this loss uses the whole table
             gradient = tf.IndexedSlices(gradient, tf.range(tf.shape(gradient)[0]))
         for held, new in zip(self.variables, (gradient.values, gradient.indices)):
             held.assign(tf.concat([held.read_value(), tf.cast(new, held.dtype)], axis=0))
 
-    def read(self, share: tf.Tensor | None) -> tf.IndexedSlices:
-        values = _shared(self._values.read_value(), share, self._dtype)
+    def read(self, factor: tf.Tensor | None) -> tf.IndexedSlices:
+        values = _scaled(self._values.read_value(), factor, self._dtype)
         return tf.IndexedSlices(values, self._indices.read_value(), tf.constant(self._shape.as_list()))
 
 
-def _shared(total: tf.Tensor, share: tf.Tensor | None, dtype: tf.DType) -> tf.Tensor:
-    """Divided before it is narrowed: a sum may be too large for float16 where the mean is not."""
-    return tf.cast(total if share is None else precision.scale(total, share), dtype)
+def _scaled(total: tf.Tensor, factor: tf.Tensor | None, dtype: tf.DType) -> tf.Tensor:
+    """Scale, then cast: float16 may hold the mean, but not the sum."""
+    return tf.cast(total if factor is None else precision.scale(total, factor), dtype)

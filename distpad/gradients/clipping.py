@@ -1,4 +1,4 @@
-"""Clipping by the norm of the global gradient: that of one device with the concatenated batch."""
+"""Clipping by the norm of the global gradient, which is the gradient of the concatenated batch."""
 
 from __future__ import annotations
 
@@ -17,32 +17,37 @@ _NAME = "clip_by_global_norm"
 def clip_by_global_norm(
     gradients: Sequence[Any], clip_norm: Any, *, backend: Any = None
 ) -> tuple[list[Any], tf.Tensor]:
-    r"""Scale gradients so that the global gradient's norm is at most ``clip_norm``, before ``apply_gradients``.
+    r"""Clip gradients so that the norm of the global gradient is at most ``clip_norm``, before ``apply_gradients``.
 
-    With g the gradient of the global batch, over all variables together, what the optimiser gets is
-    :math:`g \cdot \min(1, clip\_norm / \lVert g \rVert)`. Under strategies each replica holds a share of g, whose own
-    norm says nothing. So g is summed for its norm, and all replicas scale their shares by the same factor; the
-    optimiser then sums them to the clipped g. (Keras 3's ``global_clipnorm`` clips the shares, before it sums them.)
+    With g the gradient of the global batch, over all variables together, the optimiser gets
 
-    A norm that is not finite makes every gradient NaN, on all replicas, wherever the infinity was: a loss scale
-    (Keras's ``LossScaleOptimizer``, which in Keras 3 looks at the first replica alone) then skips the step on all of
-    them. ``clip_norm=float("inf")`` does that and no more.
+    .. math:: g \cdot \min(1, clip\_norm / \lVert g \rVert)
+
+    Under strategies each replica holds a local gradient, and g is their sum. The norm is computed from g, and all
+    replicas scale their local gradients by the same factor. The optimiser then sums them to the clipped g. (Keras 3's
+    ``global_clipnorm`` clips the local gradients before it sums them.)
+
+    A norm that is not finite makes every gradient NaN on all replicas. So a loss scale (Keras's
+    ``LossScaleOptimizer``, which in Keras 3 checks the first replica alone) skips the step on all replicas. With
+    ``clip_norm=float("inf")`` this is the only effect.
 
     Args:
-      gradients: what ``distpad.gradient`` or ``GradientAccumulator.take`` returned: tensors, ``tf.IndexedSlices`` or
-        None.
-      clip_norm: the largest norm, above 0: a number or a scalar tensor, the same on all replicas.
-      backend: the loss's backend; left out, it is detected.
+      gradients: the list that ``distpad.gradient`` or ``GradientAccumulator.take`` returned: floating tensors,
+        ``tf.IndexedSlices`` or None.
+      clip_norm: the largest norm, a number or a scalar tensor above 0, equal on all replicas.
+      backend: the loss's backend; None: detected.
 
     Returns:
-      The clipped gradients in their own dtypes, sparse ones sparse, None where there was none; and the norm before
-      clipping, a scalar of the widest dtype (float32 at least), the same on all replicas.
+      The clipped gradients, each of its own dtype, sparse or None as before; and the norm before clipping, a scalar of
+      the widest dtype (float32 at least), equal on all replicas.
 
     Raises:
-      TypeError: ``gradients`` is no list, ``clip_norm`` no number. ValueError: ``clip_norm`` is not above 0; where that
-        only shows inside a ``tf.function``, a ``tf.errors.InvalidArgumentError``.
+      TypeError: ``gradients`` is no list, ``clip_norm`` no number.
+      ValueError: ``clip_norm`` is not above 0; for a tensor inside a ``tf.function``, a
+        ``tf.errors.InvalidArgumentError``.
 
-    Collective under strategies: one all-reduce of the gradients. None under Horovod, where they are reduced already.
+    Collective under strategies: one all-reduce of the gradients. Not collective under Horovod, where the gradients are
+    reduced already.
 
     >>> clipped, norm = clip_by_global_norm([tf.constant([3.0, 4.0]), None], 1.0)
     >>> float(norm), [round(float(g), 3) for g in clipped[0]], clipped[1]
@@ -58,7 +63,7 @@ def clip_by_global_norm(
     ok = checked.check_locally(resolved, _NAME, [positive])
     held = [i for i, gradient in enumerate(gradients) if gradient is not None]
     norm = _norm(resolved.reduce_in_optimizer([gradients[i] for i in held]))
-    limit = tf.cast(tf.convert_to_tensor(clip_norm, dtype_hint=norm.dtype), norm.dtype)  # a number is no float32 first
+    limit = tf.cast(tf.convert_to_tensor(clip_norm, dtype_hint=norm.dtype), norm.dtype)  # float32 would round a number
     factor = tf.minimum(tf.ones([], norm.dtype), limit / norm)
     factor = tf.where(tf.logical_and(ok, tf.math.is_finite(norm)), factor, float("nan"))
     clipped = list(gradients)
@@ -68,7 +73,7 @@ def clip_by_global_norm(
 
 
 def _norm(gradients: Sequence[Any]) -> tf.Tensor:
-    """Over all of them together."""
+    """Return the norm over all gradients together."""
     squares = [_sum_of_squares(gradient) for gradient in gradients] or [tf.constant(0.0)]
     widest = max((square.dtype for square in squares), key=lambda dtype: dtype.size)
     return tf.sqrt(tf.add_n([tf.cast(square, widest) for square in squares]))
@@ -76,7 +81,7 @@ def _norm(gradients: Sequence[Any]) -> tf.Tensor:
 
 def _sum_of_squares(gradient: Any) -> tf.Tensor:
     gradient = tf.cast(gradient, precision.widened(gradient.dtype))
-    if isinstance(gradient, tf.IndexedSlices):  # rows of one index are one row, their sum
+    if isinstance(gradient, tf.IndexedSlices):  # rows of one index add up
         rows, places = tf.unique(gradient.indices)
         gradient = tf.math.unsorted_segment_sum(gradient.values, places, tf.size(rows))
     return tf.reduce_sum(tf.square(gradient))

@@ -1,4 +1,4 @@
-"""What a custom training loop needs beside the loss: gradients, the first broadcast, regularisation, logging."""
+"""Functions of a custom training loop: gradients, the first broadcast, regularisation, logging."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from distpad import backends, errors
 
 @tf.autograph.experimental.do_not_convert
 def gradient(tape: tf.GradientTape, loss: tf.Tensor, variables: Sequence[Any], *, backend: Any = None) -> list[Any]:
-    """Differentiate a DistributedLoss, ready for ``optimizer.apply_gradients``.
+    """Differentiate a DistributedLoss, for ``optimizer.apply_gradients``.
 
-    Under strategies the optimiser sums the replicas' gradients itself, so they are returned as they are. Under Horovod
-    they are reduced here, as the loss expects. Works with Keras 2 and 3 variables, for which Horovod's tape fails.
+    Under strategies the optimiser sums the local gradients, so this function returns them unreduced. Under Horovod
+    this function reduces them. It also takes Keras 3 variables, for which Horovod's own tape fails.
 
     Args:
       tape: a plain ``tf.GradientTape``.
-      loss: what the loss returned on this replica.
-      variables: TensorFlow or Keras variables.
-      backend: the loss's backend; left out, it is detected.
+      loss: the scalar that the loss returned on this replica.
+      variables: a list of TensorFlow or Keras variables.
+      backend: the loss's backend; None: detected.
 
-    Returns: a gradient for each variable, sparse ones as ``tf.IndexedSlices``; None where the loss does not depend on
-      the variable.
+    Returns: one gradient for each variable, of its shape and dtype; a sparse gradient as ``tf.IndexedSlices``; None for
+      a variable on which the loss does not depend. Equal on all replicas under Horovod, local under strategies.
 
     Raises:
-      TypeError: the tape is Horovod's own, which reduces by itself, or no tape; ``variables`` is no list.
+      TypeError: ``tape`` is no tape, or Horovod's own, which reduces by itself; ``variables`` is no list.
 
-    Collective under Horovod: one fused all-reduce.
+    Collective under Horovod: all ranks call this the same number of times; one fused all-reduce.
 
     >>> x = tf.Variable(3.0)
     >>> with tf.GradientTape() as tape:
@@ -43,7 +43,7 @@ def gradient(tape: tf.GradientTape, loss: tf.Tensor, variables: Sequence[Any], *
 
 
 def differentiate(function: str, tape: tf.GradientTape, loss: tf.Tensor, variables: Sequence[Any]) -> list[Any]:
-    """This replica's own gradients, for the public ``function``."""
+    """Return the local gradients. Raises: TypeError, in the name of the public ``function``."""
     if not hasattr(tape, "gradient"):
         raise TypeError(errors.sentence(function, "tape", repr(tape), "a tf.GradientTape"))
     if not isinstance(variables, (list, tuple)):
@@ -57,20 +57,20 @@ def differentiate(function: str, tape: tf.GradientTape, loss: tf.Tensor, variabl
 
 
 def broadcast_variables(variables: Iterable[Any], *, root: int = 0, backend: Any = None) -> None:
-    """Give all workers the variables of worker ``root``, before the first step.
+    """Assign the values of worker ``root`` to the variables of all workers, before the first step.
 
-    Strategies create variables alike on all workers, so that nothing is done there.
+    Strategies create equal variables on all workers, so this function changes nothing there.
 
     Args:
-      variables: Keras 2, Keras 3 or TensorFlow variables; the optimiser's too, once it is built.
-      root: the worker whose values count.
-      backend: left out, it is detected.
+      variables: Keras 2, Keras 3 or TensorFlow variables, those of a built optimiser included.
+      root: the index of the worker, an integer from 0 to the number of workers - 1.
+      backend: see ``distpad.backends.resolve``; None: detected.
 
     Raises:
-      ValueError: on all workers, when they do not hold the same number of variables with the same shapes and dtypes
-        (an optimiser that was built on some of them only); a root that is no worker.
+      ValueError: ``root`` is no worker; on all workers, numbers, shapes or dtypes of the variables differ between
+        workers (for example, only some optimisers are built).
 
-    Collective.
+    Collective among workers: all workers call this the same number of times.
 
     >>> broadcast_variables([tf.Variable(1.0)])
     """
@@ -85,19 +85,22 @@ def broadcast_variables(variables: Iterable[Any], *, root: int = 0, backend: Any
 
 @tf.autograph.experimental.do_not_convert
 def scale_regularization(losses: Iterable[Any], *, backend: Any = None) -> tf.Tensor:
-    """Sum penalties so that, added to every replica's DistributedLoss, they count once globally.
+    r"""Sum penalties so that they count once globally when each replica adds the sum to its DistributedLoss.
 
-    Penalties (``model.losses``) depend on the weights alone and are the same on all replicas; where the engine sums,
-    R of them would count R times.
+    Penalties p (``model.losses``) depend on the weights alone and are equal on all R replicas. An engine that sums the
+    replicas' gradients would count them R times. With s the gradient scale (1 where the engine sums, R where it
+    averages), the result is
+
+    .. math:: s / R \cdot \sum p
 
     Args:
-      losses: scalars; none gives 0.
-      backend: left out, it is detected.
+      losses: floating scalars; an empty list gives 0.
+      backend: see ``distpad.backends.resolve``; None: detected.
 
-    Returns: a scalar of the widest of their dtypes, the same on all replicas.
+    Returns: a scalar of the widest dtype of the penalties, equal on all replicas.
 
     Raises:
-      ValueError: a penalty that is no scalar.
+      ValueError: a penalty is no scalar.
 
     >>> float(scale_regularization([tf.constant(1.0), tf.constant(2.0)]))
     3.0
@@ -115,18 +118,19 @@ def scale_regularization(losses: Iterable[Any], *, backend: Any = None) -> tf.Te
 
 @tf.autograph.experimental.do_not_convert
 def global_value(loss: Any, *, backend: Any = None) -> tf.Tensor:
-    """The global mean that a replica's loss is a share of, for logging.
+    """Return the global mean from the losses of all replicas, for logging.
 
     Args:
-      loss: what a DistributedLoss returned; outside ``strategy.run``, what ``strategy.run`` returned.
-      backend: left out, it is detected.
+      loss: the scalar that a DistributedLoss returned; outside ``strategy.run``, the value that ``strategy.run``
+        returned.
+      backend: the loss's backend; None: detected.
 
-    Returns: a scalar, the same on all workers.
+    Returns: a scalar of the loss's dtype, equal on all replicas.
 
     Raises:
       ValueError: per-replica values outside the scope of their strategy, without ``backend=strategy``.
 
-    Collective.
+    Collective: one all-reduce.
 
     >>> float(global_value(tf.constant(2.0)))
     2.0

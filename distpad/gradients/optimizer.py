@@ -1,4 +1,4 @@
-"""DistributedOptimizer: Keras's fit where the engine's reduction is missing, or comes too late."""
+"""DistributedOptimizer: reduces gradients before a Keras optimiser clips or checks them, in compile and fit."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ _KERAS = int(getattr(tf.keras, "__version__", "2").split(".")[0])
 class DistributedOptimizer(tf.keras.optimizers.Optimizer):
     """Give a Keras optimiser the gradient of the global batch, in ``compile`` and ``fit``.
 
-    - Under Horovod, gradients are reduced as the loss expects. (Horovod's own wrapper reduces nothing in
-      Keras 3, without a word.)
-    - Under strategies, Keras 3 clips (``clipnorm``, ``global_clipnorm``, ``clipvalue``) each replica's share of the
-      gradient before it sums them, and its ``LossScaleOptimizer`` looks for infinities in the first replica's share
-      alone. Here the shares are summed first: the first replica's optimiser gets the sum, the others get zeros, or
-      NaN where it is not finite, so that Keras's own sum leaves it as it is and all see that.
-    - Keras 2 does this right: what is returned there is ``optimizer`` itself, or under Horovod its wrapper, inside the
-      ``LossScaleOptimizer`` if there is one.
+    - Under Horovod, this optimiser reduces the gradients. (Horovod's own wrapper reduces nothing in Keras 3, and does
+      not warn.)
+    - Under strategies, Keras 3 clips (``clipnorm``, ``global_clipnorm``, ``clipvalue``) each local gradient before it
+      sums them, and its ``LossScaleOptimizer`` checks the first replica's local gradient alone. This optimiser sums
+      first. Keras's own sum follows: the first replica gives it the gradient, the others give zeros. Where the
+      gradient is not finite, the others give NaN, so that all replicas skip the step.
+    - Keras 2 reduces before it clips. There the constructor returns ``optimizer`` itself, under Horovod Horovod's
+      wrapper of it, inside the ``LossScaleOptimizer`` if there is one.
 
-    All else is the optimiser's: learning rate, schedules, slots, saving. It is needed under Horovod, and under
-    strategies for clipping and loss scaling. ``tape.gradient`` is what it takes in a loop of one's own.
+    Use it under Horovod, and under strategies for clipping and loss scaling. Learning rate, schedules, slots and saving
+    are those of ``optimizer``. In a custom loop, it takes the unreduced gradients of ``tape.gradient``.
 
     Args:
-      optimizer: a Keras optimiser; for mixed precision ``LossScaleOptimizer(optimizer)``, and then
-        in Keras 3 ``compile(auto_scale_loss=False)``, since it would wrap what is wrapped already.
-      backend: the loss's backend; left out, it is detected at each step.
+      optimizer: a Keras optimiser. For mixed precision give ``LossScaleOptimizer(optimizer)`` and, in Keras 3,
+        ``compile(auto_scale_loss=False)``, so that Keras adds no second one.
+      backend: the loss's backend; None: detected at each step.
       name: as in Keras.
 
     Raises:
-      TypeError: ``optimizer`` is no Keras optimiser, or distributed already.
-      ValueError: it accumulates gradients, which averages the averages of micro-batches; a ``LossScaleOptimizer`` is
-        put around this one.
+      TypeError: ``optimizer`` is no Keras optimiser, or is a DistributedOptimizer.
+      ValueError: ``optimizer`` accumulates gradients, which averages the averages of micro-batches; a
+        ``LossScaleOptimizer`` wraps this optimiser.
 
-    Collective, each step: one all-reduce of the gradients; under strategies one more, of Keras's.
+    Collective, each step: one all-reduce of the gradients; under strategies a second one, by Keras.
 
     >>> import tensorflow as tf
     >>> model = tf.keras.Sequential([tf.keras.Input([2]), tf.keras.layers.Dense(1)])
@@ -56,7 +56,7 @@ class DistributedOptimizer(tf.keras.optimizers.Optimizer):
 
     def __init__(self, optimizer: Any, *, backend: Any = None, name: str | None = None) -> None:
         _check(optimizer)
-        super().__init__(learning_rate=0.0, name=name)  # its own variables are never used
+        super().__init__(learning_rate=0.0, name=name)  # the base class's own variables are never used
         self._backend = backend
         self.inner_optimizer = optimizer
 
@@ -66,12 +66,12 @@ class DistributedOptimizer(tf.keras.optimizers.Optimizer):
 
     @tf.autograph.experimental.do_not_convert
     def apply(self, grads: Iterable[Any], trainable_variables: Any = None) -> None:
-        """As in Keras. Collective."""
+        """Reduce the gradients and apply them, as in Keras. Collective: one all-reduce of the gradients."""
         gradients = list(grads)
         held = [i for i, gradient in enumerate(gradients) if gradient is not None]
         resolved = backends.resolve_step(self._backend, function=_NAME)
-        for i, whole in zip(held, resolved.reduced_gradients([gradients[i] for i in held])):
-            gradients[i] = whole
+        for i, reduced in zip(held, resolved.reduced_gradients([gradients[i] for i in held])):
+            gradients[i] = reduced
         if not self.built and trainable_variables is not None:
             self.build(trainable_variables)
         self.inner_optimizer.apply(gradients, trainable_variables)
@@ -97,15 +97,17 @@ class DistributedOptimizer(tf.keras.optimizers.Optimizer):
 
     @property
     def loss_scale_factor(self) -> float:
-        """None of its own: scaling is the inner optimiser's. Keras's LossScaleOptimizer sets it to None in what it is
-        put around, which is how that is found out (and why it is not None before)."""
+        """1: the inner optimiser scales the loss.
+
+        Keras's LossScaleOptimizer sets this attribute to None in the optimiser that it wraps. The setter detects this.
+        """
         return 1.0
 
     @loss_scale_factor.setter
     def loss_scale_factor(self, value: Any) -> None:
         if hasattr(self, "inner_optimizer"):
             raise ValueError(
-                f"{_NAME}: a LossScaleOptimizer is put around it, expected inside: it would look at this replica's "
+                f"{_NAME}: a LossScaleOptimizer is put around it, expected inside: it would check this replica's "
                 "gradients alone. Write DistributedOptimizer(LossScaleOptimizer(optimizer)) and "
                 "compile(auto_scale_loss=False)."
             )
@@ -114,7 +116,7 @@ class DistributedOptimizer(tf.keras.optimizers.Optimizer):
         self.inner_optimizer.finalize_variable_values(var_list)
 
     def get_config(self) -> dict[str, Any]:
-        """As in Keras. A backend that is no string is detected when the loss runs."""
+        """As in Keras. A backend that is no string is not saved, but detected."""
         return {
             "name": self.name,
             "optimizer": tf.keras.optimizers.serialize(self.inner_optimizer),
@@ -129,7 +131,9 @@ class DistributedOptimizer(tf.keras.optimizers.Optimizer):
 
 def _check(optimizer: Any) -> None:
     if not hasattr(optimizer, "apply_gradients") or isinstance(optimizer, (type, DistributedOptimizer)):
-        raise TypeError(errors.sentence(_NAME, "optimizer", repr(optimizer), "a Keras optimiser, not distributed yet"))
+        raise TypeError(
+            errors.sentence(_NAME, "optimizer", repr(optimizer), "a Keras optimiser that is not distributed yet")
+        )
     base = getattr(optimizer, "inner_optimizer", optimizer)
     steps = getattr(base, "gradient_accumulation_steps", None)
     if steps:

@@ -1,4 +1,4 @@
-"""Losses averaged over the valid positions of all replicas: masks and weights, sums, counts, and CTC."""
+"""Losses averaged over the valid positions of all replicas: weights, sums, counts, and CTC."""
 
 from distpad.losses.counts import Counts, LossInputs, WeightedCounts
 from distpad.losses.ctc import CTC

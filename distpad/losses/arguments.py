@@ -1,4 +1,4 @@
-"""What DistributedLoss takes and refuses: losses, ranks, counts, and the place of a call."""
+"""Argument checks of DistributedLoss: the loss, the ranks, and the place of a call."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ _KERAS = int(getattr(tf.keras, "__version__", "2").split(".")[0])
 
 
 def as_keras_casts(loss: Any, y_true: Any, y_pred: Any) -> Any:
-    """Labels in the predictions' dtype, as Keras hands them to ``Loss.call``: floating ones, and in Keras 3 whole
-    numbers too. Keras's own losses get integers as they are, since classes above 2**24 are no float32."""
+    """Cast labels to the predictions' dtype, as Keras does before ``Loss.call``: floats, and in Keras 3 integers too.
+
+    Integers for Keras's own losses keep their dtype, since float32 holds no classes above 2**24.
+    """
     if not (isinstance(y_true, tf.Tensor) and isinstance(y_pred, tf.Tensor) and y_pred.dtype.is_floating):
         return y_true
     own = _is_of_keras(loss)
@@ -25,7 +27,10 @@ def as_keras_casts(loss: Any, y_true: Any, y_pred: Any) -> Any:
 
 
 def unreduced(loss: Any) -> Any:
-    """The loss itself; by its name in Keras; or where it has the default reduction, a copy without one."""
+    """Return the loss with reduction none: itself, a copy, or the Keras loss of that name.
+
+    Raises: TypeError: no loss, a class, or a DistributedLoss. ValueError: another reduction; an unknown name.
+    """
     if isinstance(loss, str):
         loss = _named(loss)
     if hasattr(loss, "average") or not callable(loss):
@@ -41,14 +46,16 @@ def unreduced(loss: Any) -> Any:
         found = f"a {type(loss).__name__} of reduction {reduction!r}"
         remedy = f'Write {type(loss).__name__}(..., reduction="none").'
         raise ValueError(errors.sentence(_NAME, "loss", found, "one of reduction none", remedy))
-    copied = object.__new__(type(loss))  # copy.copy goes through get_config, which need not tell everything
+    copied = object.__new__(type(loss))  # copy.copy uses get_config, which may omit attributes
     copied.__dict__.update(loss.__dict__, reduction="none")
     return copied
 
 
 def _named(name: str) -> Any:
-    """Keras's loss of this name: an instance where its function has a class, which brings labels and predictions to the
-    same rank in Keras 2 too."""
+    """Return Keras's loss of this name: an instance of the class, if there is one, else the function.
+
+    In Keras 2, only the class gives labels and predictions the same rank.
+    """
     try:
         found = tf.keras.losses.get(name)
     except ValueError:
@@ -61,15 +68,16 @@ def _named(name: str) -> Any:
 
 
 def check_ignored(loss: Any, padding_value: Any) -> None:
-    """Keras's ignore_class makes losses 0 that would then be counted."""
-    # Keras 2 tells it in the configuration alone
+    """Raise ValueError if the loss ignores a class that counts: Keras makes its losses 0, but it stays in the mean."""
+    # Keras 2 has ignore_class in the config alone.
     ignored = loss.get_config().get("ignore_class") if isinstance(loss, tf.keras.losses.Loss) else None
     if ignored is not None and ignored != padding_value:
-        remedy = f"Write padding_value={ignored!r}: what is ignored is not counted either."
+        remedy = f"Write padding_value={ignored!r}, so that an ignored label does not count."
         raise ValueError(errors.sentence(_NAME, "the loss's ignore_class", ignored, "the padding value", remedy))
 
 
 def check_rank(losses: tf.Tensor, per: str, w: Weights, y_true: Any, y_pred: Any) -> None:
+    """Raise ValueError if the rank of the loss contradicts ``per`` or the rank of masks and weights."""
     rank = losses.shape.rank
     if rank is None:
         raise ValueError(f"{_NAME}: the loss has no known rank, expected [batch, ...]. Set its shape with set_shape.")
@@ -96,7 +104,7 @@ def check_rank(losses: tf.Tensor, per: str, w: Weights, y_true: Any, y_pred: Any
 
 
 def refuse_positions(loss: Any, y_true: Any, y_pred: Any) -> None:
-    """Refuse a loss of Keras's that takes the positions of a sequence for features: it averages over padding too."""
+    """Raise ValueError for a Keras loss that takes positions for features: its mean includes padding."""
     longer = _with_one_more_axis(y_true, y_pred)
     if longer and _is_of_keras(loss):
         name, other = ("y_true", "y_pred") if longer.of == "y_pred" else ("y_pred", "y_true")
@@ -113,7 +121,14 @@ def _is_of_keras(loss: Any) -> bool:
 
 
 class _Longer(NamedTuple):
-    """Which of labels and predictions has one more axis, of size 1, than the other; and both shapes."""
+    """Labels or predictions with one axis more than the other, of size 1.
+
+    Attributes:
+      of: "y_true" or "y_pred".
+      rank: the number of its axes.
+      long: its shape.
+      short: the shape of the other.
+    """
 
     of: str
     rank: int
@@ -131,7 +146,7 @@ def _with_one_more_axis(y_true: Any, y_pred: Any) -> _Longer | None:
 
 
 def refuse_layers(backend: backends.Backend) -> None:
-    """Refuse a call inside a Keras layer: its value can only go to add_loss, which Keras divides by the replicas."""
+    """Raise ValueError for a call inside a Keras layer: Keras divides the losses of add_loss by the replicas."""
     if backend.gradient_reduction != "sum" or backend.num_replicas == 1:
         return
     frame = inspect.currentframe()
@@ -140,6 +155,6 @@ def refuse_layers(backend: backends.Backend) -> None:
         if name in ("__call__", "losses") and isinstance(frame.f_locals.get("self"), tf.keras.layers.Layer):
             layer = type(frame.f_locals["self"]).__name__
             remedy = "Let the layer return its predictions, and give the loss to compile or call it in the step."
-            expected = "outside of layers: Keras divides what goes to add_loss by the number of replicas"
+            expected = "outside of layers: Keras divides a loss of add_loss by the number of replicas"
             raise ValueError(errors.sentence(_NAME, "the place of the call", f"the layer {layer}", expected, remedy))
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""Counts: a step's denominators, counted ahead of the step; and the checks that the loss counts the same positions."""
+"""Counts: a step's denominators, counted before the step; and the checks that the loss counts the same positions."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _NAME = "DistributedLoss"
 
 
 class Counts(NamedTuple):
-    """The global valid positions and sequences of one optimiser step, as float64 scalars.
+    """The global counts of one optimiser step, over all replicas of all workers and all micro-batches.
 
-    ``DistributedLoss(..., denominator=counts)`` takes from them what its average needs.
+    ``loss_fn(..., denominator=counts)`` divides by the count of its average.
 
     Attributes:
-      tokens: the number of valid positions over all replicas of all workers and all micro-batches of the step.
-      sequences: the number of rows that have any.
-      local: ``[2]`` float64, this replica's own tokens and sequences in this micro-batch; None where nobody counted
-        them. The loss compares them with what it averages over.
-      replicas: the number of replicas that ``tokens`` and ``sequences`` span, float64; None where it is not known. The
-        loss compares it with the number of replicas that it runs on.
+      tokens: the number of valid positions, a float64 scalar.
+      sequences: the number of rows with a valid position, a float64 scalar.
+      local: ``[2]`` float64, this replica's own tokens and sequences in this micro-batch, which the loss compares with
+        its own counts; None: not compared.
+      replicas: the number of replicas in ``tokens`` and ``sequences``, a float64 scalar, which the loss compares with
+        the number of replicas that run it; None: not compared.
 
     >>> Counts(tokens=12.0, sequences=3.0).tokens
     12.0
@@ -39,7 +39,7 @@ class Counts(NamedTuple):
 
 
 class WeightedCounts(Counts):
-    """Counts in which each position counts with its sample weight: the loss must be given the same weights.
+    """Counts that sum sample weights instead of ones. The loss needs the same weights.
 
     >>> isinstance(WeightedCounts(tokens=7.5, sequences=3.0), Counts)
     True
@@ -49,11 +49,11 @@ class WeightedCounts(Counts):
 
 
 class LossInputs(NamedTuple):
-    """What a batch of ``PaddedBatches`` carries for one loss: ``DistributedLoss(...)(y_true, y_pred, batch=...)``.
+    """The arguments that a batch of ``PaddedBatches`` carries for one loss: ``loss_fn(y_true, y_pred, batch=batch)``.
 
     Attributes:
       lengths: ``[batch]`` int32, the valid positions of each row.
-      sample_weight: ``[batch]`` or ``[batch, length, ...]``; ``()``, an empty nest, where positions are not weighted.
+      sample_weight: ``[batch]`` or ``[batch, length, ...]``; ``()``, an empty nest, without weights.
       counts: ``Counts``, the loss's denominator.
 
     >>> LossInputs(lengths=[2, 1], sample_weight=(), counts=Counts(3.0, 2.0)).counts.tokens
@@ -66,9 +66,9 @@ class LossInputs(NamedTuple):
 
 
 def read_batch(batch: Any, sources: dict[str, Any], denominator: Any) -> tuple[dict[str, Any], Counts]:
-    """Return ``sources`` with the lengths and weights that a batch carries for one loss; and the batch's counts.
+    """Return ``sources`` with the lengths and weights of a batch, and the batch's counts.
 
-    Raises: TypeError: no batch of PaddedBatches. ValueError: a batch of several losses; arguments that it carries.
+    Raises: TypeError: no batch of PaddedBatches. ValueError: a batch of several losses; an argument given twice.
     """
     inputs = getattr(batch, "loss_inputs", batch)
     if isinstance(inputs, collections.abc.Mapping):
@@ -116,7 +116,7 @@ def check_sources(counts: Counts, sources: dict[str, Any], drops_invalid: bool) 
     weighted = isinstance(counts, WeightedCounts) and len(getattr(sources["sample_weight"], "shape", ())) > 1
     if not (given & {"lengths", "keras_mask", "padding_value"} or weighted):
         raise ValueError(
-            f"{_NAME}: denominator holds Counts, but nothing says which positions they count. Give lengths= too."
+            f"{_NAME}: denominator holds Counts, but no argument tells which positions are valid. Give lengths= too."
         )
     if "mask" in given:
         raise ValueError(
@@ -130,8 +130,8 @@ def check_sources(counts: Counts, sources: dict[str, Any], drops_invalid: bool) 
         )
     if drops_invalid:
         raise ValueError(
-            f"{_NAME}: denominator holds Counts, but the loss leaves sequences out by itself, which the "
-            "pipeline counted. Leave denominator away, or give the number of those that are left."
+            f"{_NAME}: denominator holds Counts, but the loss itself leaves out sequences that the pipeline counted. "
+            "Omit denominator, or give the number of the sequences that are left."
         )
 
 
@@ -150,15 +150,18 @@ def checks_of(
     """
     is_nothing = tf.logical_and(tf.equal(count, 0), tf.equal(sums.tokens, 0))
     is_count = tf.logical_or(tf.logical_and(count > 0, tf.math.is_finite(count)), is_nothing)
-    text = "denominator is below 0, not finite, or 0 beside valid positions, expected their count (it, valid here)"
+    text = (
+        "denominator is below 0, not finite, or 0 beside valid positions, expected their count "
+        "(found: denominator, and the valid positions here)"
+    )
     checks = [Check(text, (count, sums.tokens), is_count)]
     if not isinstance(denominator, Counts):
         return checks
     if denominator.replicas is not None:
         text = (
-            "denominator was counted for another number of replicas than run this step, expected the same. Make "
-            "PaddedBatches inside `with strategy.scope():`, behind hvd.init(), or with backend= "
-            "(counted for, running)"
+            "denominator counts another number of replicas than run this step, expected the same. Make "
+            "PaddedBatches inside `with strategy.scope():`, after hvd.init(), or with backend= "
+            "(found: replicas counted, and running)"
         )
         found = tf.cast(denominator.replicas, tf.float64), tf.cast(backend.replica_count(), tf.float64)
         checks.append(Check(text, found, tf.equal(*found)))
@@ -166,11 +169,11 @@ def checks_of(
         text = (
             "denominator holds Counts of other positions than this call averages over, expected the same. Give lengths "
             "(and weights) of the feature that tokens= names, no further mask or padding value, or one number as the "
-            "denominator (tokens and sequences: counted, and averaged over)"
+            "denominator (found: tokens and sequences that were counted, and those of this call)"
         )
         counted, here = tf.cast(denominator.local, tf.float64), tf.stack([sums.tokens, sums.sequences])
         here = here if has_tokens else tf.stack([counted[0], here[1]])
-        error = 1e-4 if isinstance(denominator, WeightedCounts) else 1e-7  # sums of weights are rounded, of ones hardly
+        error = 1e-4 if isinstance(denominator, WeightedCounts) else 1e-7  # sums of ones are nearly exact
         is_close = tf.reduce_all(tf.abs(counted - here) <= error * tf.maximum(tf.abs(counted), tf.abs(here)))
         checks.append(Check(text, (*tf.unstack(counted), *tf.unstack(here)), is_close))
     return checks

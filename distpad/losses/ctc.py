@@ -1,4 +1,4 @@
-"""CTC: the loss of a whole sequence over its alignments, with labels that cannot be aligned found before it runs."""
+"""CTC: the loss of a sequence over all its alignments, with checks of its labels before the loss runs."""
 
 from __future__ import annotations
 
@@ -13,37 +13,39 @@ from distpad.collectives import shapes
 from distpad.collectives.checked import Check
 
 _NAME = "CTC"
-_ZERO = -1e30  # the logarithm of 0: unlike -inf, its difference from itself is a number
+_ZERO = -1e30  # the logarithm of 0; -inf - -inf would be NaN
 
 
 @tf.keras.utils.register_keras_serializable("distpad")
 class CTC:
-    """Connectionist temporal classification, ``-log p(label | logits)`` over all alignments, one value a sequence.
+    r"""Compute the connectionist temporal classification loss of each sequence, for DistributedLoss.
 
-    A label of n classes, k of them like the one before, needs n + k frames. For a shorter sequence ``tf.nn.ctc_loss``
-    gives 700 (dense labels) or fails on the one replica that has the label, while the others wait (sparse labels).
-    Here all replicas raise together, or leave the sequence out. So they do for classes that the logits do not have, for
-    the blank among the labels, and for lengths out of range.
-    (Under ``denominator`` a step has no exchange in which replicas could agree: the worker that has the label raises.)
+    .. math:: -\log p(label \mid logits) = -\log \sum_{alignments} \prod_{frames} p(class \mid logits)
+
+    A label of n classes, k of which repeat the class before, needs n + k frames. For a row with fewer frames,
+    ``tf.nn.ctc_loss`` gives 700 (dense labels) or fails on one replica while the others wait (sparse labels). Here all
+    replicas raise together, or leave the row out. All replicas also raise for classes that the logits do not have, for
+    the blank among the labels, and for lengths out of range. With ``denominator``, a step has no all-gather: only the
+    worker with the wrong label raises.
 
     Args:
-      blank_index: the class that stands for no label; -1 is the last.
-      too_long: what happens to a label that needs more frames than its row has. "error": all replicas raise, with the
-        replica, the row, and both numbers. "leave_out": the row is left out of numerator and count, and ``left_out``
-        says how many were. The count then follows from the model's output, so that ``Counts`` are refused.
+      blank_index: the class of the blank, an integer; -1 is the last class.
+      too_long: "error": a label that needs more frames than its row has is an error on all replicas, which shows the
+        replica, the row and both numbers. "leave_out": the row counts neither in the numerator nor in the count, and
+        ``left_out`` counts it. The count then depends on the model's output, so that ``Counts`` are an argument error.
 
-    Raises: ValueError: an unknown ``too_long``. TypeError: ``blank_index`` is no integer.
+    Raises:
+      ValueError: an unknown ``too_long``; ``blank_index`` below -1. TypeError: ``blank_index`` is no integer.
 
     >>> import distpad
     >>> ctc = CTC(blank_index=0, too_long="leave_out")
     >>> loss_fn = distpad.DistributedLoss(ctc, per="sequence", average="sequence_sum")
     >>> labels, lengths, frames = tf.constant([[1, 1], [2, 0]]), tf.constant([2, 1]), tf.constant([2, 2])
-    >>> loss = loss_fn((labels, lengths, frames), tf.zeros([2, 2, 3]), lengths=lengths)  # 1, 1 needs a blank between
+    >>> loss = loss_fn((labels, lengths, frames), tf.zeros([2, 2, 3]), lengths=lengths)  # 1, 1 needs 3 frames
     >>> round(float(tf.exp(-loss)), 3), ctc.left_out()  # three of the nine paths: 2 2, 0 2, 2 0
     (0.333, 1)
 
-    Source: A. Graves et al., Connectionist temporal classification, 2006. The recursion is in TensorFlow operations
-    that XLA compiles.
+    Source: A. Graves et al., Connectionist temporal classification, 2006. XLA compiles the operations.
     """
 
     def __init__(self, *, blank_index: int, too_long: str = "error") -> None:
@@ -55,19 +57,22 @@ class CTC:
 
     @tf.autograph.experimental.do_not_convert
     def __call__(self, y_true: Any, y_pred: tf.Tensor) -> tf.Tensor:
-        """The loss of each sequence, ``[batch]``, float32 or as wide as the logits.
-
-        A row that breaks a check gives NaN; a row that is left out gives the loss of an empty text.
+        """Compute the loss of each sequence.
 
         Args:
-          y_true: ``(labels [batch, length], label lengths [batch], frames [batch])``, integers; frames are the
-            real ones of each row of the logits. Positions after a row's labels or frames are ignored.
-          y_pred: logits ``[batch, frames, classes]``.
+          y_true: integers ``(labels [batch, length], label lengths [batch], frames [batch])``. A row has ``frames``
+            valid frames in the logits. Positions after a row's label length or frames are ignored.
+          y_pred: floating logits ``[batch, frames, classes]``.
+
+        Returns: ``[batch]``, float32, or float64 for float64 logits. A row that fails a check gives NaN. A row that is
+          left out gives the loss of an empty label.
+
+        Raises: TypeError, ValueError: a part of another kind, rank, dtype or static number of rows.
         """
         batch = _batch(y_true, y_pred, self.blank_index)
         fine = _fine(batch.broken)
         seen = tf.sequence_mask(batch.frames, tf.shape(batch.logits)[1])
-        # Broken rows are computed as empty texts, so that they fail nowhere else than in the exchange.
+        # Broken rows are computed as empty labels, so that they fail in the checked all-gather alone.
         lengths = tf.where(fine, batch.lengths, 0)
         labels = tf.where(tf.sequence_mask(lengths, tf.shape(batch.labels)[1]), batch.labels, 0)
         log_odds = tf.nn.log_softmax(tf.where(seen[..., tf.newaxis], batch.logits, 0))
@@ -78,14 +83,14 @@ class CTC:
     def filter_invalid(
         self, y_true: Any, y_pred: Any, rows: tf.Tensor | None, *, counting: bool
     ) -> tuple[tf.Tensor | None, list[Check]]:
-        """Which rows can be computed, and what all replicas are held to; ``DistributedLoss`` asks before it averages.
+        """Return the rows that the loss can compute, and the checks of this batch, for DistributedLoss.
 
         Args:
-          y_true, y_pred: as above.
-          rows: bool ``[batch]``, those that count; None: all.
-          counting: whether those that are left out are added to ``left_out``.
+          y_true, y_pred: as in a call.
+          rows: bool ``[batch]``, the rows that count; None: all rows.
+          counting: whether ``left_out`` counts the rows that are left out.
 
-        Returns: bool ``[batch]``, None for all; and the checks, each with the first row that breaks it.
+        Returns: bool ``[batch]``, None for all rows; and the checks, each with the first row that fails it.
         """
         batch = _batch(y_true, y_pred, self.blank_index)
         checks = list(batch.checks)
@@ -111,9 +116,14 @@ class CTC:
 
     @tf.autograph.experimental.do_not_convert
     def left_out(self, *, backend: Any = None) -> int:
-        """How many sequences all replicas have left out since this was made; the same on all workers.
+        """Return the number of sequences that all replicas left out since this object was made.
 
-        Collective among workers; called outside the step.
+        Args:
+          backend: see ``distpad.backends.resolve``; None: detected.
+
+        Returns: an integer, equal on all workers.
+
+        Collective among workers: all workers call this outside the step, the same number of times.
         """
         resolved = backends.resolve(backend, function=f"{_NAME}.left_out")
         mine = [] if self._left_out is None else resolved.local_results(self._left_out)
@@ -128,7 +138,7 @@ class CTC:
         return cls(**config)
 
 
-# -- what must hold ---------------------------------------------------------------------------------------------------
+# -- the checks -------------------------------------------------------------------------------------------------------
 
 _ROW = "(found: the first such row, {}; -1: none)"
 _TEXTS = (
@@ -151,7 +161,7 @@ _TEXTS = (
 
 
 class _Broken(NamedTuple):
-    """The rows that break one check, bool ``[batch]``, and the two numbers of each that show it."""
+    """The rows that fail one check, bool ``[batch]``, and the two numbers of each row as evidence, ``[batch]``."""
 
     rows: tf.Tensor
     found: tf.Tensor
@@ -159,7 +169,7 @@ class _Broken(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """A batch whose lengths and frames are in range, with what is wrong with it; integers are int64."""
+    """A batch with lengths and frames clipped to their range, and its checks; integers are int64."""
 
     labels: tf.Tensor
     lengths: tf.Tensor
@@ -171,7 +181,7 @@ class _Batch(NamedTuple):
 
 
 def _batch(y_true: Any, y_pred: Any, blank_index: int) -> _Batch:
-    """All parts with as many rows as the logits, and every check looked at."""
+    """Broadcast all parts to the rows of the logits, and compute every check."""
     labels, lengths, frames, logits = _parts(y_true, y_pred)
     rows = tuple(tf.shape(part)[0] for part in (labels, lengths, frames, logits))
     parts, same = [], [True]
@@ -206,7 +216,7 @@ def _batch(y_true: Any, y_pred: Any, blank_index: int) -> _Batch:
 
 
 def _parts(y_true: Any, y_pred: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Labels, their lengths, and the frames, all int64; and the logits, in float32 at least."""
+    """Return labels, label lengths and frames as int64, and the logits as float32 or float64."""
     if not isinstance(y_true, (tuple, list)) or len(y_true) != 3:
         raise TypeError(errors.sentence(_NAME, "y_true", type(y_true).__name__, "(labels, label lengths, frames)"))
     parts = []
@@ -224,19 +234,19 @@ def _parts(y_true: Any, y_pred: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, t
 
 
 def _first_of_rows(bad: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Of bool ``[batch, length]``: the rows that have a true position, and the first of them, or the length."""
+    """Return which rows of bool ``[batch, length]`` have a True position, and its first index, or the length."""
     width = tf.shape(bad, tf.int64)[1]
     positions = tf.where(bad, tf.range(width), width)
     return tf.reduce_any(bad, axis=1), tf.minimum(tf.reduce_min(positions, axis=1), width)
 
 
 def _fine(broken: list[_Broken]) -> tf.Tensor:
-    """The rows that break none of these checks, bool ``[batch]``."""
+    """Return the rows that fail none of these checks, bool ``[batch]``."""
     return tf.logical_not(tf.reduce_any(tf.stack([each.rows for each in broken]), axis=0))
 
 
 def _first(broken: _Broken) -> tuple[tf.Tensor, ...]:
-    """The first row that breaks a check, with its numbers; -1 where there is none."""
+    """Return the first row that fails a check, with its two numbers; -1 if no row fails."""
     count = tf.shape(broken.rows, tf.int64)[0]
     row = tf.reduce_min(tf.concat([tf.where(broken.rows, tf.range(count), count), [count]], 0))
     columns = (tf.range(count), broken.found, broken.allowed)
@@ -253,13 +263,13 @@ def _int32(tensor: tf.Tensor) -> tf.Tensor:
 def _negative_log_likelihood(
     log_odds: tf.Tensor, labels: tf.Tensor, lengths: tf.Tensor, frames: tf.Tensor, blank: tf.Tensor
 ) -> tf.Tensor:
-    """``-log p(label)`` of each row, ``[batch]``, from the logarithms of the odds ``[batch, frames, classes]``.
+    """Return ``-log p(label)`` of each row, ``[batch]``, from log probabilities ``[batch, frames, classes]``.
 
-    The states of a label of n classes are 2n + 1: blank, class, blank, class ... blank. The forward variable of a state
-    is the log probability of all paths that lead there, the backward variable that of all that lead on. The backward
-    variable is the forward one of the reversed sequence, so one loop over the frames computes both: the batch is twice
-    as large. XLA compiles the loop. tf.nn.ctc_loss for sparse labels does not compile; for dense labels its
-    transition matrix of states by states takes 4 to 30 times as long.
+    A label of n classes has 2n + 1 states: blank, class, blank, class ... blank. The forward variable of a state is the
+    log probability of all paths to the state, the backward variable that of all paths from the state. The backward
+    variable equals the forward variable of the reversed sequence. So one loop over the frames computes both, with a
+    batch of twice the size. XLA compiles the loop. XLA does not compile tf.nn.ctc_loss for sparse labels; for dense
+    labels its transition matrix of states by states takes 4 to 30 times as long.
     """
     count, time, classes = tf.unstack(tf.shape(log_odds))
     last = 2 * lengths  # the last state of each row
@@ -268,7 +278,7 @@ def _negative_log_likelihood(
     states = tf.pad(tf.reshape(states, [count, width]), [[0, 0], [0, 1]])
     order = tf.range(width + 1)
     states = tf.where(order < last[:, tf.newaxis], states, blank)  # [batch, states]
-    turned = tf.maximum(last[:, tf.newaxis] - order, 0)  # where each state is in the reversed sequence
+    turned = tf.maximum(last[:, tf.newaxis] - order, 0)  # the index of each state in the reversed sequence
     turned_frames = tf.maximum(frames[:, tf.newaxis] - 1 - tf.range(time), 0)
 
     @tf.custom_gradient
@@ -297,14 +307,14 @@ def _negative_log_likelihood(
             of_classes = tf.math.unsorted_segment_sum(tf.transpose(odds, [0, 2, 1]), places, count * classes)
             return tf.transpose(tf.reshape(of_classes, [count, classes, time]), [0, 2, 1])
 
-        impossible = log_likelihood < _ZERO / 2  # a logit of -inf: the only way, since the text has frames enough
+        impossible = log_likelihood < _ZERO / 2  # only with a logit of -inf, since each label here has enough frames
         return -tf.where(impossible, tf.cast(-np.inf, log_likelihood.dtype), log_likelihood), gradient
 
     return likelihood(log_odds)
 
 
 def _paths(emitted: tf.Tensor, states: tf.Tensor, blank: tf.Tensor) -> tf.Tensor:
-    """The forward variables before the first frame and after each, ``[frames + 1, batch, states]``."""
+    """Return the forward variables before the first frame and after each frame, ``[frames + 1, batch, states]``."""
     skips = tf.logical_and(states != blank, states != tf.pad(states, [[0, 0], [2, 0]])[:, :-2])
     closed = tf.where(skips, tf.zeros([], emitted.dtype), _ZERO)
     begin = tf.where(tf.range(tf.shape(states)[1]) > 0, tf.fill(tf.shape(closed), tf.cast(_ZERO, closed.dtype)), 0)

@@ -1,4 +1,4 @@
-"""DistributedLoss: a loss of reduction none, averaged exactly over the valid positions of all replicas."""
+"""DistributedLoss: an unreduced loss, averaged exactly over the valid positions of all replicas."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ class DistributedLoss(tf.keras.losses.Loss):
     - ``"sequence_mean"``: the mean over those sequences of each one's own :math:`\sum w l / \sum w`;
     - a positive number: :math:`\sum w l` / number.
 
-    All sums run over all replicas. A call returns, on each replica, the scalar whose gradient is right after the
-    engine's own gradient reduction: one optimiser step on N replicas equals one step on one device with the
-    concatenated batch. No position that does not count changes a bit of the value or of a gradient, whatever stands
-    there (NaN, infinity, labels out of range). No valid position anywhere gives 0 and zero gradients.
+    All sums run over all replicas. A call returns a scalar on each replica. After the engine's own reduction, its
+    gradient is the gradient of the average: one optimiser step on N replicas equals one step on one device with the
+    concatenated batch. Values at invalid positions (NaN, infinity, labels out of range) change no bit of the loss or of
+    a gradient. A global batch without valid positions gives 0 and zero gradients.
 
     Args:
       loss: a Keras loss (Keras 2 or 3, TensorFlow Addons) of reduction none or of the default reduction, which
-        ``average`` replaces; the name of one, such as ``"mse"``; or a callable ``(y_true, y_pred) -> [batch, ...]`` in
-        positions, ``[batch]`` with ``per="sequence"``; autograph does not convert it, so one with Python's ``if`` or
-        ``for`` over tensors is a ``tf.function`` itself. A loss ``[batch]`` without any mask or lengths is that of
-        plain classification: each row is one position.
-      average: see above.
-      per: "position", or "sequence" for losses with one value a sequence, such as CTC. Then "token" divides by the
-        global sum of ``lengths``, the other two by the number of sequences that count.
-      padding_value: labels equal to it do not count (vectors: where all components are).
-      backend: see ``distpad.backends.resolve``; left out, it is detected at each call.
+        ``average`` replaces; the name of a Keras loss, such as ``"mse"``; or a callable
+        ``(y_true, y_pred) -> [batch, ...]``, one value a position, ``[batch]`` with ``per="sequence"``. Autograph does
+        not convert a callable: decorate one with Python's ``if`` or ``for`` over tensors with ``tf.function``. A loss
+        ``[batch]`` without masks and lengths is plain classification: each row is one position.
+      average: "token", "sequence_sum", "sequence_mean", or a positive number.
+      per: "position", or "sequence" for a loss with one value a sequence, such as CTC. With "sequence", the average
+        "token" divides by the global sum of ``lengths``, the sequence averages by the number of valid sequences.
+      padding_value: a scalar; labels equal to it are invalid. A label vector is invalid if all its components are.
+      backend: see ``distpad.backends.resolve``; None: detected at each call.
       name: as in Keras.
 
     Raises:
-      TypeError: ``loss`` is no callable. ValueError: it reduces by itself, or an option is unknown.
+      TypeError: ``loss`` is no callable, ``average`` no string or number, ``padding_value`` no scalar.
+      ValueError: ``loss`` has another reduction or is an unknown name; ``average`` or ``per`` is unknown.
 
-    Source: S. Merity et al., and every sequence toolkit since, divide by tokens; that the division must be global is
-    shown in the README.
+    The README derives the local contribution and its scale.
 
     >>> import tensorflow as tf
     >>> loss_fn = DistributedLoss(tf.keras.losses.MeanAbsoluteError(reduction="none"))
@@ -68,7 +68,7 @@ class DistributedLoss(tf.keras.losses.Loss):
         backend: Any = None,
         name: str = "distributed_loss",
     ) -> None:
-        # "sum" is what Keras leaves alone: it neither divides such a loss by the replicas nor its history
+        # Keras divides neither a loss of reduction "sum" nor its history by the number of replicas.
         super().__init__(reduction="sum", name=name)
         loss = arguments.unreduced(loss)
         arguments.check_ignored(loss, padding_value)
@@ -82,7 +82,7 @@ class DistributedLoss(tf.keras.losses.Loss):
         if padding_value is not None and not np.isscalar(padding_value):
             raise TypeError(errors.sentence(_NAME, "padding_value", repr(padding_value), "one number or string"))
         self.loss = loss
-        self.average = average if isinstance(average, str) else float(average)  # NumPy's numbers cannot be saved
+        self.average = average if isinstance(average, str) else float(average)  # Keras cannot save NumPy's numbers
         self.per = per
         self.padding_value = padding_value
         self._backend = backend
@@ -90,7 +90,7 @@ class DistributedLoss(tf.keras.losses.Loss):
         self._has_warned = False
         self._traces_of_no_rows: dict[Any, Any] = {}
 
-    @tf.autograph.experimental.do_not_convert  # it would take three seconds of the first trace
+    @tf.autograph.experimental.do_not_convert  # conversion would take 3 s of the first trace
     def __call__(
         self,
         y_true: Any,
@@ -102,35 +102,38 @@ class DistributedLoss(tf.keras.losses.Loss):
         denominator: Any = None,
         batch: Any = None,
     ) -> tf.Tensor:
-        """This replica's share of the global mean, a scalar of the loss's dtype, float32 at least.
+        """Compute this replica's local contribution to the global mean.
+
+        Masks from all sources are combined with AND. Without any source, all positions are valid.
 
         Args:
-          y_true: labels; a nest is handed on to the loss unchanged.
-          y_pred: predictions ``[batch, length, ...]``.
-          sample_weight: ``[batch]`` or as many leading axes of the loss as you like; all but the first may be of size
-            1. What weighs 0 is treated like padding.
-          lengths: ``[batch]`` integers, the valid positions of each row (the rest is padding behind them).
-          mask: bool, leading axes of the loss; ``[batch]`` with ``per="sequence"`` says which rows count, those
-            of length 0 (an empty text) included.
-          denominator: what to divide by, counted beforehand: a scalar, or ``Counts``. The step then has no collective
-            of its own, and the value is the replica's share: log it with ``global_value``.
-          batch: a batch of ``PaddedBatches``, in place of ``lengths``, ``sample_weight`` and ``denominator``; with
-            several losses ``batch.loss_inputs[NAME]``.
+          y_true: labels, a tensor ``[batch, ...]``; a nest reaches the loss unchanged.
+          y_pred: floating predictions ``[batch, length, ...]``, or a nest of them.
+          sample_weight: numbers, leading axes of the loss, ``[batch]`` at least; all axes but the first may have size
+            1. A position of weight 0 is invalid.
+          lengths: ``[batch]`` integers from 0 to the size of axis 1, the valid positions of each row; padding follows.
+          mask: bool, leading axes of the loss. With ``per="sequence"``, a mask ``[batch]`` alone decides which rows
+            count: a row of length 0 (an empty text) counts where the mask is True.
+          denominator: a count made before the step, a scalar above 0 or ``Counts``. It is 0 only where no position is
+            valid. The step then has no collective of its own.
+          batch: a batch of ``PaddedBatches``, in place of ``lengths``, ``sample_weight`` and ``denominator``. With
+            several losses, ``batch.loss_inputs[NAME]``.
 
         Returns:
-          Without ``denominator`` the value is the global mean (over the number of replicas, under strategies, which
-          sum), the same on all replicas; its gradient is always that of the replica's share.
+          A scalar of the loss's dtype, float32 at least. Without ``denominator`` its value is the global mean, under
+          strategies divided by the number of replicas, and equal on all replicas. With ``denominator`` its value is the
+          local contribution: ``global_value`` gives the mean. Its gradient is always that of the local contribution.
 
         Raises:
-          ValueError, TypeError: on all replicas alike where the call is collective; inside a ``tf.function``, what only
-            shows while it runs is a ``tf.errors.InvalidArgumentError``. Inside XLA, which drops assertions, the value
-            and all gradients are NaN instead.
+          ValueError, TypeError: wrong arguments; without ``denominator`` all replicas raise.
+          tf.errors.InvalidArgumentError: wrong values inside a ``tf.function``. Inside XLA, which drops assertions, the
+            loss and all gradients are NaN instead.
 
-        Collective without ``denominator``: one all-reduce, of the numerator, the count and the evidence for errors.
+        Collective without ``denominator``: one all-reduce of the numerator, the count and the evidence of errors.
         """
         backend = backends.resolve_step(self._backend, function=_NAME)
         arguments.refuse_layers(backend)
-        if not backends.is_alone():  # alone: the reference device of a certificate
+        if not backends.is_alone():  # a certificate's reference device is alone
             self._ran_on = backend
         sources = {"sample_weight": sample_weight, "lengths": lengths, "mask": mask}
         if batch is not None:
@@ -144,18 +147,20 @@ class DistributedLoss(tf.keras.losses.Loss):
         return self._average_globally(backend, y_true, y_pred, sources)
 
     def call(self, y_true: Any, y_pred: Any) -> tf.Tensor:
-        """The loss without any reduction, as Keras defines ``call``."""
+        """Return the unreduced loss, as Keras defines ``call``."""
         if not hasattr(self.loss, "call"):
             return self.loss(y_true, y_pred)
         return self.loss.call(arguments.as_keras_casts(self.loss, y_true, y_pred), y_pred)
 
     def global_value(self, loss: Any) -> tf.Tensor:
-        """The global mean that ``loss`` is this replica's share of, for logging; by the backend it last ran on.
+        """Return the global mean for logging, by the backend on which this loss last ran.
 
         Args:
-          loss: what the call returned; outside ``strategy.run``, what ``strategy.run`` returned.
+          loss: the scalar that the call returned; outside ``strategy.run``, the value that ``strategy.run`` returned.
 
-        Returns: a scalar, the same on all workers. Collective.
+        Returns: a scalar of the loss's dtype, equal on all replicas.
+
+        Collective: one all-reduce.
         """
         return gradients.global_value(loss, backend=self._ran_on or self._backend)
 
@@ -165,7 +170,7 @@ class DistributedLoss(tf.keras.losses.Loss):
         checks: list[checked.Check] = []
         try:
             sums, checks = self._sums(y_true, y_pred, sources, gate)
-        except Exception as error:  # any error travels in the all-gather, so that no other replica waits for this one
+        except Exception as error:  # The all-gather carries any error, so that no other replica waits for this one.
             argument_error = error
             try:
                 sums = averages.Sums(0.0, 0.0, 0.0) if tf.executing_eagerly() else averages.nan_sums(y_pred)
@@ -285,7 +290,7 @@ class DistributedLoss(tf.keras.losses.Loss):
         )
 
     def get_config(self) -> dict[str, Any]:
-        """As in Keras: a saved model keeps the loss. A backend that is no string is detected when the loss runs."""
+        """As in Keras: a saved model keeps the loss. A backend that is no string is not saved, but detected."""
         return {
             "name": self.name,
             "loss": tf.keras.utils.serialize_keras_object(self.loss),
@@ -298,7 +303,7 @@ class DistributedLoss(tf.keras.losses.Loss):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DistributedLoss:
         loss = config["loss"]
-        # from its older formats, Keras 2 finds losses by losses.deserialize alone, and functions by the other alone
+        # In its older formats, Keras 2 restores losses with losses.deserialize alone, functions with the other alone.
         function = isinstance(loss, dict) and loss["class_name"] == "function"
         restore = tf.keras.utils.deserialize_keras_object if function else tf.keras.losses.deserialize
         return cls(**{**config, "loss": restore(loss)})

@@ -73,7 +73,7 @@ def of_positions(
         leaves = [leaf for leaf in tf.nest.flatten([y_pred, y_true]) if isinstance(leaf, tf.Tensor)]
         limit = next((tf.shape(leaf)[1] for leaf in leaves if (leaf.shape.rank or 0) > 1), None)
         if limit is None:
-            raise ValueError("lengths were given, but y_pred has no axis 1 that they could count along")
+            raise ValueError("lengths were given, but y_pred has no axis 1")
         checks = shapes.length_checks(lengths, limit)
         sources.append(shapes.Source("lengths", tf.sequence_mask(lengths, limit)))
     sources.append(shapes.Source("mask", mask))
@@ -187,9 +187,7 @@ def broadcast_to(function: str, losses: tf.Tensor, w: Weights) -> tuple[Weights,
     tokens = w.tokens
     if tokens is not None:
         tokens = shapes.broadcast(shapes.Source("lengths", tokens), shapes.sizes_of(losses, 1))[0]
-    text = (
-        "mask, lengths or sample_weight do not fit the loss, expected its leading axes in each (found: the loss's rows)"
-    )
+    text = "mask, lengths or sample_weight do not match the loss, expected its leading axes (found: the loss's rows)"
     check = Check(text, tf.shape(losses)[0], is_broadcastable)
     return Weights(mask, weight, rank, tokens, is_broadcastable), check
 
@@ -280,14 +278,14 @@ def check_weight(sample_weight: Any) -> tf.Tensor:
 def _not_padding(y_true: Any, y_pred: Any, padding_value: Any) -> tf.Tensor:
     """True where a label differs from ``padding_value``. A label that is a vector differs where any component does."""
     if not isinstance(y_true, tf.Tensor) or y_true.shape.rank is None or y_true.shape.rank < 2:
-        raise ValueError("padding_value was given, but y_true is no tensor [batch, length, ...] to compare with it")
+        raise ValueError("padding_value was given, but y_true is no tensor [batch, length, ...]")
     try:
         padding = tf.constant(padding_value, y_true.dtype)
         is_nan = y_true.dtype.is_floating and np.isnan(padding_value)  # NaN does not equal itself
         real = tf.math.logical_not(tf.math.is_nan(y_true)) if is_nan else tf.not_equal(y_true, padding)
     except (TypeError, ValueError) as error:
         raise TypeError(
-            f"padding_value is {padding_value!r}, expected a {y_true.dtype.name}, as y_true holds"
+            f"padding_value is {padding_value!r}, expected a {y_true.dtype.name}, the dtype of y_true"
         ) from error
     rank = y_true.shape.rank
     # labels with as many axes as the predictions are vectors; labels with one axis less are classes

@@ -231,7 +231,7 @@ def test_other_wrong_arguments_are_named(world):
         distpad.pad_to_global_max(x, buckets=[8], backend=world.backend)
     with pytest.raises(TypeError, match=r"rows is of shape \(1,\)"):
         wrongly(world, *[lambda: distpad.gather(x, rows=[1], backend=world.backend).values] * 2)
-    with pytest.raises((ValueError, TypeError), match="axis is -2, expected an axis behind the first"):
+    with pytest.raises((ValueError, TypeError), match="axis is -2, expected an axis after the first"):
         wrongly(world, *[lambda: distpad.gather(x, axis=-2, backend=world.backend).values] * 2)
     with pytest.raises(TypeError, match="variables is with a str, expected variables"):
         distpad.broadcast_variables(["a"], backend=world.backend)

@@ -150,7 +150,7 @@ def test_wrong_per(per):
             ValueError,
             "denominator was given with average",
         ),
-        ({}, {"denominator": COUNTS}, ValueError, "nothing says which positions they count. Give lengths="),
+        ({}, {"denominator": COUNTS}, ValueError, "no argument tells which positions are valid. Give lengths="),
         (
             {},
             {"denominator": COUNTS, "lengths": [1, 2], "mask": np.ones([2, 3], bool)},
