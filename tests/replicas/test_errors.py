@@ -91,7 +91,7 @@ def test_plain_numbers_are_no_tensors(world):
 
 
 def test_rows_out_of_range(world):
-    with pytest.raises(ValueError, match="rows are expected"):
+    with pytest.raises(ValueError, match="rows are out of range"):
         world.run(lambda x: distpad.gather(x, rows=3, backend=world.backend), lambda r: np.ones([2, 2]), graph=False)
 
 
