@@ -68,7 +68,7 @@ MUTANTS = (
         file="collectives/global_max.py",
         old="padded = _pad(leaf, to)\n",
         new="padded, kept = _pad(leaf, to), None\n",
-        selection="test_gather_drops_filling_rows",
+        selection="test_gather_drops_filler_rows",
     ),
     Mutant(
         name="rows-of-length-0-counted",
@@ -514,7 +514,7 @@ MUTANTS = (
         world="horovod:2",
     ),
     Mutant(
-        name="optimizer-clips-each-share",
+        name="optimizer-clips-local-gradients",
         file="backends/strategy.py",
         old="first = self.replica_index() == 0",
         new="return list(gradients)\n        first = self.replica_index() == 0",

@@ -1,4 +1,4 @@
-"""GradientAccumulator: any number of micro-batches are the step of one device with all of them."""
+"""GradientAccumulator: a step of several micro-batches equals one step of one device with all their rows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def count_of(rows, average):
 
 @pytest.fixture(params=["float64", pytest.param("float32", marks=pytest.mark.wide)])
 def linear(world, request):
-    """A linear model, and what adds one micro-batch of it to an accumulator."""
+    """Make a linear model, and a function that adds one micro-batch to an accumulator."""
     with world.scope():
         variables = [tf.Variable(value, dtype=request.param) for value in oracle.weights()]
 
@@ -55,7 +55,7 @@ def linear(world, request):
 @pytest.mark.parametrize(("micros", "average"), [(1, "token"), (2, "sequence_sum"), (3, "sequence_mean")])
 @pytest.mark.parametrize("way", ["denominator", "counts"])
 def test_micro_batches_are_one_big_batch(world, linear, average, micros, way, graph):
-    """Two steps, each of all micro-batches in one function; what is divided by is known beforehand, or added up."""
+    """Two steps, each with all micro-batches in one function; the denominator is given, or the counts are added."""
     variables, adding, dtype = linear
     rows = everything(world, micros)
     accumulator = distpad.GradientAccumulator(variables, backend=world.backend)
@@ -81,7 +81,7 @@ def test_micro_batches_are_one_big_batch(world, linear, average, micros, way, gr
     "graph", [pytest.param(True, marks=pytest.mark.worlds("mirrored:2")), pytest.param(False, marks=pytest.mark.core)]
 )
 def test_a_function_for_each_micro_batch(world, linear, graph):
-    """One call adds one micro-batch, another one takes; a step that was given up leaves nothing behind."""
+    """One call adds one micro-batch, another one takes; ``reset`` clears an abandoned step."""
     variables, adding, dtype = linear
     accumulator = distpad.GradientAccumulator(variables, backend=world.backend)
     add = adding(accumulator, "token")
@@ -106,7 +106,7 @@ def test_a_function_for_each_micro_batch(world, linear, graph):
 
 @pytest.mark.parametrize("graph", [False, pytest.param(True, marks=pytest.mark.wide)])
 def test_sparse_gradients_stay_sparse(world, graph):
-    """With as many rows as there were, on some replicas more; None stays None."""
+    """The rows of all micro-batches stay, on some replicas more rows; None stays None."""
     table = np.random.default_rng(1).normal(size=[6, 3])
     with world.scope():
         embedding, unused, scalar = tf.Variable(table), tf.Variable([1.0]), tf.Variable(2.0, dtype=tf.float64)
@@ -161,7 +161,7 @@ def test_a_table_used_by_rows_and_as_a_whole(world):
 
 @pytest.mark.worlds("mirrored:2")
 def test_reduced_once_a_step(world, linear):
-    """Counted in the traced graph: three micro-batches ask for what one batch and ``distpad.gradient`` ask for."""
+    """Three micro-batches make as many collectives in the traced graph as one batch with ``distpad.gradient``."""
     variables, adding, dtype = linear
     accumulator = distpad.GradientAccumulator(variables, backend=world.backend)
     add = adding(accumulator, "token", denominator=7.0)
@@ -186,7 +186,7 @@ def test_reduced_once_a_step(world, linear):
 
 
 def test_sums_in_float32_at_least(world):
-    """2048 + 1 + 1 is 2048 in float16; and a sum that float16 cannot hold is divided first."""
+    """2048 + 1 + 1 is 2048 in float16; a sum that float16 cannot hold is divided before the cast."""
     with world.scope():
         half = tf.Variable([0.0, 0.0], dtype=tf.float16)
     accumulator = distpad.GradientAccumulator([half], backend=world.backend)

@@ -1,4 +1,4 @@
-"""clip_by_global_norm: the norm is the global gradient's; an infinity on one replica stops the step on all."""
+"""clip_by_global_norm: the norm is that of the global gradient; an infinity on one replica reaches all."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ KERAS_3 = hasattr(tf.keras.optimizers, "LossScaleOptimizer")
 
 
 def ids_of(replica):
-    """Rows that occur twice in a replica and in several of them, on some replicas more of them."""
+    """Return indices that repeat within a replica and between replicas, more of them on some replicas."""
     return np.array([[replica % 6, 1, 1, 4][: 3 + replica % 2]])
 
 
 @pytest.fixture
 def step(world):
-    """What differentiates and clips; returns the norm, and the clipped gradients as an optimiser would have them."""
+    """Make a step that clips gradients, and returns the norm and the gradients after the optimiser's reduction."""
     with world.scope():
         variables = [tf.Variable(TABLE), tf.Variable(np.ones([3])), tf.Variable([1.0])]
     loss_fn = distpad.DistributedLoss(lambda t, p: tf.reduce_sum(p**2, -1), backend=world.backend)
@@ -61,7 +61,7 @@ LIMITS = [0.999, 0.5, 1.001, 2.0, float("inf")]
     ],
 )
 def test_clips_as_one_device_does(world, step, limit, graph):
-    """Below and above the norm, and so close to it that the norm of anything else would be on the other side."""
+    """Limits below and above the norm; 0.999 times the norm tells it from the norm of a local gradient."""
     gradients = of_one_device(world)
     norm = np.sqrt(sum((gradient**2).sum() for gradient in gradients))
     expected = [gradient * min(1, limit) for gradient in gradients]
@@ -93,7 +93,7 @@ def test_half_precision_is_squared_in_float32(world):
 
 @pytest.mark.parametrize("wrong", [np.inf, -np.inf, np.nan])
 def test_what_is_not_finite_on_one_replica_is_so_on_all(world, wrong):
-    """In one variable's gradient; those of the others are NaN too, as tf.clip_by_global_norm has them."""
+    """One gradient is not finite: all gradients become NaN, as in tf.clip_by_global_norm."""
 
     def step(x):
         gradients = world.backend.reduce_gradients([x, tf.ones([2])])
@@ -107,7 +107,7 @@ def test_what_is_not_finite_on_one_replica_is_so_on_all(world, wrong):
 
 
 def test_collectives_are_counted(world):
-    """Under strategies, that of an optimiser; none where gradients are reduced already."""
+    """Strategies make the one all-reduce of an optimiser; engines that reduced already make none."""
     given = lambda r: np.ones([2], "float32")
     clip = lambda x: distpad.clip_by_global_norm([x, 2 * x], 1.0, backend=world.backend)
     expected = collectives_of(world, lambda x: world.reduce([1 * x, 2 * x]), given)
@@ -116,7 +116,7 @@ def test_collectives_are_counted(world):
 
 
 def loss_scaled(optimizer, scale):
-    """Keras's own loss scaling: the optimiser, and how it scales a loss, unscales gradients and tells its scale."""
+    """Return a Keras LossScaleOptimizer, with functions that scale a loss, unscale gradients and read the scale."""
     if KERAS_3:
         scaler = tf.keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=scale)
         return scaler, scaler.scale_loss, lambda gradients: gradients, lambda: float(scaler.dynamic_scale.numpy())
@@ -142,17 +142,17 @@ def test_a_step_that_overflowed_on_one_replica_is_skipped_on_all(world):
         return norm
 
     last = world.num_replicas - 1
-    large = lambda r: np.full([1, 2], 1000.0 if r == last else 1.0, "float16")  # 1000 · 1024 is no float16
+    large = lambda r: np.full([1, 2], 1000.0 if r == last else 1.0, "float16")  # 1000 · 1024 overflows float16
     assert not any(np.isfinite(norm) for norm in world.run(step, large, graph=False).values())
     assert w.numpy().tolist() == [1.0, 2.0] and scale() == 512.0
     assert all(
         np.isfinite(norm) for norm in world.run(step, lambda r: np.ones([1, 2], "float16"), graph=False).values()
     )
-    assert w.numpy().tolist() == [0.5, 1.5] and scale() == 512.0  # momentum, too, has seen one step only
+    assert w.numpy().tolist() == [0.5, 1.5] and scale() == 512.0  # momentum has one step only
 
 
 def test_clipping_under_a_loss_scale(world):
-    """Keras 3 unscales only when it applies: until then the limit is the scale's multiple."""
+    """Keras 3 unscales when it applies gradients: until then the limit is multiplied by the scale."""
     with world.scope():
         w = tf.Variable([0.0, 0.0])
         optimizer, scale_loss, unscale, scale = loss_scaled(tf.keras.optimizers.SGD(1.0), 1024.0)

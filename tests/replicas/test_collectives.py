@@ -1,4 +1,4 @@
-"""pad_to_global_max and gather: one length everywhere, one exchange, nothing lost."""
+"""pad_to_global_max and gather: one length on all replicas, one all-reduce of lengths, all rows kept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from replica_world import counting
 
 
 def batch_of(replica, *, empty=None):
-    """Three tensors of a replica, ragged on different axes; replica ``empty`` has no rows and no length."""
+    """Return three tensors of a replica, ragged on different axes; replica ``empty`` has no rows and length 0."""
     random = np.random.default_rng([11, replica])
     rows, length = 1 + replica, 2 + 3 * (replica % 3)
     if replica == empty:
@@ -32,7 +32,7 @@ def nest(batch):
     return {name: batch[name] for name in AXES}
 
 
-CASES = [  # a graph, and an empty replica
+CASES = [  # whether in a graph, and which replica is empty
     (True, None),
     pytest.param(True, 0, marks=pytest.mark.wide),
     (False, None),
@@ -68,7 +68,7 @@ def test_pad_to_global_max(world, graph, empty):
                 lengths[name].reshape([-1] + [1] * (at - 1)), mask[name].shape[:-1]))  # fmt: skip
 
 
-def test_ladder_rounds_the_agreed_length(world):
+def test_buckets_round_the_global_length(world):
     buckets = distpad.Buckets([5, 16, 20])
     longest = max(batch_of(r)["label"].shape[1] for r in range(world.num_replicas))
     for graph in (True, False):
@@ -84,14 +84,14 @@ def test_ladder_rounds_the_agreed_length(world):
             assert values.shape[1] == -(-longest // 4) * 4
 
 
-def test_a_length_above_the_ladder_raises_everywhere(world):
+def test_a_length_above_the_last_boundary_raises_on_all(world):
     step = lambda batch: distpad.pad_to_global_max(batch["label"], buckets=distpad.Buckets([1]), backend=world.backend)
     with pytest.raises(ValueError, match="above the last boundary"):
         world.run(step, batch_of, graph=False)
 
 
-def test_one_exchange_however_many_tensors(world):
-    """Counted in the traced graph under strategies, at the backend under Horovod."""
+def test_one_all_reduce_for_any_number_of_tensors(world):
+    """Collectives are counted in the traced graph under strategies, in the backend under Horovod."""
     if world.strategy is not None:
         given = world.strategy.experimental_distribute_values_from_function(
             lambda context: nest(batch_of(context.replica_id_in_sync_group))
@@ -141,7 +141,7 @@ def test_gather_gives_all_rows_in_replica_order(world, graph, empty):
             assert at == len(values[name])
 
 
-def test_gather_drops_filling_rows(world):
+def test_gather_drops_filler_rows(world):
     step = lambda batch: distpad.gather(batch["label"], rows=1, backend=world.backend)
     for values, lengths, _ in world.run(step, batch_of, graph=False).values():
         assert len(values) == len(lengths) == world.num_replicas
@@ -153,7 +153,7 @@ def test_gather_drops_filling_rows(world):
         assert values[:, 0].tolist() == [10 * r for r in range(world.num_replicas)]
 
 
-@pytest.mark.wide  # test_gather_dtypes gathers them by default
+@pytest.mark.wide  # the default tests are in test_gather_dtypes
 def test_gather_of_every_dtype(world):
     for dtype in ("uint8", "int8", "int64", "float16", "float64", "bfloat16", "bool"):
         step = lambda batch, dtype=dtype: distpad.gather(tf.cast(batch, dtype), backend=world.backend).values
@@ -162,7 +162,7 @@ def test_gather_of_every_dtype(world):
             np.testing.assert_array_equal(values[:, 0].astype("int32"), np.arange(world.num_replicas) % 2)
 
 
-def test_axes_are_counted_from_the_back_too(world):
+def test_negative_axes(world):
     padded = world.run(
         lambda x: tuple(distpad.gather(x, axis=-1, lengths=[1, 2], backend=world.backend)),
         lambda r: np.full([2, 2 + r], r),

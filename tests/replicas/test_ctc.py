@@ -1,4 +1,4 @@
-"""distpad.CTC: the gradients of one device; labels that cannot be aligned are refused on all replicas, or left out."""
+"""distpad.CTC: the gradients of one device; labels that are too long raise on all replicas, or are left out."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ KERAS_3 = getattr(tf.keras, "__version__", "2").startswith("3")
 
 
 def rows_of(replica, blank, short=False):
-    """Texts with letters in a row that are alike, an empty one, and frames in number just enough; with ``short`` the
-    second row of each odd replica, or of the only one, has one frame less than it needs."""
+    """Return texts with repeated letters and an empty text, with the least number of frames.
+
+    With ``short``, the second row of each odd replica, or of the only replica, has one frame less than it needs.
+    """
     random = np.random.default_rng([41, replica])
     letters = [c for c in range(CLASSES) if c != blank % CLASSES]
     texts = [[letters[0], letters[1]], [letters[2], letters[2], letters[0]], [], [letters[1]] * (1 + replica)]
@@ -33,7 +35,7 @@ def rows_of(replica, blank, short=False):
 
 
 def padded(rows, beyond=2):
-    """One replica's batch; what stands in padding would be seen if anything looked at it."""
+    """Return one replica's batch, with padding that would change the result if an operation read it."""
     wide, long = (beyond + max(len(row[name]) for row in rows) for name in ("x", "y"))
     return {
         "x": np.stack(
@@ -50,7 +52,7 @@ def kernel():
 
 
 def probability(odds, text, blank):
-    """The sum over all alignments, each written out: every way to spell the text with these frames."""
+    """Return the sum over all alignments, by enumeration."""
     total = 0.0
     for path in np.ndindex(*[CLASSES] * len(odds)):
         merged = [c for i, c in enumerate(path) if i == 0 or c != path[i - 1]]
@@ -60,8 +62,7 @@ def probability(odds, text, blank):
 
 
 def expected(rows, blank):
-    """The sum of -log p over rows and its gradient by the kernel, each row alone on one device, by TensorFlow's dense
-    kernel, which is another than the sparse one that CTC uses."""
+    """Return the sum of -log p over rows and its gradient towards the kernel, row by row, by tf.nn.ctc_loss."""
     variable = tf.Variable(kernel().astype("float32"))
     total, gradient = 0.0, np.zeros([FEATURES, CLASSES])
     for row in rows:
@@ -85,7 +86,7 @@ def run(world, loss_fn, given, *, graph=False, **options):
 
     def step(batch):
         with tf.GradientTape() as tape:
-            logits = tf.where(frames_of(batch), batch["x"] @ variable, np.nan)  # what a model makes of padding
+            logits = tf.where(frames_of(batch), batch["x"] @ variable, np.nan)  # a model's output at padded frames
             y_true = (batch["y"], batch["lengths"], batch["frames"])
             mask = tf.ones_like(batch["frames"], tf.bool)  # empty texts count
             loss = loss_fn(y_true, logits, lengths=batch["lengths"], mask=mask, **options)
@@ -127,7 +128,7 @@ def test_the_gradients_of_one_device(world, blank, graph):
 
 
 def test_a_label_too_long_is_refused_on_all_replicas(world):
-    """With the row, the frames that it needs, and those that it has."""
+    """The message shows the row, the frames that it needs, and the frames that it has."""
     last = world.num_replicas - 1
     short = lambda r: padded(rows_of(1 if r == last else 0, 0, short=r == last))
     loss_fn = distpad.DistributedLoss(
@@ -142,8 +143,8 @@ def test_a_label_too_long_is_refused_on_all_replicas(world):
 
 
 @pytest.mark.parametrize("graph", [True, False])
-def test_a_label_too_long_where_the_step_has_no_exchange(world, graph):
-    """Its own replica is named, by whoever raises: in one process that is the step of all."""
+def test_a_label_too_long_in_a_step_without_an_all_gather(world, graph):
+    """The message names the replica of the label. In one process, the step of all replicas raises."""
     if world.several_workers:
         pytest.skip("the other workers would wait for the one that raises, until their launcher ends them")
     last = world.num_replicas - 1
@@ -162,7 +163,7 @@ def test_a_label_too_long_where_the_step_has_no_exchange(world, graph):
 
 
 @alone
-def test_rows_that_do_not_count_may_be_too_long_without_an_exchange(world):
+def test_rows_that_do_not_count_may_be_too_long_without_an_all_gather(world):
     loss_fn = distpad.DistributedLoss(distpad.CTC(blank_index=0), per="sequence", backend="local")
     batch = padded(rows_of(1, 0, short=True))
     y_true, logits = (batch["y"], batch["lengths"], batch["frames"]), tf.zeros([*batch["x"].shape[:2], CLASSES])
@@ -173,7 +174,7 @@ def test_rows_that_do_not_count_may_be_too_long_without_an_exchange(world):
 
 @pytest.mark.parametrize("average", ["sequence_sum", "token"])
 def test_a_label_too_long_is_left_out_and_counted(world, average):
-    """On odd replicas, so that they have fewer sequences than the others; over two steps."""
+    """Odd replicas leave rows out, so that they have fewer sequences than the others, over two steps."""
     given = lambda r: padded(rows_of(r, 0, short=True))
     every = [row for r in range(world.num_replicas) for row in rows_of(r, 0, short=True)]
     fitting = [
@@ -193,7 +194,7 @@ def test_a_label_too_long_is_left_out_and_counted(world, average):
 
 
 @alone
-def test_what_the_pipeline_counted_is_refused_where_rows_are_left_out(world):
+def test_counts_are_refused_where_rows_are_left_out(world):
     loss_fn = distpad.DistributedLoss(distpad.CTC(blank_index=0, too_long="leave_out"), per="sequence", backend="local")
     batch = padded(rows_of(1, 0))
     y_true, logits = (batch["y"], batch["lengths"], batch["frames"]), tf.zeros([*batch["x"].shape[:2], CLASSES])
@@ -227,8 +228,10 @@ def test_it_is_saved_with_its_loss():
 @pytest.mark.skipif(not KERAS_3, reason="Keras 2 has no CTC loss")
 @pytest.mark.parametrize("remedy", [None, "certain blanks", "distpad.CTC"])
 def test_padding_changes_the_value_of_kerass_own(world, remedy):
-    """It takes the width of the logits for the frames of every row. Frames that are certainly blank add nothing, which
-    is the remedy where it must be Keras's own (0 is its blank); else distpad.CTC knows each row's frames."""
+    """Keras's CTC takes the padded width of the logits for the frames of every row.
+
+    Padded frames with a certain blank (class 0 in Keras) leave its value unchanged. distpad.CTC reads the frames.
+    """
     every = [row for r in range(world.num_replicas) for row in rows_of(r, 0)]
     value, _ = expected(every, 0)
     loss = distpad.CTC(blank_index=0) if remedy == "distpad.CTC" else tf.keras.losses.CTC(reduction="none")

@@ -1,4 +1,4 @@
-"""distpad.CTC: labels, lengths and frames that are out of range are refused on all replicas; values, dtypes, XLA."""
+"""distpad.CTC: labels, lengths and frames out of range raise on all replicas; values, dtypes, XLA."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CLASSES, FRAMES, WIDTH = 5, 7, 3
 
 
 def batch_of(replica, blank, **changed):
-    """Three rows with one spare frame; the last replica's second row is what ``changed`` says."""
+    """Return three rows with one spare frame; ``changed`` replaces parts of the last replica's second row."""
     random = np.random.default_rng([43, replica])
     letters = [c for c in range(CLASSES) if c != blank % CLASSES]
     labels = np.array([[letters[0], letters[0], -9], [letters[1], letters[2], letters[3]], [letters[1], 99, 99]])
@@ -43,7 +43,7 @@ def made(world, blank, **options):
     return distpad.DistributedLoss(loss, per="sequence", average="sequence_sum", backend=world.backend)
 
 
-# What is wrong with a row, by its kind: the change, the sentence, and the evidence; for any blank.
+# The faults of a row: the change, the message and the evidence, for any blank.
 def faults(blank):
     letters = [c for c in range(CLASSES) if c != blank % CLASSES]
     first, second, last = letters[:3]
@@ -64,13 +64,13 @@ KINDS = tuple(faults(0))
 
 
 def given(world, blank, kind):
-    """The fault is on the last replica alone."""
+    """Only the last replica has the fault."""
     changed = faults(blank)[kind][0]
     return lambda r: batch_of(r, blank, **(changed if r == world.num_replicas - 1 else {}))
 
 
 def without_lengths(loss_fn, batch, **options):
-    """The loss's own lengths are not given, so that CTC's checks are those that fail."""
+    """Without ``lengths`` for the loss, only the checks of CTC can fail."""
     y_true = (batch["labels"], batch["lengths"], batch["frames"])
     return loss_fn(y_true, batch["logits"], mask=batch["counts"], **options)
 
@@ -98,7 +98,7 @@ def test_a_wrong_row_is_refused_in_a_graph(world, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_wrong_row_is_refused_under_a_denominator(world, kind):
-    """By the replica that has it: the step has no exchange."""
+    """The replica with the row raises, since the step has no all-gather."""
     _, text, found = faults(0)[kind]
     loss = distpad.CTC(blank_index=0)
     loss_fn = distpad.DistributedLoss(loss, per="sequence", average="sequence_sum", backend="local")
@@ -117,7 +117,7 @@ def test_leaving_out_hides_no_other_fault(world, kind):
 
 @pytest.mark.parametrize("by", ["mask", "sample_weight"])
 def test_rows_that_do_not_count_are_not_checked(world, by):
-    """A row of every fault: the value and the gradient are those of the other rows, to the bit."""
+    """Faults in rows that do not count change no bit of the value and the gradient."""
     loss_fn = made(world, 0)
     counts = np.array([True, True, True] + [False] * len(KINDS))
 
@@ -142,7 +142,7 @@ def test_rows_that_do_not_count_are_not_checked(world, by):
 
 
 def test_rows_of_length_0_are_not_checked(world):
-    """They are filler rows, unless a mask says that empty texts count."""
+    """Rows of length 0 are filler rows, unless a mask makes empty texts count."""
     loss_fn = made(world, 0)
 
     def step(batch):
@@ -155,7 +155,7 @@ def test_rows_of_length_0_are_not_checked(world):
 
 @pytest.mark.parametrize("names", [("labels",), ("frames",), ("labels", "lengths", "counts")])
 def test_numbers_of_rows_that_differ(world, names):
-    """Known beforehand, or only when the step runs: a label or length more would belong to another row."""
+    """With static and with dynamic shapes."""
     loss_fn = made(world, 0)
 
     def more(r):
@@ -175,7 +175,7 @@ def test_a_blank_that_the_logits_do_not_have(world):
 
 
 def test_the_first_of_several_wrong_rows(world):
-    """What the first replica says that has one, whatever other replicas say."""
+    """The message is that of the first replica with an error."""
     loss_fn, last = made(world, 0), world.num_replicas - 1
 
     def several(r):
@@ -194,7 +194,7 @@ def test_the_first_of_several_wrong_rows(world):
 
 
 def by_paths(logits, text, blank):
-    """-log p and its gradient towards the logits ``[frames, classes]``, in float64, from every path written out."""
+    """Return -log p and its gradient towards the logits ``[frames, classes]``, in float64, from all paths."""
     odds = np.exp(logits - logits.max(axis=1, keepdims=True))
     odds /= odds.sum(axis=1, keepdims=True)
     total, through = 0.0, np.zeros_like(odds)
@@ -213,7 +213,7 @@ SPARE = [0, 2, 0, 3, 0]
 
 
 def small(blank, scale=1.0, dtype=np.float64):
-    """Texts of 3 classes, with letters that repeat, an empty one, and just enough frames."""
+    """Return texts of 3 classes with repeated letters and an empty text, with the least number of frames."""
     random = np.random.default_rng(44)
     letter = {1: (blank + 1) % 3, 2: (blank + 2) % 3}
     texts = [[letter[c] for c in text] for text in TEXTS]
@@ -268,7 +268,7 @@ def test_it_compiles(blank):
 
 @pytest.mark.worlds("mirrored:2")  # of one device
 def test_a_long_sequence_as_tensorflow_computes_it():
-    """Its kernel for sparse labels; in float32, beside float64."""
+    """Compare with tf.nn.ctc_loss for sparse labels, in float32 and float64."""
     random = np.random.default_rng(45)
     logits, labels = random.normal(size=[4, 300, 20]), random.integers(1, 20, [4, 90])
     lengths, frames = np.array([90, 1, 40, 89], np.int32), np.array([300, 300, 150, 250], np.int32)
@@ -299,7 +299,7 @@ def test_labels_of_any_integer_dtype(dtypes):
 @pytest.mark.worlds("mirrored:2")  # of one device
 @alone
 def test_integers_do_not_wrap():
-    """2**32 + 1 is no class 1."""
+    """Class 2**32 + 1 does not become class 1."""
     loss_fn = distpad.DistributedLoss(
         distpad.CTC(blank_index=0), per="sequence", average="sequence_sum", backend="local"
     )
@@ -335,7 +335,7 @@ def test_by_itself_a_wrong_row_gives_nan(compiled):
 
 @pytest.mark.worlds("mirrored:2")  # of one device
 def test_a_class_that_is_impossible():
-    """A logit of -inf: infinity, as TensorFlow gives it, and the other rows as ever; NaN stays NaN."""
+    """A logit of -inf gives infinity, as in TensorFlow, NaN gives NaN, and the other rows stay unchanged."""
     batch = batch_of(0, 0)
     wanted, _ = value_and_gradient(
         distpad.CTC(blank_index=0),
@@ -352,7 +352,7 @@ def test_a_class_that_is_impossible():
 @pytest.mark.worlds("mirrored:2")  # of one device
 @alone
 def test_logits_of_unknown_sizes():
-    """One trace for all shapes; numbers of rows that differ are then found when the step runs."""
+    """One trace serves all shapes; different numbers of rows are an error of the run."""
     ctc = distpad.CTC(blank_index=0)
     loss_fn = distpad.DistributedLoss(ctc, per="sequence", average="sequence_sum", backend="local")
     specs = [tf.TensorSpec([None, None], tf.int64), tf.TensorSpec([None], tf.int64), tf.TensorSpec([None], tf.int64)]
@@ -369,7 +369,7 @@ def test_logits_of_unknown_sizes():
     for i in range(3):
         fewer = [part[:1] if i == j else part for j, part in enumerate(parts)]
         with pytest.raises(
-            tf.errors.InvalidArgumentError, match=r"y_true and y_pred have different numbers of rows|fit"
+            tf.errors.InvalidArgumentError, match=r"y_true and y_pred have different numbers of rows|do not match"
         ):
             asked(*fewer)
 

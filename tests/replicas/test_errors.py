@@ -1,4 +1,4 @@
-"""What is wrong on one replica is refused on all, with the evidence, within seconds; nobody is left waiting."""
+"""An error of one replica is raised on all replicas, with its evidence, within seconds."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_loss_of_shape_batch_needs_per_sequence(world):
 
 
 def test_a_single_process_raises_while_tracing(world):
-    """In a tf.function of one process what is known while tracing is a ValueError; it need not wait for a run."""
+    """In one process, an error that tracing can see is a ValueError of the trace."""
     if world.several_workers:
         pytest.skip("there it is an InvalidArgumentError of the run, on all workers: tests/workers")
     call = lambda mask: loss_of(world)(tf.zeros([2, 3]), tf.ones([2, 3]), mask=mask)
@@ -121,7 +121,7 @@ def test_the_world_still_works_after_errors(world):
 
 
 def hidden(tensor):
-    """The same tensor, of which tracing knows no size."""
+    """Return the same tensor with a shape that tracing does not know."""
     return tf.compat.v1.placeholder_with_default(tensor, [None] * tensor.shape.rank)
 
 
@@ -181,7 +181,7 @@ def test_rows_of_a_loss_of_sequences_are_not_spread(world, name):
 
 
 def wrongly(world, call, right=lambda: None):
-    """``call`` on the last replica, ``right`` on the others, eagerly."""
+    """Run ``call`` on the last replica and ``right`` on the others, eagerly."""
     last = world.num_replicas - 1
     return world.run(lambda r: call() if int(r) == last else right(), np.int64, graph=False)
 

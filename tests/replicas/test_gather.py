@@ -1,4 +1,4 @@
-"""distpad.gather with indices: all predictions of an epoch, in the order of the data set, on every worker."""
+"""distpad.gather with indices: the predictions of an epoch in data set order, on every worker."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ LENGTHS = [3, 0, 5, 1, 2, 7, 1, 4, 0, 2, 6]
 
 
 def example(i):
-    """Labels of its own, some of which are what is padded with."""
+    """Return the labels of an example, some of which equal the padding value."""
     return {"text": np.arange(LENGTHS[i], dtype=np.int32) * (i + 1)}
 
 
 def predict(batch):
-    """Of each kind: integers, a number a row, vectors whose length is the last axis but one or the last, bfloat16."""
+    """Return predictions of each kind: integers, scalars, vectors with the length on axis -2 or -1, bfloat16."""
     text = batch.data["text"]
     real = tf.sequence_mask(batch.lengths["text"], tf.shape(text)[1])
     ids = tf.where(real, text + 1, -77)
@@ -37,7 +37,7 @@ VALUES = {"ids": -1, "score": 0, "across": 0.5, "along": 2, "real": True}
 
 
 def expected(order):
-    """Element by element, for the examples of these numbers in this order."""
+    """Return the expected result for these example indices in this order, element by element."""
     longest = max(LENGTHS[i] for i in order)
     columns = {
         "ids": np.full([len(order), longest], -1, np.int32),
@@ -57,7 +57,7 @@ def expected(order):
 
 
 def of_epoch(world, batches):
-    """What an evaluation loop keeps of each step."""
+    """Return the lists that an evaluation loop keeps, with one item a step."""
     steps, lengths, indices = [], [], []
     for batch in batches:
         steps.append(world.strategy.run(predict, args=(batch,)) if world.strategy else predict(batch))
@@ -89,7 +89,7 @@ def test_a_sampler_s_order_is_undone(world):
         tokens="text",
         backend=world.backend,
     )
-    for _ in range(2):  # epochs, each in another order
+    for _ in range(2):  # two epochs of different order
         steps, lengths, indices = of_epoch(world, batches)
         assert len(steps) == len(indices) >= 1
         gathered = distpad.gather(
@@ -99,8 +99,8 @@ def test_a_sampler_s_order_is_undone(world):
 
 
 @pytest.mark.parametrize("empty", [False, True])
-def test_shards_are_put_together(world, empty):
-    """Examples that were dealt in turn come in their order again; a worker may have none at all."""
+def test_shards_return_to_data_set_order(world, empty):
+    """Examples that ``shard`` dealt return to their order; a worker may have no example."""
     workers, mine = world.backend.num_workers, world.backend.worker_index
     dealt = max(1, workers - 1) if empty else workers
     numbers = range(len(LENGTHS))[mine::dealt] if mine < dealt else []
@@ -116,8 +116,8 @@ def test_shards_are_put_together(world, empty):
     check(gathered, range(len(LENGTHS)))
 
 
-def test_without_lengths_all_of_a_row_is_real(world):
-    """Steps that differ in length; rows dealt to replicas in reverse, with filling between them."""
+def test_without_lengths_each_row_is_valid_as_a_whole(world):
+    """Steps differ in length; rows are dealt to replicas in reverse, with filler rows between them."""
 
     def step(number):
         def given(replica):
@@ -146,7 +146,7 @@ def test_without_lengths_all_of_a_row_is_real(world):
 
 
 def test_a_nest_with_lengths_of_one_tensor_alone(world):
-    """None in a nest of lengths is one for all replicas; no replica is lost over it."""
+    """None in a nest of lengths applies to all replicas."""
     rows = lambda r: {"ids": np.full([1, 2], r), "score": np.full([1, 2], -r), "lengths": np.array([1]), "at": [r]}
     step = world.backend.graph(lambda batch: batch)(rows)
     if world.strategy is None:

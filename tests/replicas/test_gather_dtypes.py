@@ -1,4 +1,4 @@
-"""pad_to_global_max and gather of every dtype that TensorFlow has, and of inner axes of any size."""
+"""pad_to_global_max and gather of every dtype of TensorFlow, and of inner axes of any size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NUMBERS = ("bool", *INTEGERS, "float16", "bfloat16", "float32", "float64", "comp
 
 
 def tensor_of(replica, dtype):
-    """Two rows of 1 + replica elements; integers from the end of what the dtype holds, complex ones with both parts."""
+    """Return two rows of 1 + replica elements: the largest integers, or complex numbers with both parts."""
     counts = np.arange(1, 3 + 2 * replica).reshape(2, -1) + 10 * replica
     if dtype in INTEGERS:
         return tf.constant(np.iinfo(dtype).max - counts.astype(dtype))
@@ -29,7 +29,7 @@ def nest_of(replica, dtypes):
 
 
 def padded(replica, dtype, replicas):
-    """As NumPy pads it."""
+    """Return the expected padded values, by NumPy."""
     rows = tensor_of(replica, dtype).numpy()
     return np.pad(rows, [(0, 0), (0, replicas - 1 - replica)], constant_values=b"" if dtype == "string" else 0)
 
@@ -63,7 +63,7 @@ def test_every_dtype_is_padded(world):
 
 @pytest.mark.parametrize("graph", [False, True])
 def test_strings_are_not_gathered(world, graph):
-    """The sentence that gather has with indices, too; where one replica alone has them, the others hear of it."""
+    """The message is that of gather with indices; it reaches all replicas if one replica alone has strings."""
     step = lambda nest: distpad.gather(nest, backend=world.backend).values
     given = lambda r: {"a": tensor_of(r, "int32"), "b": tensor_of(r, "string")}
     text = r"gather: the dtype of tensors\[\\?'b\\?'\] is string, expected numbers. Gather numbers, such as ids"
@@ -83,7 +83,7 @@ def test_strings_of_one_replica(world):
 @pytest.mark.parametrize(
     "shapes",
     [
-        ([2, 1, 100, 100, 100, 3], [2, 1, 100, 100, 100, 4]),  # alike as five digits each in one float64
+        ([2, 1, 100, 100, 100, 3], [2, 1, 100, 100, 100, 4]),  # equal if a float64 held five digits of each
         ([2, 1, 1, 0], [2, 1, 0, 100000]),
         ([2, 1, 0, 3], [2, 1, 0, 4]),
         ([0, 1, 10**9, 1, 5], [0, 1, 10**9, 1, 6]),
@@ -91,7 +91,7 @@ def test_strings_of_one_replica(world):
     ],
 )
 def test_inner_axes_that_differ(world, shapes):
-    """On the last replica; all see the sizes of all."""
+    """The sizes differ on the last replica; the message shows the sizes of all."""
     if world.num_replicas == 1:
         pytest.skip("one replica does not differ from itself")
     last = world.num_replicas - 1
@@ -105,8 +105,8 @@ def test_inner_axes_that_differ(world, shapes):
 
 
 @pytest.mark.parametrize("shape", [[2, 0], [0, 3], [0, 0, 2], [2, 3, 0]])
-def test_nothing_on_any_replica(world, shape):
-    """TensorFlow's own gather of nothing ends the processes of several workers."""
+def test_no_rows_on_any_replica(world, shape):
+    """TensorFlow's own gather without rows crashes the processes of several workers."""
     step = lambda tensor: distpad.gather(tensor, backend=world.backend)
     for values, lengths, mask in world.run(step, lambda _: tf.zeros(shape), graph=False).values():
         rows = shape[0] * world.num_replicas

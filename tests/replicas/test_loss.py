@@ -26,12 +26,12 @@ def everything(world, scenario, seed=0):
 
 
 def step_of(world, loss_fn, dtype, arguments, kernel, bias):
-    """A replica's part of a step: forward, loss, reduced gradients. Returns value, global value and gradients."""
+    """Make a step of one replica, which returns the loss, the global value and the reduced gradients."""
 
     def step(batch):
         with tf.GradientTape() as tape:
             logits = batch["x"] @ kernel + bias
-            # the model's own output at padded places: NaN and infinity
+            # NaN and infinity in the model's output at padded positions
             poison = tf.cast(np.nan, dtype) if "nan" in arguments else tf.cast(np.inf, dtype)
             logits = tf.where(batch["mask"][..., None], logits, poison)
             extra = {name: batch[name] for name in ("lengths", "mask") if name in arguments}
@@ -73,7 +73,7 @@ def test_gradient_equals_one_device(world, average, scenario, source, dtype, gra
     ],
 )
 def test_one_traced_step_is_right_for_all_rows(world, average, source):
-    """Traced for the shapes of the first rows, and then for any."""
+    """The step is traced for the first shapes, and then for any shape."""
     check_gradient(world, average, source, "float64", SCENARIOS, graph=True)
 
 
@@ -135,7 +135,7 @@ def test_denominator_makes_the_step_free_of_collectives(world):
 
 
 def test_global_value_outside_any_scope(world):
-    """The loss remembers the backend that it ran on: what strategy.run returned is joined outside a scope too."""
+    """The loss remembers its last backend, so that global_value works outside a scope too."""
     loss_fn = distpad.DistributedLoss(lambda t, p: p, backend=world.backend)
 
     def step(x):
@@ -158,7 +158,7 @@ def test_global_value_outside_any_scope(world):
 
 @pytest.mark.core
 def test_collectives_of_the_loss_are_counted(world):
-    """One all-reduce without a denominator, none with it: counted at the backend, where all of them pass."""
+    """A loss makes one all-reduce without a denominator, none with it; the backend counts them."""
     backend = counting(world.backend)
     loss_fn = distpad.DistributedLoss(cross_entropy, backend=backend)
 
@@ -175,7 +175,7 @@ def test_collectives_of_the_loss_are_counted(world):
 
 @pytest.mark.parametrize("graph", [True, pytest.param(False, marks=pytest.mark.core)])
 def test_padded_places_change_no_bit(world, graph):
-    """NaN, infinity and labels out of range at padded places: the same bits, and a gradient of exactly zero."""
+    """NaN, infinity and labels out of range at padded positions: the same bits, and a gradient of exactly zero."""
     loss_fn = distpad.DistributedLoss(cross_entropy, backend=world.backend)
 
     def step(batch):
@@ -197,7 +197,7 @@ def test_padded_places_change_no_bit(world, graph):
             }
 
         if graph and not found:
-            world.run(step, given, graph=True)  # all that follow have the same graph
+            world.run(step, given, graph=True)  # the other cases have the same graph
         found.append(world.run(step, given, graph=graph))
     for results in found[1:]:
         for replica, (loss, gradient) in results.items():
@@ -209,7 +209,7 @@ def test_padded_places_change_no_bit(world, graph):
 
 
 def test_keras_losses_of_reduction_none(world):
-    """Keras's own losses, of sequences of classes, one-hot vectors and images, against their means by position."""
+    """Keras's losses of classes, one-hot vectors and images equal the means of their positions."""
     losses = tf.keras.losses
     lengths = [[3, 0, 2], [1], [4, 1], [2, 2]]
 
@@ -254,7 +254,7 @@ def test_keras_losses_of_reduction_none(world):
 
 @pytest.mark.parametrize("average", ["token", "sequence_sum", "sequence_mean"])
 def test_ctc_of_each_sequence(world, average):
-    """CTC by tf.nn.ctc_loss, its lengths handed on in a nest; the oracle concatenates the rows on one device."""
+    """The labels of tf.nn.ctc_loss are a nest with lengths; the oracle concatenates the rows on one device."""
     label_lengths = [[2, 0, 3], [1, 1], [], [4]]
 
     def given(r):
@@ -263,7 +263,9 @@ def test_ctc_of_each_sequence(world, average):
         return {
             "labels": random.integers(1, 5, size=[len(mine), 4]).astype("int32"),
             "lengths": mine,
-            "logits": random.normal(size=[len(mine), 11, 5]).astype("float32"),  # all that tf.nn.ctc_loss takes
+            "logits": random.normal(size=[len(mine), 11, 5]).astype(
+                "float32"
+            ),  # the only dtype that tf.nn.ctc_loss takes
             "frames": np.full([len(mine)], 11, np.int32),
         }
 
@@ -300,7 +302,7 @@ def test_ctc_of_each_sequence(world, average):
 
 
 def test_long_float16_sequences_do_not_overflow(world):
-    """100,000 valid positions of float16 with a loss of 4 each: their sum is far above what float16 holds."""
+    """The sum of 100,000 losses of 4 exceeds the range of float16."""
     loss_fn = distpad.DistributedLoss(lambda t, p: tf.square(t - p)[..., 0], backend=world.backend)
 
     def step(batch):
@@ -317,7 +319,7 @@ def test_long_float16_sequences_do_not_overflow(world):
 
 
 def test_labels_of_rows_that_do_not_count_are_replaced(world):
-    """A loss that fails on labels out of range must not see them, whatever says that the row does not count."""
+    """A loss that fails on labels out of range never sees the labels of a row that does not count."""
 
     def strict(y_true, y_pred):
         tf.debugging.assert_less(y_true, 4)
@@ -334,7 +336,7 @@ def test_labels_of_rows_that_do_not_count_are_replaced(world):
 
 
 def test_a_mask_of_rows_decides_alone_which_rows_count(world):
-    """The empty text of a picture without any is a label, and a row that counts."""
+    """An empty text is the label of a picture without text, and its row counts."""
     loss_fn = distpad.DistributedLoss(
         lambda t, p: tf.reduce_sum(p, 1), per="sequence", average="sequence_sum", backend=world.backend
     )
@@ -350,7 +352,7 @@ def test_a_mask_of_rows_decides_alone_which_rows_count(world):
 @pytest.mark.parametrize("average", ["token", "sequence_sum"])
 @pytest.mark.parametrize("form", ["class", "column", "one-hot", "one-hot by hand"])
 def test_classes_of_a_sequence_are_no_positions(world, form, average):
-    """One label a text, of which the classes have an axis: no length reaches along it, shorter or longer."""
+    """Labels ``[batch, classes]`` have an axis of classes, which lengths do not mask."""
     lengths = lambda r: np.array([2 + r, 9, 0])
     classes, scores = np.array([4, 0, 1]), np.random.default_rng(0).normal(size=[3, 5])
     y_true = np.eye(5)[classes] if "one-hot" in form else classes[:, None] if form == "column" else classes
@@ -369,7 +371,7 @@ def test_classes_of_a_sequence_are_no_positions(world, form, average):
 
 
 def test_an_empty_replica_has_all_gradients_that_the_others_have(world):
-    """The variables of the loss itself (a CRF's transitions) and every leaf of the predictions, without a graph too."""
+    """Gradients reach the loss's own variables (a CRF's transitions) and every leaf of the predictions, eagerly too."""
     transitions, weight = tf.Variable(tf.ones([3], tf.float64)), tf.Variable(tf.constant(2.0, tf.float64))
 
     def crf(y_true, y_pred):

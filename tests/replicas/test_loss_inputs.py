@@ -1,4 +1,4 @@
-"""What a batch carries for its losses on each replica, and batches that were made for another engine."""
+"""The loss inputs of a batch on each replica, and batches that were made for another engine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 import test_for_keras as feeding
 from test_batches import epoch_of, examples_of, made
-from test_for_keras import collected  # noqa: F401 (what fit leaves is collected here too)
+from test_for_keras import collected  # noqa: F401 (a fixture)
 
 import distpad
 from distpad import backends
@@ -16,7 +16,7 @@ WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2")
 
 
 def test_local_counts_sum_up_to_the_global_ones(world):
-    """With weights, and several micro-batches to a step; the last steps of some replicas are empty."""
+    """The counts have weights and several micro-batches a step; the last steps of some replicas are empty."""
     worker, here = world.backend.worker_index, world.backend.replicas_here
     assert world.backend.num_replicas == world.num_replicas
     examples = [{**example, "w": np.float32(i % 3)} for i, example in enumerate(examples_of(worker, 7 + 5 * worker))]
@@ -59,7 +59,7 @@ def test_one_trace_serves_all_steps(world):
 
 
 def test_batches_made_for_one_device_are_refused_where_there_are_several(world):
-    """Made as tutorials make datasets, before or outside of what makes replicas."""
+    """The batches are made outside ``strategy.scope()``, or before Horovod is initialised."""
     if world.num_replicas == 1:
         pytest.skip("needs several replicas")
     source = [{"x": np.ones([2, 2]), "y": np.arange(2)}] * 4
@@ -83,7 +83,7 @@ def made_alone(source, **options):
 
 
 def test_fit_deals_out_the_rows_of_batches_that_were_made_outside_its_scope(world):
-    """On one worker, the rows of what one device would be given are dealt to the replicas: the mean is the same."""
+    """On one worker, Keras deals the rows of a batch for one device to the replicas; the mean stays the same."""
     if world.several_workers:
         pytest.skip("refused there, see above")
     data = feeding.examples(21)

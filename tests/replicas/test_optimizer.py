@@ -1,4 +1,4 @@
-"""DistributedOptimizer in fit: clipping, loss scaling and sparse gradients of one device; what Keras alone does."""
+"""DistributedOptimizer in fit: clipping, loss scaling and sparse gradients as on one device; and Keras without it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from keras_world import KERAS, around_model, fit_optimizer, model_class, needs_h
 WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2")
 
 ROWS, STEPS, RATE = 8, 3, 0.5
-LIMITS = {"clipnorm": 0.05, "global_clipnorm": 0.07, "clipvalue": 0.02}  # below what the gradients have
+LIMITS = {"clipnorm": 0.05, "global_clipnorm": 0.07, "clipvalue": 0.02}  # below the norms of the gradients
 
 
 def batches():
-    """Few valid positions in the first rows and many in the last, whose gradients point elsewhere."""
+    """Return few valid positions in the first rows and many in the last, with gradients of other directions."""
     for step in range(STEPS):
         random = np.random.default_rng([17, step])
         yield [
@@ -31,7 +31,7 @@ def batches():
 
 
 def fitted(world, optimizer, **compiled):
-    """The trained layer's weights, and the history; by default without a graph, which takes a third of the time."""
+    """Return the trained layer's weights and the history; eager by default, in a third of the time."""
     steps = []
     for rows in batches():
         padded = oracle.padded(rows, "float32", beyond=0)
@@ -103,8 +103,8 @@ def test_clips_the_global_gradient(world, clip, eager):
 @pytest.mark.parametrize(
     "clip", ["clipnorm", *[pytest.param(name, marks=pytest.mark.wide) for name in LIMITS if name != "clipnorm"]]
 )
-def test_keras_alone_clips_each_share(world, clip):
-    """Why it is needed in Keras 3, and not in Keras 2."""
+def test_keras_alone_clips_each_local_gradient(world, clip):
+    """Keras 3 needs DistributedOptimizer, Keras 2 does not."""
     if world.strategy is None:
         pytest.skip("a strategy's matter")
     found, _ = fitted(world, lambda: tf.keras.optimizers.SGD(RATE, **{clip: LIMITS[clip]}))
@@ -124,7 +124,7 @@ def loss_scale_optimizer(optimizer):
 
 
 def fit_with_an_overflow(world, make, **compiled):
-    """Three steps of y = w·x; in the second, the last row's scaled gradient is no float32."""
+    """Train three steps of y = w·x; in the second, the scaled gradient of the last row overflows float32."""
     x = np.arange(STEPS * ROWS, dtype="float32").reshape([STEPS, ROWS, 1, 1])
     x[1, -1] = 1e35
     with world.scope():
@@ -155,7 +155,7 @@ def test_an_overflow_on_one_replica_skips_the_step_on_all(world):
 
 @pytest.mark.parametrize("wrong", [np.inf, np.nan])
 def test_an_infinity_of_one_replica_is_seen_by_all(world, wrong):
-    """And what is finite is, after the engine's own reduction, one device's: dense and sparse."""
+    """Finite gradients, dense and sparse, equal those of one device after the engine's reduction."""
 
     def step(x):
         sparse = tf.IndexedSlices(tf.ones([1, 2]) * x[1], tf.cast(x[1:], tf.int64), tf.constant([9, 2], tf.int64))
@@ -219,7 +219,7 @@ def test_keras_alone_cannot_accumulate_on_several_replicas(world):
 
 
 def test_sparse_gradients(world):
-    """A trained embedding, whose rows occur on several replicas."""
+    """An embedding whose rows occur on several replicas."""
     ids = np.array([[1, 1], [2, 0], [1, 3], [3, 3], [0, 1], [4, 1], [1, 1], [2, 2]])
     table = np.random.default_rng(2).normal(size=[6, 1]).astype("float32")
     with world.scope():
@@ -247,7 +247,7 @@ def test_wrong_arguments():
 
 
 @pytest.mark.skipif(KERAS < 3, reason="Keras 2 has its own")
-def test_it_passes_on_what_is_the_optimizers(world):
+def test_it_has_the_attributes_of_the_optimizer(world):
     with world.scope():
         schedule = distpad.DistributedOptimizer(
             tf.keras.optimizers.SGD(tf.keras.optimizers.schedules.ExponentialDecay(0.5, 1, 0.1))
@@ -272,7 +272,7 @@ def test_it_passes_on_what_is_the_optimizers(world):
 @pytest.mark.worlds("mirrored:2")
 @pytest.mark.skipif(KERAS < 3, reason="off by default in Keras 2")
 def test_compilation_by_xla(world):
-    """Where nothing is reduced it may be on; else it fails, and not in silence."""
+    """XLA works with one replica; with several, an error is raised."""
     make = lambda: fit_optimizer(world, tf.keras.optimizers.SGD(RATE))
     if world.num_replicas == 1:
         found, _ = fitted(world, make, jit_compile=True)

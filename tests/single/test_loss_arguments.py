@@ -1,4 +1,4 @@
-"""DistributedLoss on one device: what it refuses, in which words, and what it takes."""
+"""DistributedLoss on one device: argument errors and their messages, and valid arguments."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def loss_of(**options):
 
 
 def call(options=None, *, y_true=None, y_pred=None, **arguments):
-    """The loss of labels [2, 3] that are 0 and predictions that are 1."""
+    """Return the loss of labels [2, 3] of 0 and predictions of 1."""
     y_true = np.zeros([2, 3], "float32") if y_true is None else y_true
     y_pred = np.ones([2, 3], "float32") if y_pred is None else y_pred
     return loss_of(**(options or {}))(y_true, y_pred, **arguments)
@@ -42,7 +42,7 @@ def test_a_reducing_loss_is_refused_with_the_line_to_write(reduction):
 
 
 def test_a_class_that_keras_ignores_is_padding_here():
-    """Keras makes its losses 0, which would then be counted."""
+    """Keras makes the losses of an ignored class 0, and the mean would count them."""
     ignoring = tf.keras.losses.SparseCategoricalCrossentropy(ignore_class=-1, from_logits=True, reduction="none")
     with pytest.raises(ValueError, match=r"ignore_class is -1, expected the padding value. Write padding_value=-1"):
         distpad.DistributedLoss(ignoring, backend="local")
@@ -120,7 +120,7 @@ def test_wrong_per(per):
         loss_of(per=per)
 
 
-# -- the call: refused ------------------------------------------------------------------------------------------------
+# -- the call: argument errors ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_a_denominator_is_one_number_from_0_on(denominator):
 
 @pytest.mark.parametrize("padding_value", [0.5, [0, 1], "a"])
 def test_a_padding_value_that_labels_cannot_hold(padding_value):
-    """0.5 must not become 0, which would make real labels padding."""
+    """A cast of 0.5 to 0 would make valid labels padding."""
     with pytest.raises((ValueError, TypeError), match="padding_value"):
         call({"padding_value": padding_value}, y_true=np.zeros([2, 3], "int32"))
 
@@ -220,7 +220,7 @@ def test_a_loss_that_reduces_is_refused_when_it_shows():
         distpad.DistributedLoss(lambda t, p: tf.reduce_mean(p, 1))(tf.zeros([2, 3]), tf.ones([2, 3]), lengths=[1, 2])
 
 
-# -- the call: taken --------------------------------------------------------------------------------------------------
+# -- the call: valid arguments ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -386,10 +386,10 @@ def test_a_keras_loss_of_ones_own_gets_its_labels_as_keras_casts_them():
             return tf.reduce_mean(tf.abs(y_true - y_pred), -1)
 
     y_pred = tf.zeros([1, 2, 1])
-    wide = np.array([[[1.0], [2.0]]])  # float64, as NumPy has it
+    wide = np.array([[[1.0], [2.0]]])  # float64, NumPy's default
     for own in (Own, Trusting):
         assert float(distpad.DistributedLoss(own(reduction="none"))(wide, y_pred)) == 1.5
-    if hasattr(Own(reduction="none"), "dtype"):  # Keras 3 casts integers, too
+    if hasattr(Own(reduction="none"), "dtype"):  # Keras 3 also casts integers
         assert float(distpad.DistributedLoss(Trusting(reduction="none"))(wide.astype("int64"), y_pred)) == 1.5
 
 

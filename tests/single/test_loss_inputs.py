@@ -1,4 +1,4 @@
-"""What a batch carries for its losses, the shapes that batches have by default, and what fit is given."""
+"""The loss inputs of a batch, the default shapes of batches, and the weights of fit."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ SHAPES = [(3, 2), (1, 5), (0, 4), (2, 2), (4, 1)]
 @pytest.mark.parametrize("axes", [(0, 1), (1, 0)])
 @pytest.mark.parametrize("weights", [None, "scalar", "each"])
 def test_two_ragged_axes_are_counted_as_areas(axes, weights):
-    """The loss over them is NumPy's mean over all positions of all examples."""
+    """The loss of all batches equals NumPy's mean over all positions of all examples."""
     random = np.random.default_rng(0)
     source = [
         {"y": random.normal(size=shape), "scalar": np.float64(i % 3), "each": random.uniform(size=shape)}
@@ -149,7 +149,7 @@ def test_the_lengths_of_a_sampler_have_eight_boundaries_and_other_features_the_e
     sampler = distpad.LengthSampler(lengths, max_tokens=3000, buckets=own)
     shapes = {b.data["y"].shape[1] for b in made((source, sampler), None, padding=padding, buckets="auto")}
     assert shapes == {50, 100, 300}
-    exact = distpad.LengthSampler(lengths, max_tokens=3000)  # its steps have room for no more padding
+    exact = distpad.LengthSampler(lengths, max_tokens=3000)  # more padding would exceed max_tokens
     for batch in made((source, exact), None, padding=padding, buckets="auto"):
         assert batch.data["y"].shape[0] * batch.data["y"].shape[1] <= 3000
 
@@ -166,7 +166,7 @@ def test_the_default_is_auto():
 
 @pytest.mark.parametrize(("weights", "expected"), [(None, [1, 1, 1, 1, 1, 0]), ("w", [0.5, 1, 2, 0, 1, 0])])
 def test_one_label_a_sequence_has_one_weight_a_row(weights, expected):
-    """An empty text has its label too, and filler rows have none."""
+    """An empty text has a label; a filler row has none."""
     source = [{**example, "label": i, "vector": np.ones(2)} for i, example in enumerate(EXAMPLES)]
     for y in ("label", "vector", ("label", "vector")):
         dataset = made(source, 6, weights=weights).for_keras(x="y", y=y)

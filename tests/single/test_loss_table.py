@@ -1,4 +1,4 @@
-"""benchmarks/losses.md is of the losses that are tested, in both stacks, and says that each is exact."""
+"""benchmarks/losses.md lists the tested losses of both stacks, each within the limits of its dtype."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What DistributedLoss takes for a loss and for a batch, and how it words what it does not take."""
+"""DistributedLoss: valid losses, ranks and batches, and the messages of argument errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VALUES = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], "float32")
 
 
 def mean_of(loss, **options):
-    """Of squares or absolute values of VALUES, of which four are valid."""
+    """Return the mean loss of VALUES against 0, four of which are valid."""
     loss_fn = distpad.DistributedLoss(loss, **options)
     return float(loss_fn(VALUES[..., None], tf.zeros([2, 3, 1]), lengths=[3, 1]))
 
@@ -42,7 +42,7 @@ def test_every_name_is_unreduced():
 
 
 def test_a_copy_keeps_what_the_loss_was_configured_with():
-    """Also where its get_config does not tell, and the loss that was given is left as it was."""
+    """The copy has attributes that get_config omits; the original keeps its reduction."""
 
     class Scaled(LOSSES.Loss):
         def __init__(self, scale=1.0, **options):
@@ -101,7 +101,7 @@ def test_plain_classification_needs_no_mask(average, given, weights):
 
 @pytest.mark.parametrize("average", ["token", "sequence_sum", "sequence_mean"])
 def test_weights_of_rows_may_have_an_axis(average):
-    """As Keras 2 hands them on from fit."""
+    """Keras 2 passes weights ``[batch, 1]`` from fit."""
     loss_fn = distpad.DistributedLoss(LOSSES.SparseCategoricalCrossentropy(from_logits=True), average=average)
     weight = np.array([1.0, 0.0, 2.0, 0.5], np.float32)
     assert float(loss_fn(LABELS, LOGITS, weight[:, None])) == float(loss_fn(LABELS, LOGITS, weight))
@@ -123,7 +123,7 @@ def test_one_value_a_row_beside_positions_is_refused(given):
 @pytest.mark.parametrize("given", [{}, {"lengths": [3, 1]}, {"mask": np.ones([2, 3], bool)}])
 @pytest.mark.parametrize(("shape", "other", "name"), [((2, 3), (2, 3, 1), "y_true"), ((2, 3, 1), (2, 3), "y_pred")])
 def test_an_axis_that_only_one_of_them_has_is_named(loss, given, shape, other, name):
-    """Every Dense(1) on a series: Keras would take the positions for features."""
+    """Predictions of Dense(1) with labels [batch, length]: Keras would take positions for features."""
     loss_fn = distpad.DistributedLoss(loss, average="sequence_sum")
     with pytest.raises(ValueError, match=rf"{name} has shape \(2, 3\) .*Write {name}\[\.\.\., None\]"):
         loss_fn(tf.ones(shape), tf.ones(other), **given)
@@ -132,7 +132,7 @@ def test_an_axis_that_only_one_of_them_has_is_named(loss, given, shape, other, n
 @pytest.mark.parametrize("given", [{"lengths": [3, 1]}, {"padding_value": -1.0}])
 @pytest.mark.parametrize(("shape", "other", "name"), [((2, 3), (2, 3, 1), "y_true"), ((2, 3, 1), (2, 3), "y_pred")])
 def test_positions_are_no_features_of_a_sequence_either(given, shape, other, name):
-    """Keras's mean over positions is one over padding, which lengths cannot reach."""
+    """Keras's mean over positions includes padding, whatever the lengths."""
     options = {key: given[key] for key in given if key == "padding_value"}
     loss_fn = distpad.DistributedLoss("mse", per="sequence", average="sequence_sum", **options)
     arguments = {key: given[key] for key in given if key == "lengths"}
@@ -224,7 +224,7 @@ def test_batch_beside_what_it_brings_is_refused():
         loss_fn(VALUES[..., None], y_pred, batch=(1, 2))
 
 
-# -- counts know what they counted -------------------------------------------------------------------------------------
+# -- counts of other positions or replicas -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("graph", [False, True])
@@ -277,7 +277,7 @@ def test_counts_for_another_number_of_replicas_are_found_out(average, graph):
 
 @pytest.fixture(params=[False, True])
 def eagerly(request):
-    """As to debug a step."""
+    """Run functions eagerly, as users do to debug a step."""
     tf.config.run_functions_eagerly(request.param)
     yield
     tf.config.run_functions_eagerly(False)

@@ -1,4 +1,4 @@
-"""XLA drops assertions: a check that fails inside it makes the value and all gradients NaN, no plausible number."""
+"""XLA drops assertions: a check that fails inside XLA makes the loss and all gradients NaN."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from distpad.collectives import checked
 
 
 def test_whether_xla_compiles():
-    """The one place that asks; this test notices where TensorFlow marks its conditionals otherwise."""
+    """This test notices if TensorFlow changes how it marks conditionals, which is_compiling reads."""
     found = {}
 
     @tf.function
@@ -34,7 +34,7 @@ def test_whether_xla_compiles():
 
 
 def run(loss_fn, **given):
-    """Value and gradients by the predictions and by a variable of the loss's own, compiled."""
+    """Return the loss and its gradients towards the predictions and a scale, compiled by XLA."""
     scale, x = tf.Variable(1.0), tf.Variable(tf.ones([2, 3, 2]))
 
     @tf.function(jit_compile=True)
@@ -69,7 +69,7 @@ def test_a_check_that_fails_is_nan(case, average):
 
 
 def test_shapes_that_only_show_when_it_is_compiled():
-    """A mask of a wrong width, in a function of unknown shapes."""
+    """A mask of a wrong shape, in a function of unknown shapes."""
     loss_fn = distpad.DistributedLoss("mae")
     spec = [tf.TensorSpec([None, None, 1]), tf.TensorSpec([None, None], tf.bool)]
 
@@ -98,14 +98,14 @@ def test_counts_that_are_not_those_of_the_step(counts):
 
 
 def test_outside_the_replicas_of_a_strategy():
-    """Keras 3 traces a model once outside of any replica; who runs such a trace gets no number."""
+    """Keras 3 traces a model once outside any replica; a run of that trace gives NaN."""
     strategy = tf.distribute.MirroredStrategy(["CPU:0"])
     loss_fn = distpad.DistributedLoss("mse", backend=strategy)
     for part in run(loss_fn, **RIGHT):
         assert np.isnan(part).all()
 
 
-def test_clipping_by_what_is_no_norm():
+def test_clipping_by_a_negative_norm():
     @tf.function(jit_compile=True)
     def step(limit):
         return distpad.clip_by_global_norm([tf.constant([3.0, 4.0])], limit)[0][0]
@@ -129,7 +129,7 @@ def test_a_metric():
 
 @pytest.mark.parametrize("buckets", [None, distpad.Buckets([4])])
 def test_padding_to_a_length_that_is_refused(buckets):
-    """Integers have no NaN: nothing can be compiled for such lengths."""
+    """Integers have no NaN: the run fails for these lengths."""
 
     @tf.function(jit_compile=True)
     def pad(lengths):
