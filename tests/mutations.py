@@ -266,7 +266,7 @@ MUTANTS = (
     Mutant(
         name="clipping-squares-of-repeated-rows",
         file="gradients/clipping.py",
-        old="gradient = tf.math.unsorted_segment_sum(gradient.values, places, tf.size(rows))",
+        old="gradient = tf.math.unsorted_segment_sum(gradient.values, segments, tf.size(rows))",
         new="gradient = gradient.values",
         selection="test_clips_as_one_device_does and 0.999-False",
         world="local",
@@ -364,7 +364,7 @@ MUTANTS = (
     Mutant(
         name="ctc-repeats-need-no-blank",
         file="losses/ctc.py",
-        old="needed = lengths + tf.math.count_nonzero(alike, axis=1)",
+        old="needed = lengths + tf.math.count_nonzero(repeats, axis=1)",
         new="needed = lengths",
         selection="test_a_label_too_long_is_refused_on_all_replicas",
     ),

@@ -99,7 +99,7 @@ def check_locally(backend: backends.Backend, function: str, checks: Sequence[Che
     """
     worker = f", worker {backend.worker_index}" if backend.num_workers > 1 else ""
     replica = backend.replica_index() if backend.in_replica() else None
-    place = f"; found here{worker}: " if replica is None else f"; found on this replica{worker}: "
+    origin = f"; found here{worker}: " if replica is None else f"; found on this replica{worker}: "
     open_checks = []
     for check in checks:
         if not (tf.executing_eagerly() or isinstance(check.ok, bool)):
@@ -107,7 +107,7 @@ def check_locally(backend: backends.Backend, function: str, checks: Sequence[Che
         elif not check.ok:
             number = None if replica is None else tf.get_static_value(replica)  # unknown while a step is traced
             shown = _shown([float(n) for n in _numbers_of(check)])
-            raise ValueError(f"{function}: {check.text}{place}{'' if number is None else f'{int(number)}→'}{shown}.")
+            raise ValueError(f"{function}: {check.text}{origin}{'' if number is None else f'{int(number)}→'}{shown}.")
     if not open_checks:
         return True
     oks = tf.stack([check.ok for check in open_checks])
@@ -116,7 +116,7 @@ def check_locally(backend: backends.Backend, function: str, checks: Sequence[Che
         first = tf.argmin(tf.cast(oks, tf.int32))
         text = tf.gather(tf.constant([check.text for check in open_checks]), first)
         who = [] if replica is None else [replica, "→"]
-        return [f"{function}: ", text, place, *who, tf.gather(_evidence(open_checks), first)]
+        return [f"{function}: ", text, origin, *who, tf.gather(_evidence(open_checks), first)]
 
     return _assert(tf.reduce_all(oks), evidence)
 
@@ -147,7 +147,7 @@ def check_gathered(function: str, checks: Sequence[Check]) -> Any:
     return _assert(tf.reduce_all(oks), evidence)
 
 
-def alike(text: str, found: tf.Tensor) -> Check:
+def equal_check(text: str, found: tf.Tensor) -> Check:
     """Return the check that all replicas have the same numbers."""
     return Check(text, found, tf.reduce_all(found == found[:1]))
 
@@ -249,8 +249,8 @@ def _as_words(text: str) -> tuple[float, ...]:
 
 def _text_of(words: tf.Tensor) -> tf.Tensor:
     """Decode the numbers of ``_as_words`` to a string scalar."""
-    places = tf.constant([256**i for i in range(_WORD)], tf.int64)
-    codes = tf.reshape(tf.cast(words, tf.int64)[:, tf.newaxis] // places % 256, [-1])
+    powers = tf.constant([256**i for i in range(_WORD)], tf.int64)
+    codes = tf.reshape(tf.cast(words, tf.int64)[:, tf.newaxis] // powers % 256, [-1])
     return tf.strings.unicode_encode(tf.cast(tf.boolean_mask(codes, codes > 0), tf.int32), "UTF-8")
 
 

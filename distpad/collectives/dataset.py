@@ -83,7 +83,7 @@ def _rows(
         lengths_here = lengths_here or [None] * len(tensors)
         if not len(tensors) == len(lengths_here) == len(indices_here):
             sizes = f"of {len(tensors)}, {len(lengths_here)} and {len(indices_here)} replicas"
-            remedy = "Give what strategy.run returned, and the batch's own lengths and indices."
+            remedy = "Give the results of strategy.run, and the batch's own lengths and indices."
             raise ValueError(errors.sentence(function, "tensors, lengths and indices", sizes, "of as many", remedy))
         for nest, counts, own in zip(tensors, lengths_here, indices_here):
             leaves, argument_error = nests.leaves_of(function, nest, axis, value, counts, numbers=True)

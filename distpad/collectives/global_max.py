@@ -172,15 +172,15 @@ def _gather_shapes(
     tables = tf.reshape(table[:, :-1], [-1, len(leaves), len(columns[0])])
     gathered = []
     for i, leaf in enumerate(leaves):
-        what, found = f"tensors{leaf.where}", tables[:, i]
-        text = f"{what} have inner axes that differ, expected the same on all replicas (found: sizes; -1: no axis)"
+        name, found = f"tensors{leaf.where}", tables[:, i]
+        text = f"{name} have inner axes that differ, expected the same on all replicas (found: sizes; -1: no axis)"
         gathered += [
-            checked.alike(f"{what} have ranks that differ, expected the same on all replicas", found[:, 1:2]),
-            checked.alike(f"{what} have dtypes that differ, expected the same on all", found[:, 2:3]),
+            checked.equal_check(f"{name} have ranks that differ, expected the same on all replicas", found[:, 1:2]),
+            checked.equal_check(f"{name} have dtypes that differ, expected the same on all", found[:, 2:3]),
             checked.Check(
-                f"axis of {what} is out of range for their rank", found[:, 1:2], tf.reduce_all(found[:, 3] > 0)
+                f"axis of {name} is out of range for their rank", found[:, 1:2], tf.reduce_all(found[:, 3] > 0)
             ),
-            checked.alike(text, found[:, 4:]),
+            checked.equal_check(text, found[:, 4:]),
         ]
     ok = checked.check_gathered(function, gathered)
     if ok is not True:  # all that follows waits for the assertion; NaN inside XLA, which drops it

@@ -82,6 +82,6 @@ def _norm(gradients: Sequence[Any]) -> tf.Tensor:
 def _sum_of_squares(gradient: Any) -> tf.Tensor:
     gradient = tf.cast(gradient, precision.widened(gradient.dtype))
     if isinstance(gradient, tf.IndexedSlices):  # rows of one index add up
-        rows, places = tf.unique(gradient.indices)
-        gradient = tf.math.unsorted_segment_sum(gradient.values, places, tf.size(rows))
+        rows, segments = tf.unique(gradient.indices)
+        gradient = tf.math.unsorted_segment_sum(gradient.values, segments, tf.size(rows))
     return tf.reduce_sum(tf.square(gradient))

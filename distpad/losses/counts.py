@@ -79,7 +79,7 @@ def read_batch(batch: Any, sources: dict[str, Any], denominator: Any) -> tuple[d
     twice = [name for name in ("lengths", "sample_weight") if sources[name] is not None]
     twice += [] if denominator is None else ["denominator"]
     if twice:
-        raise ValueError(errors.sentence(_NAME, "batch", f"given beside {', '.join(twice)}", "to bring them itself"))
+        raise ValueError(errors.sentence(_NAME, "batch", f"given beside {', '.join(twice)}", "alone: it carries them"))
     lengths, weight = inputs.lengths, inputs.sample_weight
     if not (tf.is_tensor(weight) or isinstance(weight, np.ndarray)):
         weight = None
@@ -92,7 +92,7 @@ def as_scalar(denominator: Any, average: str | float) -> tf.Tensor:
     """Return the number that this average divides by, a float64 scalar. Raises: TypeError, ValueError."""
     if not isinstance(average, str):
         raise ValueError(
-            f"{_NAME}: denominator was given with average={average}, expected one of them: both say what to divide by."
+            f"{_NAME}: denominator was given with average={average}, expected one of them: both set the divisor."
         )
     if isinstance(denominator, Counts):
         denominator = denominator.tokens if average == "token" else denominator.sequences

@@ -208,8 +208,8 @@ def _batch(y_true: Any, y_pred: Any, blank_index: int) -> _Batch:
     broken.append(_Broken(unknown, found, each(classes)))
     blanks, position = _first_of_rows(tf.logical_and(real, labels == blank))
     broken.append(_Broken(blanks, position, each(blank)))
-    alike = tf.logical_and(labels[:, 1:] == labels[:, :-1], real[:, 1:])
-    needed = lengths + tf.math.count_nonzero(alike, axis=1)
+    repeats = tf.logical_and(labels[:, 1:] == labels[:, :-1], real[:, 1:])
+    needed = lengths + tf.math.count_nonzero(repeats, axis=1)
     broken.append(_Broken(tf.logical_and(needed > frames, _fine(broken)), needed, frames))
     checks = [(tf.reduce_all(tf.stack(same)), rows), (blank < classes, (blank_index, classes))]
     return _Batch(labels, lengths, frames, logits, tf.minimum(blank, classes - 1), checks, broken)
@@ -303,8 +303,8 @@ def _negative_log_likelihood(
             odds = tf.nn.softmax(tf.where(inside, through, _ZERO))  # of each state at each frame
             counts = tf.logical_and(tf.sequence_mask(frames, time), (log_likelihood > _ZERO / 2)[:, tf.newaxis])
             odds = tf.where(counts[..., tf.newaxis], odds, 0) * -upstream[:, tf.newaxis, tf.newaxis]
-            places = states + classes * tf.range(count)[:, tf.newaxis]
-            of_classes = tf.math.unsorted_segment_sum(tf.transpose(odds, [0, 2, 1]), places, count * classes)
+            segments = states + classes * tf.range(count)[:, tf.newaxis]
+            of_classes = tf.math.unsorted_segment_sum(tf.transpose(odds, [0, 2, 1]), segments, count * classes)
             return tf.transpose(tf.reshape(of_classes, [count, classes, time]), [0, 2, 1])
 
         impossible = log_likelihood < _ZERO / 2  # only with a logit of -inf, since each label here has enough frames

@@ -216,7 +216,7 @@ def test_batch_of_areas(average):
 def test_batch_beside_what_it_brings_is_refused():
     inputs, y_pred = LossInputs(tf.constant([3, 1]), None, counts_of([3, 1])), tf.zeros([2, 3, 1])
     loss_fn = distpad.DistributedLoss("mse")
-    with pytest.raises(ValueError, match="batch is given beside lengths, denominator, expected to bring them itself"):
+    with pytest.raises(ValueError, match="batch is given beside lengths, denominator, expected alone: it carries them"):
         loss_fn(VALUES[..., None], y_pred, lengths=[3, 1], denominator=4, batch=inputs)
     with pytest.raises(ValueError, match=r"batch is of the losses \['a'\].*Write batch=batch.loss_inputs\[NAME\]"):
         loss_fn(VALUES[..., None], y_pred, batch={"a": inputs})
