@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from distpad import backends, errors, gradients, precision
-from distpad.collectives import checked, shapes
+from distpad.collectives import checked
 from distpad.losses import arguments, averages, counts, no_rows, weights
 
 _NAME = "DistributedLoss"
@@ -260,8 +260,7 @@ class DistributedLoss(tf.keras.losses.Loss):
             raise ValueError("lengths are missing, expected [batch]: average='token' divides by their sum")
         if hasattr(self.loss, "filter_invalid"):
             kept, own_checks = self.loss.filter_invalid(y_true, y_pred, w.effective_mask, counting=counting)
-            both = [shapes.Source("mask", w.mask), shapes.Source("mask", kept)]
-            w, checks = w._replace(mask=shapes.all_of(both)[0]), checks + own_checks
+            w, checks = w.restrict(kept), checks + own_checks
         return w, positions, checks
 
     def _unreduced(self, y_true: Any, y_pred: Any) -> tf.Tensor:

@@ -42,6 +42,11 @@ class Weights(NamedTuple):
             [shapes.Source("sample_weight", tf.not_equal(self.weight, 0), True), shapes.Source("mask", self.mask)]
         )[0]
 
+    def restrict(self, rows: tf.Tensor | None) -> Weights:
+        """Return weights that are 0 also where ``rows`` is False; None: the same weights."""
+        both = [shapes.Source("mask", self.mask), shapes.Source("mask", rows)]
+        return self._replace(mask=shapes.all_of(both)[0])
+
 
 def keras_mask(y_pred: Any) -> tf.Tensor | None:
     """The mask that Keras layers attach to their output.
