@@ -118,7 +118,7 @@ MUTANTS = (
         file="losses/distributed.py",
         old="weights.clean(y_pred, rows, prediction=True, gate=gate)",
         new="y_pred",
-        selection="test_padded_places_change_no_bit and False",
+        selection="test_padded_positions_change_no_bit and False",
     ),
     Mutant(
         name="differentiated-through-the-exchange",
@@ -133,7 +133,7 @@ MUTANTS = (
         file="losses/weights.py",
         old="Check(text, tf.shape(losses)[0], is_broadcastable)",
         new="Check(text, tf.shape(losses)[0], True)",
-        selection="test_rows_of_a_loss_of_sequences_are_not_spread",
+        selection="test_rows_of_a_loss_of_sequences_are_not_broadcast",
     ),
     Mutant(
         name="lengths-overrule-the-mask-of-rows",
@@ -276,7 +276,7 @@ MUTANTS = (
         file="gradients/clipping.py",
         old='tf.where(tf.logical_and(ok, tf.math.is_finite(norm)), factor, float("nan"))',
         new="factor",
-        selection="test_what_is_not_finite",
+        selection="test_a_gradient_that_is_not_finite",
     ),
     # -- the pipeline -------------------------------------------------------------------------------------------------
     Mutant(

@@ -17,16 +17,16 @@ _NAME = "GradientAccumulator"
 class GradientAccumulator:
     r"""Sum the gradients of any number of micro-batches, for one optimiser step in a custom loop.
 
-    The step equals that of one device with all micro-batches m of all replicas r concatenated:
-
-    .. math:: g = \sum_{r, m} g_{r, m} / \sum_{r, m} c_{r, m}
-
-    Each replica adds its micro-batches by itself. Only ``take`` communicates, once a step. The sums are variables of
-    each replica: ``add`` and ``take`` may run in one ``tf.function`` or in two, so that memory holds one micro-batch.
+    The step equals that of one device with all micro-batches of all replicas concatenated. Each replica adds its
+    micro-batches by itself. Only ``take`` communicates, once a step. The sums are variables of each replica: ``add``
+    and ``take`` may run in one ``tf.function`` or in two, so that memory holds one micro-batch.
 
     The denominator of the loss must span all micro-batches. If it is counted before the step, as
     ``PaddedBatches(accumulation_steps=...)`` does, give it to the loss: ``denominator=batch.counts``. Else sum in the
-    loss, with ``denominator=1``, and give the count c of each micro-batch to ``add``: ``take`` divides.
+    loss, with ``denominator=1``, and give the count c of each micro-batch to ``add``. With g the gradients of
+    micro-batch m on replica r, ``take`` then returns
+
+    .. math:: \sum_{r, m} g_{r, m} / \sum_{r, m} c_{r, m}
 
     Args:
       variables: a list of TensorFlow or Keras variables.

@@ -22,7 +22,7 @@ class DistributedOptimizer(tf.keras.optimizers.Optimizer):
       sums them, and its ``LossScaleOptimizer`` checks the first replica's local gradient alone. This optimiser sums
       first. Keras's own sum follows: the first replica gives it the gradient, the others give zeros. Where the
       gradient is not finite, the others give NaN, so that all replicas skip the step.
-    - Keras 2 reduces before it clips. There the constructor returns ``optimizer`` itself, under Horovod Horovod's
+    - Keras 2 reduces before it clips. There the constructor returns ``optimizer`` itself or, under Horovod, Horovod's
       wrapper of it, inside the ``LossScaleOptimizer`` if there is one.
 
     Use it under Horovod, and under strategies for clipping and loss scaling. Learning rate, schedules, slots and saving

@@ -61,7 +61,7 @@ def sum_up(losses: tf.Tensor, w: Weights, average: str | float, gate: Gate | Non
 def nan_sums(y_pred: Any) -> Sums:
     """NaN that depends on all predictions, for a replica that has an argument error while a step is traced.
 
-    The gradients of this replica then exist as on the other replicas. So the optimizer does not end the trace, and the
+    The gradients of this replica then exist as on the other replicas. So the optimiser does not end the trace, and the
     step reaches the checked all-gather, where all replicas raise.
 
     Raises: ValueError: no prediction is floating, so that no gradient can exist.

@@ -135,7 +135,6 @@ def check_sources(counts: Counts, sources: dict[str, Any], drops_invalid: bool) 
         )
 
 
-@tf.autograph.experimental.do_not_convert
 def checks_of(
     denominator: Any, count: tf.Tensor, backend: backends.Backend, sums: averages.Sums, *, has_tokens: bool
 ) -> list[Check]:
@@ -179,7 +178,6 @@ def checks_of(
     return checks
 
 
-@tf.autograph.experimental.do_not_convert
 def sources_check(y_true: Any, y_pred: Any, sources: dict[str, Any]) -> Check:
     """Check that no other source leaves out positions within ``lengths``, for Counts without ``local``."""
     text = (

@@ -70,14 +70,14 @@ class CTC:
         Raises: TypeError, ValueError: a part of another kind, rank, dtype or static number of rows.
         """
         batch = _batch(y_true, y_pred, self.blank_index)
-        fine = _fine(batch.broken)
+        passed = _passed(batch.failed)
         seen = tf.sequence_mask(batch.frames, tf.shape(batch.logits)[1])
-        # Broken rows are computed as empty labels, so that they fail in the checked all-gather alone.
-        lengths = tf.where(fine, batch.lengths, 0)
+        # Rows that fail are computed as empty labels, so that they raise in the checked all-gather alone.
+        lengths = tf.where(passed, batch.lengths, 0)
         labels = tf.where(tf.sequence_mask(lengths, tf.shape(batch.labels)[1]), batch.labels, 0)
         log_odds = tf.nn.log_softmax(tf.where(seen[..., tf.newaxis], batch.logits, 0))
         losses = _negative_log_likelihood(log_odds, *(_int32(x) for x in (labels, lengths, batch.frames, batch.blank)))
-        return tf.where(_fine(batch.broken[:-1]) if self.drops_invalid else fine, losses, np.nan)
+        return tf.where(_passed(batch.failed[:-1]) if self.drops_invalid else passed, losses, np.nan)
 
     @tf.autograph.experimental.do_not_convert
     def filter_invalid(
@@ -94,19 +94,19 @@ class CTC:
         """
         batch = _batch(y_true, y_pred, self.blank_index)
         checks = list(batch.checks)
-        broken = batch.broken
+        failed = batch.failed
         if rows is not None:
             rows, is_broadcastable = shapes.broadcast(shapes.Source("mask", rows), shapes.sizes_of(batch.logits, 1))
             rows = tf.logical_and(rows, is_broadcastable)
-            broken = [each._replace(rows=tf.logical_and(each.rows, rows)) for each in broken]
+            failed = [each._replace(rows=tf.logical_and(each.rows, rows)) for each in failed]
         kept = None
         if self.drops_invalid:
-            short = broken[-1]
+            short = failed[-1]
             kept = tf.logical_not(short.rows)
             if counting:
                 self._count(tf.math.count_nonzero(short.rows))
-            broken = [*broken[:-1], short._replace(rows=tf.zeros_like(short.rows))]
-        checks += [(tf.logical_not(tf.reduce_any(each.rows)), _first(each)) for each in broken]
+            failed = [*failed[:-1], short._replace(rows=tf.zeros_like(short.rows))]
+        checks += [(tf.logical_not(tf.reduce_any(each.rows)), _first(each)) for each in failed]
         return kept, [Check(text, found, ok) for text, (ok, found) in zip(_TEXTS, checks)]
 
     def _count(self, number: tf.Tensor) -> None:
@@ -160,7 +160,7 @@ _TEXTS = (
 )
 
 
-class _Broken(NamedTuple):
+class _Failed(NamedTuple):
     """The rows that fail one check, bool ``[batch]``, and the two numbers of each row as evidence, ``[batch]``."""
 
     rows: tf.Tensor
@@ -177,7 +177,7 @@ class _Batch(NamedTuple):
     logits: tf.Tensor
     blank: tf.Tensor
     checks: list[tuple[Any, tuple]]  # of the whole batch: whether it holds, and the evidence
-    broken: list[_Broken]
+    failed: list[_Failed]
 
 
 def _batch(y_true: Any, y_pred: Any, blank_index: int) -> _Batch:
@@ -200,19 +200,19 @@ def _batch(y_true: Any, y_pred: Any, blank_index: int) -> _Batch:
     each = lambda number: tf.fill([count], number)
     long = tf.logical_or(lengths < 0, lengths > width)
     far = tf.logical_or(frames < 0, frames > time)
-    broken = [_Broken(long, lengths, each(width)), _Broken(far, frames, each(time))]
+    failed = [_Failed(long, lengths, each(width)), _Failed(far, frames, each(time))]
     lengths, frames = tf.clip_by_value(lengths, 0, width), tf.clip_by_value(frames, 0, time)
     real = tf.sequence_mask(lengths, width)
     unknown, position = _first_of_rows(tf.logical_and(real, tf.logical_or(labels < 0, labels >= classes)))
     found = tf.gather(tf.pad(labels, [[0, 0], [0, 1]]), position, batch_dims=1)
-    broken.append(_Broken(unknown, found, each(classes)))
+    failed.append(_Failed(unknown, found, each(classes)))
     blanks, position = _first_of_rows(tf.logical_and(real, labels == blank))
-    broken.append(_Broken(blanks, position, each(blank)))
+    failed.append(_Failed(blanks, position, each(blank)))
     repeats = tf.logical_and(labels[:, 1:] == labels[:, :-1], real[:, 1:])
     needed = lengths + tf.math.count_nonzero(repeats, axis=1)
-    broken.append(_Broken(tf.logical_and(needed > frames, _fine(broken)), needed, frames))
+    failed.append(_Failed(tf.logical_and(needed > frames, _passed(failed)), needed, frames))
     checks = [(tf.reduce_all(tf.stack(same)), rows), (blank < classes, (blank_index, classes))]
-    return _Batch(labels, lengths, frames, logits, tf.minimum(blank, classes - 1), checks, broken)
+    return _Batch(labels, lengths, frames, logits, tf.minimum(blank, classes - 1), checks, failed)
 
 
 def _parts(y_true: Any, y_pred: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
@@ -240,16 +240,16 @@ def _first_of_rows(bad: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     return tf.reduce_any(bad, axis=1), tf.minimum(tf.reduce_min(positions, axis=1), width)
 
 
-def _fine(broken: list[_Broken]) -> tf.Tensor:
+def _passed(failed: list[_Failed]) -> tf.Tensor:
     """Return the rows that fail none of these checks, bool ``[batch]``."""
-    return tf.logical_not(tf.reduce_any(tf.stack([each.rows for each in broken]), axis=0))
+    return tf.logical_not(tf.reduce_any(tf.stack([each.rows for each in failed]), axis=0))
 
 
-def _first(broken: _Broken) -> tuple[tf.Tensor, ...]:
+def _first(check: _Failed) -> tuple[tf.Tensor, ...]:
     """Return the first row that fails a check, with its two numbers; -1 if no row fails."""
-    count = tf.shape(broken.rows, tf.int64)[0]
-    row = tf.reduce_min(tf.concat([tf.where(broken.rows, tf.range(count), count), [count]], 0))
-    columns = (tf.range(count), broken.found, broken.allowed)
+    count = tf.shape(check.rows, tf.int64)[0]
+    row = tf.reduce_min(tf.concat([tf.where(check.rows, tf.range(count), count), [count]], 0))
+    columns = (tf.range(count), check.found, check.allowed)
     return tuple(tf.concat([column, [-1]], 0)[row] for column in columns)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from distpad import backends, errors, gradients, precision
-from distpad.collectives import checked, shapes
+from distpad.collectives import checked
 from distpad.losses import arguments, averages, counts, no_rows, weights
 
 _NAME = "DistributedLoss"
@@ -35,8 +35,8 @@ class DistributedLoss(tf.keras.losses.Loss):
     Args:
       loss: a Keras loss (Keras 2 or 3, TensorFlow Addons) of reduction none or of the default reduction, which
         ``average`` replaces; the name of a Keras loss, such as ``"mse"``; or a callable
-        ``(y_true, y_pred) -> [batch, ...]``, one value a position, ``[batch]`` with ``per="sequence"``. Autograph
-        does not convert it: a callable with Python's ``if`` or ``for`` over tensors must be a ``tf.function``. A loss
+        ``(y_true, y_pred) -> [batch, ...]``, one value a position, ``[batch]`` with ``per="sequence"``. Autograph does
+        not convert a callable: decorate one with Python's ``if`` or ``for`` over tensors with ``tf.function``. A loss
         ``[batch]`` without masks and lengths is plain classification: each row is one position.
       average: "token", "sequence_sum", "sequence_mean", or a positive number.
       per: "position", or "sequence" for a loss with one value a sequence, such as CTC. With "sequence", the average
@@ -90,7 +90,7 @@ class DistributedLoss(tf.keras.losses.Loss):
         self._has_warned = False
         self._traces_of_no_rows: dict[Any, Any] = {}
 
-    @tf.autograph.experimental.do_not_convert  # it would take three seconds of the first trace
+    @tf.autograph.experimental.do_not_convert  # conversion would take 3 s of the first trace
     def __call__(
         self,
         y_true: Any,
@@ -260,8 +260,7 @@ class DistributedLoss(tf.keras.losses.Loss):
             raise ValueError("lengths are missing, expected [batch]: average='token' divides by their sum")
         if hasattr(self.loss, "filter_invalid"):
             kept, own_checks = self.loss.filter_invalid(y_true, y_pred, w.effective_mask, counting=counting)
-            both = [shapes.Source("mask", w.mask), shapes.Source("mask", kept)]
-            w, checks = w._replace(mask=shapes.all_of(both)[0]), checks + own_checks
+            w, checks = w.restrict(kept), checks + own_checks
         return w, positions, checks
 
     def _unreduced(self, y_true: Any, y_pred: Any) -> tf.Tensor:

@@ -42,6 +42,11 @@ class Weights(NamedTuple):
             [shapes.Source("sample_weight", tf.not_equal(self.weight, 0), True), shapes.Source("mask", self.mask)]
         )[0]
 
+    def restrict(self, rows: tf.Tensor | None) -> Weights:
+        """Return weights that are 0 also where ``rows`` is False; None: the same weights."""
+        both = [shapes.Source("mask", self.mask), shapes.Source("mask", rows)]
+        return self._replace(mask=shapes.all_of(both)[0])
+
 
 def keras_mask(y_pred: Any) -> tf.Tensor | None:
     """The mask that Keras layers attach to their output.
@@ -52,7 +57,6 @@ def keras_mask(y_pred: Any) -> tf.Tensor | None:
     return mask if isinstance(mask, tf.Tensor) else None
 
 
-@tf.autograph.experimental.do_not_convert
 def of_positions(
     y_true: Any, y_pred: Any, *, mask: Any, lengths: Any, padding_value: Any, keras_mask: Any, sample_weight: Any
 ) -> tuple[Weights, list[Check]]:
@@ -88,7 +92,6 @@ def of_positions(
     return Weights(combined, weight, max(ranks, default=None), is_broadcastable=is_broadcastable), checks
 
 
-@tf.autograph.experimental.do_not_convert
 def of_sequences(
     y_true: Any, y_pred: Any = None, *, mask: Any, lengths: Any, padding_value: Any, keras_mask: Any, sample_weight: Any
 ) -> tuple[Weights, tf.Tensor | None, list[Check]]:
@@ -146,7 +149,6 @@ def has_positions(y_true: Any, y_pred: Any) -> bool:
     return not (of_rows and y_true.shape[1] is not None and y_true.shape[1] in (1, *y_pred.shape[1:]))
 
 
-@tf.autograph.experimental.do_not_convert
 def broadcast_to(function: str, losses: tf.Tensor, w: Weights) -> tuple[Weights, Check]:
     """Broadcast mask, weight and tokens to the loss; the mask becomes False where the weight is 0.
 
@@ -224,7 +226,6 @@ class Gate:
         return replaced(tensor)
 
 
-@tf.autograph.experimental.do_not_convert
 def clean(tensor: Any, mask: tf.Tensor | None, *, prediction: bool, gate: Gate | None = None) -> Any:
     """Replace the values at invalid positions, so that neither the loss nor its gradient depends on them.
 

@@ -22,11 +22,11 @@ with strategy.scope():
     model.compile(
         loss=distpad.DistributedLoss(tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)),
         optimizer=tf.keras.optimizers.Adam(0.02),
-        weighted_metrics=[distpad.metrics.TokenAccuracy()],
+        weighted_metrics=[distpad.metrics.TokenAccuracy(name="accuracy")],
     )
     padding = {"text": distpad.Pad(), "tags": distpad.Pad()}
     batches = distpad.PaddedBatches(examples, batch_size=16 // replicas, padding=padding, tokens="tags")
 
 history = model.fit(batches.for_keras(x="text", y="tags"), epochs=4, verbose=0).history
-for epoch, (loss, accuracy) in enumerate(zip(history["loss"], history["token_accuracy"])):
+for epoch, (loss, accuracy) in enumerate(zip(history["loss"], history["accuracy"])):
     print(f"{strategy.num_replicas_in_sync} replicas, epoch {epoch}: loss {loss:.4f}, accuracy {accuracy:.2f}")

@@ -92,7 +92,7 @@ def test_half_precision_is_squared_in_float32(world):
 
 
 @pytest.mark.parametrize("wrong", [np.inf, -np.inf, np.nan])
-def test_what_is_not_finite_on_one_replica_is_so_on_all(world, wrong):
+def test_a_gradient_that_is_not_finite_on_one_replica_is_nan_on_all(world, wrong):
     """One gradient is not finite: all gradients become NaN, as in tf.clip_by_global_norm."""
 
     def step(x):

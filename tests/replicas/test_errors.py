@@ -149,7 +149,7 @@ TRACED = ("mask of one row", "lengths of three rows", "weights of one row")  # o
         *[pytest.param(case, True, marks=() if case in TRACED else pytest.mark.wide) for case in MISFITS],
     ],
 )
-def test_a_shape_that_does_not_fit_is_not_spread(world, case, graph):
+def test_a_wrong_shape_is_not_broadcast(world, case, graph):
     wrong, right = MISFITS[case]
     right = {"mask": np.ones([2, 3], bool), "lengths": [2, 3], "sample_weight": np.ones([2, 3]), **right}
     wrong, right = ({name: np.array(each[name]) for name in sorted(wrong)} for each in (wrong, right))
@@ -165,7 +165,7 @@ def test_a_shape_that_does_not_fit_is_not_spread(world, case, graph):
 
 
 @pytest.mark.parametrize("name", ["mask", "sample_weight", "lengths"])
-def test_rows_of_a_loss_of_sequences_are_not_spread(world, name):
+def test_rows_of_a_loss_of_sequences_are_not_broadcast(world, name):
     wrong, right = {
         "mask": ([True], [True, True]),
         "sample_weight": ([1.0], [1.0, 1.0]),
@@ -198,7 +198,7 @@ WRONG_HERE = {
 
 @pytest.mark.parametrize("case", WRONG_HERE)
 @pytest.mark.parametrize("function", [distpad.pad_to_global_max, distpad.gather])
-def test_what_is_wrong_on_the_last_replica_raises_on_all(world, function, case):
+def test_an_error_of_the_last_replica_raises_on_all(world, function, case):
     arguments, message = WRONG_HERE[case]
     x = np.ones([2, 3], "int32")
     call = lambda **given: function(x, backend=world.backend, **given).values
@@ -214,7 +214,7 @@ def test_a_ragged_tensor_on_the_last_replica_raises_on_all(world):
 
 
 @pytest.mark.core
-def test_whatever_the_loss_raises_on_the_last_replica_raises_on_all(world):
+def test_an_exception_in_the_loss_of_the_last_replica_raises_on_all(world):
     def fails(y_true, y_pred):
         raise KeyError("no such class")
 

@@ -190,7 +190,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_on_one_worker_is_raised_on_all(world, case):
+def test_an_error_of_one_worker_is_raised_on_all(world, case):
     wrong, message = WRONG[case]
     fine = {"tensors": [np.ones([1, 1])], "indices": [[7]]}
     if world.strategy is not None and len(world.strategy.extended.worker_devices) > 1:

@@ -174,7 +174,7 @@ def test_collectives_of_the_loss_are_counted(world):
 
 
 @pytest.mark.parametrize("graph", [True, pytest.param(False, marks=pytest.mark.core)])
-def test_padded_places_change_no_bit(world, graph):
+def test_padded_positions_change_no_bit(world, graph):
     """NaN, infinity and labels out of range at padded positions: the same bits, and a gradient of exactly zero."""
     loss_fn = distpad.DistributedLoss(cross_entropy, backend=world.backend)
 
@@ -398,7 +398,7 @@ def test_an_empty_replica_has_all_gradients_that_the_others_have(world):
                 assert oracle.relative_error(a, b) < 1e-12
 
 
-def test_what_weighs_nothing_is_not_looked_at(world):
+def test_positions_of_weight_0_are_replaced(world):
     y_true = tf.constant([[1, 2], [1, 99]])
 
     def step(y_pred, weights, lengths):
@@ -430,7 +430,7 @@ def test_half_precision_labels_and_a_padding_value_of_nan(world):
             assert found == pytest.approx(14 / 3)
 
 
-def test_an_empty_replica_may_hand_over_empty_lists(world):
+def test_an_empty_replica_may_pass_empty_lists(world):
     loss_fn = distpad.DistributedLoss(lambda t, p: p, backend=world.backend)
     last = world.num_replicas - 1
 

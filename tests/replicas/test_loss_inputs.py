@@ -54,8 +54,8 @@ def test_one_trace_serves_all_steps(world):
     run = tf.function(lambda batch: world.strategy.run(step, args=(batch,)) if world.strategy else step(batch))
     examples = [{"x": np.ones([n, 2]), "y": np.arange(n)} for n in range(1, 15)] * world.num_replicas
     batches = made(world, examples, 2, buckets="auto", replicated=True)
-    shares = [run(batch) for batch in batches]
-    assert len(shares) > 3 and len(traces) == (world.backend.replicas_here if world.strategy else 1)
+    contributions = [run(batch) for batch in batches]
+    assert len(contributions) > 3 and len(traces) == (world.backend.replicas_here if world.strategy else 1)
 
 
 def test_batches_made_for_one_device_are_refused_where_there_are_several(world):

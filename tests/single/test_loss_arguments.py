@@ -86,7 +86,7 @@ def test_reduction_none_is_taken(reduction):
         ),
     ],
 )
-def test_what_is_no_loss(loss, words):
+def test_an_object_that_is_no_loss(loss, words):
     with pytest.raises(TypeError, match=words):
         distpad.DistributedLoss(loss)
 

@@ -40,7 +40,7 @@ def test_local_counts_are_of_one_micro_batch_and_global_ones_of_the_group():
     assert float(first.counts.tokens) == float(second.counts.tokens) == 7
 
 
-def test_a_batch_carries_what_its_loss_needs():
+def test_a_batch_carries_the_arguments_of_its_loss():
     (batch,) = made(size=5)
     lengths, weights, counts = batch.loss_inputs
     assert weights == () and counts is not None and type(counts) is distpad.Counts
@@ -55,7 +55,7 @@ def test_a_batch_carries_what_its_loss_needs():
 
 
 @pytest.mark.parametrize(("of_weights", "of_labels"), [([2, 9], [4, 12]), ([8, 9], [3, 12]), ([3, 9], [3, 12])])
-def test_weights_a_position_are_as_wide_as_what_they_weigh(of_weights, of_labels):
+def test_weights_of_positions_are_as_wide_as_the_labels(of_weights, of_labels):
     source = [{"y": [1, 2], "w": [0.5, 2.0]}, {"y": [3], "w": [4.0]}]
     padding = {"y": distpad.Pad(), "w": distpad.Pad(value=np.nan)}
     buckets = {"y": distpad.Buckets(of_labels), "w": distpad.Buckets(of_weights)}

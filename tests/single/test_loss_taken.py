@@ -41,7 +41,7 @@ def test_every_name_is_unreduced():
         assert loss_fn(tf.ones([2, 3, 4]) / 4, tf.ones([2, 3, 4]) / 4, lengths=[3, 1]).shape == ()
 
 
-def test_a_copy_keeps_what_the_loss_was_configured_with():
+def test_a_copy_keeps_the_attributes_of_the_loss():
     """The copy has attributes that get_config omits; the original keeps its reduction."""
 
     class Scaled(LOSSES.Loss):
@@ -152,7 +152,7 @@ def test_a_series_with_its_axis_is_right():
     assert float(loss_fn(VALUES, tf.zeros([2, 3, 1]), lengths=[3, 1])) == 7.5
 
 
-def test_a_loss_that_spreads_labels_over_an_axis_is_refused():
+def test_a_loss_that_broadcasts_labels_over_an_axis_is_refused():
     loss_fn = distpad.DistributedLoss(lambda t, p: tf.square(t - p))
     with pytest.raises(ValueError, match=r"Write y_true\[\.\.\., None\]"):
         loss_fn(tf.ones([3, 3]), tf.ones([3, 3, 1]), lengths=[1, 2, 3])
@@ -213,7 +213,7 @@ def test_batch_of_areas(average):
     assert found == ([8.0, 9.0] if average == "sequence_sum" else [4.0, 9.0])
 
 
-def test_batch_beside_what_it_brings_is_refused():
+def test_batch_beside_the_arguments_that_it_carries_is_refused():
     inputs, y_pred = LossInputs(tf.constant([3, 1]), None, counts_of([3, 1])), tf.zeros([2, 3, 1])
     loss_fn = distpad.DistributedLoss("mse")
     with pytest.raises(ValueError, match="batch is given beside lengths, denominator, expected alone: it carries them"):
