@@ -1,4 +1,4 @@
-"""distpad's exceptions and the format of its messages. This module imports nothing from distpad."""
+"""The leaf: distpad's exceptions and the form of its messages. Imports nothing of distpad."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import operator
 
 
 class DistpadError(Exception):
-    """Base class of distpad's own errors. Wrong arguments raise plain ``ValueError`` and ``TypeError``."""
+    """Base of the errors that are distpad's own. Wrong arguments are plain ``ValueError`` and ``TypeError``."""
 
 
 class PeerError(DistpadError):
-    """Another worker failed. The message names the worker and repeats its error."""
+    """Another worker failed: the message names the worker and repeats what it said."""
 
 
 def sentence(function: str, argument: str, value: object, expected: str, *notes: str) -> str:
@@ -24,7 +24,7 @@ def sentence(function: str, argument: str, value: object, expected: str, *notes:
 
 
 def choice(function: str, argument: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Raise ValueError unless ``value`` is one of ``allowed``. The message lists all of ``allowed``.
+    """Refuse a string option that is none of ``allowed``, listing them all.
 
     >>> choice("pad", "padding", "post", ("pre", "post"))
     """
@@ -33,7 +33,7 @@ def choice(function: str, argument: str, value: object, allowed: tuple[str, ...]
 
 
 def integer(function: str, argument: str, value: object, least: int) -> int:
-    """Return ``value`` as an int. Raises TypeError if it is not an integer, ValueError if it is below ``least``.
+    """``value`` as an int; TypeError where it is no integer, ValueError where it is below ``least``.
 
     >>> integer("certify", "cases", 32, least=1)
     32
@@ -47,7 +47,7 @@ def integer(function: str, argument: str, value: object, least: int) -> int:
 
 
 def number(function: str, argument: str, value: object) -> float:
-    """Return ``value`` as a float. Raises TypeError if it is not a real number.
+    """``value`` as a float; TypeError where it is no real number.
 
     >>> number("PaddedBatches", "limit_s", 5)
     5.0

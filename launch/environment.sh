@@ -11,7 +11,7 @@ Usage: launch/environment.sh STACK [--openmpi5] [--horovod] [--tests]
   STACK       current (TensorFlow 2.21, Keras 3) or classic (TensorFlow 2.15, Keras 2, Addons)
   --openmpi5  add Open MPI 5 from PyPI, in a separate environment STACK-openmpi5
   --horovod   add Horovod, built for this TensorFlow and MPI (3 to 10 minutes the first time)
-  --tests     add pytest, hypothesis, ruff and mypy
+  --tests     add pytest, hypothesis, ruff, mypy and mkdocs
   -h, --help  print this text
 
 Examples:
