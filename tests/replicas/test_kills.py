@@ -17,7 +17,7 @@ def test_nan_stays_in_its_slot(world):
         return np.array([np.nan, np.inf, 2.0] if r == 0 else [1.0 + r, -np.inf, np.nan])
 
     for graph in (True, False):
-        for stacked in world.run(world.backend.stack, given, graph=graph).values():
+        for stacked in world.run(world.backend.all_gather, given, graph=graph).values():
             np.testing.assert_array_equal(stacked, [given(r) for r in range(world.num_replicas)])
 
 
