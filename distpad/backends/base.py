@@ -27,6 +27,7 @@ class Backend(abc.ABC):
       num_replicas: number of replicas over all workers.
       num_workers, worker_index: number of processes, and the index of this one.
       is_elastic: whether the number of workers may change while the job runs.
+      strategy: the ``tf.distribute.Strategy`` of a strategy's backend, else None.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Backend(abc.ABC):
     num_workers: int
     worker_index: int
     is_elastic: bool = False
+    strategy: Any = None
 
     # -- in the step: called where a replica's code runs, eagerly or in a tf.function ---------------------------------
 

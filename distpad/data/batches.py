@@ -120,6 +120,22 @@ class PaddedBatches(tf.train.experimental.PythonState):
         # The first batch opens the epoch: an iterator that is never advanced starts no threads.
         yield from self._progress.consume(self._progress.open())
 
+    def repeat(self) -> Iterator[Batch]:
+        """Iterate one epoch after another, without an end, for a loop that counts steps.
+
+        Raises: ValueError: an epoch without any batch; what iterating raises. Collective among workers, as iterating.
+
+        >>> batches = PaddedBatches([{"y": [1]}, {"y": [2]}], 1, padding={"y": Pad()}, tokens="y")
+        >>> [int(batch.data["y"][0, 0]) for _, batch in zip(range(5), batches.repeat())]
+        [1, 2, 1, 2, 1]
+        """
+        while True:
+            batch = None
+            for batch in self:
+                yield batch
+            if batch is None:
+                raise ValueError(errors.sentence(_NAME, "source", "empty on all workers", "at least one example"))
+
     def __bool__(self) -> bool:
         return True  # whether or not the length is known
 

@@ -25,8 +25,8 @@ def as_keras_casts(loss: Any, y_true: Any, y_pred: Any) -> Any:
     return tf.cast(y_true, y_pred.dtype) if wanted else y_true
 
 
-def unreduced(loss: Any) -> Any:
-    """Return the loss with reduction none: itself, a copy, or the Keras loss of that name.
+def unreduced(loss: Any, user: str = _NAME) -> Any:
+    """Return the loss with reduction none: itself, a copy, or the Keras loss of that name. ``user`` is for messages.
 
     Raises: TypeError: no loss, a class, or a DistributedLoss. ValueError: another reduction; an unknown name.
     """
@@ -34,17 +34,17 @@ def unreduced(loss: Any) -> Any:
         loss = _named(loss)
     if hasattr(loss, "average") or not callable(loss):
         kinds = "a Keras loss, its name, or a callable (y_true, y_pred)"
-        raise TypeError(errors.sentence(_NAME, "loss", repr(loss), kinds))
+        raise TypeError(errors.sentence(user, "loss", repr(loss), kinds))
     if isinstance(loss, type):
         found = f"the class {loss.__name__}"
-        raise TypeError(errors.sentence(_NAME, "loss", found, "an instance", f"Write {loss.__name__}()."))
+        raise TypeError(errors.sentence(user, "loss", found, "an instance", f"Write {loss.__name__}()."))
     reduction = getattr(loss, "reduction", None)
     if reduction in (None, "none"):
         return loss
     if reduction != ("sum_over_batch_size" if versions.KERAS >= 3 else "auto"):
         found = f"a {type(loss).__name__} of reduction {reduction!r}"
         remedy = f'Write {type(loss).__name__}(..., reduction="none").'
-        raise ValueError(errors.sentence(_NAME, "loss", found, "one of reduction none", remedy))
+        raise ValueError(errors.sentence(user, "loss", found, "one of reduction none", remedy))
     copied = object.__new__(type(loss))  # copy.copy uses get_config, which may omit attributes
     copied.__dict__.update(loss.__dict__, reduction="none")
     return copied

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from distpad import errors
 from distpad.collectives import checked
-from distpad.losses import averages, weights
+from distpad.losses import arguments, averages, weights
 from distpad.metrics import ratio
 
 
@@ -46,8 +46,9 @@ class MaskedMean(PositionMean):
     r"""The mean of a function over valid positions, :math:`\sum w v / \sum w`.
 
     Args:
-      function: ``(y_true, y_pred) -> [batch, length, ...]``, such as a Keras loss with reduction none. None averages
-        ``y_pred`` itself. Axes after those of the mask are averaged first. Padding is replaced before the call.
+      function: ``(y_true, y_pred) -> [batch, length, ...]``, such as a Keras loss, whose default reduction is
+        omitted. None averages ``y_pred`` itself. Axes after those of the mask are averaged first. Padding is replaced
+        before the call.
       padding_value, backend, name: see ``distpad.metrics``.
 
     Raises:
@@ -63,7 +64,8 @@ class MaskedMean(PositionMean):
         super().__init__(**options)
         if function is not None and not callable(function):
             raise TypeError(errors.sentence(self._kind, "function", repr(function), "a callable (y_true, y_pred)"))
-        self.function = function
+        is_loss = isinstance(function, tf.keras.losses.Loss)
+        self.function = arguments.unreduced(function, self._kind) if is_loss else function
 
     def _values(self, y_true: Any, y_pred: Any) -> tf.Tensor:
         return y_pred if self.function is None else self.function(y_true, y_pred)

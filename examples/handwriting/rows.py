@@ -98,12 +98,6 @@ def shuffled_batches(engine: Engine, data: Rows, batch_size: int, steps: int) ->
     )
 
 
-def endless(batches: distpad.PaddedBatches) -> Iterator[distpad.Batch]:
-    """One epoch after another."""
-    while True:
-        yield from batches
-
-
 def joint_buckets(widths: np.ndarray, lengths: np.ndarray, boundaries: int) -> dict[str, distpad.Buckets]:
     """The best boundaries for pictures of these ``widths``, and as many for their texts: a step takes the same of both.
 

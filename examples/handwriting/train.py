@@ -178,7 +178,7 @@ def train(
 
     preemption = distpad.Preemption(save, every=LOG_EVERY, backend=engine.backend)
     with preemption, tqdm(range(first, last), disable=engine.worker > 0, **progress) as bar:
-        for step, batch in zip(bar, rows.endless(batches)):
+        for step, batch in zip(bar, batches.repeat()):
             loss = learning.step(batch)
             done = step + 1
             if done % LOG_EVERY == 0 or done == last:

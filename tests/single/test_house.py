@@ -209,6 +209,20 @@ def test_no_private_names_of_others(module):
     assert private <= PRIVATE_NAMES
 
 
+# -- sizes ------------------------------------------------------------------------------------------------------------
+
+LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 450, 60  # docstrings of functions left out
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_files_and_functions_are_short(module):
+    assert len(SOURCES[module].read_text(encoding="utf-8").splitlines()) <= LINES_OF_A_FILE
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.FunctionDef):
+            first = node.body[1] if ast.get_docstring(node) is not None and len(node.body) > 1 else node.body[0]
+            assert node.end_lineno - first.lineno < LINES_OF_A_FUNCTION, node.name
+
+
 # -- docstrings -------------------------------------------------------------------------------------------------------
 
 
