@@ -260,7 +260,7 @@ def test_a_name_that_leads_to_loopback(pair, engine, name):
     done = fails(pair, engine, "all=sleep:600")
     assert done.code == 3, done.stderr
     whose = "its own name" if name == "host2" else "the name"
-    assert re.search(rf"on host2, {whose} {name} leads to 127\.[\d.]+, the loopback", done.stderr)
+    assert re.search(rf"on host2, {whose} {name} resolves to 127\.[\d.]+, the loopback", done.stderr)
 
 
 @mostly_alone
