@@ -339,9 +339,10 @@ ENGINES = {
 @pytest.mark.parametrize(
     ("world", "proved"),
     [  # with the certificate and the drift where that costs least
-        *[("mirrored:2", True), ("horovod:2", False)],
+        ("mirrored:2", True),
         *[pytest.param(world, True, marks=pytest.mark.wide) for world in ENGINES if world != "mirrored:2"],
-        pytest.param("multiworker:2", False, marks=pytest.mark.wide),  # tests/cluster trains small in it
+        # tests/cluster and tests/launch train small in the others
+        *[pytest.param(world, False, marks=pytest.mark.wide) for world in ("multiworker:2", "horovod:2")],
     ],
 )
 def test_train_under_each_engine(tmp_path, world, proved):

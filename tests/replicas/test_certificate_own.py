@@ -325,6 +325,7 @@ def test_batches_that_differ_between_workers_are_refused_by_all(world):
         certified(world, model, loss, batch=broken)
 
 
+@pytest.mark.worlds("mirrored:2", "horovod:2")
 def test_a_global_value_after_a_certificate_is_that_of_the_engine(world, one_kind):
     """What ran beside the engine, as one device, leaves no trace in the loss."""
     model, loss = model_in(world), distpad.DistributedLoss(lambda t, p: p, backend=world.backend)

@@ -16,12 +16,12 @@ WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2")
 @pytest.mark.parametrize(
     ("how", "count"),
     [
-        ("new datasets", 20),
+        pytest.param("new datasets", 20, marks=pytest.mark.worlds("local", "multiworker:2", "horovod:2")),
         pytest.param("one dataset", 20, marks=pytest.mark.worlds("mirrored:2")),
         pytest.param("one dataset", 12, marks=pytest.mark.wide),
         pytest.param("one dataset", 38, marks=pytest.mark.wide),
-        pytest.param("one dataset", 46, marks=pytest.mark.worlds("horovod:2")),
-        pytest.param("repeat", 46, marks=pytest.mark.worlds("multiworker:2")),
+        pytest.param("one dataset", 46, marks=pytest.mark.wide),
+        pytest.param("repeat", 46, marks=pytest.mark.wide),
         pytest.param("repeat", 15, marks=pytest.mark.wide),
     ],
 )
