@@ -40,8 +40,8 @@ def world(spec: str, *arguments: str) -> str:
 def with_tensorflow(folder: str) -> list[str]:
     """The modules of a folder that use TensorFlow or Keras: the others need one stack, since both are Python 3.11."""
     uses = re.compile(r"\b(tf|tensorflow|keras)\.\w|\bimport (tensorflow|keras)\b")
-    paths = sorted((TESTS / folder).glob("test_*.py"))
-    return [f"tests/{folder}/{path.name}" for path in paths if uses.search(path.read_text(encoding="utf-8"))]
+    paths = sorted((TESTS / folder).rglob("test_*.py"))
+    return [f"tests/{path.relative_to(TESTS)}" for path in paths if uses.search(path.read_text(encoding="utf-8"))]
 
 
 def core(name: str, stack: str, cores: float, seconds: int, also: str = "") -> Suite:

@@ -157,7 +157,7 @@ def is_compiling() -> bool:
 
     XLA has no kernel for strings and drops assertions. TensorFlow has no public function for this question. But it
     marks each conditional to be lowered for its own executor, except in graphs that XLA compiles. So this function
-    reads the mark of a conditional of constants. tests/single/test_xla.py notices a change.
+    reads the mark of a conditional of constants. tests/single/collectives/test_xla.py notices a change.
 
     >>> is_compiling()
     False

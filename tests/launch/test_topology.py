@@ -41,7 +41,7 @@ WRONG = {
 }
 
 
-# tests/single/test_topology.py covers all cases without engines
+# tests/single/launcher/test_topology.py covers all cases without engines
 @pytest.mark.parametrize(
     ("world", "before", "settings", "message"),
     [

@@ -228,7 +228,7 @@ def test_files_and_functions_are_short(module):
 
 @pytest.mark.parametrize(
     "module",
-    [  # a certificate takes ten seconds: tests/single/test_certificate.py shows it on both stacks
+    [  # a certificate takes ten seconds: tests/single/certification/test_certificate.py shows it on both stacks
         pytest.param(module, marks=[pytest.mark.one_stack] * (module == "distpad.certification.certificate"))
         for module in SOURCES
         if not module.endswith("__main__")
@@ -261,6 +261,15 @@ def test_public_functions_name_their_arguments(name):
     assert "Args:" in text and re.search("^(Returns|Raises):", text, re.MULTILINE)
     for argument in inspect.signature(found).parameters:
         assert re.search(rf"\b{argument}\b", text.split("Args:")[1]), f"{argument} is not described"
+
+
+# -- tests ------------------------------------------------------------------------------------------------------------
+
+
+def test_tests_mirror_the_layout():
+    """Tests of one package in one process are in a folder of its name."""
+    folders = {path.name for path in (ROOT / "tests" / "single").iterdir() if any(path.glob("test_*.py"))}
+    assert folders <= {package(module) for module in SOURCES}
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -337,7 +346,7 @@ def test_worlds_that_tests_name_are_suites():
 def test_every_test_module_is_in_a_suite():
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         folder = path.parent.relative_to(ROOT)
-        name = "worlds.py mirrored:2" if folder.name == "replicas" else str(folder)
+        name = "worlds.py mirrored:2" if folder.name == "replicas" else "/".join(folder.parts[:2])
         name = "worlds.py horovod:2" if folder.name == "workers" else name
         runs = [
             command

@@ -18,7 +18,7 @@ from distpad.preflight import checks, facts, findings, hosts, network, software
 
 pytestmark = pytest.mark.one_stack
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 LIMIT_S = 200  # on a machine that others use too; alone it takes 10 s
 GB = 1 << 30
 # a host with four GPUs on which all is well, as facts.py tells it
