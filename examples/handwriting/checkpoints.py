@@ -1,4 +1,4 @@
-"""Checkpoints: weights, optimiser and the place in the data; written by worker 0, read by all."""
+"""Checkpoints of weights, optimiser and position in the data. Worker 0 writes them, all workers read them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from handwriting.engines import Engine
 from handwriting.learner import Learner
 
 KEEP = 2
-PLACE_BYTES = 1024  # of the place in the data, as JSON
+PLACE_BYTES = 1024  # size of the position in the data, as JSON
 
 
 def found(folder: Path) -> str | None:
-    """The last checkpoint that this worker finds."""
+    """Return the path of the last checkpoint that this worker finds, or None."""
     return tf.train.latest_checkpoint(str(folder))
 
 
 def exist(engine: Engine, folder: Path) -> bool:
-    """Whether worker 0 finds one. The others may not see its folder, and take its word. Collective."""
+    """Return whether worker 0 finds a checkpoint. The other workers may not see its folder. Collective."""
     here = engine.worker == 0 and found(folder) is not None
     return bool(engine.backend.host_max(np.array([int(here)]))[0])
 
@@ -32,10 +32,10 @@ class Checkpoints:
     """The checkpoints of one training.
 
     Args:
-        learner: what is saved and restored.
-        batches: what it trains on, of which the place is kept.
-        folder: for worker 0. Under MultiWorkerMirroredStrategy all workers take part in saving; the others write to a
-            folder that is thrown away.
+        learner: the model and optimiser to save and restore.
+        batches: the training batches; a checkpoint keeps the position in them.
+        folder: worker 0 writes here. Under MultiWorkerMirroredStrategy all workers save; the other workers write to a
+            temporary folder.
     """
 
     def __init__(self, learner: Learner, batches: distpad.PaddedBatches, folder: Path):
@@ -45,31 +45,31 @@ class Checkpoints:
         self._thrown_away = None if self.engine.worker == 0 else tempfile.TemporaryDirectory()
         where = str(folder) if self._thrown_away is None else self._thrown_away.name
         with self.engine.scope():
-            # as numbers, since engines broadcast neither strings nor bytes
+            # engines broadcast neither strings nor bytes, so the position is stored as integers
             self._place = tf.Variable(_as_bytes({}), trainable=False, name="place")
         self._checkpoint = tf.train.Checkpoint(model=learner.model, optimizer=learner.optimizer, place=self._place)
         self._manager = tf.train.CheckpointManager(self._checkpoint, where, max_to_keep=KEEP)
 
     def save(self, step: int) -> None:
-        """All workers call this at the same step."""
+        """Save a checkpoint. Collective: all workers call this at the same step."""
         self._place.assign(_as_bytes(self.batches.state_dict()))
         if self.engine.worker == 0 or self.engine.strategy is not None:
             self._manager.save(checkpoint_number=step)
 
     def load(self) -> None:
-        """Go back to the last checkpoint, this worker for itself.
+        """Restore the last checkpoint on this worker alone.
 
         Raises:
-            ValueError: there is none.
+            ValueError: the folder holds no checkpoint.
         """
         self._read()
         self._move()
 
     def restore(self) -> None:
-        """Go back to the last checkpoint. Horovod's other ranks get the weights from rank 0 (``Learner.broadcast``).
+        """Restore the last checkpoint. Under Horovod, ``Learner.broadcast`` sends rank 0's weights to the other ranks.
 
         Raises:
-            ValueError: there is none.
+            ValueError: the folder holds no checkpoint.
         """
         if self.engine.worker == 0 or self.engine.strategy is not None:
             self._read()
@@ -87,5 +87,5 @@ class Checkpoints:
 
 
 def _as_bytes(state: dict) -> np.ndarray:
-    """A state as the bytes of its JSON, filled up with spaces, which JSON ignores."""
+    """Return the bytes of a state's JSON, padded with spaces. JSON ignores trailing spaces."""
     return np.frombuffer(json.dumps(state).encode().ljust(PLACE_BYTES), np.uint8).astype(np.int32)

@@ -1,4 +1,4 @@
-"""From logits to texts, and how wrong they are."""
+"""Decode logits to texts, and count character errors."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import numpy as np
 
 
 def ctc_texts(logits: np.ndarray, columns: Sequence[int], alphabet: str) -> list[str]:
-    """Greedy decoding: the best class of each column, repetitions merged, blanks (the last class) left out.
+    """Decode greedily: take the best class of each column, merge repetitions, drop blanks (the last class).
 
     Args:
         logits: ``[batch, columns, classes]``.
-        columns: ``[batch]``, how many of each row's columns are real.
-        alphabet: a character's class is its place here.
+        columns: ``[batch]``, number of valid columns in each row.
+        alphabet: a character's class is its index in this string.
     """
     texts = []
     for row, count in zip(logits.argmax(axis=-1), columns):
@@ -24,7 +24,7 @@ def ctc_texts(logits: np.ndarray, columns: Sequence[int], alphabet: str) -> list
 
 
 def position_texts(logits: np.ndarray, alphabet: str) -> list[str]:
-    """The best class of each position up to the end symbol (the last class); logits ``[batch, length, classes]``."""
+    """Decode each position up to the end symbol (the last class). Logits: ``[batch, length, classes]``."""
     texts = []
     for row in logits.argmax(axis=-1):
         ends = np.flatnonzero(row == len(alphabet))
@@ -33,7 +33,7 @@ def position_texts(logits: np.ndarray, alphabet: str) -> list[str]:
 
 
 def character_errors(read: str, text: str) -> int:
-    """The fewest insertions, deletions and replacements that turn one text into the other (Levenshtein)."""
+    """Return the Levenshtein distance: the fewest insertions, deletions and replacements between two texts."""
     previous = list(range(len(text) + 1))
     for i, character in enumerate(read, start=1):
         current = [i]
@@ -44,5 +44,5 @@ def character_errors(read: str, text: str) -> int:
 
 
 def character_error_rate(read: Iterable[str], texts: Sequence[str]) -> float:
-    """Character errors over characters, of all texts together."""
+    """Return the character errors of all texts, divided by their characters."""
     return sum(map(character_errors, read, texts)) / sum(map(len, texts))

@@ -1,4 +1,4 @@
-"""The 1,797 handwritten digits that scikit-learn ships, 16 pixels high, some for training and others for testing."""
+"""The 1,797 handwritten digits of scikit-learn, scaled to 16 pixels and split into train and test."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SPLITS = ("train", "test")
 
 
 class Digits(NamedTuple):
-    """Pictures and what they show."""
+    """Pictures of digits, with their labels and the columns of their ink."""
 
     images: np.ndarray  # [count, SIZE, SIZE] float32, 0 is paper and 1 is ink
     labels: np.ndarray  # [count] int64, 0 to 9
@@ -21,17 +21,17 @@ class Digits(NamedTuple):
 
 
 def load(split: str, held_out: float = 0.2) -> Digits:
-    """Load the digits of one side of the split; no picture is on both sides.
+    """Load the digits of one split; no picture is in both splits.
 
-    The pictures are dealt at random, always the same way. The set does not say who wrote which, so that most writers
-    are on both sides: what is measured is the reading of unseen pictures, not of unseen hands.
+    A fixed random permutation splits the pictures. The data set does not name the writers, so most writers are in both
+    splits. The test therefore measures unseen pictures, not unseen writers.
 
     Args:
         split: "train" or "test".
-        held_out: the part that "test" gets, between 0 and 1.
+        held_out: fraction of the pictures in "test", between 0 and 1.
 
     Raises:
-        ValueError: for another split.
+        ValueError: ``split`` is neither "train" nor "test".
     """
     if split not in SPLITS:
         raise ValueError(f"load: split is {split!r}, expected one of {', '.join(SPLITS)}.")
@@ -49,6 +49,6 @@ def load(split: str, held_out: float = 0.2) -> Digits:
 
 
 def _enlarge(images: np.ndarray) -> np.ndarray:
-    """Enlarge [count, 8, 8] to [count, 16, 16] by cubic splines, which leave strokes rather than squares."""
+    """Enlarge [count, 8, 8] to [count, 16, 16] by cubic splines, so that strokes stay smooth."""
     enlarged = ndimage.zoom(images, (1, 2, 2), order=3, mode="grid-constant", grid_mode=True)
     return np.clip(enlarged, 0, 1).astype(np.float32)

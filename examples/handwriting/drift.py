@@ -1,6 +1,6 @@
-"""How far training on several replicas departs from training on one, with distpad and with the mean of means.
+"""Measure how far training on several replicas departs from one, with distpad and with the mean of means.
 
-Plain gradient descent, since an optimiser that normalises its steps would hide a wrong scale.
+The optimiser is plain gradient descent. An optimiser that normalises its steps hides a wrong gradient scale.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ LEARNING_RATE = 0.05
 def measure(
     engine: Engine, data: rows.Rows, config: model.Config, batch_size: int, steps: int = STEPS
 ) -> dict[str, object]:
-    """Compare, after each step, the weights with those of one device that is given the same global batches whole.
+    """Compare the weights after each step with the weights of one device that trains on the same global batches.
 
-    Collective: all workers call it, and only worker 0 trains the single device and gets distances.
+    Collective: all workers call it. Only worker 0 trains the single device and gets distances.
 
     Returns:
-        What ``save`` writes: "backend", "replicas", "batch_size", "distpad" and "naive" (the distance after each step,
+        A dict for ``save``: "backend", "replicas", "batch_size", "distpad" and "naive" (the distance after each step,
         ``|w - w1| / |w1|``), "seconds".
     """
     start = time.monotonic()
     weights = model.build(config).get_weights()
-    # All workers build the single device's learner, so that their layers are named alike; only worker 0 trains it.
+    # All workers build the single device's learner, so that layer names are equal on all. Only worker 0 trains it.
     own = steps if engine.worker == 0 else 0
     alone = functools.partial(_train, engines.LOCAL, data, config, batch_size, own, weights, naive=False)
     single = backends.run_alone(lambda: list(alone()))
@@ -48,13 +48,13 @@ def measure(
 
 
 def save(result: dict[str, object], folder: Path) -> None:
-    """Write one engine's result, where ``load_all`` finds it."""
+    """Write one engine's result to a file that ``load_all`` reads."""
     path = folder / f"drift-{result['backend']}-{result['replicas']}.json"
     path.write_text(json.dumps(result) + "\n")
 
 
 def load_all(folder: Path) -> list[dict]:
-    """Every engine's result in a folder: the report shows them side by side."""
+    """Load the results of all engines in a folder. The report shows them side by side."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("drift-*.json"))]
 
 
@@ -68,7 +68,7 @@ def _train(
     *,
     naive: bool,
 ) -> Iterator[np.ndarray]:
-    """The weights after each step, as one vector."""
+    """Yield the weights after each step, as one vector."""
     optimizer = functools.partial(tf.keras.optimizers.SGD, LEARNING_RATE)
     trained = learner.Learner(engine, config, optimizer, naive=naive)
     trained.model.set_weights(weights)

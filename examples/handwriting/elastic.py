@@ -1,4 +1,4 @@
-"""Training with workers that come and go: what --elastic adds."""
+"""Elastic training (``--elastic``): go on when workers leave or join."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def run(
 ) -> None:
     """Call ``train_and_test(checkpoints, commit=...)``, and again from the last commit when workers are lost or join.
 
-    The optimiser's own count of steps tells where it goes on. No worker has a collective to itself before: one that
-    joins finds the others where they wait for it to take over what they have.
+    The optimiser's step counter sets the step to go on from. No worker runs a collective before ``begin``: a worker
+    that joins meets the other workers at the sync of the state.
 
     Raises:
         ValueError: worker 0 finds no checkpoint to resume from.
@@ -42,10 +42,10 @@ def run(
 
     @distpad.ElasticState.run
     def begin(_: distpad.ElasticState) -> None:
-        if options.certify:  # each world of workers
+        if options.certify:  # after each resize
             engines.certify(learner.engine)
-        # checkpoints are made again each time, since another worker may be the one that writes them
+        # worker 0 may be another process after a resize, so the checkpoints are created again
         train_and_test(checkpoints.Checkpoints(learner, batches, folder), commit=commit)
-        backend.host_sum(np.zeros(1))  # nobody leaves before worker 0 has written all: if it is lost, another does
+        backend.host_sum(np.zeros(1))  # all wait for worker 0 to write; if it is lost, another worker writes
 
     begin(state)

@@ -1,4 +1,4 @@
-"""A user's own pictures of text: a folder with a ``labels.csv`` that names a file and its text in each row."""
+"""Pictures of a user: a folder with a ``labels.csv`` that names a file and its text in each row."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ HELD_OUT = 10  # one file in ten is held out
 class FolderStrings:
     """The examples of a folder.
 
-    Which files are held out depends on their names alone, so that it stays as it is when files are added.
+    The split of a file depends on its name alone, so that new files do not move the old ones to another split.
 
     Args:
         folder: holds ``labels.csv`` with the columns ``file`` and ``text``, and the files.
         split: "train" or "test".
-        height: what the pictures are scaled to, pixels.
+        height: height of the scaled pictures, pixels.
 
     Raises:
         ValueError: no ``labels.csv``, a missing column, a missing or unreadable picture, no text, fewer than two rows.
@@ -48,12 +48,12 @@ class FolderStrings:
 
 
 def check(source: FolderStrings, head: str) -> None:
-    """Refuse texts that the reader cannot write.
+    """Check that the reader can output each text.
 
-    CTC puts at most one character into a column, and a blank between two that are the same.
+    CTC outputs at most one character for each column, and needs a blank between two equal characters.
 
     Raises:
-        ValueError: names the first such file.
+        ValueError: a text needs more columns than its picture has; the message names the first file.
     """
     if head != "ctc":
         return
@@ -68,10 +68,10 @@ def check(source: FolderStrings, head: str) -> None:
 
 
 def read_picture(path: Path, height: int) -> np.ndarray:
-    """Read a picture as ``[width, height]`` float32, 0 for paper and 1 for ink, whichever of the two is the darker.
+    """Read a picture as ``[width, height]`` float32, 0 for paper and 1 for ink. Paper may be light or dark.
 
     Raises:
-        ValueError: there is no such file, or it is no picture.
+        ValueError: the file does not exist, or is not a picture.
     """
     try:
         with Image.open(path) as picture:
@@ -108,7 +108,7 @@ def _read_labels(folder: Path) -> dict[str, str]:
 
 
 def _held_out(texts: dict[str, str]) -> set[str]:
-    """The files to test with: those whose hash says so; at least one, and never all."""
+    """Choose the test files by the hash of their names: at least one file, never all files."""
     hashes = {name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") for name in texts}
     chosen = {name for name, value in hashes.items() if value % HELD_OUT == 0}
     if chosen and len(chosen) < len(texts):

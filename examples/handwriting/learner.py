@@ -1,4 +1,4 @@
-"""One training step, the same code for every engine: this is what using distpad looks like."""
+"""One training step with distpad. The code is the same for every engine."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ keras = tf.keras
 
 
 def ctc(y_true: dict[str, tf.Tensor], y_pred: tf.Tensor) -> tf.Tensor:
-    """CTC, one value a sequence.
+    """Compute the CTC loss of each sequence.
 
     Args:
-        y_true: "label" ``[batch, length]``, "length" ``[batch]``, "columns" ``[batch]``, the logits that are real.
+        y_true: "label" ``[batch, length]``, "length" ``[batch]``, "columns" ``[batch]``, the number of valid columns.
         y_pred: logits ``[batch, columns, classes]``, the last class being the blank.
 
     Returns:
         ``[batch]``, the negative log-likelihood of each text.
     """
     label = y_true["label"]
-    # On a CPU, sparse labels take the compiled kernel; dense ones would take a loop of many small operations.
-    # It refuses empty labels, which filler rows have: they get a character, and count for nothing all the same.
+    # On a CPU, sparse labels use the compiled kernel; dense labels use a loop of many small operations.
+    # The kernel rejects the empty labels of filler rows. So each filler row gets a character; its loss is masked.
     places = tf.where(tf.sequence_mask(tf.maximum(y_true["length"], 1), tf.shape(label)[1]))
     sparse = tf.SparseTensor(places, tf.gather_nd(label, places), tf.shape(label, out_type=tf.int64))
     return tf.nn.ctc_loss(sparse, y_pred, None, y_true["columns"], logits_time_major=False, blank_index=-1)
@@ -35,13 +35,13 @@ class Learner:
     """A reader, its optimiser, and the step that trains it on all replicas of an engine.
 
     Args:
-        engine: who trains together.
-        config: of the reader.
-        optimizer: makes the optimiser; called in the engine's scope.
-        average: of the loss, over all replicas, as ``distpad.DistributedLoss`` has it. Where batches hold texts of like
-            lengths, "token" gives the characters of short texts more weight than those of long ones; "sequence_sum", or
-            a number, gives all the same.
-        naive: for comparison: each replica takes the mean over its own characters, and the engine averages these means.
+        engine: the engine that runs the step.
+        config: config of the reader.
+        optimizer: function that creates the optimiser; called in the engine's scope.
+        average: average of the loss over all replicas, as in ``distpad.DistributedLoss``. With batches of similar
+            lengths, "token" weighs characters of short texts more than characters of long texts. "sequence_sum" or a
+            number weighs all characters alike.
+        naive: for comparison: each replica takes the mean over its own characters; the engine averages these means.
     """
 
     def __init__(
@@ -68,12 +68,12 @@ class Learner:
         self.step = engine.compile(self._step)
 
     def broadcast(self) -> None:
-        """Start with worker 0's weights everywhere."""
+        """Copy the weights of worker 0 to all workers. Collective."""
         distpad.broadcast_variables(self.model.variables, backend=self.engine.backend)
         distpad.broadcast_variables(self.optimizer.variables, backend=self.engine.backend)
 
     def global_loss(self, loss: Any) -> float:
-        """What a step returned, as the mean over all replicas, for the log. Collective."""
+        """Return the global loss of a step, for the log. Collective."""
         return float(distpad.global_value(loss, backend=self.engine.backend))
 
     def _step(self, batch: distpad.Batch) -> tf.Tensor:
@@ -91,7 +91,7 @@ class Learner:
         if self.config.head == "ctc":
             label = {"label": label, "length": length, "columns": model.columns(width)}
         if not self.naive:
-            # the pipeline counted all replicas' characters, so that the step has nothing to exchange but gradients
+            # the pipeline counts the characters of all replicas, so the step reduces nothing but gradients
             return self.loss(label, logits, batch=batch)
         own = tf.reduce_sum(length) if self.loss.average == "token" else tf.math.count_nonzero(length)
         return self.loss(label, logits, lengths=length, denominator=own) / self.engine.replicas

@@ -1,4 +1,4 @@
-"""The reader: a small convolutional network, a recurrent one over its columns, and one of two heads."""
+"""The reader: a small convolutional network, a recurrent network over its columns, and one of two heads."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from handwriting import recurrent
 
 keras = tf.keras
 
-STRIDE = 4  # pixels of width behind one output
+STRIDE = 4  # pixels of width for each output column
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All that is needed to build the reader again.
+    """Config of the reader.
 
     Attributes:
-        alphabet: the characters that it reads; one class more is CTC's blank, or the end of the text.
-        head: "ctc", one output for each column; "position", one for each place in the text.
-        max_length: the longest text that the "position" head can write.
-        height: of the pictures, a multiple of 4.
-        filters: of the three convolutions.
-        units: of the recurrent network, in each direction.
+        alphabet: the characters to read; one more class is the blank of CTC, or the end symbol.
+        head: "ctc", one output for each column; "position", one for each position in the text.
+        max_length: length of the longest text that the "position" head can output.
+        height: height of the pictures in pixels, a multiple of 4.
+        filters: number of filters in the three convolutions.
+        units: units of the recurrent network in each direction.
     """
 
     alphabet: str
@@ -36,17 +36,17 @@ class Config:
 
 
 def columns(width: Any) -> Any:
-    """How many outputs the "ctc" head has for a picture so wide."""
+    """Return the number of outputs of the "ctc" head for a picture of this width."""
     return (width + STRIDE - 1) // STRIDE
 
 
 class Reader(keras.Model):
     """Reads pictures of text.
 
-    A row's result depends neither on the other rows (no batch normalisation) nor on how far it is padded: the padding
-    is set back to zero after each convolution, and masked in all that follows. This is what makes a step on several
-    replicas equal to one on a single device. It is smooth as well (no ReLU, no maximum): at a kink, a difference in the
-    last bit sends the gradient another way, and what several replicas add in another order would not stay alike.
+    The result of a row does not depend on other rows (no batch normalisation) or on its padding: the model sets the
+    padding to zero after each convolution, and masks it in all later layers. So a step on several replicas equals a
+    step on one device. The model is also smooth (no ReLU, no maximum). At a kink, a difference in the last bit changes
+    the gradient, and several replicas sum in another order than one device.
     """
 
     def __init__(self, config: Config):
@@ -60,15 +60,15 @@ class Reader(keras.Model):
         self.classify = layers.Dense(len(config.alphabet) + 1)
         if config.head == "position":
             self.positions = layers.Embedding(config.max_length + 1, 2 * config.units)
-            # Three or four columns a character: a pen that starts at that pace has less to learn.
+            # A character has three or four columns, so the pen starts at this pace.
             self.advance = layers.Dense(1, activation="sigmoid", bias_initializer=keras.initializers.Constant(-1.0))
 
     def call(self, inputs: dict[str, tf.Tensor]) -> tf.Tensor:
-        """Logits, for each column or for each position.
+        """Compute the logits of each column or each position.
 
         Args:
             inputs: "image" ``[batch, width, height, 1]``, "width" ``[batch]`` int32, and for the "position" head
-                "positions", a scalar int32: how many places of the text to write.
+                "positions", a scalar int32: the number of positions to output.
 
         Returns:
             ``[batch, columns(width), classes]`` or ``[batch, positions, classes]``.
@@ -79,8 +79,8 @@ class Reader(keras.Model):
         return self.classify(states)
 
     def _encode(self, x: tf.Tensor, width: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """``[batch, columns, 2 * units]`` and the mask ``[batch, columns]`` of those that are not padding."""
-        # Whole columns: otherwise a picture's last one would be there or not, depending on what it is padded to.
+        """Return the states ``[batch, columns, 2 * units]`` and the mask ``[batch, columns]`` of valid columns."""
+        # Round up to full columns: otherwise the padded width decides whether the last column of a picture exists.
         x = tf.pad(x, [[0, 0], [0, -tf.shape(x)[1] % STRIDE], [0, 0], [0, 0]])
         width = columns(width) * STRIDE
         for place, convolve in enumerate(self.convolutions):
@@ -95,10 +95,10 @@ class Reader(keras.Model):
         return self.recurrent(x, width), mask
 
     def _attend(self, states: tf.Tensor, mask: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
-        """Cross attention from the places of the text to the columns, ``[batch, positions, 2 * units]``.
+        """Compute cross attention from text positions to columns, ``[batch, positions, 2 * units]``.
 
-        Reading goes from left to right, and the keys say so: every column moves the pen on by a part of a character,
-        and place k looks where the pen stands at k.
+        The attention is monotonic: every column moves a pen forward by a fraction of a character, and position k
+        attends to the columns where the pen is near k.
         """
         pen = tf.cumsum(
             self.advance(states) * tf.cast(mask, states.dtype)[..., tf.newaxis], axis=1
@@ -108,13 +108,13 @@ class Reader(keras.Model):
             tf.cast(places, states.dtype)[:, tf.newaxis, tf.newaxis] + 0.5 - tf.transpose(pen, [0, 2, 1])[:, tf.newaxis]
         )
         scores = -4.0 * tf.square(distance)[:, :, 0]
-        # Every row has a column, so that no row's attention is empty, which would be NaN also where nothing counts.
+        # Every row has at least one column, so no softmax is empty. An empty softmax gives NaN, also in masked rows.
         scores = tf.where(mask[:, tf.newaxis, :], scores, -1e9)
         return tf.matmul(tf.nn.softmax(scores), states) + self.positions(places)
 
 
 def build(config: Config) -> Reader:
-    """A reader with its variables."""
+    """Build a reader and create its variables."""
     reader = Reader(config)
     width = 4 * STRIDE
     reader(

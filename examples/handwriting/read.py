@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Read pictures with a reader that train.py saved, and print each file and its text."""
+"""Read pictures with a reader that train.py saved. Print each file and its text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # its note is printed at any level of the log
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # oneDNN prints its note at any log level
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from handwriting import folder, reading

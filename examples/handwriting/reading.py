@@ -1,4 +1,4 @@
-"""A trained reader outside of any training: load it, read pictures, save it."""
+"""Load and save a trained reader, and read pictures with it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BATCH = 64
 class TextReader:
     """Reads pictures on one device.
 
-    The saved form, ``config.json`` and ``weights.npz``, is plain enough for every version of TensorFlow and Keras.
+    The saved files, ``config.json`` and ``weights.npz``, do not depend on the version of TensorFlow or Keras.
     """
 
     def __init__(self, config: model.Config):
@@ -32,7 +32,7 @@ class TextReader:
         return self.model({"image": image, "width": width, "positions": tf.constant(self.config.max_length + 1)})
 
     def read(self, images: Sequence[np.ndarray]) -> list[str]:
-        """The texts of pictures, ``[width, height]`` each."""
+        """Return the texts of pictures, each ``[width, height]``."""
         return [text for start in range(0, len(images), BATCH) for text in self._read(images[start : start + BATCH])]
 
     def _read(self, images: Sequence[np.ndarray]) -> list[str]:
@@ -49,7 +49,7 @@ class TextReader:
 
     @classmethod
     def load(cls, folder: Path) -> TextReader:
-        """Raises ValueError where no reader was saved."""
+        """Load a reader. Raises ValueError if the folder holds no reader."""
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder}: holds no reader. Train one first: train.py saves it here when it is done.")
         config = json.loads((folder / "config.json").read_text())

@@ -12,9 +12,9 @@ keras = tf.keras
 class BidirectionalGRU(keras.layers.Layer):
     """Two gated recurrent units, one from the left and one from the right, side by side in a single loop.
 
-    It computes what ``Bidirectional(GRU(units, return_sequences=True))`` does on masked rows. On a CPU the cost of a
-    loop is in its many small operations, and in tracing them for each replica; a single lean loop has far fewer. No
-    mask is needed inside: the second direction reads each row back to front, so that padding comes last for both.
+    The result equals ``Bidirectional(GRU(units, return_sequences=True))`` on masked rows. On a CPU, a loop runs many
+    small operations, and TensorFlow traces them for each replica. One loop for both directions has fewer operations.
+    The loop needs no mask: the second direction reverses each row, so padding comes last in both directions.
     """
 
     def __init__(self, units: int, **keywords: Any):
@@ -32,11 +32,11 @@ class BidirectionalGRU(keras.layers.Layer):
         super().build(shape)
 
     def call(self, x: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
-        """The states after each place, ``[batch, length, 2 * units]``, those from the left first.
+        """Return the states of each position, ``[batch, length, 2 * units]``, left-to-right states first.
 
         Args:
             x: ``[batch, length, features]``.
-            lengths: ``[batch]`` int32; what comes behind says nothing of value.
+            lengths: ``[batch]`` int32; states after the length carry no meaning.
         """
         forward, backward = tf.split(self.gates(x), 2, axis=-1)
         backward = tf.reverse_sequence(backward, lengths, seq_axis=1, batch_axis=0)

@@ -1,4 +1,4 @@
-"""What is shown at the end: a picture, a table, and samples to try the reader on."""
+"""The report of a training: a picture, a table, and sample pictures for the reader."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ import matplotlib.pyplot as plt
 
 OURS = ("#1f6f8b", "#3a9d6e", "#6a5fb0")  # a colour for each engine
 NAIVE = ("#c0392b", "#e08a3c", "#b0527f")
-WIDTHS = (4.5, 2.5, 1.2)  # points; lines that lie on one another can still be told apart
+WIDTHS = (4.5, 2.5, 1.2)  # points; the widths keep overlapping lines distinct
 INK = "#222222"
-SHOWN = 12  # read pictures in the report
+SHOWN = 12  # pictures in the report
 SAMPLES = 6
 
 
 def announce(engine: Engine, data: Rows, options: argparse.Namespace, strings: int) -> None:
-    """Say what is about to happen."""
+    """Print the replicas, the batch size and the data set before training."""
     replicas = f"{engine.replicas} replica{'s' * (engine.replicas > 1)}"
     batch = f"{options.max_columns} columns" if options.max_columns else str(options.batch)
     Console().print(
@@ -39,7 +39,7 @@ def announce(engine: Engine, data: Rows, options: argparse.Namespace, strings: i
 
 
 def write_samples(test: Sequence[Example], folder: Path) -> None:
-    """Write the first held-out pictures, dark on light, and their labels.csv: to read, and to see what --data takes."""
+    """Write the first held-out pictures, dark on light, and their labels.csv. The folder is an example for --data."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "labels.csv").open("w", newline="", encoding="utf-8") as lines:
         table = csv.writer(lines)
@@ -85,7 +85,7 @@ def finish(
 
 
 def draw(summary: dict, drifts: Sequence[dict], test: Sequence[Example], texts: Sequence[str], path: Path) -> None:
-    """Draw the drift above (where it was measured), some read pictures below."""
+    """Draw the drift at the top, if measured, and some pictures with their texts below."""
     mpl.rcParams.update({"font.size": 10, "axes.edgecolor": "#999999", "text.color": INK, "axes.labelcolor": INK})
     rows = (min(SHOWN, len(test)) + 1) // 2
     heights = [4.2 if drifts else 0.05, 0.55 + 0.5 * rows]  # inches
@@ -100,7 +100,7 @@ def draw(summary: dict, drifts: Sequence[dict], test: Sequence[Example], texts: 
 
 
 def _draw_drift(figure: SubFigure, drifts: Sequence[dict]) -> None:
-    """A line for each engine and each of the two means, with its name at its end."""
+    """Draw a line for each engine and each of the two means, with its name at its end."""
     axis = figure.subplots(gridspec_kw={"left": 0.09, "right": 0.78, "top": 0.9, "bottom": 0.13})
     axis.set_title(
         "How far training on several replicas comes away from one", fontsize=11, fontweight="bold", loc="left"
@@ -110,7 +110,7 @@ def _draw_drift(figure: SubFigure, drifts: Sequence[dict]) -> None:
         steps = np.arange(1, len(drift["distpad"]) + 1)
         for key, name, colours in (("naive", "mean of means", NAIVE), ("distpad", "with distpad", OURS)):
             colour = colours[place % len(colours)]
-            distances = np.maximum(drift[key], 1e-12)  # zero has no place on a logarithmic axis
+            distances = np.maximum(drift[key], 1e-12)  # a logarithmic axis has no zero
             axis.plot(steps, distances, color=colour, linewidth=WIDTHS[place % len(WIDTHS)] if len(drifts) > 1 else 2)
             ends.append((steps[-1], distances[-1], f"{name}, {drift['replicas']} × {drift['backend']}", colour))
     axis.set_yscale("log")
@@ -141,7 +141,7 @@ def _name_lines(axis: plt.Axes, ends: Sequence[tuple[int, float, str, str]], gap
 
 
 def _draw_read(figure: SubFigure, test: Sequence[Example], texts: Sequence[str], rows: int, title: str) -> None:
-    """Pictures, all on one scale, and beside each what was read; what is wrong in red, with the truth."""
+    """Draw pictures on one scale, each beside its text. Wrong texts are red, with the correct text below."""
     inches = figure.bbox.height / figure.figure.dpi
     top, bottom = 1 - 0.45 / inches, 0.1 / inches
     grid = {"left": 0.03, "right": 0.99, "top": top, "bottom": bottom, "hspace": 0.35, "wspace": 0.04}

@@ -1,4 +1,4 @@
-"""What the reader is trained on: pictures and texts as arrays, and their batches on all replicas of an engine."""
+"""The training data of the reader: pictures and texts as arrays, and their batches on all replicas."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PADDING = {"image": distpad.Pad(axis=0), "label": distpad.Pad()}
 
 
 class Source(Protocol):
-    """A set of examples, in which any worker finds any of them by its index."""
+    """A set of examples. Every worker can read every example by its index."""
 
     alphabet: str
     height: int
@@ -50,7 +50,7 @@ class Rows:
 
 
 class Chosen:
-    """Some of the rows, in an order of one's own."""
+    """A selection of rows, in a given order."""
 
     def __init__(self, rows: Rows, places: np.ndarray):
         self.rows = rows
@@ -64,13 +64,13 @@ class Chosen:
 
 
 def batches(engine: Engine, rows: Rows, *, boundaries: int | None = None, **sampling: object) -> distpad.PaddedBatches:
-    """Batches of pictures of similar widths, the same on any number of replicas, of which each worker gets its part.
+    """Batch pictures of similar widths. The global batches are the same on any number of replicas.
 
     Args:
-        engine: who trains together.
-        rows: all of them; each worker reads those of its part.
-        boundaries: how many different sizes there may be, so that the step is traced as often; None: any.
-        sampling: what ``distpad.LengthSampler`` takes.
+        engine: the engine to batch for.
+        rows: all rows; each worker reads its own part of a global batch.
+        boundaries: maximum number of padded sizes, and of traces of the step; None: no limit.
+        sampling: arguments of ``distpad.LengthSampler``.
     """
     buckets = (
         None if boundaries is None else joint_buckets(rows.source.widths, rows.source.lengths + rows.end, boundaries)
@@ -82,9 +82,9 @@ def batches(engine: Engine, rows: Rows, *, boundaries: int | None = None, **samp
 
 
 def shuffled_batches(engine: Engine, data: Rows, batch_size: int, steps: int) -> distpad.PaddedBatches:
-    """For comparisons: strings of any width, dealt out as they come, the same global batches on any engine.
+    """Batch shuffled strings of any width, for comparisons. The global batches are the same on any engine.
 
-    All are padded to one size, which is one trace of the step.
+    All batches have one padded size, so TensorFlow traces the step once.
     """
     workers = engine.backend.num_workers
     order = np.resize(np.random.default_rng(0).permutation(len(data)), [steps, workers, batch_size // workers])
@@ -99,12 +99,12 @@ def shuffled_batches(engine: Engine, data: Rows, batch_size: int, steps: int) ->
 
 
 def joint_buckets(widths: np.ndarray, lengths: np.ndarray, boundaries: int) -> dict[str, distpad.Buckets]:
-    """The best boundaries for pictures of these ``widths``, and as many for their texts: a step takes the same of both.
+    """Compute the best boundaries for pictures of these ``widths``, and one text boundary for each of them.
 
-    A text's boundary is the longest text whose picture fits into the picture's, so that no text asks for more.
+    A text boundary is the length of the longest text whose picture fits the picture boundary of the same index.
     """
     image = distpad.Buckets.from_lengths(widths, boundaries)
     longest = [int(lengths[widths <= width].max()) for width in image.boundaries]
     for place in range(1, len(longest)):
-        longest[place] = max(longest[place], longest[place - 1] + 1)  # boundaries rise
+        longest[place] = max(longest[place], longest[place - 1] + 1)  # boundaries must increase
     return {"image": image, "label": distpad.Buckets(longest)}

@@ -1,7 +1,6 @@
-"""Strings of 1 to 12 real handwritten digits, set side by side as a hand would: spacing, slant, thickness, size vary.
+"""Strings of 1 to 12 handwritten digits, side by side. Spacing, slant, thickness and size vary.
 
-Every string is a pure function of (seed, index): any worker can make any row of any global batch, and no two workers
-have to agree on anything but the seed.
+Every string is a pure function of (seed, index). Any worker can create any row of any global batch from the seed.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from scipy import ndimage
 from handwriting import digits
 
 MAX_DIGITS = 12
-MIN_ADVANCE = 9  # pixels between two digits' left edges; the reader has one output per 4 pixels, and "11" needs three
+MIN_ADVANCE = 9  # pixels between two digits' left edges; the reader has one output for 4 pixels, and "11" needs three
 
 
 @dataclass(frozen=True)
@@ -28,9 +27,9 @@ class Example:
 
 
 class Layout(NamedTuple):
-    """Where the digits of a line stand and how each is bent, before anything is drawn."""
+    """Positions and distortions of the digits in a line."""
 
-    chosen: np.ndarray  # which pictures
+    chosen: np.ndarray  # indices of the pictures
     slant: np.ndarray
     scale: np.ndarray
     widen: np.ndarray
@@ -40,12 +39,12 @@ class Layout(NamedTuple):
 
 
 class DigitStrings:
-    """A set of strings, drawn when they are asked for; how wide each will be is known before.
+    """A set of strings. Items are drawn on access; their widths are available without drawing.
 
     Args:
-        split: "train" or "test", of the digits.
-        seed: another set of strings.
-        count: how many.
+        split: split of the digits, "train" or "test".
+        seed: seed of the set; another seed gives other strings.
+        count: number of strings.
 
     Example:
         >>> strings = DigitStrings("train", seed=1, count=10)
@@ -76,12 +75,12 @@ class DigitStrings:
 
     @property
     def widths(self) -> np.ndarray:
-        """Of all pictures, ``[count]``."""
+        """Widths of all pictures, ``[count]``."""
         return self._sizes[:, 0]
 
     @property
     def lengths(self) -> np.ndarray:
-        """Of all texts, ``[count]``."""
+        """Lengths of all texts, ``[count]``."""
         return self._sizes[:, 1]
 
     @functools.cached_property
@@ -96,9 +95,9 @@ class DigitStrings:
 
 
 def _lay_out(source: digits.Digits, rng: np.random.Generator) -> Layout:
-    """Choose the digits of one line and their places.
+    """Choose the digits of one line and their positions.
 
-    Slant, size and spacing belong to the hand that writes the line, and each digit departs from them a little.
+    Each line has its own slant, size and spacing. Each digit varies them slightly.
     """
     chosen = rng.integers(len(source.labels), size=rng.integers(1, MAX_DIGITS + 1))
     count = len(chosen)
@@ -120,7 +119,7 @@ def _draw(source: digits.Digits, layout: Layout) -> np.ndarray:
     chosen, slant, scale, widen, raise_by, starts, width = layout
     size = digits.SIZE
     line = np.zeros((size, width), np.float32)
-    # For each digit a window of the line, and for each of its pixels the place in the digit's picture it comes from.
+    # Each digit covers a window of the line. (y, x) maps each pixel of the window to a point in the digit's picture.
     window = size + 8
     first = np.floor(starts).astype(int) - 4
     columns = np.arange(window)[None, None, :] + first[:, None, None]

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Train a reader of handwriting on several devices at once.
 
-Without options: strings of 1 to 12 handwritten digits, four replicas on this machine's processor, a few minutes.
-Batches hold strings of similar widths (--randomness 1: of any), padded to a few sizes, the same on all replicas. Before
-the training, its first steps are run three times, on one device, on all replicas with distpad, and on all replicas with
-the usual mean of means, to see how far the weights come apart; the report shows it.
+Without options, the script trains on strings of 1 to 12 handwritten digits, on four CPU replicas, in a few minutes.
+Batches hold strings of similar widths (--randomness 1: of any width). Their padded sizes are few, and equal on all
+replicas. Before training, the script runs the first steps three times: on one device, on all replicas with distpad, and
+on all replicas with the usual mean of means. The report shows how far the weights drift apart.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # its note is printed at any level of the log
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # oneDNN prints its note at any log level
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import tensorflow as tf  # the level of its log is read now
+import tensorflow as tf  # TensorFlow reads its log level on import
 from tqdm import tqdm
 
 import distpad
@@ -48,16 +48,16 @@ examples:
   train.py                                              # digits, four replicas in one process
   train.py --loss position                              # cross-entropy for each position instead of CTC
   train.py --data my-pictures --height 32               # a folder with pictures and labels.csv (file,text)
-  train.py --resume                                     # go on from the last checkpoint
-  train.py --resume=auto --certify                      # for what starts it again by itself: after SIGTERM, too, which
-                                                        # saves a checkpoint and ends it with exit code 143
+  train.py --resume                                     # resume from the last checkpoint
+  train.py --resume=auto --certify                      # for schedulers that restart the job; SIGTERM saves a
+                                                        # checkpoint and exits with code 143
   train.py --max-columns 4096 --average 200             # batches by width; the loss over a constant
   horovodrun -np 2 python train.py --backend horovod    # two processes; their drift joins the same report
   horovodrun -np 2 --min-np 1 --host-discovery-script launch/discover_hosts.sh \\
-      python train.py --backend horovod --elastic       # goes on when processes are lost or join
+      python train.py --backend horovod --elastic       # go on when processes leave or join
 """
 LOG_EVERY = 10
-LOOK_EVERY = 100  # steps between two looks at the held-out strings
+LOOK_EVERY = 100  # steps between two tests on held-out strings
 LOOK_AT = 48
 
 
@@ -67,40 +67,40 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--backend", default="mirrored", metavar="ENGINE", help="local, mirrored (default), multiworker or horovod")
-    add("--replicas", type=int, metavar="N", help="over all workers; default 4, or as many as the launcher started")
+    add("--replicas", type=int, metavar="N", help="total over all workers (default 4, or the launcher's number)")
     add("--loss", choices=("ctc", "position"), default="ctc", help="CTC (default), or cross-entropy for each position")
     add("--data", type=Path, metavar="FOLDER", help="your own pictures, with a labels.csv (file,text)")
-    add("--height", type=int, default=32, metavar="PIXELS", help="what they are scaled to (default 32)")
-    add("--out", type=Path, default=Path("runs/demo"), metavar="FOLDER", help="default runs/demo")
-    add("--steps", type=int, default=1000, metavar="N", help="default 1000")
+    add("--height", type=int, default=32, metavar="PIXELS", help="height of the scaled pictures (default 32)")
+    add("--out", type=Path, default=Path("runs/demo"), metavar="FOLDER", help="output folder (default runs/demo)")
+    add("--steps", type=int, default=1000, metavar="N", help="training steps (default 1000)")
     add("--batch", type=int, default=32, metavar="N", help="examples in a global batch (default 32)")
     add("--strings", type=int, default=8000, metavar="N", help="digit strings to train on (default 8000)")
-    add("--boundaries", type=int, default=6, metavar="N", help="sizes that batches are padded to (default 6)")
-    add("--randomness", type=float, metavar="X", help="0: batches of like widths, 1: shuffled; see LengthSampler")
+    add("--boundaries", type=int, default=6, metavar="N", help="number of padded batch sizes (default 6)")
+    add("--randomness", type=float, metavar="X", help="0: batches of similar widths, 1: shuffled; see LengthSampler")
     add("--max-columns", type=int, metavar="N", help="instead of --batch: columns of pixels in a global batch")
     add(
         "--average",
         default="sequence_sum",
         metavar="X",
-        help="of the loss: sequence_sum (default), token, ... or a number",
+        help="average of the loss: sequence_sum (default), token, ... or a number",
     )
-    add("--learning-rate", type=float, default=6e-3, metavar="X", help="its highest value (default 0.006)")
-    add("--seed", type=int, default=0, metavar="N", help="of weights and data (default 0)")
+    add("--learning-rate", type=float, default=6e-3, metavar="X", help="peak learning rate (default 0.006)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of weights and data (default 0)")
     add(
         "--resume",
         nargs="?",
         const="must",
         choices=("must", "auto"),
         metavar="auto",
-        help="go on from the last checkpoint in --out; auto: if there is one (for what starts it again by itself)",
+        help="resume from the last checkpoint in --out; auto: if one exists (for schedulers that restart the job)",
     )
-    add("--elastic", action="store_true", help="go on when workers are lost or join; with --backend horovod")
-    add("--commit-every", type=int, default=20, metavar="STEPS", help="with --elastic: steps lost at most (default 20)")
-    add("--checkpoint-every", type=int, default=200, metavar="STEPS", help="default 200")
-    add("--stop-at", type=int, metavar="STEP", help="save and stop there, to be resumed (for queues with a time limit)")
+    add("--elastic", action="store_true", help="go on when workers leave or join; needs --backend horovod")
+    add("--commit-every", type=int, default=20, metavar="STEPS", help="with --elastic: most steps to lose (default 20)")
+    add("--checkpoint-every", type=int, default=200, metavar="STEPS", help="steps between checkpoints (default 200)")
+    add("--stop-at", type=int, metavar="STEP", help="save and stop at this step (for queues with a time limit)")
     add("--eval-strings", type=int, default=500, metavar="N", help="held-out strings to test with (default 500)")
-    add("--certify", action="store_true", help="before it trains: prove that gradients are one device's, or end")
-    add("--no-drift", dest="drift", action="store_false", help="leave out the comparison with one device")
+    add("--certify", action="store_true", help="before training, check that gradients equal one device's, or exit")
+    add("--no-drift", dest="drift", action="store_false", help="skip the comparison with one device")
     options = parser.parse_args(arguments)
     counts = "steps batch strings boundaries max_columns commit_every checkpoint_every eval_strings stop_at"
     for name in counts.split():
@@ -116,7 +116,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def load(options: argparse.Namespace) -> tuple[rows.Rows, list[Example], model.Config]:
-    """What to train on, what to test with, and the reader that fits them."""
+    """Return the training rows, the test examples and the config of the reader."""
     if options.data is None:
         source: rows.Source = DigitStrings("train", options.seed, options.strings)
         test = list(DigitStrings("test", options.seed, options.eval_strings))
@@ -129,7 +129,7 @@ def load(options: argparse.Namespace) -> tuple[rows.Rows, list[Example], model.C
 
 
 def make_optimizer(options: argparse.Namespace) -> tf.keras.optimizers.Optimizer:
-    """Adam, whose rate rises for the first steps and then falls along a cosine."""
+    """Create Adam with a linear warmup and a cosine decay of the learning rate."""
     warmup = min(50, options.steps // 4)
     schedule = tf.keras.optimizers.schedules.CosineDecay(
         0.0, options.steps - warmup, alpha=0.01, warmup_target=options.learning_rate, warmup_steps=warmup
@@ -138,7 +138,7 @@ def make_optimizer(options: argparse.Namespace) -> tf.keras.optimizers.Optimizer
 
 
 def make_batches(engine: engines.Engine, data: rows.Rows, options: argparse.Namespace) -> distpad.PaddedBatches:
-    """The batches that the options ask for."""
+    """Create the training batches from the options."""
     sampling: dict = {"seed": options.seed}
     if options.max_columns:
         sampling["max_tokens"] = options.max_columns
@@ -158,10 +158,10 @@ def train(
     saved: checkpoints.Checkpoints,
     commit: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Train from where model and batches are to the last step, or to ``--stop-at``.
+    """Train from the current step of model and batches to the last step, or to ``--stop-at``.
 
-    All workers call it; only worker 0 evaluates, prints and writes. ``commit`` is called with the steps done. After
-    SIGTERM to any worker, all save and leave.
+    All workers call it; only worker 0 evaluates, prints and writes. The loop calls ``commit`` with the
+    number of steps done, after each step. After SIGTERM to any worker, all workers save and exit.
     """
     engine = learning.engine
     first, last = int(learning.optimizer.iterations.numpy()), min(options.steps, options.stop_at or options.steps)
@@ -195,7 +195,7 @@ def train(
 
 
 def error_rate(reader: reading.TextReader, examples: Sequence[Example]) -> float:
-    """The character error rate on held-out examples."""
+    """Return the character error rate on held-out examples."""
     return decode.character_error_rate(reader.read([e.image for e in examples]), [e.text for e in examples])
 
 
@@ -207,7 +207,7 @@ def conclude(
     options: argparse.Namespace,
     began: float,
 ) -> None:
-    """Test the reader, and write what there is to be kept and seen. One worker calls it."""
+    """Test the reader; write reader, summary, samples and report. Only worker 0 calls it."""
     reader.save(options.out / "reader")
     texts = reader.read([example.image for example in test])
     rate = decode.character_error_rate(texts, [example.text for example in test])
@@ -229,7 +229,7 @@ def conclude(
 def run(options: argparse.Namespace) -> None:
     began = time.monotonic()
     engine = engines.start(options.backend, options.replicas)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which TensorFlow's workers would ignore
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # TensorFlow's workers ignore SIGTERM otherwise
     if options.batch < engine.replicas and not options.max_columns:
         raise ValueError(
             f"--batch is {options.batch}, expected at least one example for each of {engine.replicas} replicas."
@@ -250,7 +250,7 @@ def run(options: argparse.Namespace) -> None:
     tf.keras.utils.set_random_seed(options.seed)
     learning = learner.Learner(engine, config, lambda: make_optimizer(options), average=options.average)
     batches = make_batches(engine, data, options)
-    reader = reading.TextReader(config)  # a copy on one device: what worker 0 evaluates, nobody waits for
+    reader = reading.TextReader(config)  # a copy on one device: no worker waits while worker 0 evaluates
 
     def train_and_test(saved: checkpoints.Checkpoints, **more: Callable[[int], None]) -> None:
         train(learning, batches, reader, test, options, saved, **more)
