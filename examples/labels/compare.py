@@ -1,6 +1,6 @@
-"""What the label kinds share: start an engine, run each way of averaging on it, and compare with one device.
+"""Shared code of the label kinds: start an engine, run each way of averaging, and compare with one device.
 
-Import it before TensorFlow, whose log level is read when it is imported.
+Import this module before TensorFlow, because TensorFlow reads its log level on import.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # its note is printed at any level of the log
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # oneDNN prints its note at any log level
 
 import numpy as np
 import tensorflow as tf
@@ -22,7 +22,7 @@ import distpad
 
 tf.get_logger().setLevel("ERROR")
 
-LIMIT = 1e-5  # of distpad's gradient error: what float32 allows
+LIMIT = 1e-5  # on distpad's gradient error, from the precision of float32
 DISTPAD, KERAS, OWN = "distpad", "plain Keras: the mean with its padding", "each replica's mean of valid positions"
 
 Batch = dict  # name -> array; in a replica's step, name -> tensor
@@ -33,12 +33,12 @@ class Kind(NamedTuple):
     """One kind of labels, and the ways to train on them.
 
     Attributes:
-      title: of the table.
-      inputs, outputs: of the model, a linear one at each position.
-      sequences: ``replica -> (features, labels)``, two lists with an item a sequence, which is an array
-        ``[positions..., inputs]`` (labels: whatever ``by_hand`` takes) or a list of such arrays.
+      title: title of the table.
+      inputs, outputs: sizes of the model, which is linear at each position.
+      sequences: ``replica -> (features, labels)``, two lists with one item for each sequence. An item is an array
+        ``[positions..., inputs]``, or a list of arrays. Labels have the form that ``by_hand`` takes.
       by_hand: the loss in NumPy: ``(labels, logits) -> (sum over the positions, its derivative by logits)``.
-      ways: name -> how the host pads ``(features, labels)``, and the step that each replica runs on the result.
+      ways: name -> the function that pads ``(features, labels)`` on the host, and the step that each replica runs.
     """
 
     title: str
@@ -50,7 +50,7 @@ class Kind(NamedTuple):
 
 
 class Linear:
-    """``features @ kernel + bias`` at each position: no row depends on another, so gradients can be compared."""
+    """Compute ``features @ kernel + bias`` at each position. Rows are independent, so gradients are comparable."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         random = np.random.default_rng(7)
@@ -63,18 +63,18 @@ class Linear:
 
 
 def lengths(random: np.random.Generator, rows: int) -> np.ndarray:
-    """As captions, transcripts and sentences have them: many short ones, a few long."""
+    """Draw lengths like those of captions, transcripts and sentences: many are short, a few are long."""
     return np.clip(random.lognormal(2.0, 0.8, size=rows).astype(int), 1, 60)
 
 
 def mean_of_means(loss: Callable[[Any, Batch], tf.Tensor]) -> Step:
-    """The step that training loops usually have: each replica takes a mean, and the engine the mean of these."""
+    """Return the usual training step: each replica takes a mean, and the engine averages the means."""
 
     def step(model: Linear, batch: Batch) -> tuple:
         engine = distpad.backends.resolve()
         with tf.GradientTape() as tape:
             mean = loss(model, batch)
-            if engine.gradient_reduction == "sum":  # as Keras does under strategies; Horovod averages by itself
+            if engine.gradient_reduction == "sum":  # Keras does this under strategies; Horovod averages itself
                 mean /= engine.num_replicas
         return mean, distpad.gradient(tape, mean, model.variables)
 
@@ -82,11 +82,15 @@ def mean_of_means(loss: Callable[[Any, Batch], tf.Tensor]) -> Step:
 
 
 def main(*kinds: Kind, arguments: Sequence[str] | None = None) -> int:
-    """Print the table of each kind; the exit code: 1 where distpad's gradients are not those of one device."""
+    """Print the table of each kind. Return exit code 1 if distpad's gradients differ from those of one device."""
     parser = argparse.ArgumentParser(description="Compares the gradients of several replicas with those of one device.")
     parser.add_argument("--backend", default="auto", choices=["auto", "local", "mirrored", "multiworker", "horovod"])
-    parser.add_argument("--replicas", type=int, help="how many there must be; mirrored makes as many CPU devices")
-    parser.add_argument("--limit", type=float, default=LIMIT, help="of distpad's gradient error (default: %(default)s)")
+    parser.add_argument(
+        "--replicas", type=int, help="expected number of replicas; mirrored creates as many CPU devices"
+    )
+    parser.add_argument(
+        "--limit", type=float, default=LIMIT, help="largest gradient error of distpad (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     try:
         backend = distpad.backends.start(options.backend, options.replicas)
@@ -98,7 +102,7 @@ def main(*kinds: Kind, arguments: Sequence[str] | None = None) -> int:
 
 
 def _compare(kind: Kind, backend: distpad.backends.Backend, limit: float) -> bool:
-    """Run all ways of one kind and print its table. Collective; the verdict is the same on all workers."""
+    """Run all ways of one kind and print its table. Collective; the result is equal on all workers."""
     rows = [kind.sequences(replica) for replica in range(backend.num_replicas)]
     strategy = getattr(backend, "strategy", None)
     with strategy.scope() if strategy else contextlib.nullcontext():
@@ -124,21 +128,21 @@ def _compare(kind: Kind, backend: distpad.backends.Backend, limit: float) -> boo
 
 
 def _run(backend: distpad.backends.Backend, model: Linear, step: Step, batches: list[Batch]) -> tuple:
-    """The global loss, and the gradient that the optimiser applies as one vector. Collective."""
+    """Return the global loss, and the gradient of the optimiser step as one vector. Collective."""
 
     def on_replica(batch: Batch) -> tuple:
         loss, gradients = step(model, batch)
-        # A training loop would go on with optimizer.apply_gradients, in which strategies sum over the replicas.
+        # A training loop calls optimizer.apply_gradients here. Under a strategy, that call sums over the replicas.
         return loss, backend.reduce_in_optimizer(gradients)
 
     results = backend.run(on_replica, lambda replica: batches[replica])
-    shares = np.array(sum(float(loss) for loss, _ in results))  # of the global loss: distpad.global_value in a loop
+    shares = np.array(sum(float(loss) for loss, _ in results))  # local contributions; a loop calls distpad.global_value
     loss = float(backend.host_sum(shares)) / backend.gradient_scale
     return loss, np.concatenate([gradient.numpy().ravel() for gradient in results[0][1]])
 
 
 def _one_device(kind: Kind, model: Linear, rows: list[tuple[list, list]]) -> tuple[float, np.ndarray]:
-    """The mean over all positions of all replicas, and its gradient: float64, no padding, no TensorFlow."""
+    """Compute the mean over all positions of all replicas, and its gradient, in float64 NumPy without padding."""
     kernel, bias = (variable.numpy().astype("float64") for variable in model.variables)
     total, positions, d_kernel, d_bias = 0.0, 0, np.zeros_like(kernel), np.zeros_like(bias)
     for features, labels in rows:
@@ -152,7 +156,7 @@ def _one_device(kind: Kind, model: Linear, rows: list[tuple[list, list]]) -> tup
 
 
 def _arrays(sequences: list) -> Iterator[np.ndarray]:
-    """The arrays in a list of arrays, or of lists of them."""
+    """Yield the arrays of a nested list."""
     for item in sequences:
         if isinstance(item, list):
             yield from _arrays(item)

@@ -5,9 +5,9 @@
     launch/multiworker.sh -np 2 -- python examples/labels/images.py
 
 Three axes are ragged: each sequence has its own number of images, and each image its own height and width. One call
-of distpad.pad pads them all, and its mask [batch, length, height, width] is true on real pixels. That is the mask to
-give to the loss: lengths alone would know padded images, but not the padded pixels around small ones.
-(A linear model at each pixel is what can be compared exactly; real convolutions also see the padding at the border.)
+of distpad.pad pads all three axes. Its mask [batch, length, height, width] is true on real pixels. Pass this mask to
+the loss: lengths alone mark padded images, but not the padded pixels around small images.
+(The model is linear at each pixel, so the comparison is exact. Convolutions also see the padding at the border.)
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ import distpad
 
 ROWS, CHANNELS = 4, 3  # rows of each replica
 
-per_pixel = tf.keras.losses.MeanSquaredError(reduction="none")  # the mean over the channels: [batch, length, h, w]
+per_pixel = tf.keras.losses.MeanSquaredError(reduction="none")  # mean over the channels: [batch, length, h, w]
 loss_fn = distpad.DistributedLoss(per_pixel)
 
 
 def sequences(replica: int) -> tuple[list, list]:
-    """Lists of images [h, w, CHANNELS] and, as labels, of images [h, w, 1]; every replica has its own."""
+    """Return lists of images [h, w, CHANNELS], and lists of label images [h, w, 1]. Replicas have distinct data."""
     random = np.random.default_rng([4, replica])
     sizes = [random.integers(3, 12, size=[n, 2]) for n in random.integers(1, 6, size=ROWS)]
     features = [[random.normal(size=[h, w, CHANNELS]).astype("float32") for h, w in each] for each in sizes]
     return features, [[random.normal(size=[h, w, 1]).astype("float32") for h, w in each] for each in sizes]
 
 
-# With distpad: pad all axes on the host, make the replicas' shapes alike, let the loss divide by all pixels there are.
+# With distpad: pad all axes on the host, pad to one shape on all replicas, and divide by the global pixel count.
 
 
 def pad(features: list, labels: list) -> compare.Batch:
-    # ragged_axes: also where all images of a batch happen to be as high, the mask has the axes of the other batches
+    # ragged_axes keeps the axes of the mask the same in all batches, also if all images of a batch have one height
     padded = distpad.pad(labels, ragged_axes=(0, 1, 2))
     return {"x": distpad.pad(features, ragged_axes=(0, 1, 2)).values, "y": padded.values, "mask": padded.mask}
 
 
 def step(model: compare.Linear, batch: compare.Batch) -> tuple:
-    # A call pads one axis, so there is one for length, height and width each; the mask travels along and is padded
-    # with False. Without this loop all figures stay the same: gradients have the shape of the weights on all replicas,
-    # whatever the images' shape. It is for what gathers images, or compiles for one shape.
+    # Each call pads one axis: length, height or width. It also pads the mask, with False. The gradients do not need
+    # this loop: their shape is the shape of the weights, for images of any shape. Steps that gather images, or compile
+    # for one shape, need the loop.
     images = (batch["x"], batch["y"], batch["mask"])
     for axis in (1, 2, 3):
         images = distpad.pad_to_global_max(images, axis=axis).values
@@ -56,7 +56,7 @@ def step(model: compare.Linear, batch: compare.Batch) -> tuple:
     return loss, distpad.gradient(tape, loss, model.variables)
 
 
-# The plain Keras way. pad_sequences refuses images of different sizes (ValueError), so that everybody writes this:
+# The plain Keras way. pad_sequences rejects images of different sizes (ValueError), so this function pads by hand.
 
 
 def keras_pad(features: list, labels: list) -> compare.Batch:
@@ -75,7 +75,7 @@ def keras_mean(model: compare.Linear, batch: compare.Batch) -> tf.Tensor:
     return tf.reduce_mean(per_pixel(batch["y"], model(batch["x"])))
 
 
-# Masked by hand: right on one device. On several, a pixel weighs more where its replica has fewer.
+# Masked by hand: correct on one device. On several, pixels of a replica with fewer pixels weigh more.
 
 
 def own_mean(model: compare.Linear, batch: compare.Batch) -> tf.Tensor:
@@ -85,7 +85,7 @@ def own_mean(model: compare.Linear, batch: compare.Batch) -> tf.Tensor:
 
 
 def by_hand(labels: np.ndarray, predictions: np.ndarray) -> tuple[float, np.ndarray]:
-    """One image's loss and its derivative by the predictions, in NumPy."""
+    """Compute the loss of one image and its derivative by the predictions, in NumPy."""
     difference = predictions - labels.reshape(-1, 1)
     return (difference**2).sum(), 2 * difference
 

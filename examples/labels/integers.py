@@ -4,8 +4,8 @@
     horovodrun -np 2 python examples/labels/integers.py
     launch/multiworker.sh -np 2 -- python examples/labels/integers.py
 
-Label 0 is an ordinary class here: lengths say what is padding, not values. The plain way pads with that 0 (at the
-front, by default) and then trains the model to predict it, on as many positions as the longest sequence leaves over.
+Label 0 is an ordinary class here: lengths mark the padding, values do not. The plain Keras way pads with 0, by default
+at the front. It then trains the model to predict class 0 at every padded position.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ loss_fn = distpad.DistributedLoss(per_position)
 
 
 def sequences(replica: int) -> tuple[list, list]:
-    """Features [n, FEATURES] and labels [n] of a replica's rows; every replica has its own."""
+    """Return features [n, FEATURES] and labels [n] of a replica's rows. Replicas have distinct data."""
     random = np.random.default_rng([1, replica])
     sizes = compare.lengths(random, ROWS)
     features = [random.normal(size=[n, FEATURES]).astype("float32") for n in sizes]
     return features, [random.integers(0, CLASSES, size=n) for n in sizes]
 
 
-# With distpad: pad on the host, agree on the length in the step, and let the loss divide by the global count.
+# With distpad: pad on the host, pad to the global maximum in the step, and divide the loss by the global count.
 
 
 def pad(features: list, labels: list) -> compare.Batch:
@@ -41,19 +41,19 @@ def pad(features: list, labels: list) -> compare.Batch:
 
 
 def step(model: compare.Linear, batch: compare.Batch) -> tuple:
-    # One exchange for both. Gradients do not need it: their shape is that of the weights, whatever the labels' shape.
-    # What gathers predictions or labels, or compiles for one shape, does.
+    # One collective for both. Gradients do not need it: their shape is the shape of the weights, for any label shape.
+    # Steps that gather predictions or labels, or compile for one shape, need it.
     x, y = distpad.pad_to_global_max((batch["x"], batch["y"])).values
     with tf.GradientTape() as tape:
         loss = loss_fn(y, model(x), lengths=batch["lengths"])
     return loss, distpad.gradient(tape, loss, model.variables)
 
 
-# The plain Keras way: padding counts like everything else, in the sum and in what it is divided by.
+# The plain Keras way: padding counts like valid positions, in the sum and in the denominator.
 
 
 def keras_pad(features: list, labels: list) -> compare.Batch:
-    padded = tf.keras.utils.pad_sequences(features, dtype="float32")  # by default it would make them integers
+    padded = tf.keras.utils.pad_sequences(features, dtype="float32")  # the default dtype is an integer
     return {"x": padded, "y": tf.keras.utils.pad_sequences(labels)}
 
 
@@ -61,7 +61,7 @@ def keras_mean(model: compare.Linear, batch: compare.Batch) -> tf.Tensor:
     return tf.reduce_mean(per_position(batch["y"], model(batch["x"])))
 
 
-# Masked by hand: right on one device. On several, a position weighs more where its replica has fewer.
+# Masked by hand: correct on one device. On several, positions of a replica with fewer positions weigh more.
 
 
 def own_mean(model: compare.Linear, batch: compare.Batch) -> tf.Tensor:
@@ -71,7 +71,7 @@ def own_mean(model: compare.Linear, batch: compare.Batch) -> tf.Tensor:
 
 
 def by_hand(labels: np.ndarray, logits: np.ndarray) -> tuple[float, np.ndarray]:
-    """One sequence's loss and its derivative by the logits, in NumPy."""
+    """Compute the loss of one sequence and its derivative by the logits, in NumPy."""
     odds = np.exp(logits)
     probabilities = odds / odds.sum(axis=-1, keepdims=True)
     wanted = np.eye(CLASSES)[labels]

@@ -4,11 +4,11 @@
     horovodrun -np 2 python examples/labels/one_hot.py
     launch/multiworker.sh -np 2 -- python examples/labels/one_hot.py
 
-Padding makes rows of zeros, which are no one-hot vectors. "Their cross-entropy is 0, so they need no mask" is half of
-the truth: they are counted in the mean, and with logits their gradient is softmax(logits) instead of 0 (TensorFlow
-takes it for granted that a label sums to 1); predicted probabilities of all zeros, a masked layer's output, give NaN.
-Nothing of this reaches a DistributedLoss: at padded positions it shows the loss harmless predictions, keeps the result
-out of sum and count, and the gradient towards the model's own output is exactly 0 there.
+Padding creates rows of zeros. A row of zeros is not a one-hot vector. Its cross-entropy is 0, but it still needs a
+mask, for three reasons. The mean counts the row. With logits, its gradient is softmax(logits) instead of 0, because
+TensorFlow assumes that a label sums to 1. Predicted probabilities of all zeros, as a masked layer outputs, give NaN.
+DistributedLoss avoids all three: at padded positions it replaces the predictions by safe values, and excludes the
+result from sum and count. The gradient of the model's output is exactly 0 there.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ loss_fn = distpad.DistributedLoss(per_position)
 
 
 def sequences(replica: int) -> tuple[list, list]:
-    """Features [n, FEATURES] and labels [n, CLASSES] of a replica's rows; every replica has its own."""
+    """Return features [n, FEATURES] and labels [n, CLASSES] of a replica's rows. Replicas have distinct data."""
     random = np.random.default_rng([2, replica])
     sizes = compare.lengths(random, ROWS)
     features = [random.normal(size=[n, FEATURES]).astype("float32") for n in sizes]
     return features, [np.eye(CLASSES, dtype="float32")[random.integers(0, CLASSES, size=n)] for n in sizes]
 
 
-# With distpad: pad on the host, agree on the length in the step, and let the loss divide by the global count.
+# With distpad: pad on the host, pad to the global maximum in the step, and divide the loss by the global count.
 
 
 def pad(features: list, labels: list) -> compare.Batch:
@@ -44,18 +44,18 @@ def pad(features: list, labels: list) -> compare.Batch:
 
 
 def step(model: compare.Linear, batch: compare.Batch) -> tuple:
-    # One exchange for both; needed by what gathers or compiles, not by the gradients (see integers.py).
+    # One collective for both. Steps that gather or compile need it; gradients do not (see integers.py).
     x, y = distpad.pad_to_global_max((batch["x"], batch["y"])).values
     with tf.GradientTape() as tape:
         loss = loss_fn(y, model(x), lengths=batch["lengths"])
     return loss, distpad.gradient(tape, loss, model.variables)
 
 
-# The plain Keras way: padding counts like everything else.
+# The plain Keras way: padding counts like valid positions.
 
 
 def keras_pad(features: list, labels: list) -> compare.Batch:
-    padded = tf.keras.utils.pad_sequences(features, dtype="float32")  # by default it would make them integers
+    padded = tf.keras.utils.pad_sequences(features, dtype="float32")  # the default dtype is an integer
     return {"x": padded, "y": tf.keras.utils.pad_sequences(labels)}
 
 
@@ -63,7 +63,7 @@ def keras_mean(model: compare.Linear, batch: compare.Batch) -> tf.Tensor:
     return tf.reduce_mean(per_position(batch["y"], model(batch["x"])))
 
 
-# Masked by hand: right on one device. On several, a position weighs more where its replica has fewer.
+# Masked by hand: correct on one device. On several, positions of a replica with fewer positions weigh more.
 
 
 def own_mean(model: compare.Linear, batch: compare.Batch) -> tf.Tensor:
@@ -73,7 +73,7 @@ def own_mean(model: compare.Linear, batch: compare.Batch) -> tf.Tensor:
 
 
 def by_hand(labels: np.ndarray, logits: np.ndarray) -> tuple[float, np.ndarray]:
-    """One sequence's loss and its derivative by the logits, in NumPy."""
+    """Compute the loss of one sequence and its derivative by the logits, in NumPy."""
     odds = np.exp(logits)
     probabilities = odds / odds.sum(axis=-1, keepdims=True)
     return -(labels * np.log(probabilities)).sum(), probabilities - labels
