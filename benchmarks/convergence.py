@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Held-out errors of the handwriting example: batches of similar widths against a full shuffle, over the same seeds.
 
-Each run is examples/handwriting/train.py on one device, which several replicas equal to the last digits; two run at a
-time. Errors are in points, of characters.
+Each run is examples/handwriting/train.py on one device. Several replicas give the same result up to rounding. Two runs
+run in parallel. Errors are character error rates, differences are in percentage points.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ VARIANTS = {
     SHUFFLED: ["--randomness", "1"],
     "similar widths": [],
     "similar widths, average over characters": ["--average", "token"],
-    # as many columns as 32 strings have on average with their padding, over their average number of characters
+    # columns: the average of 32 padded strings; average: the average number of characters of 32 strings
     "a budget of columns, constant average": ["--max-columns", "3700", "--average", "208"],
 }
 
@@ -41,9 +41,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="default 3")
-    parser.add_argument("--steps", type=int, default=1000, metavar="N", help="default 1000")
-    parser.add_argument("--eval-strings", type=int, default=4000, metavar="N", help="held out (default 4000)")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="number of seeds (default 3)")
+    parser.add_argument("--steps", type=int, default=1000, metavar="N", help="steps of each run (default 1000)")
+    parser.add_argument("--eval-strings", type=int, default=4000, metavar="N", help="held-out strings (default 4000)")
     options = parser.parse_args()
     common = ["--steps", str(options.steps), "--eval-strings", str(options.eval_strings)]
     runs = [(name, seed) for seed in range(options.seeds) for name in VARIANTS]
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def error_rate(arguments: list[str]) -> float:
-    """Train, and return the character error rate."""
+    """Train a reader and return its character error rate."""
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, str(TRAIN), "--backend", "local", "--no-drift", "--out", out, *arguments]
         settings = {"TF_NUM_INTRAOP_THREADS": "1", "OMP_NUM_THREADS": "1"}

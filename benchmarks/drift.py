@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""How far the weights depend on the number of replicas: TensorFlow's and Keras's own masks and means, beside distpad's.
+"""How far the weights depend on the number of replicas, with the masks and means of TensorFlow, Keras and distpad.
 
-Each way of averaging trains the same model on the same global batches, by plain gradient descent, on 1, 2 and 4
-replicas of a MirroredStrategy. Two things can be wrong: on one replica already, what is minimised may not be the mean
-over valid positions; and on several, it may be another than on one. Sums, and means over rows, take a learning rate by
-so much smaller.
+Each contender trains the same model on the same global batches, by plain gradient descent, on 1, 2 and 4 replicas of a
+MirroredStrategy. Two errors are possible. On one replica, the loss may differ from the mean over valid positions. On
+several replicas, the loss may differ from the loss on one. Sums and means over rows use a proportionally smaller
+learning rate.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ examples:
   python benchmarks/drift.py
   python benchmarks/drift.py --steps 3 --replicas 1 2
 """
-ROWS, FEATURES, UNITS, CLASSES = 16, 8, 16, 5  # of the global batch, and of the model
-RATE, POSITIONS = 0.5, 190  # of gradient descent; about as many are valid in a batch
+ROWS, FEATURES, UNITS, CLASSES = 16, 8, 16, 5  # rows of the global batch, sizes of the model
+RATE, POSITIONS = 0.5, 190  # learning rate; approximate number of valid positions in a batch
 TARGET = "the mean over valid positions"
 
 
@@ -39,9 +39,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=10, metavar="N", help="default 10")
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help="training steps (default 10)")
     parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="default 1 2 4")
-    parser.add_argument("--one", type=Path, metavar="FILE", help=argparse.SUPPRESS)  # one number of replicas, here
+    parser.add_argument("--one", type=Path, metavar="FILE", help=argparse.SUPPRESS)  # one run, in this process
     options = parser.parse_args()
     if 1 not in options.replicas:
         parser.error(f"--replicas is {options.replicas}, expected 1 among them: the others are held against it")
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def in_a_process(replicas: int, steps: int) -> dict[str, list[float]]:
-    """Of its own: one process holds one number of devices."""
+    """Train in a subprocess, because a process has one fixed number of devices."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "weights.json"
         argv = [sys.executable, __file__, "--one", file, "--steps", steps, "--replicas", 1, replicas]
@@ -62,7 +62,7 @@ def in_a_process(replicas: int, steps: int) -> dict[str, list[float]]:
 
 
 def show(found: dict[int, dict[str, list[float]]], steps: int) -> None:
-    """Distances of weights, over how far those of the target have moved."""
+    """Print the distances of weights, relative to the distance that the target's weights move."""
     start, target = (np.array(found[1][name]) for name in ("start", TARGET))
     moved = np.linalg.norm(target - start)
     several = [n for n in found if n != 1]
@@ -84,7 +84,7 @@ def show(found: dict[int, dict[str, list[float]]], steps: int) -> None:
 
 
 def train_all(replicas: int, steps: int) -> dict[str, list[float]]:
-    """Each contender's weights after training, flat; and those that all of them start with."""
+    """Return the flat weights of each contender after training, and the common start weights."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     import tensorflow as tf
@@ -105,7 +105,7 @@ def train_all(replicas: int, steps: int) -> dict[str, list[float]]:
 
 
 def build(masked: bool) -> Any:
-    """A model, with a Keras mask or without, and weights that are always the same."""
+    """Build a model with fixed start weights, with or without a Keras mask."""
     import tensorflow as tf
 
     layers = [tf.keras.layers.Dense(UNITS, activation="tanh"), tf.keras.layers.Dense(CLASSES)]
@@ -117,7 +117,7 @@ def build(masked: bool) -> Any:
 
 
 def batches(steps: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Features, labels and mask of global batches, lengths lognormal(2, 1) up to 64."""
+    """Yield features, labels and mask of global batches. Lengths are lognormal(2, 1), at most 64."""
     for step in range(steps):
         random = np.random.default_rng([1, step])
         lengths = np.clip(random.lognormal(2, 1, ROWS).astype(int), 1, 64)
@@ -128,7 +128,7 @@ def batches(steps: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
 
 
 def contenders(strategy: Any) -> dict[str, Callable[[Any, list], None]]:
-    """How each of them trains a model on batches."""
+    """Return a training function for each contender."""
     import tensorflow as tf
 
     import distpad
@@ -150,7 +150,7 @@ def contenders(strategy: Any) -> dict[str, Callable[[Any, list], None]]:
         return train
 
     def loop(share: Callable[[Any, Any, Any], Any], rate: float = RATE) -> Callable[[Any, list], None]:
-        """A custom loop, in which each replica's loss is ``share(y_true, logits, mask)``."""
+        """Return a custom loop with the loss ``share(y_true, logits, mask)`` on each replica."""
 
         def train(model: Any, given: list) -> None:
             with strategy.scope():
@@ -181,7 +181,7 @@ def contenders(strategy: Any) -> dict[str, Callable[[Any, list], None]]:
         return tf.nn.compute_average_loss(each(y, logits) * mask, global_batch_size=positions)
 
     def exact(model: Any, given: list) -> None:
-        """Row by row, on one device."""
+        """Train on one device, row by row without padding."""
         for x, y, mask in given:
             total = [0.0] * len(model.trainable_variables)
             for row, labels, length in zip(x, y, mask.sum(1).astype(int)):
@@ -196,7 +196,7 @@ def contenders(strategy: Any) -> dict[str, Callable[[Any, list], None]]:
         found[f"fit: {by}, default reduction"] = fit(default, weighted)
         found[f"fit: {by}, reduction sum"] = fit(keras("sum"), weighted, RATE / POSITIONS)
         for reduction in ("mean", "mean_with_sample_weight"):
-            with contextlib.suppress(ValueError):  # Keras 2 does not know them
+            with contextlib.suppress(ValueError):  # Keras 2 does not have these reductions
                 found[f"fit: {by}, reduction {reduction}"] = fit(keras(reduction), weighted)
     return {
         **found,

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the engine that they were started under, and a step on all of its replicas."""
+"""Shared code of the benchmarks: the engine of the launcher, and a training step on all replicas."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-# one core for each of two workers: without a bound, each takes both
+# one core for each of two workers: without a limit, each worker uses both
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -20,23 +20,25 @@ import tensorflow as tf
 
 from distpad import backends
 
-logging.getLogger("tensorflow").setLevel(logging.ERROR)  # it warns of retracing, which is what is measured
+logging.getLogger("tensorflow").setLevel(
+    logging.ERROR
+)  # TensorFlow warns of retracing; the benchmarks retrace on purpose
 
 
 def start() -> backends.Backend:
-    """The engine of horovodrun, mpirun or TF_CONFIG; alone, one device."""
+    """Start the engine of horovodrun, mpirun or TF_CONFIG. Without a launcher, start one device."""
     return backends.start()
 
 
 class Trainer:
-    """A model and the step that trains it, the same code for every engine.
+    """A model and its training step. The code is the same for every engine.
 
     Args:
-      backend: who trains together.
-      build: makes the model, in the engine's scope.
-      loss: ``loss(model, batch)``, a replica's share of the mean that is trained on.
-      jit_compile: compile forward and backward with XLA; what reduces gradients stays outside.
-      batch: specs of a batch, for a step that is traced once for all sizes; None: for each size.
+      backend: backend of the engine.
+      build: function that creates the model, in the engine's scope.
+      loss: ``loss(model, batch)``, the local contribution of a replica to the mean.
+      jit_compile: compile forward and backward pass with XLA; the gradient all-reduce stays outside.
+      batch: specs of a batch, to trace the step once for all sizes; None: trace it for each size.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class Trainer:
                 value = loss(self.model, batch)
             return value, tape.gradient(value, self.model.trainable_variables)
 
-        # a function of its own only where it must be: a loss with a collective cannot be in one under MirroredStrategy
+        # tf.function only under jit_compile: under MirroredStrategy, a nested tf.function cannot contain a collective
         differ = tf.function(differentiate, autograph=False, jit_compile=True) if jit_compile else differentiate
 
         def step(batch: Any) -> tf.Tensor:

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""What agreeing on lengths and counts costs a step: PaddedBatches against an oracle that knows all plans beforehand.
+"""Cost of the window sync in a step: PaddedBatches against an oracle that knows all plans in advance.
 
-The oracle is PaddedBatches, too, reading, padding and handing over the same batches, but what the workers would say to
-one another it has written down before. Against it: the exchange of every window of 4, 16, 32 and 128 steps, and, by
-hand, one blocking exchange in each step, behind which the batch is padded.
+The oracle is also PaddedBatches. It reads and pads the same batches, and moves them to the device, but replays recorded
+sync results. The contenders sync every window of 4, 16, 32 and 128 steps. The last contender, written by hand, blocks
+on one sync in each step, and then pads the batch.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=rounds.ROUNDS, metavar="N", help="default 9")
-    parser.add_argument("--steps", type=int, default=256, metavar="N", help="of a run (default 256)")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="per replica (default 16)")
-    parser.add_argument("--units", type=int, default=448, metavar="N", help="of the model: the length of a step")
+    parser.add_argument("--rounds", type=int, default=rounds.ROUNDS, metavar="N", help="number of rounds (default 9)")
+    parser.add_argument("--steps", type=int, default=256, metavar="N", help="steps of a run (default 256)")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="examples per replica (default 16)")
+    parser.add_argument("--units", type=int, default=448, metavar="N", help="units of the model, to set the step time")
     options = parser.parse_args()
 
     backend = engine.start()
@@ -54,7 +54,7 @@ def main() -> None:
     contenders: dict[str, Callable[[], Iterator[Any]]] = {"the oracle": make(backend=oracle).__iter__}
     contenders |= {f"a window of {n}": make(lookahead=n, backend=backend).__iter__ for n in WINDOWS}
     contenders["an exchange in each step"] = functools.partial(blocking, backend, held, options.batch_size)
-    for batches in contenders.values():  # traces, and tells the oracle
+    for batches in contenders.values():  # trace the step, and record the sync results for the oracle
         run(trainer, batches)
     oracle.knows = True
     chief = backend.worker_index == 0
@@ -85,7 +85,7 @@ def loss_of(backend: backends.Backend) -> distpad.DistributedLoss:
 
 
 def examples(backend: backends.Backend, count: int) -> list[dict[str, np.ndarray]]:
-    """This worker's own: sequences of 4 to 64 positions."""
+    """Draw the examples of this worker: sequences of 4 to 64 positions."""
     random = np.random.default_rng([0, backend.worker_index])
     lengths = random.integers(4, 65, size=count)
     return [
@@ -95,7 +95,7 @@ def examples(backend: backends.Backend, count: int) -> list[dict[str, np.ndarray
 
 
 def run(trainer: engine.Trainer, batches: Callable[[], Iterator[Any]]) -> float:
-    """Seconds a step of one epoch, from the end of the first step on."""
+    """Run one epoch and return the seconds per step, without the first step."""
     steps = batches()
     float_of(trainer, trainer.step(next(steps)))
     began, count = time.perf_counter(), 0
@@ -107,13 +107,13 @@ def run(trainer: engine.Trainer, batches: Callable[[], Iterator[Any]]) -> float:
 
 
 def float_of(trainer: engine.Trainer, value: Any) -> float:
-    """Wait for a step: its loss, on this worker's first replica."""
+    """Wait for a step, and return its loss on the first replica of this worker."""
     strategy = getattr(trainer.backend, "strategy", None)
     return float(strategy.experimental_local_results(value)[0] if strategy else value)
 
 
 def knowing(backend: backends.Backend) -> Any:
-    """The same engine; but once it ``knows``, what the workers said in the first epoch is read off, not exchanged."""
+    """Return the engine with a recorder. Once ``knows`` is true, it replays the sync results of the first epoch."""
 
     def host_merge(self: Any, *vectors_and_limits: Any) -> Any:
         if not self.knows:
@@ -128,7 +128,7 @@ def knowing(backend: backends.Backend) -> Any:
 
 
 def blocking(backend: backends.Backend, held: list[dict[str, np.ndarray]], size: int) -> Iterator[distpad.Batch]:
-    """The usual way: each step's length and count are exchanged when the step comes, then its batch is padded."""
+    """Yield batches in the usual way: sync length and count in each step, then pad the batch."""
 
     def read(step: int) -> list[dict[str, np.ndarray]]:
         return held[step * size : (step + 1) * size]

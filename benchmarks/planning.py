@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How long the plans take that every worker computes by itself: the best buckets, and an epoch of a LengthSampler."""
+"""Time of the plans that every worker computes locally: the best buckets, and an epoch of a LengthSampler."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default 5")
-    parser.add_argument("--examples", type=int, default=1_000_000, metavar="N", help="of an epoch (default 1000000)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="number of rounds (default 5)")
+    parser.add_argument("--examples", type=int, default=1_000_000, metavar="N", help="epoch size (default 1000000)")
     options = parser.parse_args()
     random = np.random.default_rng(0)
     lengths = np.clip(random.lognormal(5, 1, options.examples).astype(int), 16, 1024)
-    different = random.permutation(10 * 100_000)[:100_000] + 1  # no two alike: the hardest case
+    different = random.permutation(10 * 100_000)[:100_000] + 1  # all lengths differ: the hardest case
     buckets = distpad.Buckets.from_lengths(lengths, 6)
-    epochs = iter(range(10**6))  # another each time: plans are kept
+    epochs = iter(range(10**6))  # a new epoch each time, because the sampler caches plans
 
     def planned(**size: int) -> Callable[[], object]:
         sampler = distpad.LengthSampler(lengths, buckets=buckets, **size)

@@ -1,4 +1,4 @@
-"""Rounds: contenders take turns, so that whatever else the machine does meets them all alike."""
+"""Rounds: contenders take turns, so that other load on the machine affects all contenders alike."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COVERAGE = 0.95
 
 
 class Figures(NamedTuple):
-    """What was measured: of each contender its own figures, and their ratios to the base."""
+    """Measurements: the figures of each contender, and their ratios to the base."""
 
     own: dict[str, list[float]]
     ratios: dict[str, list[float]]
@@ -28,15 +28,16 @@ class Figures(NamedTuple):
 def take_turns(
     contenders: Mapping[str, Callable[[], float]], base: str, rounds: int = ROUNDS, *, quiet: bool = False
 ) -> Figures:
-    """Run each contender once a round, in another order each round (the same on all workers), and the base before each.
+    """Run each contender once a round, and the base before each contender.
 
-    So the two that make a ratio follow one another: a machine that is slow for a minute is slow for both.
+    The order changes each round, and is the same on all workers. The two runs of a ratio follow one another, so a slow
+    minute of the machine affects both.
 
     Args:
-      contenders: what is measured; each returns its own figure, such as seconds a step.
-      base: the contender that the others are held against.
-      rounds: figures of each.
-      quiet: no progress bar, as on all workers but the first.
+      contenders: functions to measure; each returns its figure, for example seconds per step.
+      base: name of the contender to compare with.
+      rounds: number of figures of each contender.
+      quiet: show no progress bar; true on all workers except the first.
     """
     own: dict[str, list[float]] = {name: [] for name in contenders}
     found: dict[str, list[float]] = {name: [] for name in contenders if name != base}
@@ -51,11 +52,11 @@ def take_turns(
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Where their median lies with at least 95 %, whatever their distribution: two of the values in order.
+    """Return an interval that contains the median with at least 95 %, for any distribution.
 
-    Of fewer than six values none are so far apart: then the least and the largest.
+    Both ends are values of the sample. Fewer than six values give no 95 %; the ends are then minimum and maximum.
     """
-    count, outside = len(values), 0  # so many are left out at each end
+    count, outside = len(values), 0  # number of values to exclude at each end
     while 2 * stats.binom.cdf(outside + 1, count, 0.5) <= 1 - COVERAGE:
         outside += 1
     ordered = sorted(values)

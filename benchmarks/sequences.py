@@ -1,4 +1,4 @@
-"""The data of benchmarks: character sequences, drawn or found in Python's own standard library."""
+"""Data of the benchmarks: character sequences, random or from the docstrings of Python's standard library."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from pathlib import Path
 
 import numpy as np
 
-VOCABULARY = 128  # of ASCII; other characters count as one
+VOCABULARY = 128  # ASCII; all other characters share one index
 SHORTEST, LONGEST = 16, 1024
 
 
 def drawn(count: int, seed: int = 0) -> list[np.ndarray]:
-    """Sequences of characters at random; their lengths are lognormal(5, 1), between 16 and 1024."""
+    """Draw random character sequences. Lengths are lognormal(5, 1), between 16 and 1024."""
     random = np.random.default_rng(seed)
     lengths = np.clip(random.lognormal(5, 1, count).astype(int), SHORTEST, LONGEST)
     return [random.integers(1, VOCABULARY, size=n) for n in lengths]
 
 
 def docstrings(count: int, seed: int = 0) -> list[np.ndarray]:
-    """Docstrings of the standard library, chosen at random; of those above 1024 characters that much.
+    """Choose random docstrings of the standard library, cut to 1024 characters.
 
-    Raises ValueError where there are not so many.
+    Raises ValueError if the library has fewer docstrings than ``count``.
     """
     found = sorted({text[:LONGEST] for text in _all_docstrings(Path(sysconfig.get_paths()["stdlib"]))})
     if len(found) < count:
@@ -41,7 +41,7 @@ def _all_docstrings(folder: Path) -> Iterator[str]:
             continue
         try:
             tree = ast.parse(path.read_bytes())
-        except SyntaxError:  # templates
+        except SyntaxError:  # templates are not valid Python
             continue
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):

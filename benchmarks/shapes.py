@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""The first epoch with buckets and without: every new shape of a batch is a trace of the step, a compilation by XLA.
+"""The first epoch with and without buckets. Every new batch shape costs a trace and, with XLA, a compilation.
 
-The batches have two ragged features, pictures and labels. Each run makes a new model and trains it for one epoch.
+The batches have two ragged features, pictures and labels. Each run creates a new model and trains it for one epoch.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default 3")
-    parser.add_argument("--steps", type=int, default=60, metavar="N", help="of the epoch (default 60)")
-    parser.add_argument("--count", action="store_true", help="count XLA's compilations, by what it dumps (slower)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="number of rounds (default 3)")
+    parser.add_argument("--steps", type=int, default=60, metavar="N", help="steps of the epoch (default 60)")
+    parser.add_argument("--count", action="store_true", help="count XLA's compilations by its dumps (slower)")
     options = parser.parse_args()
     dumped = count_compilations() if options.count else None
 
@@ -48,7 +48,7 @@ def main() -> None:
     count = options.steps * SIZE * backend.replicas_here
     held = [
         drawn(worker, count) for worker in range(backend.num_workers)
-    ]  # everyone's, so that all have the same buckets
+    ]  # the data of all workers, so that all workers compute the same buckets
     lengths = {name: [len(example[name]) for part in held for example in part] for name in PADDING}
     buckets = {name: distpad.Buckets.from_lengths(found, BOUNDARIES) for name, found in lengths.items()}
     said: dict[str, str] = {}
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def count_compilations() -> pathlib.Path:
-    """Have XLA write each program that it compiles; returns the folder, which ends with this process."""
+    """Configure XLA to dump each compiled program. Return the dump folder; the process removes it at exit."""
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     os.environ["XLA_FLAGS"] = f"--xla_dump_to={folder.name} --xla_dump_hlo_as_text {os.environ.get('XLA_FLAGS', '')}"
@@ -94,7 +94,7 @@ def count_compilations() -> pathlib.Path:
 
 
 def drawn(worker: int, count: int) -> list[dict[str, np.ndarray]]:
-    """Pictures 16 to 256 columns wide, with a label of one class for about 16 columns."""
+    """Draw pictures of 16 to 256 columns. A label has about one class for 16 columns."""
     random = np.random.default_rng([1, worker])
     widths = np.clip(random.lognormal(4, 0.8, count).astype(int), 16, 256)
     labels = np.maximum(1, widths // 16 + random.integers(-1, 3, count))
@@ -105,7 +105,7 @@ def drawn(worker: int, count: int) -> list[dict[str, np.ndarray]]:
 
 
 def model() -> tf.keras.Model:
-    """Columns to states; the labels' places then look at them."""
+    """Build a model from columns to states. Label positions attend to the states."""
     layers = tf.keras.layers
     made = tf.keras.Sequential([layers.Dense(UNITS, activation="elu"), layers.Dense(CLASSES)])
     made.build([None, None, HEIGHT])
@@ -113,7 +113,7 @@ def model() -> tf.keras.Model:
 
 
 def loss(backend: backends.Backend, trained: tf.keras.Model, batch: distpad.Batch) -> tf.Tensor:
-    """Place k of a label looks at the columns about 16 k + 8."""
+    """Compute the loss. Position k of a label attends to the columns near 16 k + 8."""
     states = trained(batch.data["image"])
     columns, places = tf.shape(states)[1], tf.shape(batch.data["label"])[1]
     away = tf.range(columns)[tf.newaxis] - (16 * tf.range(places)[:, tf.newaxis] + 8)

@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Real positions a second: batches of similar lengths in a few buckets against the usual ways to pad.
+"""Valid positions per second: batches of similar lengths in a few buckets against the usual ways to pad.
 
-All train the same model on the same examples each epoch, 16 a replica: shuffled and padded by tf.data to the longest of
-a replica's own batch, or to the longest of the data set; and by LengthSampler and PaddedBatches with buckets of 6, by
-number of examples and by a token budget. Then the spread of the steps' times, which is what other workers wait for: as
-timed, and with each step at the median of all steps of its shape, which leaves out what else the machine did.
+All contenders train the same model on the same examples each epoch, 16 per replica. Two contenders use tf.data: one
+pads to the longest example of a replica's batch, the other to the longest of the data set. Two contenders use
+LengthSampler and PaddedBatches with 6 buckets: one by number of examples, the other by a token budget. The second table
+shows the spread of step times, because workers wait for the slowest step: first as timed, then with each step at the
+median of all steps of its shape. The median excludes other load on the machine.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--set", choices=sequences.SETS, default="lognormal", help="default lognormal")
-    parser.add_argument("--rounds", type=int, default=rounds.ROUNDS, metavar="N", help="default 9")
-    parser.add_argument("--examples", type=int, default=2048, metavar="N", help="of an epoch (default 2048)")
+    parser.add_argument("--set", choices=sequences.SETS, default="lognormal", help="data set (default lognormal)")
+    parser.add_argument("--rounds", type=int, default=rounds.ROUNDS, metavar="N", help="number of rounds (default 9)")
+    parser.add_argument("--examples", type=int, default=2048, metavar="N", help="examples of an epoch (default 2048)")
     options = parser.parse_args()
 
     backend = engine.start()
     data = sequences.SETS[options.set](options.examples)
-    lengths = np.array([len(item) - 1 for item in data])  # a position predicts the character behind it
+    lengths = np.array([len(item) - 1 for item in data])  # each position predicts the next character
     buckets = distpad.Buckets.from_lengths(lengths, BOUNDARIES)
     everyone = SIZE * backend.num_replicas
     budget = everyone * 256
@@ -62,13 +63,13 @@ def main() -> None:
     ours = engine.Trainer(backend, model, functools.partial(our_loss, backend))
     any_length = dict.fromkeys("xy", tf.TensorSpec([SIZE, None], tf.int64))
     usual = engine.Trainer(backend, model, functools.partial(usual_loss, backend), batch=any_length)
-    # of each step its shape and its seconds
+    # shape and seconds of each step
     times: dict[str, list[tuple[tuple[int, ...], float]]] = {name: [] for name in sources}
     contenders: dict[str, Callable[[], float]] = {}
     for name, source in sources.items():
         step = (usual if name in (OWN, LONGEST) else ours).step
         contenders[name] = functools.partial(rate, step, source, times[name], int(lengths.sum()))
-        contenders[name]()  # traces
+        contenders[name]()  # trace the step
         times[name].clear()
     chief = backend.worker_index == 0
     figures = rounds.take_turns(contenders, OWN, options.rounds, quiet=not chief)
@@ -85,7 +86,7 @@ def main() -> None:
         for shape, seconds in found:
             by_shape.setdefault(shape, []).append(seconds)
         timed = [seconds for _, seconds in found]
-        expected = [statistics.median(by_shape[shape]) for shape, _ in found]  # without the machine's own unrest
+        expected = [statistics.median(by_shape[shape]) for shape, _ in found]  # without other load on the machine
         over = (f"{np.percentile(each, 90) / statistics.median(each):.2f}" for each in (timed, expected))
         steps, median = len(found) // len(figures.own[name]), f"{1000 * statistics.median(timed):.1f}"
         spread.add_row(name, str(steps), str(len(by_shape)), median, *over)
@@ -116,7 +117,7 @@ def our_loss(backend: backends.Backend, trained: tf.keras.Model, batch: distpad.
 
 
 def usual_loss(backend: backends.Backend, trained: tf.keras.Model, batch: Any) -> tf.Tensor:
-    """A replica's mean over its own positions; filling is -1."""
+    """Compute a replica's mean over its own positions. The padding value is -1."""
     mask = batch["y"] >= 0
     each = entropy(tf.where(mask, batch["y"], 0), trained(tf.maximum(batch["x"], 0)))
     mean = tf.reduce_sum(tf.where(mask, each, 0.0)) / tf.cast(tf.math.count_nonzero(mask), tf.float32)
@@ -124,7 +125,7 @@ def usual_loss(backend: backends.Backend, trained: tf.keras.Model, batch: Any) -
 
 
 def shuffled(backend: backends.Backend, data: list[np.ndarray], length: int | None) -> Iterable[Any]:
-    """tf.data in compiled code throughout: the same shuffle on all workers, of which each takes its share."""
+    """Build a tf.data pipeline without Python code. All workers shuffle alike, and each takes its shard."""
     flat, ends = tf.constant(np.concatenate(data)), tf.constant(np.cumsum([len(item) for item in data]))
     begins = tf.constant(np.cumsum([0] + [len(item) for item in data[:-1]]))
 
@@ -148,7 +149,7 @@ def grouped(
 
 
 def rate(step: Callable[[Any], Any], source: Iterable[Any], times: list[Any], positions: int) -> float:
-    """Real positions a second of an epoch; the shape and the seconds of each of its steps go to ``times``."""
+    """Return the valid positions per second of an epoch. Append shape and seconds of each step to ``times``."""
     began = last = time.perf_counter()
     for batch in source:
         value = step(batch)

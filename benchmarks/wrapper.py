@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""What DistributedLoss costs a step, against a masked sum over a constant that is written by hand.
+"""Cost of DistributedLoss in a step, against a handwritten masked sum over a constant.
 
-With the count given, as PaddedBatches gives it, the step has no collective but the gradients'. Counting in the step is
-one small all-reduce more, which by hand would be needed too.
+PaddedBatches provides the global count. With this count, the step has no collective except the gradient all-reduce. A
+count in the step needs one more small all-reduce, as a handwritten count does.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ examples:
 """
 LENGTH, FEATURES, CLASSES = 64, 16, 32
 BY_HAND = "by hand"
-COUNT = 1000.0  # what all divide by, so that they train alike
+COUNT = 1000.0  # common denominator of all contenders, so that they train alike
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--replicas", type=int, metavar="N", help="of one process (default: what the launcher started)")
-    parser.add_argument("--rounds", type=int, default=rounds.ROUNDS, metavar="N", help="default 9")
-    parser.add_argument("--steps", type=int, default=100, metavar="N", help="of a run (default 100)")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="per replica (default 16)")
-    parser.add_argument("--units", type=int, default=448, metavar="N", help="of the model: the length of a step")
+    parser.add_argument("--replicas", type=int, metavar="N", help="replicas of one process (default: the launcher's)")
+    parser.add_argument("--rounds", type=int, default=rounds.ROUNDS, metavar="N", help="number of rounds (default 9)")
+    parser.add_argument("--steps", type=int, default=100, metavar="N", help="steps of a run (default 100)")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="examples per replica (default 16)")
+    parser.add_argument("--units", type=int, default=448, metavar="N", help="units of the model, to set the step time")
     options = parser.parse_args()
 
     backend = backends.start("mirrored", options.replicas) if options.replicas else engine.start()
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def drawn(replica: int, size: int) -> dict[str, np.ndarray]:
-    """A batch of one replica: lengths of 4 to 64."""
+    """Draw a batch of one replica, with lengths of 4 to 64."""
     random = np.random.default_rng([0, replica])
     return {
         "x": random.normal(size=[size, LENGTH, FEATURES]).astype(np.float32),
@@ -75,7 +75,7 @@ def model(units: int) -> tf.keras.Model:
 
 
 def trainers(backend: backends.Backend, units: int) -> list[tuple[str, engine.Trainer]]:
-    """Each contender with a model of its own."""
+    """Return each contender's name and trainer. Each trainer has its own model."""
     entropy = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
     wrapped = distpad.DistributedLoss(entropy, backend=backend)
 
@@ -98,7 +98,7 @@ def trainers(backend: backends.Backend, units: int) -> list[tuple[str, engine.Tr
 
 
 def run(trainer: engine.Trainer, batch: Any, steps: int) -> float:
-    """Seconds a step, from the end of the first step on."""
+    """Run the steps and return the seconds per step, without the first step."""
     wait_for(trainer, trainer.step(batch))
     began = time.perf_counter()
     for _ in range(steps):

@@ -160,8 +160,8 @@ def train(
 ) -> None:
     """Train from the current step of model and batches to the last step, or to ``--stop-at``.
 
-    All workers call it; only worker 0 evaluates, prints and writes. The loop calls ``commit`` with the
-    number of steps done, after each step. After SIGTERM to any worker, all workers save and exit.
+    All workers call it; only worker 0 evaluates, prints and writes. After each step, the loop calls ``commit`` with the
+    number of steps done. After SIGTERM to any worker, all workers save and exit.
     """
     engine = learning.engine
     first, last = int(learning.optimizer.iterations.numpy()), min(options.steps, options.stop_at or options.steps)

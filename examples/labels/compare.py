@@ -85,12 +85,8 @@ def main(*kinds: Kind, arguments: Sequence[str] | None = None) -> int:
     """Print the table of each kind. Return exit code 1 if distpad's gradients differ from those of one device."""
     parser = argparse.ArgumentParser(description="Compares the gradients of several replicas with those of one device.")
     parser.add_argument("--backend", default="auto", choices=["auto", "local", "mirrored", "multiworker", "horovod"])
-    parser.add_argument(
-        "--replicas", type=int, help="expected number of replicas; mirrored creates as many CPU devices"
-    )
-    parser.add_argument(
-        "--limit", type=float, default=LIMIT, help="largest gradient error of distpad (default: %(default)s)"
-    )
+    parser.add_argument("--replicas", type=int, help="expected replicas; mirrored creates as many CPU devices")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="limit on the gradient error (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
         backend = distpad.backends.start(options.backend, options.replicas)
