@@ -59,6 +59,7 @@ class Preemption:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def __enter__(self) -> Preemption:
+        self._done = 0
         if threading.current_thread() is not threading.main_thread():
             remedy = "Python takes signals there alone."
             raise ValueError(errors.sentence(_NAME, "the thread", "another one", "the main thread", remedy))
@@ -92,16 +93,26 @@ class Preemption:
         Args:
           done: the number of steps that are done, the same on all workers.
 
-        Raises: SystemExit: of code 143, after ``save``.
+        Raises:
+          SystemExit: of code 143, after ``save``.
+          ValueError: on all workers, if they meet at different steps. TypeError: ``done`` is no integer.
 
-        Collective in each step whose number is a multiple of ``every``: one exchange of a number.
+        Collective in each step whose number is a multiple of ``every``, and at the end of the block: one exchange.
         """
-        if done % self._every == 0:
+        self._done = errors.integer(_NAME, "done", done, least=0)
+        if self._done % self._every == 0:
             self._agree()
 
     def _agree(self) -> None:
         noted = self._noted_at is not None
-        if not self._backend.host_max(np.array([int(noted)]))[0]:
+        anyone, most, least = self._backend.host_max(np.array([int(noted), self._done, -self._done]))
+        if most != -least:
+            # Workers that leave their loops at different steps would wait for each other later, or save two states.
+            remedy = "End the loop under a condition that all workers share."
+            found = f"{self._done} on worker {self._backend.worker_index}"
+            rule = f"the same on all workers (they are at {-least} to {most})"
+            raise ValueError(errors.sentence(_NAME, "done", found, rule, remedy))
+        if not anyone:
             return
         self._save()
         if self._backend.is_elastic and not noted:

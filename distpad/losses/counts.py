@@ -130,7 +130,7 @@ def check_sources(counts: Counts, sources: dict[str, Any], drops_invalid: bool) 
         )
     if drops_invalid:
         raise ValueError(
-            f"{_NAME}: denominator holds Counts, but the loss itself leaves out sequences that the pipeline counted. "
+            f"{_NAME}: denominator holds Counts, but the loss itself drops sequences that the pipeline counted. "
             "Omit denominator, or give the number of the sequences that are left."
         )
 
@@ -179,9 +179,9 @@ def checks_of(
 
 
 def sources_check(y_true: Any, y_pred: Any, sources: dict[str, Any]) -> Check:
-    """Check that no other source leaves out positions within ``lengths``, for Counts without ``local``."""
+    """Check that no other source drops positions within ``lengths``, for Counts without ``local``."""
     text = (
-        "denominator holds Counts, but Keras's mask or padding_value leaves out positions within lengths, which were "
+        "denominator holds Counts, but Keras's mask or padding_value drops positions within lengths, which were "
         "counted. Give the number instead (found: how many)"
     )
     if sources["lengths"] is None or (sources["padding_value"] is None and sources["keras_mask"] is None):

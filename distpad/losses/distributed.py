@@ -254,7 +254,7 @@ class DistributedLoss(tf.keras.losses.Loss):
     def _of_sequences(
         self, y_true: Any, y_pred: Any, sources: dict, counting: bool
     ) -> tuple[weights.Weights, tf.Tensor | None, list[checked.Check]]:
-        """As ``weights.of_sequences``, without the sequences that the loss itself leaves out."""
+        """As ``weights.of_sequences``, without the sequences that the loss itself drops."""
         w, positions, checks = weights.of_sequences(y_true, y_pred, **sources)
         if w.tokens is None and self.average == "token":
             raise ValueError("lengths are missing, expected [batch]: average='token' divides by their sum")

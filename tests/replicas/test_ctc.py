@@ -199,7 +199,7 @@ def test_counts_are_refused_where_rows_are_left_out(world):
     batch = padded(rows_of(1, 0))
     y_true, logits = (batch["y"], batch["lengths"], batch["frames"]), tf.zeros([*batch["x"].shape[:2], CLASSES])
     counts = distpad.Counts(tf.constant(7.0, tf.float64), tf.constant(3.0, tf.float64))
-    with pytest.raises(ValueError, match="the loss itself leaves out sequences that the pipeline counted"):
+    with pytest.raises(ValueError, match="the loss itself drops sequences that the pipeline counted"):
         loss_fn(y_true, logits, lengths=batch["lengths"], denominator=counts)
     assert loss_fn(y_true, logits, lengths=batch["lengths"], denominator=7) > 0
 

@@ -53,6 +53,23 @@ def test_without_a_signal_nothing_is_saved(world):
     assert loop(world, preemption, steps, told_at=0) == 9 and not saved
 
 
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_workers_that_meet_at_different_steps_are_refused(world, at_the_end):
+    """The first one leaves its loop early, or counts otherwise: all raise, and nobody waits."""
+    if not world.several_workers:
+        pytest.skip("one worker meets no other")
+    mine = 3 if at_the_end and world.backend.worker_index == 0 else 4 + 4 * world.backend.worker_index
+    text = r"Preemption: done is \d on worker \d, expected the same on all workers \(they are at [34] to 8\)"
+    with pytest.raises(ValueError, match=text), distpad.Preemption(print, every=4, backend=world.backend) as preemption:
+        preemption.step(mine)
+
+
+def test_a_step_that_is_no_number(world):
+    with pytest.raises(TypeError, match=r"Preemption: done is 1\.5, expected an integer"):  # noqa: SIM117
+        with distpad.Preemption(print, backend=world.backend) as preemption:
+            preemption.step(1.5)
+
+
 def test_errors_of_the_loop_are_raised(world):
     saved = []
     with pytest.raises(ZeroDivisionError), distpad.Preemption(lambda: saved.append(1), backend=world.backend):

@@ -64,7 +64,7 @@ def test_counts_of_positions_that_another_source_leaves_out(source):
         y_pred._keras_mask = tf.constant([[True, True, False]])
     loss_fn = distpad.DistributedLoss(lambda t, p: p, backend="local", **options)
     counts = distpad.Counts(tf.constant(3.0, tf.float64), tf.constant(1.0, tf.float64))
-    with pytest.raises(ValueError, match=r"leaves out positions within lengths, which were counted.*0→1"):
+    with pytest.raises(ValueError, match=r"drops positions within lengths, which were counted.*0→1"):
         loss_fn(tf.constant([[1, 2, 7]]), y_pred, lengths=[3], denominator=counts)
     counts = distpad.Counts(tf.constant(2.0, tf.float64), tf.constant(1.0, tf.float64))
     assert float(loss_fn(tf.constant([[1, 2, 7]]), y_pred, lengths=[2], denominator=counts)) == 1.0
