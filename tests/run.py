@@ -1,8 +1,9 @@
-"""The test suites of both stacks in one queue, which keeps the machine's cores busy: tests/run.sh runs this.
+"""Runs the test suites of both stacks in one queue, which keeps the machine's cores busy. tests/run.sh calls this.
 
-Makes the environments (seconds where the cache is warm; the first time minutes, most of them building Horovod) and
-starts a suite as soon as its own is there: the longest first, what mostly waits beside what computes. What a suite
-prints is shown when it ends. Goes on after a failed suite; exit code 1 where any failed.
+The queue first creates the environments: in seconds if the cache has them, in minutes otherwise, because Horovod is
+built. A suite starts when its environment is ready and enough cores are free. Longer suites start first, and suites
+that mostly wait run beside suites that compute. The output of a suite is printed when the suite ends. A failed suite
+does not stop the queue. Exit code 1 if a suite failed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from suites import SUITES, Suite
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STACKS = ("current", "classic")
-OVER = 1.0  # cores by which the queue may overbook: what waits for another's answer leaves as much (0.5: a fifth idle)
+OVER = 1.0  # cores to overbook, because suites also wait for other processes; with 0.5, a fifth of the cores is idle
 GRACE_S = 30
 SLOWEST = 10
 EXAMPLES = """examples:
@@ -33,10 +34,11 @@ EXAMPLES = """examples:
   tests/run.sh --stack current --suite lint single
   tests/run.sh --stack classic --suite horovod:2 mirrored:4 --all
 
-By default it takes a quarter of an hour on two cores. As root on Debian or Ubuntu it installs missing packages;
-otherwise it names them and goes on. With CI=true an engine that is missing is a failure, not a skipped test."""
+The default suites take a quarter of an hour on two cores. As root on Debian or Ubuntu, the script installs missing
+system packages. Otherwise, it prints their names and continues. With CI=true, a missing engine is a failure, not a
+skipped test."""
 
-PACKAGES = {  # what tells that it is here: the Debian package that brings it
+PACKAGES = {  # shell command that succeeds if the package is installed: Debian package
     "command -v cmake": "cmake",
     "command -v g++": "g++",
     "command -v make": "make",
@@ -49,8 +51,8 @@ PACKAGES = {  # what tells that it is here: the Debian package that brings it
     "PATH=$PATH:/usr/sbin; command -v munged": "munge",
     'python3.11 -c "import venv, ensurepip"': "python3.11-venv",
 }
-# What makes two runs alike, and keeps two cores from being shared by dozens of threads. TensorFlow's inter-op threads
-# stay as they are: collectives of several replicas block in them.
+# These variables make runs reproducible, and limit the threads per core. TensorFlow's inter-op threads are not limited,
+# because collectives of several replicas block in these threads.
 SETTINGS = {
     **dict.fromkeys(["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"], "1"),
     **{"TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONHASHSEED": "0", "MPLBACKEND": "agg"},
@@ -62,7 +64,7 @@ def say(text: str) -> None:
 
 
 class Task(NamedTuple):
-    """What the queue runs: a suite, or the making of a stack's environment."""
+    """A command of the queue: a suite, or the setup of a stack's environment."""
 
     name: str
     stack: str
@@ -72,7 +74,7 @@ class Task(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What became of a task: a row of the table, and the seconds of each of its tests."""
+    """The result of a task: a row of the table, and the seconds of each test."""
 
     task: Task
     result: str
@@ -85,12 +87,12 @@ class Row(NamedTuple):
 
 
 class Running:
-    """A task in a session of its own, so that all of it can be ended; its output waits in a file."""
+    """A task in its own session, so that a signal reaches all its processes. A file holds its output."""
 
     def __init__(self, task: Task, folder: pathlib.Path, environment: dict[str, str]):
         self.task, self.started = task, time.monotonic()
-        place = folder / f"{task.stack}-{task.name}"
-        self.report, self.output = place.with_name(f"{place.name}.xml"), place.with_name(f"{place.name}.out")
+        name = f"{task.stack}-{task.name}"
+        self.report, self.output = folder / f"{name}.xml", folder / f"{name}.out"
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
                 ["bash", "-c", task.command],
@@ -101,32 +103,32 @@ class Running:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self.told: float | None = None  # when it was told to end
+        self.terminated: float | None = None  # time of SIGTERM
 
     def signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
     def poll(self) -> Row | None:
-        """Its row, once it has ended; ends it when its time is over."""
+        """Return the row of an ended task, else None. After the time limit, send SIGTERM, and later SIGKILL."""
         now = time.monotonic()
-        if self.told is None and now > self.started + self.task.limit_s:
-            self.told = now
+        if self.terminated is None and now > self.started + self.task.limit_s:
+            self.terminated = now
             self.signal(signal.SIGTERM)
-        elif self.told is not None and now > self.told + GRACE_S:
+        elif self.terminated is not None and now > self.terminated + GRACE_S:
             self.signal(signal.SIGKILL)
         done, status, usage = os.wait4(self.process.pid, os.WNOHANG)
         if not done:
             return None
         self.process.returncode = code = os.waitstatus_to_exitcode(status)
-        self.signal(signal.SIGKILL)  # whoever is left of it
-        result = "TIMED OUT" if self.told is not None else "passed" if code == 0 else "FAILED"
+        self.signal(signal.SIGKILL)  # processes that the task left behind
+        result = "TIMED OUT" if self.terminated is not None else "passed" if code == 0 else "FAILED"
         counts, tests = read_report(self.report, result == "passed")
         return Row(self.task, result, now - self.started, usage.ru_utime + usage.ru_stime, *counts, tests)
 
 
 def read_report(path: pathlib.Path, passed: bool) -> tuple[tuple[int, int, int], list[tuple[float, str]]]:
-    """Passed, failed and skipped tests, and the seconds of each. What has no report of pytest's is one test."""
+    """Return the passed, failed and skipped tests, and the seconds of each. Without a pytest report, count one test."""
     try:
         root = ET.parse(path).getroot()
     except (OSError, ET.ParseError):
@@ -135,7 +137,7 @@ def read_report(path: pathlib.Path, passed: bool) -> tuple[tuple[int, int, int],
         sum(int(suite.get(key, 0)) for suite in root.iter("testsuite"))
         for key in ("tests", "failures", "errors", "skipped")
     )
-    # Where pytest ended badly without a failed test (nothing collected, interrupted), that counts as one.
+    # pytest can fail without a failed test (no test collected, or interrupted). This counts as one failed test.
     failed = max(failures + errors, int(not passed))
     tests = [
         (float(case.get("time", 0)), f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}")
@@ -145,22 +147,23 @@ def read_report(path: pathlib.Path, passed: bool) -> tuple[tuple[int, int, int],
 
 
 class Queue:
-    """Runs tasks side by side, as long as the cores that they keep busy are no more than there are."""
+    """Runs tasks in parallel. The running tasks keep at most ``cores + OVER`` cores busy."""
 
     def __init__(self, cores: float, folder: pathlib.Path, environment: dict[str, str]):
         self.cores, self.folder, self.environment = cores, folder, environment
         self.waiting: list[Task] = []
         self.running: list[Running] = []
         self.rows: list[Row] = []
-        self.programs: dict[str, str] = {}  # of each stack whose environment is there: its folder of programs
+        self.programs: dict[str, str] = {}  # the bin folder of each stack whose environment is ready
         self.began = time.monotonic()
-        self.told = 0  # the signal that it was sent: raised at once, it could lose a process that is just being started
+        # The received signal. An exception in the handler could lose a process that is starting.
+        self.received = 0
 
-    def tell(self, number: int, _: object) -> None:
-        self.told = number
+    def receive(self, number: int, _: object) -> None:
+        self.received = number
 
     def run(self) -> None:
-        while (self.waiting or self.running) and not self.told:
+        while (self.waiting or self.running) and not self.received:
             self.start()
             time.sleep(0.1)
             for each in list(self.running):
@@ -170,7 +173,7 @@ class Queue:
                     self.finish(each, row)
 
     def start(self) -> None:
-        """Start whatever fits. What needs more cores than are left does not hold up what needs fewer."""
+        """Start each waiting task with an environment and enough free cores. Large tasks do not block small ones."""
         for task in list(self.waiting):
             busy = sum(each.task.cores for each in self.running)
             making = task.name == "setup"
@@ -179,7 +182,7 @@ class Queue:
                 path = os.pathsep.join([*filter(None, [self.programs.get(task.stack)]), os.environ["PATH"]])
                 self.running.append(Running(task, self.folder, {**self.environment, "PATH": path}))
                 minutes = (time.monotonic() - self.began) / 60
-                say(f"{task.stack} {task.name}: started after {minutes:.1f} minutes; {len(self.waiting)} wait")
+                say(f"{task.stack} {task.name}: started after {minutes:.1f} minutes; {len(self.waiting)} waiting")
 
     def finish(self, ended: Running, row: Row) -> None:
         task = row.task
@@ -206,14 +209,14 @@ class Queue:
 
 
 def install_packages() -> None:
-    """Install what Debian has and this machine lacks; where it cannot, say so and go on."""
-    here = lambda probe: subprocess.run(["bash", "-c", probe], stdin=subprocess.DEVNULL, capture_output=True)
-    missing = [package for probe, package in PACKAGES.items() if here(probe).returncode]
+    """Install missing Debian packages. If this is impossible, print their names and continue."""
+    check = lambda probe: subprocess.run(["bash", "-c", probe], stdin=subprocess.DEVNULL, capture_output=True)
+    missing = [package for probe, package in PACKAGES.items() if check(probe).returncode]
     if not missing:
         return
     if os.geteuid() or not shutil.which("apt-get"):
         command = f"sudo apt-get install -y {' '.join(missing)}"
-        say(f"missing: {' '.join(missing)}. Going on without; on Debian and Ubuntu: {command}")
+        say(f"continuing without these packages: {' '.join(missing)}. On Debian and Ubuntu: {command}")
         return
     say(f"installing {' '.join(missing)}")
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
@@ -221,14 +224,16 @@ def install_packages() -> None:
         ["apt-get", "-qq", *words], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
     apt("update")
-    for package in missing:  # one by one: a name that this release lacks must not stop the others
+    for package in missing:  # one by one, because apt-get installs nothing if it does not know one of the names
         done = apt("install", "-y", "--no-install-recommends", package)
         if done.returncode:
-            print(f"{done.stderr[-500:]}apt-get could not install {package}: going on without it", flush=True)
+            print(
+                f"{done.stderr[-500:]}apt-get could not install {package}: continuing without this package", flush=True
+            )
 
 
 def tasks_of(chosen: list[Suite], every: bool) -> list[Task]:
-    """The environments, and then the suites, the longest first."""
+    """Return the setup tasks, and then the suites, the longest first."""
     tasks = []
     for stack in STACKS:
         names = {suite.name for suite in chosen if suite.stack == stack}
@@ -242,7 +247,7 @@ def tasks_of(chosen: list[Suite], every: bool) -> list[Task]:
 
 
 def summarise(rows: list[Row], minutes: float) -> int:
-    """Print the table, the suites in the order of what they cost, and the tests that take longest."""
+    """Print a table of the suites, sorted by CPU time, and the slowest tests. Return exit code 1 if a test failed."""
     say("results")
     print(
         f"{'stack':8} {'suite':14} {'result':10} {'min:s':>6} {'CPU s':>6} {'passed':>7} {'failed':>7} {'skipped':>8}"
@@ -253,7 +258,7 @@ def summarise(rows: list[Row], minutes: float) -> int:
         print(line.format(row.task.stack, row.task.name, row.result, *divmod(int(row.wall_s), 60), row.cpu_s, *counts))
     tests = sorted(((s, name, row.task) for row in rows for s, name in row.tests), key=lambda test: -test[0])
     if tests:
-        print("\nthe tests that take longest (seconds)")
+        print("\nslowest tests (seconds)")
     for seconds, name, task in tests[:SLOWEST]:
         print(f"{seconds:6.1f}  {task.stack} {task.name}  {name}")
     passed = sum(row.passed for row in rows if row.task.name != "setup")
@@ -272,11 +277,11 @@ def parse(words: list[str]) -> argparse.Namespace:
     )
     names = list(dict.fromkeys(suite.name for suite in SUITES))
     add = parser.add_argument
-    add("--all", action="store_true", help="what is slow or wide too: whole worlds, mutants, benchmarks, Open MPI 5")
-    add("--stack", choices=[*STACKS, "all"], default="all", help="which of the two stacks (default: all)")
-    add("--suite", nargs="+", choices=names, default=names, metavar="NAME", help="only these suites")
-    add("--jobs", type=float, default=os.cpu_count(), metavar="CORES", help="the cores to fill (default: all)")
-    add("--list", action="store_true", help="print the suites and their commands, and stop")
+    add("--all", action="store_true", help="also run slow suites: all engines in full, mutants, benchmarks, Open MPI 5")
+    add("--stack", choices=[*STACKS, "all"], default="all", help="stack to test (default: all)")
+    add("--suite", nargs="+", choices=names, default=names, metavar="NAME", help="run only these suites")
+    add("--jobs", type=float, default=os.cpu_count(), metavar="CORES", help="number of cores to use (default: all)")
+    add("--list", action="store_true", help="print the suites and their commands, then exit")
     found = parser.parse_args(words)
     if found.jobs <= 0:
         parser.error(f"--jobs is {found.jobs:g}, expected more than 0")
@@ -286,7 +291,8 @@ def parse(words: list[str]) -> argparse.Namespace:
         if suite.name in found.suite and found.stack in ("all", suite.stack) and (found.all or suite.command)
     ]
     if not found.suites:
-        parser.error(f"no such suite on {found.stack}, or under --all alone: see --list")
+        stacks = "either stack" if found.stack == "all" else f"stack {found.stack}"
+        parser.error(f"--suite names no suite of {stacks}, or only suites that need --all. See --list --all")
     return found
 
 
@@ -307,13 +313,13 @@ def main(words: list[str]) -> int:
         queue = Queue(asked.jobs, pathlib.Path(folder), environment)
         queue.waiting = tasks
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, queue.tell)
+            signal.signal(number, queue.receive)
         try:
             queue.run()
         finally:
             queue.end()
-        if queue.told:
-            return 128 + queue.told
+        if queue.received:
+            return 128 + queue.received
         return summarise(queue.rows, (time.monotonic() - began) / 60)
 
 

@@ -127,7 +127,7 @@ def test_a_signal_ends_all_that_runs(tmp_path, number):
         (["--suite", "singel"], "invalid choice: 'singel'"),
         (["--stack", "old"], "invalid choice: 'old'"),
         (["--jobs", "0"], "--jobs is 0, expected more than 0"),
-        (["--suite", "mutants"], "no such suite on all, or under --all alone"),
+        (["--suite", "mutants"], "--suite names no suite of either stack, or only suites that need --all"),
     ],
 )
 def test_wrong_arguments(words, message, capsys):
