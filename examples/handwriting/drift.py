@@ -1,4 +1,4 @@
-"""Measure how far training on several replicas departs from one, with distpad and with the mean of means.
+"""Measure how far the weights drift from those of one device, with distpad and with the mean of means.
 
 The optimiser is plain gradient descent. An optimiser that normalises its steps hides a wrong gradient scale.
 """

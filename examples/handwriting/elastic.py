@@ -1,4 +1,4 @@
-"""Elastic training (``--elastic``): go on when workers leave or join."""
+"""Elastic training (``--elastic``): continue when workers leave or join."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(
 ) -> None:
     """Call ``train_and_test(checkpoints, commit=...)``, and again from the last commit when workers are lost or join.
 
-    The optimiser's step counter sets the step to go on from. No worker runs a collective before ``begin``: a worker
+    The optimiser's step counter sets the step to continue from. No worker runs a collective before ``begin``: a worker
     that joins meets the other workers at the sync of the state.
 
     Raises:

@@ -106,6 +106,6 @@ def certify(engine: Engine) -> None:
         engine.backend.close()  # all workers close together: an early exit would hide the error of the others
         raise ValueError(
             f"--certify: gradients on these {certificate.num_replicas} replicas are off by "
-            f"{certificate.max_relative_error:.1%} of their size, expected those of one device. Run distpad doctor, "
-            "and distpad certify on fewer hosts."
+            f"{certificate.max_relative_error:.1%} of their size, expected the gradients of one device. "
+            "Run distpad doctor. Then run distpad certify on fewer hosts."
         )

@@ -62,8 +62,8 @@ def check(source: FolderStrings, head: str) -> None:
         there = int(model.columns(len(example.image)))
         if needed > there:
             raise ValueError(
-                f"{name}: its text {example.text!r} needs {needed} columns, but its width of "
-                f"{len(example.image)} pixels makes {there}. Use a larger --height, or --loss position."
+                f"{name}: the text {example.text!r} needs {needed} columns, but the picture is {len(example.image)} "
+                f"pixels wide and has {there} columns. Use a larger --height, or --loss position."
             )
 
 
@@ -79,7 +79,7 @@ def read_picture(path: Path, height: int) -> np.ndarray:
             width = max(1, round(grey.width * height / grey.height))
             pixels = np.asarray(grey.resize((width, height), Image.Resampling.BICUBIC), np.float32) / 255
     except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such file.") from None
+        raise ValueError(f"{path}: the file does not exist.") from None
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"{path}: cannot be read as a picture ({error}).") from error
     return np.ascontiguousarray((1 - pixels if np.median(pixels) > 0.5 else pixels).T)
@@ -89,7 +89,7 @@ def _read_labels(folder: Path) -> dict[str, str]:
     path = folder / "labels.csv"
     if not path.is_file():
         raise ValueError(
-            f"{folder}: holds no labels.csv. Write one with the columns file,text and a row for each picture."
+            f"{folder}: holds no labels.csv. Write this file with the columns file,text and a row for each picture."
         )
     with path.open(newline="", encoding="utf-8-sig") as lines:
         rows = csv.DictReader(lines)
@@ -102,7 +102,7 @@ def _read_labels(folder: Path) -> dict[str, str]:
         raise ValueError(f"{path}: {empty[0]} has no text, expected at least one character.")
     if len(texts) < 2:
         raise ValueError(
-            f"{path}: names {len(texts)} pictures, expected at least two: one to train on, one to test with."
+            f"{path}: names {len(texts)} pictures, expected at least two: one for training, one for testing."
         )
     return texts
 

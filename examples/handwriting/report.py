@@ -34,7 +34,9 @@ def announce(engine: Engine, data: Rows, options: argparse.Namespace, strings: i
     replicas = f"{engine.replicas} replica{'s' * (engine.replicas > 1)}"
     batch = f"{options.max_columns} columns" if options.max_columns else str(options.batch)
     Console().print(
-        f"[bold]{replicas}[/] ({engine.name}), global batch {batch}, {len(data)} strings, {strings} held out"
+        f"[bold]{replicas}[/] ({engine.name}), global batch {batch}, {len(data)} training strings, "
+        f"{strings} held-out strings",
+        soft_wrap=True,
     )
 
 
@@ -65,7 +67,7 @@ def finish(
     console = Console()
     if drifts:
         table = Table(
-            title=f"Relative distance of the weights from 1 replica's after {len(drifts[0]['distpad'])} steps",
+            title=f"Relative distance of the weights from those of one device after {len(drifts[0]['distpad'])} steps",
             min_width=70,
         )
         for heading in ("engine", "replicas", "with distpad", "mean of means"):
@@ -74,13 +76,15 @@ def finish(
             ours, naive = f"{drift['distpad'][-1]:.1e}", f"{drift['naive'][-1]:.1e}"
             table.add_row(drift["backend"], str(drift["replicas"]), f"[green]{ours}[/]", f"[red]{naive}[/]")
         console.print(table)
-    console.print(f"\n[italic]What worker 0's replicas were given[/]\n{stats}\n", highlight=False)
+    console.print(f"\n[italic]Padding stats of worker 0[/]\n{stats}\n", highlight=False)
     console.print(
         f"character error rate [bold]{summary['character_error_rate']:.2%}[/] "
         f"on {summary['held_out_strings']} held-out strings, after {summary['seconds']:.0f} s"
     )
     console.print(
-        f"{out / 'report.png'}   try: read.py --model {out} {out / 'samples'}/*.png", highlight=False, soft_wrap=True
+        f"report: {out / 'report.png'}\nto read the sample pictures: read.py --model {out} {out / 'samples'}/*.png",
+        highlight=False,
+        soft_wrap=True,
     )
 
 

@@ -2,9 +2,9 @@
 """Train a reader of handwriting on several devices at once.
 
 Without options, the script trains on strings of 1 to 12 handwritten digits, on four CPU replicas, in a few minutes.
-Batches hold strings of similar widths (--randomness 1: of any width). Their padded sizes are few, and equal on all
-replicas. Before training, the script runs the first steps three times: on one device, on all replicas with distpad, and
-on all replicas with the usual mean of means. The report shows how far the weights drift apart.
+A batch holds strings of similar widths (--randomness 1: of any width). Batches have few padded sizes, which are equal
+on all replicas. Before training, the script runs the first steps three times: on one device, on all replicas with
+distpad, and on all replicas with the usual mean of means. The report shows how far the weights drift apart.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ examples:
   train.py --max-columns 4096 --average 200             # batches by width; the loss over a constant
   horovodrun -np 2 python train.py --backend horovod    # two processes; their drift joins the same report
   horovodrun -np 2 --min-np 1 --host-discovery-script launch/discover_hosts.sh \\
-      python train.py --backend horovod --elastic       # go on when processes leave or join
+      python train.py --backend horovod --elastic       # continue when processes leave or join
 """
 LOG_EVERY = 10
 LOOK_EVERY = 100  # steps between two tests on held-out strings
@@ -67,9 +67,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--backend", default="mirrored", metavar="ENGINE", help="local, mirrored (default), multiworker or horovod")
-    add("--replicas", type=int, metavar="N", help="total over all workers (default 4, or the launcher's number)")
+    add("--replicas", type=int, metavar="N", help="replicas on all workers (default 4, or the launcher's number)")
     add("--loss", choices=("ctc", "position"), default="ctc", help="CTC (default), or cross-entropy for each position")
-    add("--data", type=Path, metavar="FOLDER", help="your own pictures, with a labels.csv (file,text)")
+    add("--data", type=Path, metavar="FOLDER", help="folder with pictures and labels.csv (file,text)")
     add("--height", type=int, default=32, metavar="PIXELS", help="height of the scaled pictures (default 32)")
     add("--out", type=Path, default=Path("runs/demo"), metavar="FOLDER", help="output folder (default runs/demo)")
     add("--steps", type=int, default=1000, metavar="N", help="training steps (default 1000)")
@@ -77,7 +77,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--strings", type=int, default=8000, metavar="N", help="digit strings to train on (default 8000)")
     add("--boundaries", type=int, default=6, metavar="N", help="number of padded batch sizes (default 6)")
     add("--randomness", type=float, metavar="X", help="0: batches of similar widths, 1: shuffled; see LengthSampler")
-    add("--max-columns", type=int, metavar="N", help="instead of --batch: columns of pixels in a global batch")
+    add("--max-columns", type=int, metavar="N", help="columns of pixels in a global batch, instead of --batch")
     add(
         "--average",
         default="sequence_sum",
@@ -94,12 +94,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="auto",
         help="resume from the last checkpoint in --out; auto: if one exists (for schedulers that restart the job)",
     )
-    add("--elastic", action="store_true", help="go on when workers leave or join; needs --backend horovod")
-    add("--commit-every", type=int, default=20, metavar="STEPS", help="with --elastic: most steps to lose (default 20)")
+    add("--elastic", action="store_true", help="continue when workers leave or join; needs --backend horovod")
+    add("--commit-every", type=int, default=20, metavar="STEPS", help="steps between --elastic commits (default 20)")
     add("--checkpoint-every", type=int, default=200, metavar="STEPS", help="steps between checkpoints (default 200)")
     add("--stop-at", type=int, metavar="STEP", help="save and stop at this step (for queues with a time limit)")
     add("--eval-strings", type=int, default=500, metavar="N", help="held-out strings to test with (default 500)")
-    add("--certify", action="store_true", help="before training, check that gradients equal one device's, or exit")
+    add("--certify", action="store_true", help="before training, compare gradients with one device; exit on error")
     add("--no-drift", dest="drift", action="store_false", help="skip the comparison with one device")
     options = parser.parse_args(arguments)
     counts = "steps batch strings boundaries max_columns commit_every checkpoint_every eval_strings stop_at"
@@ -107,7 +107,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least 1")
     if options.elastic and options.backend != "horovod":
-        parser.error(f"--elastic is for --backend horovod, which is {options.backend}")
+        parser.error(f"--backend is {options.backend}, expected horovod with --elastic")
     with contextlib.suppress(ValueError):
         options.average = float(options.average)
     if options.height < 8 or options.height % model.STRIDE:
@@ -174,7 +174,7 @@ def train(
     def save() -> None:
         saved.save(done)
         if engine.worker == 0:
-            print(f"train.py: SIGTERM: step {done} is saved. --resume goes on there.", flush=True)
+            print(f"train.py: SIGTERM: step {done} is saved. --resume continues from this step.", flush=True)
 
     preemption = distpad.Preemption(save, every=LOG_EVERY, backend=engine.backend)
     with preemption, tqdm(range(first, last), disable=engine.worker > 0, **progress) as bar:

@@ -85,8 +85,8 @@ def main(*kinds: Kind, arguments: Sequence[str] | None = None) -> int:
     """Print the table of each kind. Return exit code 1 if distpad's gradients differ from those of one device."""
     parser = argparse.ArgumentParser(description="Compares the gradients of several replicas with those of one device.")
     parser.add_argument("--backend", default="auto", choices=["auto", "local", "mirrored", "multiworker", "horovod"])
-    parser.add_argument("--replicas", type=int, help="expected replicas; mirrored creates as many CPU devices")
-    parser.add_argument("--limit", type=float, default=LIMIT, help="limit on the gradient error (default: %(default)s)")
+    parser.add_argument("--replicas", type=int, help="number of replicas; mirrored creates this number of CPU devices")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="maximum gradient error (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
         backend = distpad.backends.start(options.backend, options.replicas)
@@ -113,11 +113,11 @@ def _compare(kind: Kind, backend: distpad.backends.Backend, limit: float) -> boo
     if backend.worker_index == 0:
         numbers = f"replicas: {backend.num_replicas}, workers: {backend.num_workers}"
         print(f"\n{kind.title}\n{backend.name}, {numbers}, sequences: {sum(len(labels) for _, labels in rows)}")
-        print(f"{'':40}{'loss':>9}{'off by':>9}{'gradient error':>17}")
+        print(f"{'':40}{'loss':>9}{'loss error':>12}{'gradient error':>17}")
         for name, loss in losses.items():
-            figures = f"{abs(loss / true_loss - 1):>9.2%}{errors[name]:>17.1e}" if name in errors else ""
+            figures = f"{abs(loss / true_loss - 1):>12.2%}{errors[name]:>17.1e}" if name in errors else ""
             print(f"{name:40}{loss:>9.5f}{figures}")
-        print(f"The plain way's gradient is off by {errors[KERAS]:.1%} of its size.")
+        print(f"The gradient of plain Keras is off by {errors[KERAS]:.1%} of its size.")
         if not passed:
             print(f"NOT PASSED: distpad's gradient error is {errors[DISTPAD]:.1e}, expected at most {limit:.0e}.")
     return passed
@@ -132,8 +132,8 @@ def _run(backend: distpad.backends.Backend, model: Linear, step: Step, batches: 
         return loss, backend.reduce_in_optimizer(gradients)
 
     results = backend.run(on_replica, lambda replica: batches[replica])
-    shares = np.array(sum(float(loss) for loss, _ in results))  # local contributions; a loop calls distpad.global_value
-    loss = float(backend.host_sum(shares)) / backend.gradient_scale
+    local = np.array(sum(float(loss) for loss, _ in results))  # local contributions; a loop calls distpad.global_value
+    loss = float(backend.host_sum(local)) / backend.gradient_scale
     return loss, np.concatenate([gradient.numpy().ravel() for gradient in results[0][1]])
 
 

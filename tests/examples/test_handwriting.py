@@ -307,7 +307,7 @@ def broken(change: str, path: pathlib.Path) -> pathlib.Path:
     ("change", "message"),
     [
         ("no labels.csv", "holds no labels.csv"),
-        ("no such file", "there is no such file"),
+        ("no such file", "the file does not exist"),
         ("no picture", "cannot be read as a picture"),
         ("no text", "has no text"),
         ("no column", "has no column file"),
@@ -411,7 +411,7 @@ def test_own_pictures_are_trained_on(tmp_path):
         (("--backend", "local", "--resume"), "--resume"),
         (("--resume", "perhaps"), "choose from"),
         (("--boundaries", "0"), "--boundaries is 0"),
-        (("--elastic",), "--elastic is for --backend horovod, which is mirrored"),
+        (("--elastic",), "--backend is mirrored, expected horovod with --elastic"),
         (("--backend", "local", "--max-columns", "10"), "max_tokens is 10, expected at least"),
         (("--backend", "local", "--data", "no-such-folder"), "holds no labels.csv"),
         (("--height", "30"), "--height is 30"),
