@@ -2,7 +2,7 @@
 """Held-out errors of the handwriting example: batches of similar widths against a full shuffle, over the same seeds.
 
 Each run is examples/handwriting/train.py on one device. Several replicas give the same result up to rounding. Two runs
-run in parallel. Errors are character error rates, differences are in percentage points.
+run in parallel. Errors are character error rates. Differences are in percentage points.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
         done = pool.map(lambda run: error_rate([*VARIANTS[run[0]], "--seed", str(run[1]), *common]), runs)
         found = dict(zip(runs, tqdm(done, total=len(runs), unit="run")))
     table = Table(title=f"{options.seeds} seeds, {options.steps} steps, {options.eval_strings} held-out strings")
-    for heading in ("batches", "character errors, %", "points above the full shuffle", "on average"):
+    for heading in ("batches", "character errors, %", "points above the full shuffle", "mean"):
         table.add_column(heading, justify="left" if heading == "batches" else "right")
     for name in VARIANTS:
         rates = [found[name, seed] for seed in range(options.seeds)]

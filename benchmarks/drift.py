@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How far the weights depend on the number of replicas, with the masks and means of TensorFlow, Keras and distpad.
+"""Dependence of the weights on the number of replicas, with the masks and means of TensorFlow, Keras and distpad.
 
 Each contender trains the same model on the same global batches, by plain gradient descent, on 1, 2 and 4 replicas of a
 MirroredStrategy. Two errors are possible. On one replica, the loss may differ from the mean over valid positions. On
@@ -40,11 +40,15 @@ def main() -> None:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="training steps (default 10)")
-    parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="default 1 2 4")
+    parser.add_argument(
+        "--replicas", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="replicas (default 1 2 4)"
+    )
     parser.add_argument("--one", type=Path, metavar="FILE", help=argparse.SUPPRESS)  # one run, in this process
     options = parser.parse_args()
     if 1 not in options.replicas:
-        parser.error(f"--replicas is {options.replicas}, expected 1 among them: the others are held against it")
+        parser.error(
+            f"--replicas is {options.replicas}, expected a list with 1: all others are compared with 1 replica"
+        )
     if options.one:
         options.one.write_text(json.dumps(train_all(options.replicas[-1], options.steps)))
         return
@@ -62,14 +66,17 @@ def in_a_process(replicas: int, steps: int) -> dict[str, list[float]]:
 
 
 def show(found: dict[int, dict[str, list[float]]], steps: int) -> None:
-    """Print the distances of weights, relative to the distance that the target's weights move."""
+    """Print the distances of weights, relative to the distance that the target moves the weights."""
     start, target = (np.array(found[1][name]) for name in ("start", TARGET))
     moved = np.linalg.norm(target - start)
     several = [n for n in found if n != 1]
-    title = f"distance of the weights after {steps} steps, over the way that they went; exact: {TARGET}"
+    title = (
+        f"Distance of the weights after {steps} steps, relative to the distance that exact training moves the weights. "
+        f"Exact: {TARGET}."
+    )
     table = Table(title=title, title_justify="left")
-    table.add_column("what is averaged by")
-    for heading in ("on 1, from exact", *(f"on {n}, from on 1" for n in several)):
+    table.add_column("contender")
+    for heading in ("1 replica to exact", *(f"{n} to 1 replica" for n in several)):
         table.add_column(heading, justify="right")
     for name, weights in found[1].items():
         if name in ("start", TARGET):
@@ -149,8 +156,8 @@ def contenders(strategy: Any) -> dict[str, Callable[[Any, list], None]]:
 
         return train
 
-    def loop(share: Callable[[Any, Any, Any], Any], rate: float = RATE) -> Callable[[Any, list], None]:
-        """Return a custom loop with the loss ``share(y_true, logits, mask)`` on each replica."""
+    def loop(local_loss: Callable[[Any, Any, Any], Any], rate: float = RATE) -> Callable[[Any, list], None]:
+        """Return a custom loop with the loss ``local_loss(y_true, logits, mask)`` on each replica."""
 
         def train(model: Any, given: list) -> None:
             with strategy.scope():
@@ -159,7 +166,7 @@ def contenders(strategy: Any) -> dict[str, Callable[[Any, list], None]]:
 
             def step(x: Any, y: Any, mask: Any) -> None:
                 with tf.GradientTape() as tape:
-                    loss = share(y, model(x, training=True), mask)
+                    loss = local_loss(y, model(x, training=True), mask)
                 gradients = tape.gradient(loss, model.trainable_variables)
                 optimizer.apply_gradients(zip(gradients, model.trainable_variables))
 

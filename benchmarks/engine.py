@@ -20,9 +20,8 @@ import tensorflow as tf
 
 from distpad import backends
 
-logging.getLogger("tensorflow").setLevel(
-    logging.ERROR
-)  # TensorFlow warns of retracing; the benchmarks retrace on purpose
+# TensorFlow warns about retracing. The benchmarks retrace on purpose.
+logging.getLogger("tensorflow").setLevel(logging.ERROR)
 
 
 def start() -> backends.Backend:

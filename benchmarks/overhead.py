@@ -50,13 +50,13 @@ def main() -> None:
     make = functools.partial(
         distpad.PaddedBatches, held, options.batch_size, padding=PADDING, tokens="y", buckets=BUCKETS
     )
-    oracle = knowing(backend)
+    oracle = oracle_of(backend)
     contenders: dict[str, Callable[[], Iterator[Any]]] = {"the oracle": make(backend=oracle).__iter__}
     contenders |= {f"a window of {n}": make(lookahead=n, backend=backend).__iter__ for n in WINDOWS}
-    contenders["an exchange in each step"] = functools.partial(blocking, backend, held, options.batch_size)
+    contenders["a sync in each step"] = functools.partial(blocking, backend, held, options.batch_size)
     for batches in contenders.values():  # trace the step, and record the sync results for the oracle
         run(trainer, batches)
-    oracle.knows = True
+    oracle.replays = True
     chief = backend.worker_index == 0
     timed = {name: functools.partial(run, trainer, batches) for name, batches in contenders.items()}
     figures = rounds.take_turns(timed, "the oracle", options.rounds, quiet=not chief)
@@ -112,18 +112,18 @@ def float_of(trainer: engine.Trainer, value: Any) -> float:
     return float(strategy.experimental_local_results(value)[0] if strategy else value)
 
 
-def knowing(backend: backends.Backend) -> Any:
-    """Return the engine with a recorder. Once ``knows`` is true, it replays the sync results of the first epoch."""
+def oracle_of(backend: backends.Backend) -> Any:
+    """Return the engine with a recorder of sync results. With ``replays``, the recorder replays the first epoch."""
 
     def host_merge(self: Any, *vectors_and_limits: Any) -> Any:
-        if not self.knows:
-            self.said.append(type(backend).host_merge(self, *vectors_and_limits))
-            return self.said[-1]
+        if not self.replays:
+            self.recorded.append(type(backend).host_merge(self, *vectors_and_limits))
+            return self.recorded[-1]
         self.at += 1
-        return self.said[(self.at - 1) % len(self.said)]
+        return self.recorded[(self.at - 1) % len(self.recorded)]
 
     made = object.__new__(type("Oracle", (type(backend),), {"host_merge": host_merge}))
-    made.__dict__.update(backend.__dict__, knows=False, said=[], at=0)
+    made.__dict__.update(backend.__dict__, replays=False, recorded=[], at=0)
     return made
 
 

@@ -43,15 +43,15 @@ def main() -> None:
         return lambda: sampler.plan(next(epochs))
 
     table = Table(title=f"Seconds, medians of {options.rounds}", title_justify="left")
-    table.add_column("what")
+    table.add_column("operation")
     table.add_column("seconds", justify="right")
     for name, work in {
         "Buckets.from_lengths, 100,000 different lengths, 8 boundaries": lambda: distpad.Buckets.from_lengths(
             different, 8
         ),
-        f"LengthSampler, {options.examples:,} lengths, made afresh": lambda: planned(global_batch_size=256),
-        f"an epoch of {options.examples:,}, 256 examples a step": planned(global_batch_size=256),
-        f"an epoch of {options.examples:,}, 65,536 tokens a step": planned(max_tokens=65_536),
+        f"construction of a LengthSampler, {options.examples:,} lengths": lambda: planned(global_batch_size=256),
+        f"plan of an epoch of {options.examples:,}, 256 examples a step": planned(global_batch_size=256),
+        f"plan of an epoch of {options.examples:,}, 65,536 tokens a step": planned(max_tokens=65_536),
     }.items():
         table.add_row(name, f"{statistics.median(seconds(work) for _ in range(options.rounds)):.2f}")
     Console(width=100).print(table)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets everything up and runs the benchmarks, each under the engines that it compares on.
+# Creates the environment and runs the benchmarks. The table below lists the engines of each benchmark.
 set -euo pipefail
 
 # name | engines | script and arguments
@@ -17,13 +17,14 @@ convergence | local               | convergence.py
 
 usage() {
   cat <<'TEXT'
-Runs the benchmarks: ratios between contenders that take turns in one process, on two workers of one core each.
-All of them take about an hour on two cores that have nothing else to do. What they print also goes to runs/benchmarks.
+Runs the benchmarks, most of them on two workers with one core each. The contenders of a speed benchmark take turns in
+one process, and the benchmark prints ratios of their times. All benchmarks take about an hour on two idle cores. The
+output is also written to runs/benchmarks.
 
 Usage: benchmarks/run.sh [--stack current|classic] [NAME...]
   NAME        overhead, tokens, docstrings, wrapper, mirrored, drift, shapes, planning, convergence (default: all)
-  --stack     default: current
-  -h, --help  this text
+  --stack     environment (default: current)
+  -h, --help  print this text
 
 Examples:
   benchmarks/run.sh
@@ -47,16 +48,16 @@ main() {
   done
   [[ $stack =~ ^(current|classic)$ ]] || die "--stack is $stack, expected current or classic"
   for name in ${chosen[@]+"${chosen[@]}"}; do
-    grep -q "^$name " <<<"$BENCHMARKS" || die "there is no benchmark $name. See benchmarks/run.sh --help"
+    grep -q "^$name " <<<"$BENCHMARKS" || die "unknown benchmark $name. See benchmarks/run.sh --help"
   done
   root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
   cd "$root"
   out=runs/benchmarks/$stack
   mkdir -p "$out"
   python=$(launch/environment.sh "$stack" --horovod)
-  # alike for all contenders: one core a worker
+  # one core per worker, for all contenders
   export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 TF_CPP_MIN_LOG_LEVEL=3
-  export DISTPAD_PYTHON=$python PYTHONUNBUFFERED=1 TERM=dumb TF_ENABLE_ONEDNN_OPTS=0 # whose note is printed at any level
+  export DISTPAD_PYTHON=$python PYTHONUNBUFFERED=1 TERM=dumb TF_ENABLE_ONEDNN_OPTS=0 # oneDNN prints its note at any log level
   while IFS='|' read -r name engines script; do
     name=${name// /}
     [[ -n $name ]] || continue

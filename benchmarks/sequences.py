@@ -27,7 +27,9 @@ def docstrings(count: int, seed: int = 0) -> list[np.ndarray]:
     """
     found = sorted({text[:LONGEST] for text in _all_docstrings(Path(sysconfig.get_paths()["stdlib"]))})
     if len(found) < count:
-        raise ValueError(f"docstrings: count is {count}, expected at most {len(found)}, those of this Python.")
+        raise ValueError(
+            f"docstrings: count is {count}, expected at most {len(found)}, the number in this Python's library."
+        )
     chosen = np.random.default_rng(seed).permutation(len(found))[:count]
     return [np.minimum([ord(c) for c in found[i]], VOCABULARY - 1) for i in chosen]
 

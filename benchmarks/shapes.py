@@ -51,7 +51,7 @@ def main() -> None:
     ]  # the data of all workers, so that all workers compute the same buckets
     lengths = {name: [len(example[name]) for part in held for example in part] for name in PADDING}
     buckets = {name: distpad.Buckets.from_lengths(found, BOUNDARIES) for name, found in lengths.items()}
-    said: dict[str, str] = {}
+    reports: dict[str, str] = {}
 
     def first_epoch(name: str, buckets: dict[str, distpad.Buckets] | None, jit_compile: bool) -> float:
         trainer = engine.Trainer(backend, model, functools.partial(loss, backend), jit_compile=jit_compile)
@@ -64,10 +64,10 @@ def main() -> None:
             if trainer.step.experimental_get_tracing_count() > before:
                 at.append(step)
         seconds = time.perf_counter() - began
-        said[name] = f"{len(at)} traces of the step, at steps {at}"
+        reports[name] = f"{len(at)} traces of the step, at steps {at}"
         if dumped is not None and jit_compile:
             compiled = sorted(dumped.glob("*differentiate*.before_optimizations.txt"))
-            said[name] += f"; {len(compiled)} compilations by XLA"
+            reports[name] += f"; {len(compiled)} compilations by XLA"
             for path in compiled:
                 path.unlink()
         return seconds
@@ -81,7 +81,7 @@ def main() -> None:
     if backend.worker_index == 0:
         title = f"first epoch of {options.steps} steps, {backend.num_workers} workers ({backend.name})"
         rounds.show(title, "seconds", figures)
-    for name, text in said.items():
+    for name, text in reports.items():
         Console(width=200).print(f"worker {backend.worker_index}, {name}: {text}", highlight=False)
 
 
@@ -115,10 +115,10 @@ def model() -> tf.keras.Model:
 def loss(backend: backends.Backend, trained: tf.keras.Model, batch: distpad.Batch) -> tf.Tensor:
     """Compute the loss. Position k of a label attends to the columns near 16 k + 8."""
     states = trained(batch.data["image"])
-    columns, places = tf.shape(states)[1], tf.shape(batch.data["label"])[1]
-    away = tf.range(columns)[tf.newaxis] - (16 * tf.range(places)[:, tf.newaxis] + 8)
-    looks = tf.nn.softmax(-tf.abs(tf.cast(away, tf.float32)) / 8)
-    logits = tf.einsum("pc,bck->bpk", looks, states)
+    columns, positions = tf.shape(states)[1], tf.shape(batch.data["label"])[1]
+    distance = tf.range(columns)[tf.newaxis] - (16 * tf.range(positions)[:, tf.newaxis] + 8)
+    attention = tf.nn.softmax(-tf.abs(tf.cast(distance, tf.float32)) / 8)
+    logits = tf.einsum("pc,bck->bpk", attention, states)
     counted = distpad.DistributedLoss(entropy, backend=backend)
     return counted(batch.data["label"], logits, lengths=batch.lengths["label"], denominator=batch.counts)
 

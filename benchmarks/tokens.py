@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """Valid positions per second: batches of similar lengths in a few buckets against the usual ways to pad.
 
-All contenders train the same model on the same examples each epoch, 16 per replica. Two contenders use tf.data: one
-pads to the longest example of a replica's batch, the other to the longest of the data set. Two contenders use
-LengthSampler and PaddedBatches with 6 buckets: one by number of examples, the other by a token budget. The second table
-shows the spread of step times, because workers wait for the slowest step: first as timed, then with each step at the
-median of all steps of its shape. The median excludes other load on the machine.
+All contenders train the same model on the same examples each epoch, 16 per replica. Two contenders use tf.data:
+"per batch" pads to the longest example of a replica's batch, "fixed length" pads to the longest of the data set. Two
+contenders use LengthSampler and PaddedBatches with 6 buckets: one by number of examples, the other by a token budget.
+The second table shows the spread of step times, because workers wait for the slowest step: first as timed, then with
+each step at the median of all steps of its shape. The median excludes other load on the machine.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ examples:
 """
 SIZE = 16  # examples per replica
 BOUNDARIES = 6
-OWN, LONGEST = "padded_batch, own longest", "padded_batch, longest of all"
+OWN, LONGEST = "padded_batch, per batch", "padded_batch, fixed length"
 
 
 def main() -> None:
@@ -135,8 +135,8 @@ def shuffled(backend: backends.Backend, data: list[np.ndarray], length: int | No
 
     order = tf.data.Dataset.range(len(data)).shuffle(len(data), seed=0)
     mine = order.shard(backend.num_workers, backend.worker_index).map(pair)
-    shapes, filling = {key: [length] for key in "xy"}, dict.fromkeys("xy", tf.constant(-1, flat.dtype))
-    return mine.padded_batch(SIZE, shapes, filling, drop_remainder=True).prefetch(4)
+    shapes, fill_values = {key: [length] for key in "xy"}, dict.fromkeys("xy", tf.constant(-1, flat.dtype))
+    return mine.padded_batch(SIZE, shapes, fill_values, drop_remainder=True).prefetch(4)
 
 
 def grouped(

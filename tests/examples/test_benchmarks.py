@@ -89,7 +89,7 @@ def test_overhead(world):
 def test_tokens():
     output = run("horovod:2", "tokens.py", "--rounds", 1, "--examples", 96)
     assert "2 workers" in output
-    for contender in ("own longest", "longest of all", "32 examples", "8,192 tokens"):
+    for contender in ("per batch", "fixed length", "32 examples", "8,192 tokens"):
         assert len(re.findall(f"{contender} +│ .*[0-9]", output)) == 2, output  # in both tables
 
 
