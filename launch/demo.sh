@@ -44,7 +44,7 @@ parse() {
     multiworker | horovod) REPLICAS=${REPLICAS:-2} ;;
     *) die "--backend is $BACKEND, expected mirrored, local, multiworker or horovod" ;;
   esac
-  [[ $REPLICAS =~ ^[1-9][0-9]*$ ]] || die "--replicas is $REPLICAS, expected a number from 1"
+  [[ $REPLICAS =~ ^[1-9][0-9]*$ ]] || die "--replicas is $REPLICAS, expected an integer of at least 1"
 }
 
 main() {
@@ -70,7 +70,7 @@ main() {
   local start=$SECONDS
   "${command[@]}" || { local status=$?; say "the training failed (exit code $status)" >&2; exit "$status"; }
 
-  say "done in $((SECONDS - start)) s. The picture: $root/runs/demo/report.png"
+  say "done in $((SECONDS - start)) s. The report: $root/runs/demo/report.png"
   say "To read images with the trained network: $python examples/handwriting/read.py --model runs/demo IMAGE..."
 }
 

@@ -13,7 +13,7 @@ set -eu
 
 file=${1:-${DISTPAD_HOSTS_FILE:-}}
 if [ -z "$file" ]; then
-  echo "discover_hosts: error: no file of hosts. Set DISTPAD_HOSTS_FILE, or pass the file as an argument." >&2
+  echo "discover_hosts: error: no hosts file is given. Set DISTPAD_HOSTS_FILE, or pass the file as an argument." >&2
   exit 1
 fi
 if [ ! -r "$file" ]; then

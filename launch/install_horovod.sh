@@ -54,7 +54,7 @@ find_python() {
   fi
   "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null ||
     die 10 "$PYTHON does not run, or is older than Python 3.8." \
-      "Choose another with --python, or create one: launch/environment.sh current"
+      "Choose another Python with --python, or create an environment: launch/environment.sh current"
   PYTHON=$("$PYTHON" -c 'import sys; print(sys.executable)')
   "$PYTHON" -m pip --version >/dev/null 2>&1 || die 10 "$PYTHON has no pip. Try: $PYTHON -m ensurepip"
 }
@@ -79,7 +79,7 @@ EOF
 )
   { read -r PY_TAG; read -r MACHINE; read -r TF_PACKAGE; read -r TF_VERSION; read -r SCRIPTS; read -r PREFIX; } <<<"$answer"
   [[ $TF_VERSION != none ]] ||
-    die 11 "$PYTHON has no TensorFlow." "Install one first, e.g.: $PYTHON -m pip install tensorflow-cpu==2.15.1"
+    die 11 "$PYTHON has no TensorFlow." "Install TensorFlow first, for example: $PYTHON -m pip install tensorflow-cpu==2.15.1"
 }
 
 # Sets MPI to e.g. openmpi-4.1.4, or nompi.
@@ -192,15 +192,15 @@ check_tools() {
   local error version
   error=$("$PYTHON" -c 'import tensorflow' 2>&1) ||
     die 11 "$TF_PACKAGE $TF_VERSION is installed in $PYTHON, but cannot be imported: ${error##*$'\n'}"
-  command -v cmake >/dev/null || die 12 "CMake is missing. Install it: $(install_command 'cmake g++ make' 'cmake gcc-c++ make')" \
+  command -v cmake >/dev/null || die 12 "CMake is missing. Install CMake: $(install_command 'cmake g++ make' 'cmake gcc-c++ make')" \
     "or, without root: $PYTHON -m pip install cmake"
   version=$(cmake --version | grep -oE '[0-9]+\.[0-9.]+' | head -n 1 || true)
   is_at_least "${version:-0}" 3.13 ||
     die 12 "$(command -v cmake) is version ${version:-unknown}, expected 3.13 or newer." \
-      "Get a newer one: $PYTHON -m pip install cmake"
+      "Install a newer CMake: $PYTHON -m pip install cmake"
   command -v "${CXX:-c++}" >/dev/null ||
-    die 13 "no C++ compiler (${CXX:-c++}). Install one: $(install_command 'g++ make' 'gcc-c++ make')"
-  command -v make >/dev/null || die 13 "make is missing. Install it: $(install_command make make)"
+    die 13 "no C++ compiler (${CXX:-c++}). Install a compiler: $(install_command 'g++ make' 'gcc-c++ make')"
+  command -v make >/dev/null || die 13 "make is missing. Install make: $(install_command make make)"
 }
 
 # Downloads and unpacks the released source to $WORK/source
@@ -237,7 +237,7 @@ build() {
   for each in "${NOTES[@]}"; do say "$each"; done
   check_tools
   fetch_source
-  prepare_source "$WORK/source" || die 16 "the source of Horovod $HOROVOD_VERSION is not as expected: no xla_mpi_ops.cc, or no AsGpuStreamValue."
+  prepare_source "$WORK/source" || die 16 "the source of Horovod $HOROVOD_VERSION has no xla_mpi_ops.cc or no AsGpuStreamValue, expected both."
   local log=$STORE/build.log builder status=0
   say "building for $TF_PACKAGE $TF_VERSION, $MPI, $NCCL: 3 to 10 minutes. Log: $log"
   if has_own_mpi; then link_own_mpi; fi
@@ -252,7 +252,7 @@ build() {
   if ((status)); then
     { grep -aE -m 10 '( error: |CMake Error|No space left|Killed)' "$log" || true; echo ...; tail -n 25 "$log"; } |
       cut -c 1-300 >&2
-    die 16 "the build failed (see its first errors and last lines above). Full log: $log"
+    die 16 "the build failed (see the first errors and the last lines above). Full log: $log"
   fi
   # The move is the last step, so that a wheel in the cache is always complete.
   cp "$WORK"/wheel/horovod-*.whl "$STORE/.partial"
@@ -295,9 +295,9 @@ EOF
     timeout --kill-after=10 120 "$@" -np 2 "$PYTHON" "$WORK/self_test.py" "$controller" 2>&1 </dev/null) || status=$?
   if ((status)) || [[ $answer != *"rank 0 of 2 is right"* || $answer != *"rank 1 of 2 is right"* ]]; then
     tail -n 25 <<<"$answer" >&2
-    ((status != 124)) || say "it did not end within 120 s."
-    [[ $controller != gloo ]] || say "Gloo resolves this host's own name. Check it with: getent hosts \$(hostname)"
-    [[ $controller != mpi ]] || say "mpirun must belong to the MPI of the build ($MPI). Check it with: mpirun --version"
+    ((status != 124)) || say "the self-test did not end within 120 s."
+    [[ $controller != gloo ]] || say "Gloo resolves this host's name. Check the name with: getent hosts \$(hostname)"
+    [[ $controller != mpi ]] || say "mpirun must belong to the MPI of the build ($MPI). Check this with: mpirun --version"
     die 18 "the self-test failed (exit $status): an all-reduce in two processes over $controller."
   fi
   say "self-test passed: an all-reduce in two processes over $controller"
@@ -385,7 +385,8 @@ main() {
   mkdir -p "$STORE"
   # pip skips installed packages, and then needs no network.
   "$PYTHON" -m pip install --quiet 'setuptools<81' wheel cloudpickle psutil packaging pyyaml >&2 ||
-    die 17 "pip could not install what Horovod needs into $PYTHON. If it belongs to the system: launch/environment.sh current"
+    die 17 "pip could not install Horovod's requirements into $PYTHON." \
+      "If this Python belongs to the system, create an environment first: launch/environment.sh current"
   exec 8>"$STORE/.lock"
   flock -n 8 || { say "another process is building this wheel: waiting for it"; flock 8; }
   if [[ -z $force && -n $(cached_wheel) ]]; then say "the wheel is in the cache: $KEY"; else build; fi

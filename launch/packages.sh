@@ -92,7 +92,7 @@ make_environment() {
       { cp -a --link "$cached/." "$folder" 2>/dev/null || cp -a --remove-destination "$cached/." "$folder" >&2; }
   ); then return 0; fi
   UV=""
-  say "no uv, or no cache in $CACHE: using pip, which takes minutes"
+  say "uv or its cache in $CACHE is not available: using pip, which takes minutes"
   make_venv "$python" "$folder" && install "$folder/bin/python" "${@/#/--requirement=}"
 }
 
@@ -103,7 +103,7 @@ fill_cache() { # fill_cache PYTHON FOLDER FILE...
   if [[ -f $folder/made-from && $(<"$folder/made-from") == "$state" ]] && "$folder/bin/python" -c '' 2>/dev/null; then
     return 0
   fi
-  say "filling the cache $folder, in a minute or two, mostly for downloads"
+  say "filling the cache $folder: one or two minutes, mostly for downloads"
   rm -rf "$folder"
   "$UV" venv --quiet --no-project --relocatable --python "$python" "$folder" >&2 &&
     install "$folder/bin/python" "${@/#/--requirement=}" && printf '%s\n' "$state" >"$folder/made-from"
