@@ -1,4 +1,4 @@
-"""Preemption: all workers save at one step and leave together when SIGTERM arrives at any of them."""
+"""Preemption: after SIGTERM to any worker, all workers save at the same step and exit."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from distpad import backends, errors
 
 _NAME = "Preemption"
 EXIT_CODE = 128 + signal.SIGTERM
-_ONE_S = 5.0  # signals within this time are one: Slurm, and launchers that pass it on, may send it twice
+_ONE_S = 5.0  # signals within this time count as one, because Slurm and launchers may send SIGTERM twice
 
 
 class Preemption:
-    """Save and leave together when SIGTERM arrives, in a custom training loop on any engine.
+    """Save and exit on all workers at the same step after SIGTERM, in a custom training loop on any engine.
 
-    SIGTERM arrives where a node is drained, the time of a job is over, or another job takes its place: at one worker or
-    at all of them, and hardly at one moment. Saving is collective, and no worker can train without the others. So a
-    worker that gets the signal notes it. Every ``every`` steps all workers agree whether any of them has noted one;
-    then all of them save at this step, and end with exit code 143. The time that a launcher grants (``--grace-s``) has
-    to last for ``every`` steps and a save.
+    A scheduler sends SIGTERM to drain a node, to end a job at its time limit, or to start another job. The signal
+    reaches one worker or all workers, at different times. Saving is collective, and no worker can train without the
+    others. A worker therefore only records the signal. Every ``every`` steps, one collective shows whether any worker
+    has recorded a signal. If so, all workers save at this step, and exit with code 143. The launcher's grace period
+    (``--grace-s``) must last for ``every`` steps and a save.
 
-    Outside of the ``with`` block, SIGTERM ends the process at once, although TensorFlow's workers would ignore it. So
-    does a second SIGTERM, more than 5 s after the first, inside the block: it ends a worker that waits for another one
-    that is gone. In an elastic job of Horovod only the workers that got the signal leave, after all have saved.
+    Outside of the ``with`` block, SIGTERM ends the process at once, although TensorFlow's workers would ignore it.
+    Inside the block, a second SIGTERM more than 5 s after the first also ends the process at once, even if it waits for
+    a lost worker. In an elastic Horovod job, all workers save, but only the workers that received the signal exit.
 
     Args:
       save: ``save()``, called on all workers at the same step; it may be collective.
-      every: steps between two exchanges of one number, at least 1.
+      every: steps between two collectives of three numbers, at least 1.
       backend: see ``distpad.backends.resolve``.
 
     Raises:
@@ -44,7 +44,7 @@ class Preemption:
     >>> saved = []
     >>> with Preemption(lambda: saved.append("now"), every=2) as preemption:
     ...     for done in range(1, 4):
-    ...         preemption.step(done)  # after step number ``done``
+    ...         preemption.step(done)  # after step ``done``
     >>> saved
     []
     """
@@ -61,9 +61,9 @@ class Preemption:
     def __enter__(self) -> Preemption:
         self._done = 0
         if threading.current_thread() is not threading.main_thread():
-            remedy = "Python takes signals there alone."
+            remedy = "Python handles signals only in the main thread."
             raise ValueError(errors.sentence(_NAME, "the thread", "another one", "the main thread", remedy))
-        # A handler would have to wait while the main thread waits, as for a worker that is gone. A thread need not.
+        # A Python handler runs in the main thread, and is delayed while that thread waits, as for a lost worker.
         reads, self._pipe = os.pipe()
         os.set_blocking(self._pipe, False)
         signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
@@ -77,38 +77,39 @@ class Preemption:
     ) -> None:
         try:
             if kind is None:
-                self._agree()
+                self._sync()
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.set_wakeup_fd(-1)
             os.close(self._pipe)
             self._thread.join()
-        # An elastic job that broke up: this worker cannot agree with anyone. Other errors are raised.
+        # The elastic job lost workers, and no collective completes: this worker exits alone. Other errors are raised.
         if self._noted_at is not None and kind is not SystemExit and self._backend.is_elastic:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def step(self, done: int) -> None:
-        """Save and leave where any worker got SIGTERM. Call it after each step.
+        """Save and exit if any worker received SIGTERM. Call this after each step.
 
         Args:
-          done: the number of steps that are done, the same on all workers.
+          done: number of completed steps, equal on all workers.
 
         Raises:
-          SystemExit: of code 143, after ``save``.
-          ValueError: on all workers, if they meet at different steps. TypeError: ``done`` is no integer.
+          SystemExit: with code 143, after ``save``.
+          ValueError: ``done`` differs between workers. All workers raise.
+          TypeError: ``done`` is not an integer.
 
-        Collective in each step whose number is a multiple of ``every``, and at the end of the block: one exchange.
+        Collective at each multiple of ``every``, and at the end of the block.
         """
         self._done = errors.integer(_NAME, "done", done, least=0)
         if self._done % self._every == 0:
-            self._agree()
+            self._sync()
 
-    def _agree(self) -> None:
+    def _sync(self) -> None:
         noted = self._noted_at is not None
         anyone, most, least = self._backend.host_max(np.array([int(noted), self._done, -self._done]))
         if most != -least:
-            # Workers that leave their loops at different steps would wait for each other later, or save two states.
-            remedy = "End the loop under a condition that all workers share."
+            # Workers whose loops end at different steps would later wait for each other, or save different states.
+            remedy = "End the loop at the same step on all workers."
             found = f"{self._done} on worker {self._backend.worker_index}"
             rule = f"the same on all workers (they are at {-least} to {most})"
             raise ValueError(errors.sentence(_NAME, "done", found, rule, remedy))
@@ -116,7 +117,7 @@ class Preemption:
             return
         self._save()
         if self._backend.is_elastic and not noted:
-            return  # the others go on, as after any loss of a worker
+            return  # this worker continues, as after any loss of a worker
         self._noted_at = None
         self._backend.close()
         raise SystemExit(EXIT_CODE)
