@@ -67,7 +67,7 @@ def _comparison(
         return steps.Device([gradient], 0.0, divisor, dtype)
 
     def own_loss(y_true: Any, y_pred: Any, sample_weight: Any = None, *, lengths: Any = None, mask: Any = None) -> Any:
-        # Only DistributedLoss promises gradients of exactly 0 at NaN: for another loss, gradients there are dropped.
+        # Only DistributedLoss guarantees gradients of exactly 0 at NaN. For other losses, these gradients are dropped.
         y_pred = tf.where(tf.math.is_nan(y_pred), tf.cast(np.nan, y_pred.dtype), y_pred)
         return loss(y_true, y_pred, sample_weight, lengths=lengths, mask=mask)
 

@@ -47,7 +47,7 @@ def subject(model: Any, loss: Any, step: Any, batch: Any, backend: backends.Back
         notes.append(f"a batch of 0 rows fails on one device: {consequence}")
     if backend.num_replicas > 1 and not is_exact:
         what = "step" if loss is None else "loss"
-        notes.append(f"the {what} is held against itself on one device: a factor that is there too is not detected")
+        notes.append(f"the {what} is compared with itself on one device: a wrong factor on both sides is not detected")
     return comparison.Subject(kinds, [[compared]], _padded(given, loss, on_one_device), tuple(notes))
 
 

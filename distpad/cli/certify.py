@@ -33,8 +33,6 @@ def certify(
     FUNCTION is called in the engine's scope, where it makes the model. All workers get the variables of worker 0, and
     must have the same batch.
 
-    Exits with 0 where gradients are equal, with 1 where they differ, and with 2 where they could not be compared.
-
     Examples:
 
       distpad certify --replicas 4
@@ -48,17 +46,19 @@ def certify(
       horovodrun -np 2 distpad certify
 
       launch/multiworker.sh -np 2 -- distpad certify
+
+    Exit codes: 0 the gradients are equal, 1 the gradients differ, 2 the gradients could not be compared.
     """
     if target is not None and (naive or ":" not in target):
         typer.echo(
-            "certify: --naive is of the built-in model, expected without MODULE:FUNCTION."
+            "certify: --naive is given with MODULE:FUNCTION, expected --naive with the built-in model alone."
             if naive
-            else f"certify: {target!r} is no MODULE:FUNCTION, expected a name like my_training:to_certify.",
+            else f"certify: the target is {target!r}, expected MODULE:FUNCTION, such as my_training:to_certify.",
             err=True,
         )
         raise typer.Exit(2)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # TensorFlow prints a note on oneDNN at any log level
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # oneDNN prints its note at any log level
     import tensorflow as tf
 
     import distpad

@@ -122,7 +122,7 @@ def test_own_means_do_not_pass(world):
     assert not certificate.passed and "NOT PASSED" in str(certificate)
     times = "the mean" if world.backend.gradient_reduction == "mean" else f"{world.num_replicas} times the mean"
     assert f"uneven rows: gradients are {times} of each replica's own mean" in certificate.diagnosis
-    assert "held against itself on one device" in str(certificate)
+    assert "compared with itself on one device" in str(certificate)
 
 
 @pytest.mark.worlds("mirrored:2")
@@ -350,7 +350,7 @@ def test_a_global_value_after_a_certificate_is_that_of_the_engine(world, one_kin
         loss(batch["x"][..., 0], batch["x"][..., 0], denominator=1.0)
         return right(batch)
 
-    assert certified(world, step=with_both, batch=batch_of()).passed  # held against itself on one device
+    assert certified(world, step=with_both, batch=batch_of()).passed  # compared with itself on one device
     try:
         after = value(step)
     except ValueError as refused:  # by a loss that takes this for one device

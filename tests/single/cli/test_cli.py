@@ -148,8 +148,8 @@ def test_own_loss_that_averages_locally(run):
     ("arguments", "message"),
     [
         (["to_certify:refused", "--backend", "local"], "the loss has rank 0"),
-        (["to_certify"], "'to_certify' is no MODULE:FUNCTION"),
-        (["to_certify:right", "--naive"], "--naive is of the built-in model"),
+        (["to_certify"], "the target is 'to_certify', expected MODULE:FUNCTION"),
+        (["to_certify:right", "--naive"], "--naive is given with MODULE:FUNCTION"),
         (["nowhere.at_all:right"], "module 'nowhere.at_all' is not found"),
     ],
 )
