@@ -101,12 +101,12 @@ class Backend(abc.ABC):
     def host_merge(
         self, maxima: np.ndarray, sums: np.ndarray, limit_s: float, channel: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The maximum of one vector and the sum of another over all workers, in one exchange; both float64.
+        """The maximum of one vector and the sum of another over all workers, in one call; both float64.
 
-        The exchanges of one channel are paired in their order. Exchanges of channels above 0, which serve Keras's fit,
-        may come from any thread, in any order with respect to the engine's other collectives.
+        Calls on one channel are matched in their order. Calls on channels above 0, which serve Keras's fit, may run in
+        any thread, in any order relative to the engine's other collectives.
 
-        Raises TimeoutError if another worker does not come within ``limit_s`` seconds, or comes with other shapes. An
+        Raises TimeoutError if another worker does not call it within ``limit_s`` seconds, or passes other shapes. An
         engine without time limits ignores ``limit_s``. Collective among workers.
         """
         return self.host_max(maxima), self.host_sum(sums)
@@ -204,7 +204,7 @@ class Backend(abc.ABC):
         return total / tf.cast(self.gradient_scale, total.dtype)
 
 
-def within(limit_s: float, exchange: Callable[[], _Result]) -> _Result:
+def within(limit_s: float, collective: Callable[[], _Result]) -> _Result:
     """Return the result of a collective of an engine without time limits, which runs in a new thread.
 
     Raises TimeoutError if the collective is not done within the limit, or fails.
@@ -213,11 +213,11 @@ def within(limit_s: float, exchange: Callable[[], _Result]) -> _Result:
 
     def run() -> None:
         try:
-            done.append(exchange())
+            done.append(collective())
         except Exception as error:
             done.append(error)
 
-    waiting = threading.Thread(target=run, daemon=True, name="distpad-exchange")
+    waiting = threading.Thread(target=run, daemon=True, name="distpad-collective")
     waiting.start()
     waiting.join(min(limit_s, threading.TIMEOUT_MAX))
     if not done:

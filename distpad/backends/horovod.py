@@ -110,12 +110,12 @@ class HorovodBackend(base.Backend):
     def host_merge(
         self, maxima: np.ndarray, sums: np.ndarray, limit_s: float, channel: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
-        def exchange() -> tuple[np.ndarray, np.ndarray]:
+        def merge() -> tuple[np.ndarray, np.ndarray]:
             merged = self._merged(tf.constant(maxima), tf.constant(sums), f"plan_{channel}")
             return merged[0].numpy(), merged[1].numpy()
 
-        # Horovod waits forever for a rank that does not come. It pairs collectives by name, from any thread.
-        return base.within(limit_s, exchange)
+        # Horovod has no time limit for a lost rank. It matches collectives by name, from any thread.
+        return base.within(limit_s, merge)
 
     @functools.cached_property
     def _merged(self) -> Any:

@@ -77,7 +77,7 @@ def _make(kind: str, replicas: int | None) -> base.Backend:
 def _gpu_of(local_rank: int, gpus: list[Any]) -> Any:
     """A rank's own GPU, by its index on its host. A rank to which a single GPU is visible knows it as index 0."""
     if len(gpus) > 1 and local_rank >= len(gpus):
-        remedy = "Start as many ranks as there are GPUs (-H host:N), or show each rank one (CUDA_VISIBLE_DEVICES)."
+        remedy = "Start one rank per GPU (-H host:N), or make one GPU visible to each rank (CUDA_VISIBLE_DEVICES)."
         raise ValueError(
             errors.sentence("start", "local rank", local_rank, f"below {len(gpus)}, the GPUs here", remedy)
         )
@@ -90,7 +90,7 @@ def _devices(replicas: int | None) -> list[str] | None:
         return None
     gpus = tf.config.list_physical_devices("GPU")
     if gpus and len(gpus) < replicas:
-        remedy = "Ask for fewer, or look at distpad doctor and CUDA_VISIBLE_DEVICES."
+        remedy = "Pass a smaller number, or check CUDA_VISIBLE_DEVICES with distpad doctor."
         raise ValueError(errors.sentence("start", "replicas", replicas, f"at most {len(gpus)}, the GPUs here", remedy))
     if gpus:
         return [f"GPU:{i}" for i in range(replicas)]

@@ -33,7 +33,7 @@ class StrategyBackend(base.Backend):
     """The replicas of a ``tf.distribute.Strategy``; its optimisers sum their gradients.
 
     Args:
-      strategy: a synchronous strategy. One thread of a worker makes all collectives, except for the exchanges of
+      strategy: a synchronous strategy. One thread of a worker calls all collectives, except for ``host_merge`` on
         channels above 0.
 
     Raises:
@@ -184,17 +184,17 @@ class StrategyBackend(base.Backend):
                 final_op="Id",
             ).numpy()
 
-        def exchange() -> tuple[np.ndarray, np.ndarray]:
+        def merge() -> tuple[np.ndarray, np.ndarray]:
             with tf.device(host.replace(device_type="CPU", device_index=0).to_string()):
                 return reduced(maxima, "Max"), reduced(sums, "Add")
 
         # TensorFlow's own time limit keeps a thread asleep until it expires, and aborts all collectives of the process.
-        return base.within(limit_s, exchange)
+        return base.within(limit_s, merge)
 
     def close(self) -> None:
-        # A worker that exits with its last result resets connections over which others still receive theirs. No worker
-        # completes this exchange before all have come to it, and so have all earlier results. An error in it means only
-        # that another worker has already left.
+        # A worker that exits after its last result resets connections, over which other workers still receive this
+        # result. No worker completes this all-gather before all workers have all earlier results. An error means only
+        # that another worker has already exited.
         with contextlib.suppress(tf.errors.OpError):
             self.host_all_gather(np.zeros(1), LEAVE_WITHIN_S)
 
@@ -256,6 +256,6 @@ def _check_topology(strategy: tf.distribute.Strategy, workers: int, hosts: int) 
     several = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
     mirrored = isinstance(strategy, tf.distribute.MirroredStrategy) and os.environ.get("DISTPAD_BACKEND") == "mirrored"
     if several or mirrored:
-        name = "MultiWorkerMirroredStrategy" if several else "MirroredStrategy"  # its class is called otherwise
+        name = "MultiWorkerMirroredStrategy" if several else "MirroredStrategy"  # the class has another name
         replicas = strategy.num_replicas_in_sync
         topology.check(topology.Report(name, workers=workers, replicas=replicas, hosts=hosts))

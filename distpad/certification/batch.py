@@ -51,7 +51,7 @@ def checked(batch: Any, needed: Sequence[str], backend: backends.Backend) -> Giv
     if refused or given is None:
         raise ValueError(errors.sentence("certify", "batch", "refused by another worker", "a valid batch on all"))
     if most != -least:
-        remedy = "Draw it from one seed, or give the same rows to all workers: certify deals the rows."
+        remedy = "Draw the batch from one seed, or pass the same rows on all workers: certify distributes the rows."
         raise ValueError(errors.sentence("certify", "batch", "not the same on all workers", "the same", remedy))
     return given
 

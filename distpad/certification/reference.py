@@ -1,4 +1,4 @@
-"""The average of a DistributedLoss on one device, row by row, without any exchange.
+"""The average of a DistributedLoss on one device, row by row, without collectives.
 
 This module shares with the loss only the loss's arguments: a certificate does not detect an error that both contain.
 """
