@@ -171,7 +171,7 @@ def mask(column: Column, shape: Sequence[int]) -> np.ndarray:
 
 
 def _lengths_of_rows(column: Column, shape: Sequence[int]) -> np.ndarray:
-    """The lengths along the last partitioned axis of all rows of a batch ``[examples, *sizes]``, padded rows included."""
+    """The lengths along the last partitioned axis of all rows of a batch ``[examples, *sizes]``, 0 for padded rows."""
     rows = np.arange(column.num_examples)
     for splits, size in itertools.islice(zip(column.splits, shape[1:]), len(column.splits) - 1):
         lengths = np.diff(splits)
