@@ -16,6 +16,7 @@ _PACKAGES = {
     "Buckets": "padding",
     "CTC": "losses",
     "Certificate": "certification",
+    "Columns": "data",
     "Counts": "losses",
     "DistpadError": "errors",
     "DistributedLoss": "losses",
@@ -66,6 +67,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test compar
     from distpad.collectives import gather as gather
     from distpad.collectives import pad_to_global_max as pad_to_global_max
     from distpad.data import Batch as Batch
+    from distpad.data import Columns as Columns
     from distpad.data import LengthSampler as LengthSampler
     from distpad.data import Pad as Pad
     from distpad.data import PaddedBatches as PaddedBatches

@@ -6,16 +6,17 @@ import contextlib
 import functools
 import json
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import tensorflow as tf
 
 from distpad import backends, errors
-from distpad.data import config, epoch, feeder, keras, progress, reader, sources, sync
+from distpad.data import config, epoch, feeder, fingerprints, keras, progress, reader, sources, sync
 from distpad.data.collate import Batch
-from distpad.data.schema import Name, Pad
+from distpad.data.schema import Pad
 from distpad.data.stats import PaddingStats
+from distpad.data.structure import Name
 from distpad.padding.buckets import Buckets
 
 _NAME = "PaddedBatches"
@@ -88,6 +89,7 @@ class PaddedBatches(tf.train.experimental.PythonState):
         buckets: Any = "auto",
         lookahead: int = 32,
         accumulation_steps: int = 1,
+        num_parallel_reads: int = 1,
         drop_remainder: bool = False,
         replicated: bool = False,
         backend: Any = None,
@@ -95,7 +97,6 @@ class PaddedBatches(tf.train.experimental.PythonState):
         timeout_s: float = 600.0,
     ) -> None:
         self._backend, self._is_detected = backends.resolve(backend, function=_NAME), backend is None
-        self._source, self._sampler = sources.checked(source, batch_size, drop_remainder)
         self._config = config.checked(
             batch_size=batch_size,
             padding=padding,
@@ -104,13 +105,18 @@ class PaddedBatches(tf.train.experimental.PythonState):
             buckets=buckets,
             lookahead=lookahead,
             accumulation_steps=accumulation_steps,
+            num_parallel_reads=num_parallel_reads,
             drop_remainder=drop_remainder,
-            replicated=replicated or self._sampler is not None,  # a sampler gives no example to two workers
+            replicated=replicated,
             warn_after_s=warn_after_s,
             timeout_s=timeout_s,
         )
+        self._source, self._sampler = sources.checked(
+            source, batch_size, drop_remainder, self._config.num_parallel_reads
+        )
         self.stats = PaddingStats()
         self._opened = 0  # iterations of the source
+        self._ahead: tuple[epoch.Cursor, int | None, reader.Reader] | None = None  # of the next epoch
         self._progress = progress.Progress(self._make_epoch)
         self._requests = feeder.Requests(self._backend, self._config, self._progress)
 
@@ -157,23 +163,50 @@ class PaddedBatches(tf.train.experimental.PythonState):
             raise ValueError(errors.sentence(_NAME, "backend", found, f"the active one, of {after} {what}", remedy))
 
     def _make_epoch(self, cursor: epoch.Cursor, elements: keras.Elements | None) -> epoch.Epoch:
-        number, step, begins = cursor
-        samples = self._sampler is not None
-        checked = 1 if samples else min(step, len(begins)) if step else epoch.BEGINNING
         return epoch.Epoch(
             self._backend,
             self._config,
-            lambda: self._steps(number, step, checked if step else 0),
+            self._take_reader(cursor),
             cursor=cursor,
             features=self._progress.features,
             stats=self.stats,
             compared={"source": self._belongs_to(), "for_keras": str(elements)},
-            beginning=reader.Beginning(None if samples else self._backend.worker_index, checked),
-            sizes_of=functools.partial(self._padded_sizes, number),
+            sizes_of=functools.partial(self._padded_sizes, cursor.epoch),
             to_device=elements.of if elements else None,
             channel=elements.channel if elements else sync.Channel(),
             repeats=bool(elements and elements.repeats),
         )
+
+    def _take_reader(self, cursor: epoch.Cursor) -> reader.Reader:
+        """The reader of the epoch that begins at a cursor: the one that reads ahead, or a new one."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            if ahead[:2] == (cursor, sources.count_of(self._source)):
+                return ahead[2]
+            ahead[2].close()
+        return self._make_reader(cursor)
+
+    def _make_reader(self, cursor: epoch.Cursor, *, waits: bool = False) -> reader.Reader:
+        number, step, begins = cursor
+        samples = self._sampler is not None
+        checked = 1 if samples else min(step, len(begins)) if step else epoch.BEGINNING
+        is_compared = not (samples or self._config.replicated or self._backend.num_workers == 1)
+        read_ahead = weakref.WeakMethod(self._read_ahead)  # the thread does not keep this object alive
+        return reader.Reader(
+            self._steps(number, step, checked if step else 0),
+            self._config,
+            self._progress.features,
+            fingerprints.Beginning(None if samples else self._backend.worker_index, checked),
+            fingerprints.Digest() if is_compared else None,
+            waits=waits,
+            at_end=lambda: (method := read_ahead()) and method(epoch.Cursor(number + 1)),
+        )
+
+    def _read_ahead(self, following: epoch.Cursor) -> None:
+        """Read the beginning of the next epoch while the running one is consumed. The reader's thread calls it."""
+        if sources.can_be_read_ahead(self._source):
+            count = sources.count_of(self._source)
+            self._ahead = following, count, self._make_reader(following, waits=True)
 
     def for_keras(self, *, x: Any, y: Any, repeat: bool = False) -> Any:
         """Return a ``tf.data.Dataset`` of this worker's batches for ``fit``: ``(x, y, weights)``.
@@ -357,17 +390,22 @@ class PaddedBatches(tf.train.experimental.PythonState):
         sampled = max(1, int(self._sampler.lengths[self._sampler.plan(number)[step]].max()))
         return self._config.padded_sizes(longest, self._sampled, sampled)
 
-    def _steps(self, number: int, step: int, checks: int) -> Iterator[sources.Step]:
-        """This worker's steps of an epoch, beginning at ``step``, after the first ``checks`` steps, which are compared.
-
-        The thread of the reader calls it.
+    def _steps(self, number: int, step: int, checks: int) -> Callable[[], Iterator[sources.Step]]:
+        """A function to this worker's steps of an epoch, beginning at ``step``, after the first ``checks`` steps, which
+        are compared. The thread of the reader calls it.
         """
         here, worker = self._backend.replicas_here, self._backend.worker_index
-        if self._sampler is not None:
-            mine = range(worker * here, worker * here + here)
-            return sources.steps_of_sampler(self._source, self._sampler, mine, self._backend.num_replicas, number, step)
-        self._opened += 1
+        source, sampler, reads, size = self._source, self._sampler, self._config.num_parallel_reads, 1
+        if sampler is not None:
+            mine, replicas = range(worker * here, worker * here + here), self._backend.num_replicas
+            return lambda: sources.read_indexed(source, sources.sampled(sampler, mine, replicas, number, step), reads)
         size = self._config.batch_size or 1
-        tokens = [*self._config.tokens.values()]
-        examples = sources.examples_of(self._source, checks * size * here, step * size * here, self._opened, tokens)
-        return sources.steps_of_examples(examples, size, here, checks, step)
+        if sources.is_indexed(source):
+            return lambda: sources.read_indexed(source, sources.in_order(size, here, checks, step, len(source)), reads)
+        if isinstance(source, tf.data.Dataset):
+            tokens = [*self._config.tokens.values()]
+            steps = functools.partial(sources.in_order, size, here, checks, step, sources.count_of(source))
+            return lambda: sources.read_dataset(source, steps(), tokens)
+        self._opened += 1
+        opened = self._opened
+        return lambda: sources.read_iterable(source, sources.in_order(size, here, checks, step), opened)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,9 +12,12 @@ import numpy as np
 from distpad import backends, errors
 from distpad.data import plan, reader
 from distpad.data.config import Config
-from distpad.data.schema import Feature, Features, Name, Row, TupleIndex
+from distpad.data.schema import Feature, Features
 from distpad.data.stats import PaddingStats
+from distpad.data.structure import Name, TupleIndex
 from distpad.losses.counts import Counts, LossInputs, WeightedCounts
+from distpad.padding import columns
+from distpad.padding.columns import Column
 
 _AHEAD = 4  # batches that are on their devices before their step
 
@@ -68,7 +71,7 @@ class Padder:
         to_device: Callable[[Features, Sequence[Batch]], Any],
     ) -> None:
         self._backend, self._config, self._stats, self._to_device = backend, config, stats, to_device
-        self._last: list[Row | None] = [None] * backend.replicas_here
+        self._last: list[list[Column] | None] = [None] * backend.replicas_here
         self._orders: queue.Queue[Order | None] = queue.Queue()
         self._made: queue.Queue[Any] = queue.Queue()
         self._room = threading.Semaphore(_AHEAD)
@@ -108,50 +111,55 @@ class Padder:
                 self._made.put(error)
 
     def _make(self, order: Order) -> Any:
-        micro, replicas = order.micro, self._backend.replicas_here
-        size = micro.batch_size if micro else order.batch_size
-        sizes: dict[Name, list[int]] = {}
-        for (name, _), size_of_axis in zip(self._config.axes, order.step.sizes):
-            sizes.setdefault(name, []).append(size_of_axis)
-        num_replicas = np.float64(self._backend.num_replicas)
-        batches = []
-        for replica in range(replicas):
-            rows = micro.rows[replica] if micro else []
-            self._last[replica] = last = rows[-1] if rows else self._last[replica] or order.features.blank_row()
-            counted = frozenset(self._config.tokens.values())
-            values, lengths = collate(order.features.features, rows, sizes, size, last, counted)
-            indices = np.full([size], -1, np.int64)
-            indices[: len(rows)] = micro.indices[replica] if micro else []
-            local = micro.local[replica] if micro else np.zeros([len(self._config.tokens), 2])
-            counts = self._counts(order.step, local, num_replicas)
-            named = dict(zip(order.features.names, values))
-            inputs = {
-                loss: LossInputs(lengths[name], self._weights(loss, order.features, rows, named), counts[loss])
-                for loss, name in self._config.tokens.items()
-            }
-            batches.append(
-                Batch(
-                    order.features.pack(values),
-                    lengths,
-                    np.int32(len(rows)),
-                    counts.get(None, counts),
-                    indices,
-                    inputs.get(None, inputs),
-                )
-            )
-            self._add_to_stats(order, rows, size)
-        return self._to_device(order.features, batches)
+        return self._to_device(order.features, [self._batch(order, r) for r in range(self._backend.replicas_here)])
 
-    def _counts(self, step: plan.StepPlan, local: np.ndarray, replicas: np.float64) -> dict[Any, Counts]:
-        counts = {}
+    def _batch(self, order: Order, replica: int) -> Batch:
+        """One replica's batch in NumPy."""
+        micro, features, config = order.micro, order.features, self._config
+        begin, end = micro.bounds[replica] if micro else (0, 0)
+        rows, size = end - begin, micro.batch_size if micro else order.batch_size
+        mine = [column.between(begin, end) for column in micro.columns] if micro and rows else []
+        if rows:
+            self._last[replica] = [column.between(rows - 1, rows) for column in mine]
+        last = self._last[replica] or blank_row(features.features)
+        sizes = dict(zip(config.axes, order.step.sizes))
+        values, lengths = collate(features.features, mine, sizes, (rows, size), last, {*config.tokens.values()})
+        named = dict(zip(features.names, values))
+        indices = np.full([size], -1, np.int64)
+        indices[:rows] = micro.indices[replica] if micro else []
+        local = micro.local[replica] if micro else np.zeros([len(config.tokens), 2])
+        counts = self._counts(order.step, local)
+        inputs = {
+            loss: LossInputs(
+                lengths[name],
+                self._weights(loss, mine[features.names.index(name)] if mine else None, named),
+                counts[loss],
+            )
+            for loss, name in config.tokens.items()
+        }
+        tables = [
+            micro.sizes[name][begin:end] if micro else np.zeros([0, len(pad.axes)])
+            for name, pad in config.padding.items()
+        ]
+        self._stats.add_replica(tables, order.step.agreed, order.step.sizes, size)
+        data = features.pack(values)
+        return Batch(data, lengths, np.int32(rows), counts.get(None, counts), indices, inputs.get(None, inputs))
+
+    def _counts(self, step: plan.StepPlan, local: np.ndarray) -> dict[Any, Counts]:
+        counts, replicas = {}, np.float64(self._backend.num_replicas)
         for i, (loss, name) in enumerate(self._config.tokens.items()):
             is_weighted = loss in self._config.weights or len(self._config.counted_axes(name)) > 1
             kind = WeightedCounts if is_weighted else Counts
             counts[loss] = kind(np.float64(step.tokens[i]), np.float64(step.sequences[i]), local[i], replicas)
         return counts
 
-    def _weights(self, loss: Any, features: Features, rows: Sequence[Row], arrays: Mapping[Name, np.ndarray]) -> Any:
-        """A replica's sample weights for its loss; ``()`` if lengths alone define the valid positions."""
+    def _weights(self, loss: Any, counted: Column | None, arrays: Mapping[Name, np.ndarray]) -> Any:
+        """A replica's sample weights for its loss; ``()`` if lengths alone define the valid positions.
+
+        Args:
+          counted: the column of the counted feature; None without rows.
+          arrays: the features of the batch.
+        """
         name = self._config.tokens[loss]
         axes, weights = self._config.counted_axes(name), self._config.weights.get(loss)
         given = None if weights is None else arrays[weights]
@@ -160,20 +168,14 @@ class Padder:
             given = _resized(given, shape)
         if len(axes) == 1:
             return () if given is None else given
-        column = features.names.index(name)
         mask = np.zeros(shape, np.float32)
-        for mask_of_row, row in zip(mask, rows):
-            mask_of_row[tuple(slice(row[column].shape[axis]) for axis in axes)] = 1
+        if counted is not None:
+            positions = Column(np.zeros(0), counted.splits[: len(axes)])
+            mask[: counted.num_examples] = columns.mask(positions, [counted.num_examples, *shape[1:]])
         if given is None:
             return mask
         given = given.reshape([len(given), *[1] * (len(shape) - given.ndim), *given.shape[1:]])
         return np.where(mask > 0, given, 0).astype(np.float32)  # not a product: padding may be NaN
-
-    def _add_to_stats(self, order: Order, rows: Sequence[Row], size: int) -> None:
-        padded = [(i, feature) for i, feature in enumerate(order.features.features) if feature.pad]
-        by_name = {f.name: np.array([f.sizes(row[i]) for row in rows], np.int64) for i, f in padded}
-        tables = [by_name[name].reshape(len(rows), len(pad.axes)) for name, pad in self._config.padding.items()]
-        self._stats.add_replica(tables, order.step.agreed, order.step.sizes, size)
 
 
 def _resized(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
@@ -188,49 +190,61 @@ def _resized(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 
 def collate(
     features: Sequence[Feature],
-    rows: Sequence[Row],
-    sizes: Mapping[Name, Sequence[int]],
-    batch_size: int,
-    last: Row,
-    emptied: frozenset[Name],
+    given: Sequence[Column],
+    sizes: Mapping[tuple[Name, int], int],
+    rows: tuple[int, int],
+    last: Sequence[Column],
+    emptied: Set[Name],
 ) -> tuple[list[np.ndarray], dict[Name, np.ndarray]]:
     """Pad rows to a batch of static shape.
 
     Args:
       features: the features of the columns.
-      rows: at most ``batch_size`` rows.
-      sizes: the padded sizes of each feature's ragged axes.
-      batch_size: rows of the batch.
+      given: the columns of a replica; none without rows.
+      sizes: the padded sizes of the ragged axes.
+      rows: the real rows, and the rows of the batch.
       last: the row that filler rows repeat, cut to ``sizes``.
       emptied: features whose length is 0 in filler rows.
 
     Returns:
-      For each feature ``[batch_size, *shape]``, and for each padded feature its lengths ``[batch_size]`` int32.
+      For each feature ``[rows, *shape]``, and for each padded feature its lengths ``[rows]`` int32.
     """
     values, lengths = [], {}
-    for column, feature in enumerate(features):
-        ragged = dict(zip(feature.pad.axes if feature.pad else (), sizes.get(feature.name, ())))
-        shape = [ragged.get(axis, size or 0) for axis, size in enumerate(feature.shape)]
-        real = [row[column] for row in rows]
-        fillers = batch_size - len(rows)
-        filler = last[column][tuple(slice(size) for size in shape)]
-        if feature.pad is None:
-            values.append(_stacked([*real, *[filler] * fillers], shape, feature.dtype))
+    real, size = rows
+    for i, feature in enumerate(features):
+        shape = [sizes.get((feature.name, axis), fixed or 0) for axis, fixed in enumerate(feature.shape)]
+        if feature.pad is None and real == size:
+            values.append(given[i].values)
             continue
-        axis = feature.pad.axes[0]
-        if feature.name in emptied:
-            filler = filler[tuple(slice(0) if at == axis else slice(None) for at in range(filler.ndim))]
-        batch = np.full([batch_size, *shape], feature.padding_value, feature.dtype)
-        arrays = [*real, *[filler] * fillers]
-        for padded, array in zip(batch, arrays):
-            padded[tuple(map(slice, array.shape))] = array
+        batch = columns.blank(size, shape, feature.padding_value, feature.dtype)
+        if real:
+            columns.fill(batch, given[i])
+        is_emptied = feature.name in emptied
+        if real < size and not is_emptied:
+            one = columns.blank(1, _shape(last[i]), feature.padding_value, feature.dtype)
+            columns.fill(one, last[i])
+            common = (slice(None), *(slice(min(pair)) for pair in zip(shape, one.shape[1:])))
+            batch[real:][common] = one[common]
         values.append(batch)
-        lengths[feature.name] = np.array([array.shape[axis] for array in arrays], np.int32)
+        if feature.pad:
+            axis = feature.pad.axes[0]
+            found = np.zeros([size], np.int32)
+            found[:real] = given[i].sizes()[:, axis] if real else []
+            found[real:] = 0 if is_emptied else min(shape[axis], int(last[i].sizes()[0, axis]))
+            lengths[feature.name] = found
     return values, {TupleIndex(name) if isinstance(name, int) else name: found for name, found in lengths.items()}
 
 
-def _stacked(arrays: Sequence[np.ndarray], shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    batch = np.empty([len(arrays), *shape], dtype)
-    for i, array in enumerate(arrays):
-        batch[i, ...] = array  # the ellipsis also assigns an object, such as a string
-    return batch
+def _shape(column: Column) -> list[int]:
+    """The shape of the only example of a column."""
+    sizes = column.sizes()[0].tolist() if column.splits else []
+    return [*sizes, *column.values.shape[1:]]
+
+
+def blank_row(features: Sequence[Feature]) -> list[Column]:
+    """Zeros (or empty strings) of length 1, for a replica that never had an example."""
+    rows = [
+        np.full([1 if size is None else size for size in f.shape], b"" if f.dtype == object else 0, f.dtype)
+        for f in features
+    ]
+    return [columns.of_arrays([row], feature.depth) for row, feature in zip(rows, features)]

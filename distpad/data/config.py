@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from distpad import errors
-from distpad.data.schema import Name, Pad
+from distpad.data.schema import Pad
+from distpad.data.structure import Name
 from distpad.padding.buckets import Buckets
 
 _NAME = "PaddedBatches"
@@ -23,8 +24,9 @@ class Config:
       tokens: from losses to the features whose valid positions they count; a single loss has the name None.
       weights: from weighted losses to the features that hold their weights.
       buckets: from padded features to their buckets; "auto"; or None for the longest length.
-      lookahead: micro-batches in a window, a multiple of ``accumulation_steps``.
-      warn_after_s, timeout_s: time limits; they alone may differ between workers.
+      lookahead: micro-batches in the longest window, a multiple of ``accumulation_steps``.
+      num_parallel_reads: threads that read examples; it may differ between workers, as the time limits may.
+      warn_after_s, timeout_s: time limits.
     """
 
     batch_size: int | None
@@ -34,6 +36,7 @@ class Config:
     buckets: Mapping[Name, Buckets] | str | None
     lookahead: int
     accumulation_steps: int
+    num_parallel_reads: int
     drop_remainder: bool
     replicated: bool
     warn_after_s: float
@@ -52,6 +55,16 @@ class Config:
     def counted_axes(self, name: Name) -> list[int]:
         """The axes of an example that span the positions of a counted feature."""
         return sorted(self.padding[name].axes)
+
+    def window(self, number: int) -> tuple[int, int]:
+        """The first step of a window, and its number of steps: 1, 2, 4 ... groups, up to ``lookahead`` steps.
+
+        So the first batch of an epoch does not wait until a whole window is read.
+        """
+        begin, size = 0, self.accumulation_steps
+        while number and size < self.lookahead:
+            begin, size, number = begin + size, min(2 * size, self.lookahead), number - 1
+        return begin + number * size, size
 
     def padded_sizes(self, agreed: tuple[int, ...], sampled: Buckets | None, longest: int | None) -> tuple[int, ...]:
         """Return the padded sizes of a step's ragged axes.
@@ -112,6 +125,7 @@ def checked(
     buckets: Any,
     lookahead: Any,
     accumulation_steps: Any,
+    num_parallel_reads: Any,
     drop_remainder: Any,
     replicated: Any,
     warn_after_s: float,
@@ -135,6 +149,7 @@ def checked(
         buckets=_checked_buckets(buckets, padding),
         lookahead=-(-lookahead // accumulation_steps) * accumulation_steps,
         accumulation_steps=accumulation_steps,
+        num_parallel_reads=errors.integer(_NAME, "num_parallel_reads", num_parallel_reads, least=1),
         drop_remainder=bool(drop_remainder),
         replicated=bool(replicated),
         warn_after_s=float(warn_after_s),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from distpad.data.stats import PaddingStats
 
 _NAME = "PaddedBatches"
 BEGINNING = 8  # steps whose fingerprints identify a source
-_NOTHING = -(2.0**60)  # in a maximum: this worker has no value
+_ALIKE = 32  # examples of each worker that are equal, so that no chance explains it
 
 
 class Cursor(NamedTuple):
@@ -37,11 +38,10 @@ class Epoch:
     before the first step, then each further window in the middle of the window before it.
 
     Args:
-      steps: makes the iterator of this worker's steps.
+      epoch_reader: reads this worker's steps.
       cursor: the position where the epoch begins, the same on all workers.
       features: the features of an example, if an earlier epoch learned them.
       compared: further configuration that must be the same on all workers.
-      beginning: computes the fingerprints of the first steps on this worker.
       sizes_of: computes the padded sizes of a step's ragged axes from the step's index and their longest sizes.
       to_device: makes an element from the replicas' batches in NumPy; default: the backend's ``to_device``.
       channel: the channel of the exchanges.
@@ -59,13 +59,12 @@ class Epoch:
         self,
         backend: backends.Backend,
         config: Config,
-        steps: Callable[[], Iterator[reader.Step]],
+        epoch_reader: reader.Reader,
         *,
         cursor: Cursor,
         features: Features | None,
         stats: PaddingStats,
         compared: dict[str, Any],
-        beginning: reader.Beginning,
         sizes_of: Callable[[int, tuple[int, ...]], tuple[int, ...]],
         to_device: Callable[[Features, Sequence[collate.Batch]], Any] | None = None,
         channel: sync.Channel,
@@ -75,19 +74,22 @@ class Epoch:
         self.was_left = self.is_at_end = self.has_begun = False
         self.cursor = cursor
         self.begins = [*cursor.begins]
-        self._sizes_of, self._beginning = sizes_of, beginning
+        self._sizes_of = sizes_of
         self._backend, self._config, self._stats, self._first = backend, config, stats, cursor.step
         versions = {"tensorflow": tf.__version__, "numpy": np.__version__}
         described = {**config.as_json(), **compared, **cursor._asdict(), "versions": versions}
         self._configuration = json.dumps(described, sort_keys=True)
         self._repeats = repeats
         self._sync = sync.WindowSync(backend, config.warn_after_s, config.timeout_s, channel)
-        self._reader = reader.Reader(steps, config, features, beginning)
+        self._reader = epoch_reader
+        self._reader.begin()
         self._padder = collate.Padder(backend, config, stats, to_device or _to_device(backend))
         self._read: reader.Window | None = None  # the window that was read last, until it is planned
-        self._planned = 0  # steps
+        self._windows = itertools.count()
+        self._planned = self._seen = 0  # steps that were planned, and their examples over all workers
         self._rows = config.batch_size or 1  # of a replica, in the last batch that was read
         self._error: BaseException | None = None  # in the window that was planned last
+        self._first_planned = 0  # its first step
         self._failed_at: int | None = None
         self._first_window: plan.Merged | None = None
 
@@ -132,10 +134,13 @@ class Epoch:
             self._begin()
         window = self._first_window
         assert window is not None, "_begin sets it"
+        # The second window is planned before the first step only if the first step may be the last in the epoch.
+        early = self._config.drop_remainder
         while True:
-            following = None
+            following: plan.Merged | None = None
+            goes_on, last = not (window.is_last or window.failure), len(window.steps) - 1
             for i, step in enumerate(window.steps):
-                if i == len(window.steps) // 2 and not (window.is_last or window.failure):
+                if i == len(window.steps) // 2 and goes_on and (early or last):
                     following = self._plan()
                 began = time.perf_counter()
                 batch = self._padder.take()
@@ -143,29 +148,24 @@ class Epoch:
                 self._stats.steps += 1
                 if i % self._config.accumulation_steps == 0:
                     self._stats.add_group(float(step.tokens.sum()))
-                self.is_at_end = i + 1 == len(window.steps) and _is_end(following or window._replace(steps=[]))
+                self.is_at_end = i == last and _is_end(following or window._replace(steps=[]))
                 yield batch
             if window.failure:
                 self._fail(window.failure)
-            if following is None:
+            if not goes_on:
                 return
-            window = following
+            window = following or self._plan()
 
     def _compare(self) -> None:
         """Check that all workers have the same configuration and features, and different examples. One exchange."""
         workers, worker = self._backend.num_workers, self._backend.worker_index
-        maxima, sums = self._sync.merge((8, 3 + BEGINNING), self._header, "the first window")
+        maxima, sums = self._sync.merge((6, 3), self._header, "the first window")
         known = self.features
         if maxima[0] != -maxima[1]:
             sync.raise_differences(self._sync, self._configuration, "configurations")
         if sums[0] > 1 and maxima[4] != -maxima[5]:
             sync.raise_differences(self._sync, known.to_text() if known else "", "examples")
-        if sums[1] > 1 and maxima[6] == -maxima[7] and not self._config.replicated:
-            raise ValueError(
-                f"{_NAME}: source gives the same examples on all {sums[1]:.0f} workers that have examples, expected "
-                "different ones. Write dataset.shard(num_workers, worker_index), or replicated=True if you intend this."
-            )
-        self._check_beginning(sums[2] > 0, [int(fingerprint) for fingerprint in sums[3:]])
+        self._check_beginning(sums[1] > 0, int(sums[2]))
         if 0 < sums[0] < workers:  # a worker without examples receives the features
             sender = workers - int(maxima[2])
             text = self._sync.broadcast_text(known.to_text() if known and worker == sender else None, int(maxima[3]))
@@ -177,31 +177,35 @@ class Epoch:
             return None
         self.features = window.features or self.features
         configured = plan.fingerprint(self._configuration)
-        maxima = [configured, -configured, 0, 0, *[_NOTHING] * 4]
+        maxima = [configured, -configured, 0, 0, *[plan.NOTHING] * 2]
         if self.features:
             text = self.features.to_text()
             hashed = plan.fingerprint(text)
             first = self._backend.num_workers - self._backend.worker_index
             maxima[2:6] = [first, len(text.encode()), hashed, -hashed]
-        if window.digest:
-            maxima[6:8] = [window.digest, -window.digest]
-        # An epoch of fewer steps repeats its last fingerprint. A worker that failed before its first step has none.
-        known = [*window.beginning, *[*window.beginning[-1:], 0.0][:1] * BEGINNING][:BEGINNING]
-        sums = [bool(self.features), bool(window.digest), window.report.failed_at == 0, *known]
+        # a worker that failed before its first step has no fingerprint
+        sums = [bool(self.features), window.report.failed_at == 0, window.compared]
         return np.array(maxima), np.array(sums, np.float64)
 
-    def _check_beginning(self, is_unknown: bool, found: list[int]) -> None:
-        """Keep the fingerprints of the epoch's first steps, or compare saved fingerprints with those read now."""
-        if not self._first:
-            self.begins = found[: min(self._config.lookahead, self._beginning.steps)]
-            return
+    def _check_beginning(self, is_unknown: bool, found: int) -> None:
+        """Compare the fingerprint of a saved position with the examples that are read now."""
         checked = min(self._first, len(self.begins))
-        if not is_unknown and found[checked - 1] != self.begins[checked - 1]:
+        if self._first and not is_unknown and found != self.begins[checked - 1]:
             raise ValueError(
                 f"{_NAME}: source begins with other examples than when the position was saved (its first {checked} "
                 "steps, over all workers), expected the same: continuing at that step would repeat some examples and "
                 "leave others out. Make every iteration yield one order (tf.data's shuffle(seed=..., "
                 "reshuffle_each_iteration=False)), shuffle by a LengthSampler, or save at the end of an epoch."
+            )
+
+    def _check_different(self, merged: plan.Merged) -> None:
+        """Raise if all workers read the same examples. The same on all workers."""
+        self._seen += sum(step.rows for step in merged.steps)
+        is_enough = merged.is_last or self._planned >= self._config.lookahead or self._seen >= _ALIKE * merged.alike
+        if merged.alike and is_enough:
+            raise ValueError(
+                f"{_NAME}: source gives the same examples on all {merged.alike} workers that have examples, expected "
+                "different ones. Write dataset.shard(num_workers, worker_index), or replicated=True if you intend this."
             )
 
     def _plan(self) -> plan.Merged:
@@ -213,9 +217,9 @@ class Epoch:
             read = self._window(limit_s)
             return None if read is None else plan.pack(read.report, self._backend.worker_index, workers)
 
-        begin = self._first + self._planned
-        steps = f"steps {begin} to {begin + config.lookahead - 1}"
-        sizes = 1 + config.lookahead * axes, config.lookahead * (1 + 2 * losses)
+        planned, size = config.window(next(self._windows))
+        begin = self._first + planned
+        steps = f"steps {begin} to {begin + size - 1}"
         full = (config.batch_size or 0) * self._backend.num_replicas if config.drop_remainder else None
 
         merged: plan.Merged | None = None
@@ -224,7 +228,7 @@ class Epoch:
             nonlocal merged
             merged = plan.merge(
                 *vectors,
-                window=config.lookahead,
+                window=size,
                 axes=axes,
                 losses=losses,
                 workers=workers,
@@ -235,13 +239,17 @@ class Epoch:
             self.has_begun = True
             return merged.is_last and not merged.failure and not self._repeats
 
-        self._sync.merge(sizes, report, steps, is_last)
+        self._sync.merge(plan.lengths(size, axes, losses), report, steps, is_last)
         assert merged is not None, "is_last sets it"
         self._stats.plan_seconds, self._sync.seconds = self._stats.plan_seconds + self._sync.seconds, 0.0
         read, self._read = self._read, None
         assert read is not None, "the report comes from it"
-        self._planned += config.lookahead
-        self._error, self._failed_at = read.error, read.report.failed_at
+        self._planned = planned + size
+        self._error, self._failed_at, self._first_planned = read.error, read.report.failed_at, begin
+        if not self._first:
+            self.begins += merged.begins[: self._reader.beginning.steps - len(self.begins)]
+        if merged.alike:
+            self._check_different(merged)
         for i, step in enumerate(merged.steps):
             micro = read.batches[i] if i < len(read.batches) else None
             self._rows = micro.batch_size if micro else self._rows
@@ -271,7 +279,7 @@ class Epoch:
         message = self._sync.broadcast_text(f"{type(error).__name__}: {error}" if is_first else None, is_last=True)
         if error is not None and self._failed_at == failure.step:
             raise error
-        step = self._first + self._planned - self._config.lookahead + failure.step
+        step = self._first_planned + failure.step
         raise errors.PeerError(f"{_NAME}: worker {failure.worker} failed at step {step} of the epoch: {message}")
 
 

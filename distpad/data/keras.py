@@ -16,7 +16,8 @@ from distpad import backends, errors, versions
 from distpad.data import shutdown
 from distpad.data.collate import Batch
 from distpad.data.config import Config
-from distpad.data.schema import Feature, Features, Name
+from distpad.data.schema import Feature, Features
+from distpad.data.structure import Name
 from distpad.data.sync import Channel
 
 _NAME = "for_keras"

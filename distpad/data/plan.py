@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+NOTHING = -(2.0**60)  # in a maximum: this worker has no value
+
 
 class StepPlan(NamedTuple):
     """One step's sizes and counts, the same on all workers, before it runs.
@@ -41,11 +43,18 @@ class Failure(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """A window's planned steps, whether the epoch ends with them, and the failure after them."""
+    """A window's planned steps, whether the epoch ends with them, and the failure after them.
+
+    Attributes:
+      begins: ``[window]``, the fingerprints of the steps up to each, over all workers.
+      alike: the number of workers with examples, if there are several and all of them read the same; else 0.
+    """
 
     steps: list[StepPlan]
     is_last: bool
     failure: Failure | None
+    begins: list[int]
+    alike: int
 
 
 @dataclass
@@ -56,6 +65,9 @@ class Report:
       longest: ``[window, axes]``, the longest sizes over the worker's replicas.
       tokens, sequences: ``[window, losses]``.
       rows: ``[window]``.
+      begins: ``[window]``, the fingerprints of the worker's steps up to each.
+      digest: the hash of the worker's first examples, 0 without examples, or if it is not compared.
+      continues: False if the worker has no example after the window.
       failed_at: the step at which it failed, or None.
     """
 
@@ -63,11 +75,25 @@ class Report:
     tokens: np.ndarray
     sequences: np.ndarray
     rows: np.ndarray
+    begins: np.ndarray
+    digest: float = 0.0
+    continues: bool = True
     failed_at: int | None = None
 
     @classmethod
     def blank(cls, window: int, axes: int, losses: int) -> Report:
-        return cls(np.zeros([window, axes]), np.zeros([window, losses]), np.zeros([window, losses]), np.zeros([window]))
+        counts = np.zeros([2, window, losses])
+        return cls(np.zeros([window, axes]), *counts, *np.zeros([2, window]))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The arguments of ``blank``."""
+        return (len(self.rows), self.longest.shape[1], self.tokens.shape[1])
+
+
+def lengths(window: int, axes: int, losses: int) -> tuple[int, int]:
+    """The lengths of the two vectors of ``pack``."""
+    return 4 + window * axes, 1 + window * (2 + 2 * losses)
 
 
 def pack(report: Report, worker: int, workers: int) -> tuple[np.ndarray, np.ndarray]:
@@ -75,9 +101,10 @@ def pack(report: Report, worker: int, workers: int) -> tuple[np.ndarray, np.ndar
     failed = 0.0
     if report.failed_at is not None:  # the earliest step wins, then the first worker
         failed = (len(report.rows) - report.failed_at) * workers + workers - 1 - worker + 1
-    maxima = np.concatenate([[failed], report.longest.ravel()])
-    sums = np.concatenate([report.rows, report.tokens.ravel(), report.sequences.ravel()])
-    return maxima.astype(np.float64), sums.astype(np.float64)
+    digests = [report.digest, -report.digest] if report.digest else [NOTHING, NOTHING]
+    maxima = np.concatenate([[failed, report.continues, *digests], report.longest.ravel()])
+    counts = report.rows, report.begins, report.tokens.ravel(), report.sequences.ravel()
+    return maxima.astype(np.float64), np.concatenate([[bool(report.digest)], *counts]).astype(np.float64)
 
 
 def merge(
@@ -104,10 +131,10 @@ def merge(
       accumulation_steps: micro-batches in a group.
       full_rows: rows of a full step over all replicas; a step with fewer ends the epoch. None: no step is dropped.
     """
-    longest = maxima[1:].reshape(window, axes)
-    rows = sums[:window]
-    tokens, sequences = sums[window:].reshape(2, window, losses)
-    failure = _failure(maxima[0], window, workers)
+    (failed, continues, digest, negative), longest = maxima[:4], maxima[4:].reshape(window, axes)
+    rows, begins = sums[1 : 1 + 2 * window].reshape(2, window)
+    tokens, sequences = sums[1 + 2 * window :].reshape(2, window, losses)
+    failure = _failure(failed, window, workers)
     usable = window if failure is None else failure.step
     if full_rows is None:
         # batches without rows complete a short last group
@@ -120,8 +147,8 @@ def merge(
         ended = full < usable
     if ended:
         failure = None  # the epoch ends before the step that failed
-    is_last = failure is None and steps < window
-    plans = []
+    is_last = failure is None and (steps < window or not continues)
+    plans: list[StepPlan] = []
     for step in range(steps):
         begin = step // accumulation_steps * accumulation_steps
         group = slice(begin, begin + accumulation_steps)
@@ -131,7 +158,9 @@ def merge(
             plans.append(StepPlan(agreed, sizes_of(step, agreed), int(rows[step]), *counts))
         else:  # completes a group: in the shape of the step before it, since its own sizes may be on no boundary
             plans.append(plans[-1]._replace(rows=0))
-    return Merged(plans, is_last, failure)
+    return Merged(
+        plans, is_last, failure, begins.astype(int).tolist(), int(sums[0]) if sums[0] > 1 and digest == -negative else 0
+    )
 
 
 def _failure(code: float, window: int, workers: int) -> Failure | None:

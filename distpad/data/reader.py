@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
+import atexit
+import collections
 import contextlib
-import hashlib
-import math
+import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+import time
+import weakref
+from collections.abc import Callable, Generator, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from distpad import errors
-from distpad.data import plan
+from distpad.data import chunks, measures, plan
 from distpad.data.config import Config
-from distpad.data.schema import Features, Name, Row
+from distpad.data.fingerprints import Beginning, Digest
+from distpad.data.schema import Features
 from distpad.data.sources import Step
+from distpad.data.structure import Name
+from distpad.padding.columns import Column
+
+_EXIT_S = 5.0  # how long a process that ends waits for a thread in the user's source
 
 
 class MicroBatch(NamedTuple):
-    """A step whose examples were read and checked: a list item for each replica of this worker.
+    """A step whose examples were read and checked.
 
     Attributes:
-      indices: the example index of each row.
+      columns: of each feature, the rows of all replicas of this worker; none without rows.
+      bounds: the first row of each replica, and the row after its last.
+      indices: the example indices of each replica.
+      sizes: of the ragged axes of each padded feature, ``[rows, axes]``.
       local: the replica's tokens and sequences, ``[replicas, losses, 2]``.
     """
 
     batch_size: int
-    rows: list[list[Row]]
+    columns: list[Column]
+    bounds: list[tuple[int, int]]
     indices: list[np.ndarray]
+    sizes: dict[Name, np.ndarray]
     local: np.ndarray
 
 
@@ -37,43 +50,67 @@ class Window(NamedTuple):
     """The steps that were read for a window, and the error that ended the reading.
 
     Attributes:
-      digest: hash of the examples, 0 without examples.
-      beginning: fingerprints of the epoch's first step, first two steps, and so on.
+      compared: the fingerprint of the steps that were read for comparison with a saved position.
     """
 
     batches: list[MicroBatch]
     report: plan.Report
     features: Features | None
-    digest: float
-    beginning: list[float]
+    compared: float
     error: BaseException | None
 
     def refused(self, error: Exception) -> Window:
         """The same window as one that failed before its first step."""
-        width = self.report.longest.shape[1], self.report.tokens.shape[1]
-        report = plan.Report.blank(len(self.report.rows), *width)
+        report = plan.Report.blank(*self.report.shape)
         report.failed_at = 0
         return self._replace(batches=[], report=report, error=error)
 
 
 class Reader:
-    """Reads in a thread, one window ahead of the consumer. ``close`` ends the thread.
+    """Reads an epoch in a thread, one window ahead of the consumer. ``close`` ends the thread.
 
     Args:
-      steps: makes the iterator of an epoch's steps; called in the thread.
+      steps: makes the iterator of the epoch's steps; called in the thread.
       features: the features of an example, if an earlier epoch learned them.
       beginning: computes the fingerprints of the epoch's first steps.
+      digest: computes the hash of the first examples, or None if it is not compared.
+      waits: whether the epoch has not begun. Then the thread ends after the first window, until ``begin``.
+      at_end: called in the thread after the last window was read, without an error.
     """
 
     def __init__(
-        self, steps: Callable[[], Iterator[Step]], config: Config, features: Features | None, beginning: Beginning
+        self,
+        steps: Callable[[], Iterator[Step]],
+        config: Config,
+        features: Features | None,
+        beginning: Beginning,
+        digest: Digest | None,
+        *,
+        waits: bool = False,
+        at_end: Callable[[], None] = lambda: None,
     ) -> None:
-        self._steps, self._config, self._features, self._beginning = steps, config, features, beginning
+        self._steps, self._config, self._features = steps, config, features
+        self.beginning, self._digest, self._at_end = beginning, digest, at_end
         self._windows: queue.Queue[Window | None] = queue.Queue()  # None after the last window
         self._wanted = threading.Semaphore(1)  # windows that may be read: it bounds the memory
+        self._waits, self._is_idle, self._lock = waits, False, threading.Lock()
         self._stopped = threading.Event()
+        self._reads = self._read()
+        _OPEN.add(self)
+        self._start()
+
+    def _start(self) -> None:
         self._thread = threading.Thread(target=self._run, daemon=True, name="distpad-reader")
         self._thread.start()
+
+    def begin(self) -> None:
+        """The epoch begins: read the windows after the first."""
+        with self._lock:
+            self._waits, is_idle = False, self._is_idle
+            self._is_idle = False
+        if is_idle:
+            self._thread.join()  # it has left the lock, and ends
+            self._start()
 
     def take(self, limit_s: float) -> Window | None:
         """Return the next window; None if it is not read within ``limit_s`` seconds."""
@@ -92,204 +129,161 @@ class Reader:
         self._stopped.set()
         self._wanted.release()
         self._thread.join(limit_s)
+        if not self._thread.is_alive():
+            self._reads.close()
         self._windows.put(None)
 
     def _run(self) -> None:
-        steps: Iterator[Step] | None = None
-        first = True
-        try:
-            while True:
+        """Read windows while they are wanted. The generator closes the source when the thread ends for good."""
+        while True:
+            with self._lock:
+                self._is_idle = self._waits and not self._wanted.acquire(blocking=False)
+                if self._is_idle:
+                    return  # begin starts another thread
+                has_acquired = self._waits
+            if not has_acquired:
                 self._wanted.acquire()
-                if self._stopped.is_set():
-                    return
-                reading = _Reading(self._config, self._features, self._beginning)
+            if self._stopped.is_set() or not next(self._reads, False):
+                self._reads.close()
+                return
+
+    def _read(self) -> Generator[bool, None, None]:
+        """Read a window each time; whether another one may follow."""
+        steps: Iterator[Step] | None = None
+        waiting: collections.deque[Step] = collections.deque()  # that were read, until a window takes them
+        ended: BaseException | bool = False  # the error that ended the source, or whether it has ended
+        for_next = self._at_end
+        try:
+            for number in itertools.count():
+                reading = _Reading(self._config, number, self._features, self.beginning, self._digest, waiting)
                 try:
                     steps = steps if steps is not None else self._steps()
-                    while not reading.is_full and (step := next(steps, None)) is not None:
-                        reading.add(step)
+                    while not (ended or reading.is_full):
+                        step = next(steps, None)
+                        ended = step is None or step.is_last
+                        if step is not None:
+                            reading.add(step)
                         if self._stopped.is_set():
                             return
-                    reading.finish()
                 except BaseException as error:  # also SystemExit, which would otherwise end this thread silently
-                    reading.failed(error)
+                    ended = error
+                reading.finish(ended)
                 self._features = reading.features
-                self._windows.put(reading.window(with_digest=first))
-                first = False
+                if not reading.report.continues:
+                    for_next()  # before the consumer can begin the next epoch
+                    for_next = lambda: None
+                self._windows.put(reading.window())
+                yield True
         finally:
             if hasattr(steps, "close"):
                 with contextlib.suppress(Exception):
                     steps.close()  # type: ignore[union-attr]
 
 
-class Beginning:
-    """Fingerprints of an epoch's first steps, by which a saved position recognises its source.
+class _Reading:
+    """A window that is being read.
 
     Args:
-      worker: this worker, whose examples count in their order. None with a sampler: then the order does not count,
-        because it depends on the number of workers.
-      steps: the number of steps.
-
-    Attributes:
-      fingerprints: of the first step, of the first two steps, and so on.
+      waiting: steps that were read and not taken by a window, until the features are known.
     """
 
-    def __init__(self, worker: int | None, steps: int) -> None:
-        self.steps = steps
-        self._worker = worker
-        self._hashed = hashlib.blake2b(str(worker).encode(), digest_size=4)
-        self.fingerprints: list[float] = []
-
-    def add(self, rows: Sequence[Sequence[Row]], indices: Sequence[np.ndarray]) -> None:
-        """Add the next step."""
-        if len(self.fingerprints) == self.steps:
-            return
-        total = 0
-        for rows_of_replica, indices_of_replica in zip(rows, indices):
-            for row, index in zip(rows_of_replica, indices_of_replica):
-                if self._worker is None:
-                    self._hashed = hashlib.blake2b(str(index).encode(), digest_size=4)
-                for array in row:
-                    _hash(self._hashed, array)
-                total += int.from_bytes(self._hashed.digest(), "big")
-        self.fingerprints.append(float(total if self._worker is None else int.from_bytes(self._hashed.digest(), "big")))
-
-
-def _hash(hashed: Any, array: np.ndarray) -> None:
-    """Hash an array, equal numbers alike: the dtype of a list depends on the examples that were read before it."""
-    hashed.update(repr(array.shape).encode())
-    if array.dtype.kind == "O":
-        hashed.update(repr([leaf.encode() if isinstance(leaf, str) else leaf for leaf in array.flat]).encode())
-    else:
-        hashed.update(np.ascontiguousarray(array if array.dtype.kind == "c" else array.astype(np.float64)))
-
-
-class _Reading:
-    """A window that is being read."""
-
-    def __init__(self, config: Config, features: Features | None, beginning: Beginning) -> None:
-        self.config, self.features, self.beginning = config, features, beginning
-        self.report = plan.Report.blank(config.lookahead, len(config.axes), len(config.tokens))
+    def __init__(
+        self,
+        config: Config,
+        number: int,
+        features: Features | None,
+        beginning: Beginning,
+        digest: Digest | None,
+        waiting: collections.deque[Step],
+    ) -> None:
+        self.config, self.features, self.beginning, self.digest = config, features, beginning, digest
+        self._begin, self.size = config.window(number)
+        self.report = plan.Report.blank(self.size, len(config.axes), len(config.tokens))
         self.batches: list[MicroBatch] = []
         self.error: BaseException | None = None
-        self._waiting: list[Step] = []  # steps that were read before the features are known
+        self.compared = 0.0
+        self._waiting = waiting
 
     @property
     def is_full(self) -> bool:
-        return len(self.batches) + sum(not step.is_check for step in self._waiting) >= self.config.lookahead
+        """Whether the window has its steps; without the features, whether as many were read as a window may have."""
+        steps = len(self.batches) + sum(not step.is_check for step in self._waiting)
+        return steps >= (self.config.lookahead if self.features is None else self.size)
 
     def add(self, step: Step) -> None:
         self._waiting.append(step)
         if self.features is not None or self._learn(guess=False):
             self._take_all()
 
-    def finish(self) -> None:
-        """Take the waiting steps, although no further example will complete the features."""
-        self._learn(guess=True)
-        self._take_all()
+    def finish(self, ended: BaseException | bool) -> None:
+        """Take the waiting steps, although no further example may complete the features.
+
+        Args:
+          ended: the error that ended the source, or whether it has ended.
+        """
+        try:
+            self._learn(guess=True)
+            self._take_all()
+        except BaseException as earlier:  # in a step before the one that failed
+            self._failed(earlier)
+            return
+        if isinstance(ended, BaseException) and not self._waiting and len(self.batches) < self.size:
+            self._failed(ended)
+        self.report.continues = bool(self._waiting) or ended is not True
+
+    def _failed(self, error: BaseException) -> None:
+        self.report.failed_at, self.error = len(self.batches), error
 
     def _learn(self, guess: bool) -> bool:
-        examples = [example for step in self._waiting for part in step.examples for example in part]
-        if self.features is None and examples:
-            features = Features.learn(examples, self.config.padding, guess=guess)
+        if self.features is None and self._waiting:
+            features = chunks.learn([step.rows for step in self._waiting], self.config.padding, guess=guess)
             if features is not None:
-                _check_counted(features, self.config)
+                measures.check_counted(features, self.config)
             self.features = features
         return self.features is not None
 
     def _take_all(self) -> None:
-        while self._waiting:
-            self._take(self._waiting.pop(0))
+        while self._waiting and len(self.batches) < self.size:
+            self._take(self._waiting[0])
+            self._waiting.popleft()
 
     def _take(self, step: Step) -> None:
-        rows = [
-            [self.features.row(example, int(index)) for example, index in zip(examples, indices)]  # type: ignore[union-attr]
-            for examples, indices in zip(step.examples, step.indices)
-        ]
-        self.beginning.add(rows, step.indices)
+        indices = np.concatenate(step.indices)
+        columns: list[Column] = []
+        if len(indices):
+            assert self.features is not None, "learned from the examples"
+            columns = chunks.columns_of(self.features, step.rows, indices)
         if step.is_check:
+            self.beginning.add(columns, indices)
+            self.compared = self.beginning.fingerprints[-1]
             return
+        named = dict(zip(self.features.names if self.features else (), columns))
+        sizes = measures.sizes_of(self.config, named, indices)
+        counted = measures.counts_of(self.config, named, indices)
+        ends = np.cumsum([*map(len, step.indices)]).tolist()
+        bounds = [*zip([0, *ends], ends)]
+        local = measures.by_replica(counted, bounds)
         at = len(self.batches)
-        local = np.zeros([len(rows), len(self.config.tokens), 2])
-        for replica, (rows_of_replica, indices) in enumerate(zip(rows, step.indices)):
-            for row, index in zip(rows_of_replica, indices):
-                local[replica] += self._count(at, row, int(index))
+        self.beginning.add(columns, indices)
+        if self.digest is not None and self._begin + at < self.config.lookahead:
+            self.digest.add(columns, len(indices))
+        self.report.longest[at] = np.concatenate([table.max(axis=0, initial=0) for table in sizes.values()])
         self.report.tokens[at], self.report.sequences[at] = local.sum(axis=0).T
-        self.report.rows[at] = sum(map(len, rows))
-        self.batches.append(MicroBatch(step.batch_size, rows, step.indices, local))
+        self.report.rows[at] = len(indices)
+        self.batches.append(MicroBatch(step.batch_size, columns, bounds, step.indices, sizes, local))
 
-    def failed(self, error: BaseException) -> None:
-        try:
-            self.finish()
-        except Exception as earlier:  # in a step before the one that failed
-            error = earlier
-        at = len(self.batches)
-        for table in (self.report.longest, self.report.tokens, self.report.sequences, self.report.rows):
-            table[at:] = 0  # a step that was read in part
-        self.report.failed_at, self.error = at, error
-
-    def window(self, with_digest: bool) -> Window:
-        digest = _digest(self.batches) if with_digest else 0.0
-        return Window(self.batches, self.report, self.features, digest, [*self.beginning.fingerprints], self.error)
-
-    def _count(self, at: int, row: Row, index: int) -> np.ndarray:
-        """Report an example's sizes; return its tokens, and 1 if it has tokens, ``[losses, 2]``."""
-        assert self.features is not None
-        arrays = dict(zip(self.features.names, row))
-        sizes = [arrays[name].shape[axis] for name, axis in self.config.axes]
-        try:
-            self.config.check_sizes(sizes)
-        except ValueError as error:
-            raise ValueError(f"{error} (example {index})") from None
-        np.maximum(self.report.longest[at], sizes, out=self.report.longest[at])
-        counted = np.zeros([len(self.config.tokens), 2])
-        for i, (loss, name) in enumerate(self.config.tokens.items()):
-            weights = self.config.weights.get(loss)
-            counted_sizes = tuple(arrays[name].shape[axis] for axis in self.config.counted_axes(name))
-            total = float(math.prod(counted_sizes))
-            if weights is not None:
-                total = _weight(arrays[weights], counted_sizes, weights, index)
-            counted[i] = total, total > 0
-        return counted
+    def window(self) -> Window:
+        self.report.begins[:] = [self.beginning.at(self._begin + i) for i in range(self.size)]
+        self.report.digest = self.digest.value if self.digest is not None else 0.0
+        return Window(self.batches, self.report, self.features, self.compared, self.error)
 
 
-def _weight(weights: np.ndarray, sizes: tuple[int, ...], name: Name, index: int) -> float:
-    """The sum of an example's weights over its positions; ``sizes`` are those of the counted feature's axes."""
-    if weights.ndim == 0:
-        total = float(weights) * math.prod(sizes)
-    elif weights.shape == sizes:
-        total = float(weights.astype(np.float64).sum())
-    else:
-        given, wanted = f"of shape {weights.shape} in example {index}", f"{sizes}, the shape of the counted feature"
-        raise ValueError(_sentence(f"weights {name!r}", given, wanted))
-    if not (np.isfinite(total) and (weights >= 0).all()):
-        found = f"of sum {total:g} in example {index}"
-        raise ValueError(_sentence(f"weights {name!r}", found, "finite, non-negative numbers"))
-    return total
+_OPEN: weakref.WeakSet[Reader] = weakref.WeakSet()
 
 
-def _check_counted(features: Features, config: Config) -> None:
-    """Check that weights are features of numbers, with one value per position or per example."""
-    known = {feature.name: feature for feature in features.features}
-    for loss, name in config.weights.items():
-        if name not in known:
-            raise ValueError(_sentence("weights", repr(name), f"a feature of an example: {features.names}"))
-        found, axes = known[name], config.counted_axes(config.tokens[loss])
-        if len(found.shape) not in (0, len(axes)) or found.dtype.kind not in "fiub":
-            wanted = "numbers, one per position or one per example"
-            raise ValueError(_sentence(f"weights {name!r}", f"of shape {found.shape} and {found.dtype}", wanted))
-
-
-def _digest(batches: Sequence[MicroBatch]) -> float:
-    """A hash of the examples, in order; 0 without examples."""
-    digest = hashlib.blake2b(digest_size=6)
-    empty = True
-    for batch in batches:
-        for array in (array for part in batch.rows for row in part for array in row):
-            digest.update(repr(array.shape).encode())
-            digest.update(repr(array.tolist()).encode() if array.dtype == object else array.tobytes())
-            empty = False
-    return 0.0 if empty else float(int.from_bytes(digest.digest(), "big"))
-
-
-def _sentence(argument: str, value: Any, rule: str, *more: str) -> str:
-    return errors.sentence("PaddedBatches", argument, value, rule, *more)
+@atexit.register
+def _close_all() -> None:
+    """TensorFlow must not be left in the middle of a read by a thread that ends with the process."""
+    until = time.monotonic() + _EXIT_S
+    for each in list(_OPEN):
+        each.close(max(0.0, until - time.monotonic()))

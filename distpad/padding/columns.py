@@ -92,7 +92,7 @@ def offsets(lengths: Any) -> np.ndarray:
 def of_arrays(arrays: Sequence[np.ndarray], axes: int) -> Column:
     """Concatenate arrays whose first ``axes`` axes are ragged. ValueError for other axes that differ."""
     if not axes:
-        return Column(np.stack(arrays) if arrays[0].ndim else np.array(arrays, arrays[0].dtype))
+        return Column(np.stack(arrays))
     if axes == 1:
         return Column(np.concatenate(arrays), (offsets([*map(len, arrays)]),))
     shapes = np.array([array.shape[:axes] for array in arrays], np.int64)

@@ -1,0 +1,197 @@
+"""Chunks: the examples of a step as one column for each feature, made from examples or from columns of a source."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Union
+
+import numpy as np
+
+from distpad.data import schema, structure
+from distpad.data.schema import Feature, Features, Pad, sentence
+from distpad.data.structure import Name
+from distpad.padding import columns
+from distpad.padding.columns import Column
+
+
+class Chunk(NamedTuple):
+    """Examples as a source by columns has them: any axes may be partitioned.
+
+    Attributes:
+      skeleton: the structure of an example.
+      columns: of each feature, in the order of the structure.
+    """
+
+    skeleton: Any
+    columns: list[Column]
+
+
+Rows = Union[Sequence[Any], Chunk]  # examples, one by one or by columns
+
+
+def learn(parts: Sequence[Rows], padding: Mapping[Name, Pad], *, guess: bool) -> Features | None:
+    """Learn the features from the rows of a few steps.
+
+    Returns None if the rows do not show all dtypes and shapes, unless ``guess``.
+
+    Raises: ValueError, TypeError: features that ``padding`` or TensorFlow do not fit.
+    """
+    chunks = [part for part in parts if isinstance(part, Chunk)]
+    for chunk in chunks:
+        shapes = [_shape(name, column, padding, guess) for name, column in _named(chunk)]
+        if None not in shapes:
+            return Features.of_shapes(
+                chunk.skeleton, [(c.values.dtype, s) for c, s in zip(chunk.columns, shapes) if s is not None], padding
+            )
+    examples = [] if chunks else [example for part in parts for example in part]
+    return Features.learn(examples, padding, guess=guess) if examples else None
+
+
+def _named(chunk: Chunk) -> list[tuple[Name, Column]]:
+    return [*zip(structure.names_of(chunk.skeleton), chunk.columns)]
+
+
+def _shape(name: Name, column: Column, padding: Mapping[Name, Pad], guess: bool) -> tuple[int, ...] | None:
+    """The shape of an example of a column; None if no row shows the size of an axis that must be known."""
+    pad, sizes = padding.get(name), [np.diff(splits) for splits in column.splits]
+    ragged = pad.axes if pad else ()
+    if not guess and any(not len(size) for axis, size in enumerate(sizes) if axis not in ragged):
+        return None
+    return (*(int(size.max(initial=0)) for size in sizes), *column.values.shape[1:])
+
+
+def columns_of(features: Features, rows: Rows, indices: np.ndarray) -> list[Column]:
+    """Return a column for each feature, partitioned on all axes up to its last ragged one.
+
+    Args:
+      rows: the examples of a step.
+      indices: their example indices, for errors.
+
+    Raises: ValueError, TypeError: an example that differs from the features, with its index.
+    """
+    if isinstance(rows, Chunk):
+        if rows.skeleton != features.skeleton:
+            found = f"with {structure.names_of(rows.skeleton)}"
+            raise ValueError(sentence("the source", found, f"the same features as before, {features.names}"))
+        return [_fitted(feature, column, indices) for feature, column in zip(features.features, rows.columns)]
+    items = structure.leaves_of_all(rows, features.skeleton) or []
+    fast = [_fast(feature, each) for feature, each in zip(features.features, items)]
+    known = [column for column in fast if column is not None]
+    if known and len(known) == len(fast):
+        return known
+    arrays = [_arrays(features, example, int(index)) for example, index in zip(rows, indices)]
+    return [columns.of_arrays([row[i] for row in arrays], feature.depth) for i, feature in enumerate(features.features)]
+
+
+def _fast(feature: Feature, items: Sequence[Any]) -> Column | None:
+    """The column of items that are alike; None for others, which are looked at one by one."""
+    kinds = set(map(type, items))
+    if len(kinds) > 1 and not kinds <= {int, float}:
+        return None
+    kind = next(iter(kinds))
+    try:
+        if kind is np.ndarray and feature.dtype != object:
+            if {(array.dtype, array.ndim) for array in items} != {(feature.dtype, len(feature.shape))}:
+                return None
+            return _checked(feature, columns.of_arrays(items, feature.depth))
+        if kind is list and feature.shape == (None,):
+            leaves = [*itertools.chain.from_iterable(items)]
+            array = _numbers(feature, leaves, set(map(type, leaves)))
+            return None if array is None else Column(array, (columns.offsets([*map(len, items)]),))
+        if feature.shape == ():
+            array = _numbers(feature, items, kinds)
+            return None if array is None else Column(array)
+    except (ValueError, TypeError, OverflowError):  # the look at single examples words the error
+        pass
+    return None
+
+
+def _numbers(feature: Feature, leaves: Sequence[Any], kinds: set[type]) -> np.ndarray | None:
+    """Python's numbers or strings, or NumPy's scalars of one kind, as an array."""
+    if feature.dtype == object:
+        return np.array(leaves, object) if kinds <= {str, bytes} else None
+    if kinds <= {int} if feature.dtype == np.int64 else kinds <= {int, float} and feature.dtype == np.float64:
+        return np.array(leaves, feature.dtype)
+    if len(kinds) == 1 and all(issubclass(kind, np.generic) for kind in kinds):
+        array = np.array(leaves)
+        return array if array.dtype == feature.dtype else None
+    return None
+
+
+def _checked(feature: Feature, column: Column) -> Column | None:
+    """The column, or None if a fixed axis has another size."""
+    fits = column.values.shape[1:] == feature.shape[feature.depth :] and all(
+        size is None or (np.diff(splits) == size).all() for size, splits in zip(feature.shape, column.splits)
+    )
+    return column if fits else None
+
+
+def _fitted(feature: Feature, column: Column, indices: np.ndarray) -> Column:
+    """The column of a chunk, partitioned as the feature is. Raises: ValueError."""
+    (values, splits), depth = column, feature.depth
+    if values.dtype != feature.dtype:
+        where = f"{feature.name!r} of example {indices[0]}"
+        raise ValueError(sentence(where, f"of dtype {values.dtype}", f"{feature.dtype}, as in the first example"))
+    if len(splits) + values.ndim - 1 != len(feature.shape):
+        raise _misfit(feature, column, indices)
+    while len(splits) < depth:
+        rows, size, *inner = values.shape
+        splits, values = (*splits, np.arange(rows + 1) * size), values.reshape(rows * size, *inner)
+    while len(splits) > depth:
+        size = feature.shape[len(splits) - 1] or 0
+        if (np.diff(splits[-1]) != size).any():
+            raise _misfit(feature, column, indices)
+        values = values.reshape(len(splits[-1]) - 1, size, *values.shape[1:])
+        splits = splits[:-1]
+    fitted = _checked(feature, Column(values, splits))
+    if fitted is None or not (feature.pad is None or feature.pad.axes[0] == 0 or fitted.is_rectangular()):
+        raise _misfit(feature, column, indices)
+    return fitted
+
+
+def _misfit(feature: Feature, column: Column, indices: np.ndarray) -> ValueError:
+    """The error for the first example of a column that does not have the feature's shape."""
+    sizes, inner = column.sizes() if column.splits else np.zeros([column.num_examples, 0], int), column.values.shape[1:]
+    shapes = [(*row, *inner) for row in sizes.tolist()]
+    for shape, index in zip(shapes, indices):
+        if len(shape) != len(feature.shape) or any(
+            want not in (None, size) for want, size in zip(feature.shape, shape)
+        ):
+            return shape_error(feature, shape, int(index))
+    rule = "arrays, or positions along axis 0"
+    return ValueError(sentence(repr(feature.name), "ragged within examples", rule, "Write Pad(axis=(0, ...))."))
+
+
+def shape_error(feature: Feature, shape: tuple[int, ...], index: int) -> ValueError:
+    """The error for an example of another shape."""
+    remedy = "" if feature.pad else f"Ragged? Add {feature.name!r} to padding."
+    where, wanted = f"{feature.name!r} of example {index}", f"{feature.shape} (None is ragged)"
+    return ValueError(sentence(where, f"of shape {shape}", wanted, remedy))
+
+
+def _arrays(features: Features, example: Any, index: int) -> list[np.ndarray]:
+    """An example's arrays. ValueError names the example index and a feature that differs from the others."""
+    skeleton = structure.skeleton_of(example)
+    if skeleton != features.skeleton:
+        found = f"with {structure.names_of(skeleton)}"
+        raise ValueError(sentence(f"example {index}", found, f"the same features as the others, {features.names}"))
+    arrays = []
+    for feature, item in zip(features.features, structure.leaves_of(example, skeleton)):
+        where = f"{feature.name!r} of example {index}"
+        array = schema.as_array(item, where)
+        if schema.is_untyped(item):
+            rest = tuple(size or 0 for size in feature.shape[array.ndim :])
+            array = np.zeros(array.shape + rest, feature.dtype)
+        if array.dtype == np.int64 and feature.dtype == np.float64 and schema.is_python(item):
+            array = array.astype(np.float64)
+        if array.dtype != feature.dtype:
+            remedy = "Write 1.0 for 1, or np.float32 arrays." if schema.is_python(item) else "Cast one of them."
+            found = f"of dtype {array.dtype}"
+            raise ValueError(sentence(where, found, f"{feature.dtype}, as in the first example", remedy))
+        if array.ndim != len(feature.shape) or any(
+            want not in (None, have) for want, have in zip(feature.shape, array.shape)
+        ):
+            raise shape_error(feature, array.shape, index)
+        arrays.append(array)
+    return arrays

@@ -1,0 +1,111 @@
+"""Measures of a step: the sizes of its examples, and the positions and weights that its losses count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from distpad.data.config import Config
+from distpad.data.schema import Features, sentence
+from distpad.data.structure import Name
+from distpad.padding.columns import Column
+
+
+def sizes_of(config: Config, columns: Mapping[Name, Column], indices: np.ndarray) -> dict[Name, np.ndarray]:
+    """Return the sizes of each padded feature's ragged axes, ``[rows, axes]``.
+
+    Raises: ValueError: a size above the last boundary of the buckets, with the example index.
+    """
+    if not columns:
+        return {name: np.zeros([0, len(pad.axes)], np.int64) for name, pad in config.padding.items()}
+    found = {name: columns[name].sizes()[:, list(pad.axes)] for name, pad in config.padding.items()}
+    try:
+        config.check_sizes([size for sizes in found.values() for size in sizes.max(axis=0, initial=0).tolist()])
+    except ValueError:
+        for index, *rows in zip(indices, *found.values()):
+            try:
+                config.check_sizes([size for row in rows for size in row.tolist()])
+            except ValueError as error:
+                raise ValueError(f"{error} (example {index})") from None
+    return found
+
+
+def counts_of(config: Config, columns: Mapping[Name, Column], indices: np.ndarray) -> np.ndarray:
+    """Return each row's tokens, or the sum of their weights, and 1 if it has any: ``[rows, losses, 2]`` float64.
+
+    Raises: ValueError: weights of another shape, below 0 or not finite, with the example index.
+    """
+    counted = np.zeros([len(indices), len(config.tokens), 2])
+    for i, (loss, name) in enumerate(config.tokens.items() if columns else ()):
+        axes, column = config.counted_axes(name), columns[name]
+        leads = axes == [*range(len(axes))]
+        totals = np.diff(column.bounds()[len(axes)]) if leads else column.sizes()[:, axes[0]]
+        weights = config.weights.get(loss)
+        if weights is not None:
+            totals = _weights(columns[weights], column, axes, totals, weights, indices)
+        counted[:, i] = np.stack([totals, totals > 0], axis=-1)
+    return counted
+
+
+def _weights(
+    weights: Column, counted: Column, axes: Sequence[int], positions: np.ndarray, name: Name, indices: np.ndarray
+) -> np.ndarray:
+    """The sum of each example's weights over its positions."""
+    is_scalar = not weights.splits and weights.values.ndim == 1
+    if is_scalar:
+        bounds, totals = np.arange(len(indices) + 1), weights.values * positions.astype(np.float64)
+    else:
+        given = [*weights.splits]
+        values = weights.values
+        while values.ndim > 1:
+            rows, size, *inner = values.shape
+            given.append(np.arange(rows + 1) * size)
+            values = values.reshape(rows * size, *inner)
+        weights = Column(values, tuple(given))
+        _check_shapes(weights.sizes(), counted.sizes()[:, axes], name, indices)
+        bounds = weights.bounds()[-1]
+        sums = np.concatenate([[0.0], values.astype(np.float64)])
+        filled = np.flatnonzero(np.diff(bounds))
+        totals = np.zeros(len(indices))
+        if len(filled):
+            totals[filled] = np.add.reduceat(sums[1:], bounds[filled])
+    wrong = ~np.isfinite(totals)
+    negative = np.flatnonzero(weights.values < 0)
+    wrong[np.searchsorted(bounds, negative, side="right") - 1] = True
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        found = f"of sum {totals[row]:g} in example {indices[row]}"
+        raise ValueError(sentence(f"weights {name!r}", found, "finite, non-negative numbers"))
+    return totals
+
+
+def _check_shapes(given: np.ndarray, wanted: np.ndarray, name: Name, indices: np.ndarray) -> None:
+    differ = np.flatnonzero((given != wanted).any(axis=1))
+    if len(differ):
+        row = differ[0]
+        found = f"of shape {tuple(given[row].tolist())} in example {indices[row]}"
+        rule = f"{tuple(wanted[row].tolist())}, the shape of the counted feature"
+        raise ValueError(sentence(f"weights {name!r}", found, rule))
+
+
+def check_counted(features: Features, config: Config) -> None:
+    """Check that weights are features of numbers, with one value per position or per example."""
+    known = {feature.name: feature for feature in features.features}
+    for loss, name in config.weights.items():
+        if name not in known:
+            raise ValueError(sentence("weights", repr(name), f"a feature of an example: {features.names}"))
+        found, axes = known[name], config.counted_axes(config.tokens[loss])
+        if len(found.shape) not in (0, len(axes)) or found.dtype.kind not in "fiub":
+            wanted = "numbers, one per position or one per example"
+            raise ValueError(sentence(f"weights {name!r}", f"of shape {found.shape} and {found.dtype}", wanted))
+
+
+def by_replica(counted: np.ndarray, bounds: Sequence[tuple[int, int]]) -> np.ndarray:
+    """The sums over each replica's rows, ``[replicas, losses, 2]``."""
+    return np.stack([counted[begin:end].sum(axis=0) for begin, end in bounds])
+
+
+def named(features: Features, columns: Sequence[Column]) -> dict[Any, Column]:
+    return dict(zip(features.names, columns))
