@@ -83,7 +83,7 @@ def main() -> None:
         }  # all workers take part
         if chief:
             title = f"{name}: batches of {options.batch_size}, {options.rounds} epochs of {len(workload.examples):,}"
-            show(title, runs, base)
+            show(title, makers, runs, base)
             show_startups(f"{name}: beginning of an epoch, and Python", startups)
 
 
@@ -308,15 +308,16 @@ def calls(make: Callable[[], Iterable[Any]], size: int) -> float:
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-def show(title: str, runs: Sequence[Run], base: str) -> None:
+def show(title: str, names: Iterable[str], runs: Sequence[Run], base: str) -> None:
     """Print the medians of all contenders, and the medians of their ratios to the base, by wall and by CPU time."""
     table = Table(title=f"{title}; ratios to {base}", title_justify="left")
     table.add_column("contender")
     for heading in ("1000 a second", "ratio", "95 % interval", "1000 a CPU second", "ratio", "95 % interval"):
         table.add_column(heading, justify="right")
-    by_name: dict[str, list[tuple[Run, Run]]] = {base: [(run, run) for run in runs[::2]]}
+    by_name: dict[str, list[tuple[Run, Run]]] = {name: [] for name in names}
     for before, run in zip(runs[::2], runs[1::2]):
-        by_name.setdefault(run.name, []).append((before, run))
+        by_name[base].append((before, before))
+        by_name[run.name].append((before, run))
     for name, pairs in by_name.items():
         cells = []
         for clock in ("wall", "cpu"):
