@@ -143,7 +143,7 @@ def usual(backend: backends.Backend, workload: contenders.Workload, size: int, *
     """Contenders in memory. ``mapped_file``: and PaddedBatches over a memory-mapped file."""
     examples, mapped, unmapped = workload.examples, contenders.mapped(workload), contenders.unmapped(workload)
     ours = functools.partial(contenders.padded_batches, backend, workload)
-    sampler = contenders.sampler(backend, workload, size)
+    sampler, columns = contenders.sampler(backend, workload, size), distpad.Columns(contenders.tensors(workload))
     makers: Makers = {
         BASE: lambda: contenders.padded(mapped, size),
         "ragged_batch + to_tensor, mapped": lambda: contenders.ragged(mapped, size),
@@ -154,19 +154,16 @@ def usual(backend: backends.Backend, workload: contenders.Workload, size: int, *
         **contenders.of_other_libraries(workload, size),
         f"{OWN}list": lambda: ours(examples, size),
         f"{OWN}list, sampler": lambda: ours((examples, sampler), None),
+        f"{OWN}Columns": lambda: ours(columns, size),
+        f"{OWN}Columns, sampler": lambda: ours((columns, sampler), None),
         f"{OWN}tf.data, mapped": lambda: ours(mapped, size),
         f"{OWN}tf.data, unmapped": lambda: ours(unmapped, size),
     }
-    if hasattr(distpad, "Columns"):  # TODO: remove this line when Columns exists
-        columns = distpad.Columns(contenders.tensors(workload))
-        makers[f"{OWN}Columns"] = lambda: ours(columns, size)
-        makers[f"{OWN}Columns, sampler"] = lambda: ours((columns, sampler), None)
     if mapped_file:
         rows, lengths = mapped_rows(workload), workload.lengths
         makers[f"{OWN}memmap, rows of {rows.shape[1]}"] = lambda: ours(FixedRows(rows, lengths), size)
-        if hasattr(distpad, "Columns"):  # TODO: remove this line when Columns exists
-            held = distpad.Columns({"y": rows, "length": lengths})
-            makers[f"{OWN}Columns of memmap, rows of {rows.shape[1]}"] = lambda: ours(held, size)
+        columns_of_rows = distpad.Columns({"y": rows, "length": lengths})
+        makers[f"{OWN}Columns of memmap, rows of {rows.shape[1]}"] = lambda: ours(columns_of_rows, size)
     return makers
 
 
@@ -182,17 +179,13 @@ def slow(backend: backends.Backend, workload: contenders.Workload, size: int) ->
                 yield contenders.pad_examples(workload.padded, batch)
 
     makers: Makers = {
-        ONE_READ: lambda: ours(source, size),
+        ONE_READ: lambda: ours(source, size, num_parallel_reads=1),
+        f"{OWN}{READS} reads": lambda: ours(source, size, num_parallel_reads=READS),
+        f"{OWN}sampler, {READS} reads": lambda: ours((source, sampler), None, num_parallel_reads=READS),
         f"threads by hand, {READS} reads": lambda: contenders.Iterations(pooled),
     }
     if contenders.grain is not None:
         makers[f"grain, {READS} reads"] = lambda: contenders.grain_dataset(workload, size, source)
-    try:  # TODO: remove this line when num_parallel_reads exists
-        ours(source, size, num_parallel_reads=READS)
-    except TypeError:
-        return makers
-    makers[f"{OWN}{READS} reads"] = lambda: ours(source, size, num_parallel_reads=READS)
-    makers[f"{OWN}sampler, {READS} reads"] = lambda: ours((source, sampler), None, num_parallel_reads=READS)
     return makers
 
 
@@ -337,7 +330,7 @@ def show_startups(title: str, startups: dict[str, Startup]) -> None:
         table.add_column(heading, justify="right")
     for name, found in startups.items():
         table.add_row(name, f"{1000 * found.first:.1f}", f"{1000 * found.second:.1f}", f"{found.calls:.2f}")
-    Console(width=110).print(table)
+    Console(width=130).print(table)
 
 
 if __name__ == "__main__":

@@ -100,17 +100,15 @@ def sources(backend: backends.Backend, workload: contenders.Workload, size: int)
     """The input pipelines, each of the same examples."""
     ours = functools.partial(contenders.padded_batches, backend, workload)
     mapped, sampler = contenders.mapped(workload), contenders.sampler(backend, workload, size)
-    found: dict[str, Iterable[Any]] = {
+    return {
         ALONE: range(-(-len(workload.examples) // size)),
         "padded_batch, prefetch": contenders.padded(mapped, size),
         **{name: make() for name, make in contenders.of_other_libraries(workload, size).items()},
         "distpad, list": ours(workload.examples, size),
         "distpad, list, sampler": ours((workload.examples, sampler), None),
+        "distpad, Columns": ours(distpad.Columns(contenders.tensors(workload)), size),
         "distpad, tf.data": ours(mapped, size),
     }
-    if hasattr(distpad, "Columns"):  # TODO: remove this line when Columns exists
-        found["distpad, Columns"] = ours(distpad.Columns(contenders.tensors(workload)), size)
-    return found
 
 
 def run(step: Callable[[], Any], batches: Iterable[Any]) -> Run:
