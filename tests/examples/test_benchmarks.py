@@ -118,7 +118,7 @@ def test_pipeline():
         "padded_batch, mapped",
         "ragged_batch .*, unmapped",
         "bucket_by_sequence_length",
-        "by hand, list",
+        "NumPy by hand, list",
     ):
         assert len(re.findall(f"│ {contender} +│ +[0-9]", output)) == 2, output  # a table for each workload
     for source in ("list", "list, sampler", "tf.data, mapped", "tf.data, unmapped", "Columns", "Columns, sampler"):
