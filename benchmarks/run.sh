@@ -12,6 +12,8 @@ mirrored    | local               | wrapper.py --replicas 4
 drift       | local               | drift.py
 shapes      | local horovod       | shapes.py --count
 planning    | local               | planning.py
+pipeline    | local               | pipeline.py
+waiting     | local               | waiting.py
 convergence | local               | convergence.py
 '
 
@@ -22,7 +24,8 @@ one process, and the benchmark prints ratios of their times. All benchmarks take
 output is also written to runs/benchmarks.
 
 Usage: benchmarks/run.sh [--stack current|classic] [NAME...]
-  NAME        overhead, tokens, docstrings, wrapper, mirrored, drift, shapes, planning, convergence (default: all)
+  NAME        overhead, tokens, docstrings, wrapper, mirrored, drift, shapes, planning, pipeline, waiting, convergence
+              (default: all)
   --stack     environment (default: current)
   -h, --help  print this text
 

@@ -111,6 +111,35 @@ def test_planning():
     assert len(re.findall(r"│ +\d\.\d\d │", output)) == 4, output
 
 
+def test_pipeline():
+    """Each contender once, on two batches; which contenders of other libraries run depends on what is installed."""
+    output = run("local", "pipeline.py", "--rounds", 1, "--examples", 128, "--workloads", "short", "several")
+    for contender in (
+        "padded_batch, mapped",
+        "ragged_batch .*, unmapped",
+        "bucket_by_sequence_length",
+        "NumPy by hand, list",
+    ):
+        assert len(re.findall(f"│ {contender} +│ +[0-9]", output)) == 2, output  # a table for each workload
+    for source in ("list", "list, sampler", "tf.data, mapped", "tf.data, unmapped", "Columns", "Columns, sampler"):
+        assert len(re.findall(f"│ distpad, {source} +│ +[0-9]", output)) == 4, output  # and its epochs' beginnings
+
+
+def test_pipeline_of_images_and_of_a_slow_source():
+    workloads = ("float-images", "uint8-images", "slow")
+    output = run("local", "pipeline.py", "--rounds", 1, "--examples", 128, "--workloads", *workloads)
+    assert [output.count(f"{name}: batches of 64, 1 epochs of 64;") for name in workloads] == [1, 1, 1], output
+    for reads in ("1 read", "16 reads", "sampler, 16 reads"):
+        assert len(re.findall(f"│ distpad, {reads} +│ +[0-9]", output)) == 2, output
+
+
+def test_waiting():
+    output = run("local", "waiting.py", "--rounds", 1, "--steps", 4, "--ms", 1, 2)
+    for contender in ("no input pipeline", "padded_batch, prefetch", "distpad, list", "distpad, Columns"):
+        rows = re.findall(rf"│ {contender} +│ +(\d+\.\d\d) │ +(\d+\.\d\d) │", output)
+        assert len(rows) == 2 and all(0 <= float(share) <= 100 for share in rows[0]), output
+
+
 def test_convergence():
     output = run("local", "convergence.py", "--seeds", 1, "--steps", 1, "--eval-strings", 4)
     for batches in ("full shuffle", "similar widths", "a budget of columns"):
