@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import numpy as np
 import tensorflow as tf
 
+from distpad.backends import tensors
+
 _Result = TypeVar("_Result")
 
 
@@ -134,7 +136,7 @@ class Backend(abc.ABC):
 
         Returns the argument of the engine's step. No collective: any thread may call it.
         """
-        return tf.nest.map_structure(tf.convert_to_tensor, values[0])
+        return tensors.as_tensors(values[0], shares=tensors.shares_memory("CPU:0"))
 
     def local_results(self, value: Any) -> list[Any]:
         """A step's result, or a variable, as a list of nests: one for each replica of this worker."""

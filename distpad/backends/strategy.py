@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from distpad import errors
-from distpad.backends import base
+from distpad.backends import base, tensors
 from distpad.launcher import topology
 
 # dtypes that the collectives do not support, and the dtypes to which they are cast for the transfer
@@ -204,7 +204,7 @@ class StrategyBackend(base.Backend):
         def of_next(_: Any) -> Any:
             i = next(local)
             with tf.device(devices[i]):
-                return tf.nest.map_structure(tf.convert_to_tensor, values[i])
+                return tensors.as_tensors(values[i], shares=tensors.shares_memory(devices[i]))
 
         return self.strategy.experimental_distribute_values_from_function(of_next)
 

@@ -116,7 +116,8 @@ class PaddedBatches(tf.train.experimental.PythonState):
         )
         self.stats = PaddingStats()
         self._opened = 0  # iterations of the source
-        self._ahead: tuple[epoch.Cursor, int | None, reader.Reader] | None = None  # of the next epoch
+        self._ahead = reader.Ahead()
+        weakref.finalize(self, self._ahead.close)
         self._progress = progress.Progress(self._make_epoch)
         self._requests = feeder.Requests(self._backend, self._config, self._progress)
 
@@ -166,7 +167,7 @@ class PaddedBatches(tf.train.experimental.PythonState):
         return epoch.Epoch(
             self._backend,
             self._config,
-            self._take_reader(cursor),
+            self._ahead.take((cursor, sources.count_of(self._source))) or self._make_reader(cursor),
             cursor=cursor,
             features=self._progress.features,
             stats=self.stats,
@@ -176,15 +177,6 @@ class PaddedBatches(tf.train.experimental.PythonState):
             channel=elements.channel if elements else sync.Channel(),
             repeats=bool(elements and elements.repeats),
         )
-
-    def _take_reader(self, cursor: epoch.Cursor) -> reader.Reader:
-        """The reader of the epoch that begins at a cursor: the one that reads ahead, or a new one."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None:
-            if ahead[:2] == (cursor, sources.count_of(self._source)):
-                return ahead[2]
-            ahead[2].close()
-        return self._make_reader(cursor)
 
     def _make_reader(self, cursor: epoch.Cursor, *, waits: bool = False) -> reader.Reader:
         number, step, begins = cursor
@@ -205,8 +197,8 @@ class PaddedBatches(tf.train.experimental.PythonState):
     def _read_ahead(self, following: epoch.Cursor) -> None:
         """Read the beginning of the next epoch while the running one is consumed. The reader's thread calls it."""
         if sources.can_be_read_ahead(self._source):
-            count = sources.count_of(self._source)
-            self._ahead = following, count, self._make_reader(following, waits=True)
+            key = following, sources.count_of(self._source)  # a source that grows is read again
+            self._ahead.keep(key, self._make_reader(following, waits=True))
 
     def for_keras(self, *, x: Any, y: Any, repeat: bool = False) -> Any:
         """Return a ``tf.data.Dataset`` of this worker's batches for ``fit``: ``(x, y, weights)``.

@@ -58,7 +58,7 @@ def _shape(name: Name, column: Column, padding: Mapping[Name, Pad], guess: bool)
     ragged = pad.axes if pad else ()
     if not guess and any(not len(size) for axis, size in enumerate(sizes) if axis not in ragged):
         return None
-    return (*(int(size.max(initial=0)) for size in sizes), *column.values.shape[1:])
+    return (*(int(size[0]) if len(size) else 0 for size in sizes), *column.values.shape[1:])
 
 
 def columns_of(features: Features, rows: Rows, indices: np.ndarray) -> list[Column]:

@@ -16,7 +16,7 @@ from distpad.data.schema import Feature, Features
 from distpad.data.stats import PaddingStats
 from distpad.data.structure import Name, TupleIndex
 from distpad.losses.counts import Counts, LossInputs, WeightedCounts
-from distpad.padding import columns
+from distpad.padding import columns, memory
 from distpad.padding.columns import Column
 
 _AHEAD = 4  # batches that are on their devices before their step
@@ -125,7 +125,7 @@ class Padder:
         sizes = dict(zip(config.axes, order.step.sizes))
         values, lengths = collate(features.features, mine, sizes, (rows, size), last, {*config.tokens.values()})
         named = dict(zip(features.names, values))
-        indices = np.full([size], -1, np.int64)
+        indices = columns.blank(size, [], -1, np.dtype(np.int64))
         indices[:rows] = micro.indices[replica] if micro else []
         local = micro.local[replica] if micro else np.zeros([len(config.tokens), 2])
         counts = self._counts(order.step, local)
@@ -143,14 +143,19 @@ class Padder:
         ]
         self._stats.add_replica(tables, order.step.agreed, order.step.sizes, size)
         data = features.pack(values)
-        return Batch(data, lengths, np.int32(rows), counts.get(None, counts), indices, inputs.get(None, inputs))
+        num_rows = memory.zeros([], np.dtype(np.int32))
+        num_rows[...] = rows
+        return Batch(data, lengths, num_rows, counts.get(None, counts), indices, inputs.get(None, inputs))
 
     def _counts(self, step: plan.StepPlan, local: np.ndarray) -> dict[Any, Counts]:
-        counts, replicas = {}, np.float64(self._backend.num_replicas)
+        counts = {}
         for i, (loss, name) in enumerate(self._config.tokens.items()):
             is_weighted = loss in self._config.weights or len(self._config.counted_axes(name)) > 1
-            kind = WeightedCounts if is_weighted else Counts
-            counts[loss] = kind(np.float64(step.tokens[i]), np.float64(step.sequences[i]), local[i], replicas)
+            tokens, sequences, replicas = memory.scalars(3)
+            tokens[...], sequences[...], replicas[...] = step.tokens[i], step.sequences[i], self._backend.num_replicas
+            mine = memory.zeros([2], np.dtype(np.float64))
+            mine[:] = local[i]
+            counts[loss] = (WeightedCounts if is_weighted else Counts)(tokens, sequences, mine, replicas)
         return counts
 
     def _weights(self, loss: Any, counted: Column | None, arrays: Mapping[Name, np.ndarray]) -> Any:
@@ -228,7 +233,7 @@ def collate(
         values.append(batch)
         if feature.pad:
             axis = feature.pad.axes[0]
-            found = np.zeros([size], np.int32)
+            found = memory.zeros([size], np.dtype(np.int32))
             found[:real] = given[i].sizes()[:, axis] if real else []
             found[real:] = 0 if is_emptied else min(shape[axis], int(last[i].sizes()[0, axis]))
             lengths[feature.name] = found

@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -178,6 +178,28 @@ class Reader:
             if hasattr(steps, "close"):
                 with contextlib.suppress(Exception):
                     steps.close()  # type: ignore[union-attr]
+
+
+class Ahead:
+    """Keeps the reader of the next epoch until that epoch begins."""
+
+    def __init__(self) -> None:
+        self._key: Any = None
+        self._reader: Reader | None = None
+
+    def keep(self, key: Any, reader: Reader) -> None:
+        self._key, self._reader = key, reader
+
+    def take(self, key: Any) -> Reader | None:
+        """The reader that was kept with this key; one of another key is closed."""
+        reader, self._reader = self._reader, None
+        if reader is None or self._key == key:
+            return reader
+        reader.close()
+        return None
+
+    def close(self) -> None:
+        self.take(object())
 
 
 class _Reading:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from distpad.padding import memory
+
 _SHORT = 192  # rows of at most this padded length are placed by their mask, longer rows one by one
 
 
@@ -117,11 +119,13 @@ def concatenate(columns: Sequence[Column]) -> Column:
 
 
 def blank(rows: int, shape: Iterable[int], value: Any, dtype: np.dtype) -> np.ndarray:
-    """A batch of padding. Zeros are not written: the kernel hands out memory of zeros."""
+    """A batch of padding."""
     shape = (rows, *shape)
     if np.ndim(value) == 0 and dtype.kind in "biuf" and value == 0 and not np.signbit(value):
-        return np.zeros(shape, dtype)
-    return np.full(shape, value, dtype)
+        return memory.zeros(shape, dtype)
+    batch = memory.zeros(shape, dtype)
+    batch[...] = value
+    return batch
 
 
 def real(lengths: np.ndarray, size: int, *, at_end: bool = False) -> np.ndarray:
@@ -172,6 +176,8 @@ def mask(column: Column, shape: Sequence[int]) -> np.ndarray:
 
 def _lengths_of_rows(column: Column, shape: Sequence[int]) -> np.ndarray:
     """The lengths along the last partitioned axis of all rows of a batch ``[examples, *sizes]``, 0 for padded rows."""
+    if len(column.splits) == 1:
+        return np.diff(column.splits[0])
     rows = np.arange(column.num_examples)
     for splits, size in itertools.islice(zip(column.splits, shape[1:]), len(column.splits) - 1):
         lengths = np.diff(splits)
