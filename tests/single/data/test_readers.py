@@ -151,7 +151,7 @@ def test_a_wrong_answer_of_getitems_is_named(answer, found):
         def __getitems__(self, indices):
             return answer([("key", "value")] * len(indices))
 
-    with pytest.raises(ValueError, match=f"source.__getitems__ is {found}, expected a list of 4"):
+    with pytest.raises(ValueError, match=rf"source\.__getitems__ is {found}, expected a list of 4"):
         next(iter(made(Wrong(EXAMPLES))))
 
 
@@ -164,11 +164,10 @@ def test_an_error_of_a_read_is_the_error_of_its_step(error, num_parallel_reads):
                 raise error
             return self.rows[index]
 
-    steps = 0
-    with pytest.raises(type(error), match="gone|bye"):
-        for _ in made(Fails(EXAMPLES), num_parallel_reads=num_parallel_reads):
-            steps += 1
-    assert steps == 3
+    batches = iter(made(Fails(EXAMPLES), num_parallel_reads=num_parallel_reads))
+    assert len([next(batches) for _ in range(3)]) == 3
+    with pytest.raises(type(error), match=r"gone|bye"):
+        next(batches)
 
 
 def test_parallel_reads_are_parallel_and_bounded():
@@ -255,14 +254,24 @@ def test_an_element_of_another_shape_is_named(lookahead):
 
 def test_an_error_of_an_element_is_the_error_of_its_step():
     source = tf.data.Dataset.range(9).map(lambda i: {"y": tf.ensure_shape(tf.range(i), [None]) // (i - 6)})
-    steps = 0
+    batches = iter(made(source, 2, padding={"y": distpad.Pad()}))
+    assert len([next(batches) for _ in range(3)]) == 3
     with pytest.raises(tf.errors.InvalidArgumentError):
-        for _ in made(source, 2, padding={"y": distpad.Pad()}):
-            steps += 1
-    assert steps == 3
+        next(batches)
 
 
 # -- the next epoch ---------------------------------------------------------------------------------------------------
+
+
+def ours():
+    return {thread for thread in threading.enumerate() if thread.name.startswith("distpad")}
+
+
+def wait_until(is_so):
+    until = time.monotonic() + 10
+    while not is_so():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def test_windows_grow_from_one_step_and_the_next_epoch_is_read_ahead():
@@ -273,7 +282,7 @@ def test_windows_grow_from_one_step_and_the_next_epoch_is_read_ahead():
             self.read += 1
             return self.rows[index]
 
-    source, threads = Counted(EXAMPLES), set(threading.enumerate())
+    source, threads = Counted(EXAMPLES), ours()
     batches = made(source, 1, lookahead=8)
     iterator = iter(batches)
     next(iterator)
@@ -281,12 +290,8 @@ def test_windows_grow_from_one_step_and_the_next_epoch_is_read_ahead():
     assert source.read <= 1 + 2 + 4  # not a window of 8 steps
     for _ in iterator:
         pass
-    until = time.monotonic() + 10
-    while source.read == COUNT and time.monotonic() < until:
-        time.sleep(0.01)
-    time.sleep(0.1)
+    wait_until(lambda: source.read > COUNT and not ours() - threads)  # the reader has left
     assert source.read == COUNT + 1  # one step of the next epoch, and no more
-    assert not {thread.name for thread in set(threading.enumerate()) - threads if thread.name.startswith("distpad")}
     assert_same(leaves(batches), leaves(made(EXAMPLES, 1)))
 
 
@@ -296,10 +301,7 @@ def test_deleted_batches_leave_no_threads():
     list(batches)
     del batches
     gc.collect()
-    until = time.monotonic() + 10
-    while set(threading.enumerate()) - threads and time.monotonic() < until:
-        time.sleep(0.01)
-    assert not set(threading.enumerate()) - threads
+    wait_until(lambda: not set(threading.enumerate()) - threads)
 
 
 def test_a_list_that_grows_between_epochs_is_read_whole():
