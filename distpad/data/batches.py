@@ -114,10 +114,12 @@ class PaddedBatches(tf.train.experimental.PythonState):
         self._source, self._sampler = sources.checked(
             source, batch_size, drop_remainder, self._config.num_parallel_reads
         )
+        size = (self._config.batch_size or 1) * self._backend.replicas_here
+        self._batched = functools.cache(functools.partial(sources.batched, self._source, size))  # of a tf.data.Dataset
         self.stats = PaddingStats()
         self._opened = 0  # iterations of the source
         self._ahead = reader.Ahead()
-        weakref.finalize(self, self._ahead.close)
+        weakref.finalize(self, self._ahead.drop)
         self._progress = progress.Progress(self._make_epoch)
         self._requests = feeder.Requests(self._backend, self._config, self._progress)
 
@@ -397,7 +399,8 @@ class PaddedBatches(tf.train.experimental.PythonState):
         if isinstance(source, tf.data.Dataset):
             tokens = [*self._config.tokens.values()]
             steps = functools.partial(sources.in_order, size, here, checks, step, sources.count_of(source))
-            return lambda: sources.read_dataset(source, steps(), tokens)
+            batched = self._batched
+            return lambda: sources.read_dataset(source, size * here, batched(), steps(), tokens)
         self._opened += 1
         opened = self._opened
         return lambda: sources.read_iterable(source, sources.in_order(size, here, checks, step), opened)

@@ -75,7 +75,7 @@ class Reader:
       beginning: computes the fingerprints of the epoch's first steps.
       digest: computes the hash of the first examples, or None if it is not compared.
       waits: whether the epoch has not begun. Then the thread ends after the first window, until ``begin``.
-      at_end: called in the thread after the last window was read, without an error.
+      at_end: called once, when the last window was read without an error and the epoch has begun.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Reader:
         self.beginning, self._digest, self._at_end = beginning, digest, at_end
         self._windows: queue.Queue[Window | None] = queue.Queue()  # None after the last window
         self._wanted = threading.Semaphore(1)  # windows that may be read: it bounds the memory
-        self._waits, self._is_idle, self._lock = waits, False, threading.Lock()
+        self._waits, self._is_idle, self._has_ended, self._lock = waits, False, False, threading.Lock()
         self._stopped = threading.Event()
         self._reads = self._read()
         _OPEN.add(self)
@@ -108,6 +108,9 @@ class Reader:
         with self._lock:
             self._waits, is_idle = False, self._is_idle
             self._is_idle = False
+            has_ended = self._has_ended
+        if has_ended:
+            self._at_end()
         if is_idle:
             self._thread.join()  # it has left the lock, and ends
             self._start()
@@ -128,7 +131,8 @@ class Reader:
         """End the thread. A thread that hangs in the user's source continues, but does not block interpreter exit."""
         self._stopped.set()
         self._wanted.release()
-        self._thread.join(limit_s)
+        if limit_s:
+            self._thread.join(limit_s)
         if not self._thread.is_alive():
             self._reads.close()
         self._windows.put(None)
@@ -147,12 +151,19 @@ class Reader:
                 self._reads.close()
                 return
 
+    def _end(self) -> None:
+        """The last window was read. An epoch that has not begun reads no further epoch ahead."""
+        with self._lock:
+            is_first, self._has_ended = not self._has_ended, True
+            waits = self._waits
+        if is_first and not waits:
+            self._at_end()
+
     def _read(self) -> Generator[bool, None, None]:
         """Read a window each time; whether another one may follow."""
         steps: Iterator[Step] | None = None
         waiting: collections.deque[Step] = collections.deque()  # that were read, until a window takes them
         ended: BaseException | bool = False  # the error that ended the source, or whether it has ended
-        for_next = self._at_end
         try:
             for number in itertools.count():
                 reading = _Reading(self._config, number, self._features, self.beginning, self._digest, waiting)
@@ -170,8 +181,7 @@ class Reader:
                 reading.finish(ended)
                 self._features = reading.features
                 if not reading.report.continues:
-                    for_next()  # before the consumer can begin the next epoch
-                    for_next = lambda: None
+                    self._end()  # before the consumer can begin the next epoch
                 self._windows.put(reading.window())
                 yield True
         finally:
@@ -198,8 +208,11 @@ class Ahead:
         reader.close()
         return None
 
-    def close(self) -> None:
-        self.take(object())
+    def drop(self) -> None:
+        """End the reader without waiting for its thread: the garbage collector may call this in that thread."""
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close(0)
 
 
 class _Reading:

@@ -300,30 +300,41 @@ def _own(example: Any) -> Any:
 # -- tf.data ----------------------------------------------------------------------------------------------------------
 
 
-def read_dataset(dataset: tf.data.Dataset, steps: Iterable[Step], tokens: Sequence[Name]) -> Iterator[Step]:
+def batched(dataset: tf.data.Dataset, size: int) -> tf.data.Dataset | None:
+    """Return the dataset of ``size`` elements each; None if tf.data cannot make it, as for elements of unknown rank."""
+    specs = tf.nest.flatten(dataset.element_spec)
+    if not all(isinstance(spec, _TENSORS) and spec.shape.rank is not None for spec in specs):
+        return None
+    if any(isinstance(spec, tf.SparseTensorSpec) for spec in specs):
+        dataset = dataset.map(_dense)
+    return dataset.ragged_batch(size)
+
+
+def read_dataset(
+    dataset: tf.data.Dataset,
+    size: int,
+    batches: tf.data.Dataset | None,
+    steps: Iterator[Step],
+    tokens: Sequence[Name],
+) -> Iterator[Step]:
     """Yield steps with the next elements of one iteration, batched by tf.data.
 
     Args:
+      size: the examples of a step.
+      batches: the result of ``batched``, which is made once for all epochs.
       tokens: the counted features.
 
     Raises: ValueError: elements that look like batches.
     """
-    specs = tf.nest.flatten(dataset.element_spec)
-    if not all(isinstance(spec, _TENSORS) and spec.shape.rank is not None for spec in specs):
+    if batches is None:
         yield from read_iterable(_AsNumPy(dataset), steps, 1)
         return
-    count = count_of(dataset)
-    steps = iter(steps)
-    first = next(steps)
-    size = sum(map(len, first.indices))
-    chunks: Iterator[Chunk] = map(
-        _chunk, dataset.map(_dense).ragged_batch(size) if _has_sparse(specs) else dataset.ragged_batch(size)
-    )
-    shapes = [spec.shape for spec in specs]
+    chunks: Iterator[Chunk] = map(_chunk, batches)
+    shapes = [spec.shape for spec in tf.nest.flatten(dataset.element_spec)]
     # Batches have an unknown batch size or an unknown padded length; examples of one size have neither.
     if all(shape.rank and shape[0] is None for shape in shapes) or any(None in shape[1:] for shape in shapes):
         chunks = _single(chunks, -(-_HEAD // size), tokens)
-    yield from _paired(chunks, itertools.chain([first], steps), size, count is not None)
+    yield from _paired(chunks, steps, size, count_of(dataset) is not None)
 
 
 _TENSORS = (tf.TensorSpec, tf.RaggedTensorSpec, tf.SparseTensorSpec)
@@ -337,10 +348,6 @@ class _AsNumPy:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._dataset.as_numpy_iterator())
-
-
-def _has_sparse(specs: Sequence[Any]) -> bool:
-    return any(isinstance(spec, tf.SparseTensorSpec) for spec in specs)
 
 
 def _dense(*element: Any) -> Any:
