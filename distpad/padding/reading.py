@@ -1,0 +1,280 @@
+"""Reading the argument of ``pad``: arrays and nested lists as arrays of one rank, or as a column."""
+
+from __future__ import annotations
+
+import itertools
+import marshal
+import reprlib
+from typing import Any, NamedTuple, Union
+
+import numpy as np
+
+from distpad import errors
+from distpad.padding import arguments, columns
+
+_MOST_AXES = 32  # NumPy's limit
+_LISTS = {list, tuple}
+Rows = Union[list[np.ndarray], columns.Column]
+
+
+class Block(NamedTuple):
+    """A rectangular part of the batch.
+
+    Attributes:
+      path: the indices that lead to the array, the sequence's index first.
+      rank: the rank of a sequence, as this block shows it.
+      typed: False for empty lists, which have no dtype.
+    """
+
+    path: tuple[int, ...]
+    array: np.ndarray
+    rank: int
+    typed: bool = True
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the block ends in an empty list, which may be of numbers, of vectors or of images."""
+        return not self.array.size and self.array.shape[-1:] == (0,)
+
+
+class Branch(NamedTuple):
+    """A list that is not rectangular: it has ``size`` children with blocks of their own."""
+
+    path: tuple[int, ...]
+    size: int
+
+
+def read(sequences: Any, options: arguments.Options) -> tuple[Rows, np.dtype]:
+    """Return sequences of one rank, and the dtype of the batch, which may be wider than that of the sequences.
+
+    Returns: one array a sequence; or, for lists that are not rectangular, a column of scalars whose splits are all axes
+      of a sequence.
+
+    Raises: TypeError, ValueError, as ``distpad.pad`` describes them.
+    """
+    sequences = [*sequences]
+    return _read_regular(sequences, options) or _read_any(sequences, options)
+
+
+# Regular batches: one type, dtype and rank throughout. No Python runs for single elements.
+
+
+def _read_regular(sequences: list[Any], options: arguments.Options) -> tuple[Rows, np.dtype] | None:
+    """Read arrays of one dtype, or nested lists of such arrays or of Python numbers; None for all else, and errors."""
+    if arguments.is_object(options.dtype):
+        return None
+    rows: list[Any] = sequences
+    splits: list[np.ndarray] = []
+    while len(splits) < _MOST_AXES:
+        kinds = set(map(type, rows))
+        if kinds == {np.ndarray}:
+            return _regular_arrays(rows, splits, options)
+        if not kinds <= _LISTS:
+            return None
+        splits.append(columns.offsets([*map(len, rows)]))
+        first = next((row[0] for row in rows if row), None)
+        if type(first) in (bool, int, float):
+            values = _numbers(rows, int(splits[-1][-1]))
+            dtype = None if values is None else _regular_dtype([values], options)
+            return None if values is None or dtype is None else (columns.Column(values, tuple(splits)), dtype)
+        if type(first) not in (*_LISTS, np.ndarray):
+            return None
+        rows = [*itertools.chain.from_iterable(rows)]
+    return None
+
+
+def _regular_arrays(
+    arrays: list[np.ndarray], splits: list[np.ndarray], options: arguments.Options
+) -> tuple[Rows, np.dtype] | None:
+    dtypes, ranks = {array.dtype for array in arrays}, {array.ndim for array in arrays}
+    sizes = [array.size for array in arrays]
+    if len(dtypes) > 1 or len(ranks) > 1 or ranks == {0} or not any(sizes) or arrays[0].dtype.kind in "OUS":
+        return None
+    dtype = _regular_dtype(arrays, options)
+    if dtype is None or not splits:
+        return None if dtype is None else ([*arrays], dtype)
+    if not all(sizes):  # a column does not hold the other sizes of an empty array
+        return None
+    column = columns.of_arrays(arrays, arrays[0].ndim)
+    return columns.Column(column.values, (*splits, *column.splits)), dtype
+
+
+def _numbers(rows: list[Any], count: int) -> np.ndarray | None:
+    """The elements of lists of Python numbers in one array; None for other elements, and integers that would change.
+
+    Version 2 of ``marshal`` writes a list as 5 bytes, then each integer as "i" and 4 bytes, each float as "g" and 8
+    bytes. So C code shows all types and all numbers at once, before Python could have looked at all types.
+    """
+    try:
+        written = b"".join([marshal.dumps(row, 2)[5:] for row in rows])
+    except ValueError:
+        return None
+    for mark, number in ((b"i", "<i4"), (b"g", "<f8")):
+        record = np.dtype([("mark", "S1"), ("number", number)])
+        if len(written) == count * record.itemsize:
+            records = np.frombuffer(written, record)
+            if (records["mark"] == mark).all():
+                return records["number"].astype(np.int64 if mark == b"i" else np.float64)
+    types = set(map(type, itertools.chain.from_iterable(rows)))
+    if not types <= {bool, int, float}:
+        return None
+    dtype = np.float64 if float in types else np.int64 if int in types else np.bool_
+    try:
+        values = np.fromiter(itertools.chain.from_iterable(rows), dtype, count)
+    except OverflowError:
+        return None
+    mixed = len(types) > 1 and dtype is np.float64
+    return None if mixed and (np.abs(values) >= arguments.EXACT).any() else values
+
+
+def _regular_dtype(arrays: list[np.ndarray], options: arguments.Options) -> np.dtype | None:
+    """The dtype of the batch; None if it cannot hold all elements."""
+    found = arrays[0].dtype
+    dtype = found if options.dtype is None else arguments.numpy_dtype(options.dtype)
+    if dtype == found or (np.can_cast(found, dtype, "safe") and dtype.kind not in "US"):
+        return dtype
+    flat = np.concatenate([array.reshape(-1) for array in arrays])
+    return None if dtype.kind in "US" or arguments.exact_cast(flat, dtype) is None else dtype
+
+
+# Irregular batches, and errors: each sequence is looked at.
+
+
+def _read_any(sequences: list[Any], options: arguments.Options) -> tuple[Rows, np.dtype]:
+    reader = _Reader(as_objects=arguments.is_object(options.dtype))
+    reader.read_batch(sequences)
+    blocks, branches = reader.blocks, reader.branches
+    rank = _rank(blocks, options)
+    dtype = _dtype(blocks, options)
+    if branches:
+        return _column(sorted([*blocks, *branches], key=lambda piece: piece.path), rank, dtype), dtype
+    # an empty list takes the sizes of the others, and where all are empty, the shape of value
+    inner = options.value.shape if _is_shapeless(blocks) else ()
+    most = [max((b.array.shape[axis] for b in blocks if b.rank > axis), default=0) for axis in range(rank - len(inner))]
+    shape = (*most, *inner)
+    return [b.array if b.rank == rank else b.array.reshape(b.array.shape + shape[b.rank :]) for b in blocks], dtype
+
+
+def _column(pieces: list[Block | Branch], rank: int, dtype: np.dtype) -> columns.Column:
+    """A column of scalars from blocks and branches in the order of their elements."""
+    values, lengths = [], [[np.zeros(0, np.int64)] for _ in range(rank)]
+    for piece in pieces:
+        shape = piece.array.shape if isinstance(piece, Block) else (piece.size,)
+        rows = 1
+        for axis, size in enumerate(shape, len(piece.path) - 1):
+            lengths[axis].append(np.full(rows, size))
+            rows *= size
+        if isinstance(piece, Block):
+            values.append(piece.array.astype(dtype).reshape(-1))
+    return columns.Column(np.concatenate(values), tuple(columns.offsets(np.concatenate(each)) for each in lengths))
+
+
+class _Reader:
+    """Splits nested data into ``blocks`` and ``branches``."""
+
+    def __init__(self, as_objects: bool) -> None:
+        self.blocks: list[Block] = []
+        self.branches: list[Branch] = []
+        self._dtype = object if as_objects else None
+
+    def read_batch(self, sequences: Any) -> None:
+        for index, sequence in enumerate(sequences):
+            self._read(sequence, (index,))
+            if not self.blocks[-1].rank:
+                found, rule = reprlib.repr(sequence), "a sequence, with at least one axis"
+                remedy = "Write pad([[1, 2, 3]]) for one sequence, pad([[1], [2], [3]]) for three of length 1."
+                raise ValueError(errors.sentence("pad", f"sequences[{index}]", found, rule, remedy))
+
+    def _read(self, item: Any, path: tuple[int, ...]) -> None:
+        array = self._rectangle(item, path)
+        if array is not None:
+            typed = array.size > 0 or array.dtype != np.float64 or not isinstance(item, (list, tuple))
+            self.blocks.append(Block(path, array, len(path) - 1 + array.ndim, typed))
+            return
+        self.branches.append(Branch(path, len(item)))
+        for index, child in enumerate(item):
+            self._read(child, (*path, index))
+
+    def _rectangle(self, item: Any, path: tuple[int, ...]) -> np.ndarray | None:
+        """The item as an array; None if its parts have different sizes."""
+        if type(item) is np.ndarray and item.dtype != object:
+            return item
+        is_list = isinstance(item, (list, tuple))
+        try:
+            array = np.asarray(item, dtype=self._dtype if is_list else None)
+        except ValueError:
+            if is_list:
+                return None
+            raise
+        if array.dtype == object and array.ndim and any(isinstance(x, (list, tuple, np.ndarray)) for x in array.flat):
+            return None
+        if is_list and self._dtype is None:
+            _check_leaves(item, array, path[0])
+        if is_list and array.dtype.kind in "US":
+            text = str if array.dtype.kind == "U" else bytes
+            if not all(isinstance(leaf, text) for leaf in np.asarray(item, object).flat):
+                what = f"of strings and other elements in sequences[{path[0]}]"
+                raise ValueError(errors.sentence("pad", "sequences", what, "one kind of element", "Give dtype=object."))
+        return array
+
+
+def _check_leaves(item: Any, array: np.ndarray, index: int) -> None:
+    """Raise ValueError for a list that NumPy would convert to objects, or whose integers it would round to floats."""
+    if array.dtype == object and not any(isinstance(part, np.ndarray) for part in item):
+        leaf = next((x for x in array.flat if not isinstance(x, (bool, int, float, complex, str, bytes))), None)
+        found = f"with {reprlib.repr(leaf)} in sequences[{index}]"
+        if leaf is None and None not in array:
+            found = f"with integers of more than 64 bits or of other kinds in sequences[{index}]"
+        raise ValueError(errors.sentence("pad", "sequences", found, "numbers or text", "Or give dtype=object."))
+    large = array.dtype == np.float64 and bool((np.abs(array) >= arguments.EXACT).any())
+    leaves = np.asarray(item, object).flat if large else ()
+    if any(isinstance(leaf, (int, np.integer)) and abs(int(leaf)) > arguments.EXACT for leaf in leaves):
+        raise _rounded(index)
+
+
+def _rounded(index: int) -> ValueError:
+    found, remedy = (
+        f"with integers above 2**53 beside other dtypes in sequences[{index}]",
+        "Convert them, or give dtype=.",
+    )
+    return ValueError(errors.sentence("pad", "sequences", found, "integers that float64 holds exactly", remedy))
+
+
+def _rank(blocks: list[Block], options: arguments.Options) -> int:
+    first_of_rank = {block.rank: block for block in reversed(blocks) if not block.is_open}
+    rank = max(first_of_rank or [block.rank for block in blocks] or [1])
+    first_of_rank.update({block.rank: block for block in blocks if block.rank > rank})
+    if len(first_of_rank) > 1:
+        found = sorted((block.path, rank) for rank, block in first_of_rank.items())
+        ranks = ", ".join(f"{rank} at sequences{''.join(f'[{i}]' for i in path)}" for path, rank in found)
+        remedy = "Give every sequence the same number of axes."
+        raise ValueError(errors.sentence("pad", "sequences", f"of ranks {ranks}", "one rank", remedy))
+    if not first_of_rank:  # all sequences are empty: the options decide
+        rank = max([rank, *(axis + 1 for axis in options.ragged_axes or ())])
+    return rank + options.value.ndim if _is_shapeless(blocks) else rank
+
+
+def _is_shapeless(blocks: list[Block]) -> bool:
+    return all(block.is_open and block.rank == 1 for block in blocks)
+
+
+def _dtype(blocks: list[Block], options: arguments.Options) -> np.dtype:
+    filled = [block for block in blocks if block.array.size]
+    value_dtype = options.value.dtype
+    if options.dtype is None:
+        seen = filled or [block for block in blocks if block.typed]
+        dtype = arguments.common_dtype([block.array.dtype for block in seen] or [value_dtype])
+        for path, array, *_ in filled if dtype.kind in "fc" else ():
+            if array.dtype.kind in "iu" and ((array > arguments.EXACT) | (array < -arguments.EXACT)).any():
+                raise _rounded(path[0])
+        return np.promote_types(dtype, value_dtype) if dtype.kind in "US" and dtype.kind == value_dtype.kind else dtype
+    dtype = arguments.numpy_dtype(options.dtype)
+    if dtype.kind in "US" and dtype.itemsize == 0:  # str and bytes have the length of the longest string
+        text = [block.array for block in filled] + [options.value] * (value_dtype.kind == dtype.kind)
+        dtype = np.result_type(dtype, *{array.astype(dtype).dtype for array in text})
+    for path, array, *_ in filled:
+        if arguments.exact_cast(array, dtype) is None:
+            found = f"sequences[{path[0]}] ({array.dtype}) holds elements that would change."
+            remedy = "Give a dtype that can hold them, or convert them first."
+            raise ValueError(errors.sentence("pad", "dtype", dtype, "one that can hold all elements", found, remedy))
+    return dtype
