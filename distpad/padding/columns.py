@@ -102,6 +102,12 @@ def offsets(lengths: Any) -> np.ndarray:
     return found
 
 
+def split(values: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    """Views of rows of these lengths."""
+    bounds = offsets(lengths).tolist()
+    return [*map(values.__getitem__, map(slice, bounds, bounds[1:]))]
+
+
 def of_arrays(arrays: Sequence[np.ndarray], axes: int) -> Column:
     """Concatenate arrays whose first ``axes`` axes are ragged. ValueError for other axes that differ."""
     if not axes:
@@ -175,8 +181,7 @@ def fill(batch: np.ndarray, column: Column, *, at_end: bool = False) -> None:
         if batch.shape[axes] <= _SHORT and batch.ndim == axes + 1:
             rows[real(lengths, batch.shape[axes], at_end=at_end)] = column.values
             return
-        bounds = offsets(lengths).tolist()
-        place(rows, [*map(column.values.__getitem__, map(slice, bounds, bounds[1:]))], lengths, at_end=at_end)
+        place(rows, split(column.values, lengths), lengths, at_end=at_end)
 
 
 def mask(column: Column, shape: Sequence[int], *, at_end: bool = False) -> np.ndarray:

@@ -53,50 +53,38 @@ def read(sequences: Any, options: arguments.Options) -> tuple[Rows, np.dtype]:
     Raises: TypeError, ValueError, as ``distpad.pad`` describes them.
     """
     sequences = [*sequences]
-    return _read_regular(sequences, options) or _read_any(sequences, options)
+    rows = None if arguments.is_object(options.dtype) else read_regular(sequences)
+    dtype = None if rows is None else _regular_dtype(rows, options)
+    return _read_any(sequences, options) if rows is None or dtype is None else (rows, dtype)
 
 
 # Regular batches: one type, dtype and rank throughout. No Python runs for single elements.
 
 
-def _read_regular(sequences: list[Any], options: arguments.Options) -> tuple[Rows, np.dtype] | None:
-    """Read arrays of one dtype, or nested lists of such arrays or of Python numbers; None for all else, and errors."""
-    if arguments.is_object(options.dtype):
-        return None
+def read_regular(sequences: list[Any]) -> Rows | None:
+    """Read arrays of one dtype, or nested lists of such arrays or of Python numbers; None for all else."""
     rows: list[Any] = sequences
     splits: list[np.ndarray] = []
-    while len(splits) < _MOST_AXES:
-        kinds = set(map(type, rows))
-        if kinds == {np.ndarray}:
-            return _regular_arrays(rows, splits, options)
-        if not kinds <= _LISTS:
-            return None
+    while len(splits) < _MOST_AXES and set(map(type, rows)) <= _LISTS:
         splits.append(columns.offsets([*map(len, rows)]))
         first = next((row[0] for row in rows if row), None)
         if type(first) in (bool, int, float):
             values = _numbers(rows, int(splits[-1][-1]))
-            dtype = None if values is None else _regular_dtype([values], options)
-            return None if values is None or dtype is None else (columns.Column(values, tuple(splits)), dtype)
+            return None if values is None else columns.Column(values, tuple(splits))
         if type(first) not in (*_LISTS, np.ndarray):
             return None
         rows = [*itertools.chain.from_iterable(rows)]
-    return None
-
-
-def _regular_arrays(
-    arrays: list[np.ndarray], splits: list[np.ndarray], options: arguments.Options
-) -> tuple[Rows, np.dtype] | None:
-    dtypes, ranks = {array.dtype for array in arrays}, {array.ndim for array in arrays}
-    sizes = [array.size for array in arrays]
-    if len(dtypes) > 1 or len(ranks) > 1 or ranks == {0} or not any(sizes) or arrays[0].dtype.kind in "OUS":
+    if set(map(type, rows)) != {np.ndarray}:
         return None
-    dtype = _regular_dtype(arrays, options)
-    if dtype is None or not splits:
-        return None if dtype is None else ([*arrays], dtype)
+    dtypes, ranks, sizes = {row.dtype for row in rows}, {row.ndim for row in rows}, [row.size for row in rows]
+    if len(dtypes) > 1 or len(ranks) > 1 or ranks == {0} or not any(sizes) or rows[0].dtype.kind in "OUS":
+        return None
+    if not splits:
+        return rows
     if not all(sizes):  # a column does not hold the other sizes of an empty array
         return None
-    column = columns.of_arrays(arrays, arrays[0].ndim)
-    return columns.Column(column.values, (*splits, *column.splits)), dtype
+    column = columns.of_arrays(rows, rows[0].ndim)
+    return columns.Column(column.values, (*splits, *column.splits))
 
 
 def _numbers(rows: list[Any], count: int) -> np.ndarray | None:
@@ -127,14 +115,17 @@ def _numbers(rows: list[Any], count: int) -> np.ndarray | None:
     return None if mixed and (np.abs(values) >= arguments.EXACT).any() else values
 
 
-def _regular_dtype(arrays: list[np.ndarray], options: arguments.Options) -> np.dtype | None:
+def _regular_dtype(rows: Rows, options: arguments.Options) -> np.dtype | None:
     """The dtype of the batch; None if it cannot hold all elements."""
+    arrays = rows if isinstance(rows, list) else [rows.values]
     found = arrays[0].dtype
     dtype = found if options.dtype is None else arguments.numpy_dtype(options.dtype)
-    if dtype == found or (np.can_cast(found, dtype, "safe") and dtype.kind not in "US"):
+    if dtype.kind in "US":
+        return None
+    if np.can_cast(found, dtype, "safe"):
         return dtype
     flat = np.concatenate([array.reshape(-1) for array in arrays])
-    return None if dtype.kind in "US" or arguments.exact_cast(flat, dtype) is None else dtype
+    return None if arguments.exact_cast(flat, dtype) is None else dtype
 
 
 # Irregular batches, and errors: each sequence is looked at.
