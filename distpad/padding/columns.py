@@ -153,12 +153,15 @@ def real(lengths: np.ndarray, size: int, *, at_end: bool = False) -> np.ndarray:
 
 def place(batch: np.ndarray, rows: Sequence[Any], lengths: np.ndarray, *, at_end: bool = False) -> None:
     """Copy each row to the beginning, or to the end, of its row in ``batch``, ``[rows, size, *inner]``."""
+    if batch.ndim == 2 and batch.shape[1] <= _SHORT and len(rows):
+        batch[real(lengths, batch.shape[1], at_end=at_end)] = np.concatenate(rows)
+        return
     flat = batch.reshape((len(batch) * batch.shape[1], *batch.shape[2:]))
     begins = np.arange(len(batch)) * batch.shape[1]
     if at_end:
         begins += batch.shape[1] - lengths
-    for begin, end, row in zip(begins.tolist(), (begins + lengths).tolist(), rows):
-        flat[begin:end] = row
+    for at, row in zip(map(slice, begins.tolist(), (begins + lengths).tolist()), rows):
+        flat[at] = row
 
 
 def fill(batch: np.ndarray, column: Column, *, at_end: bool = False) -> None:
@@ -178,10 +181,10 @@ def fill(batch: np.ndarray, column: Column, *, at_end: bool = False) -> None:
     else:
         lengths = _lengths_of_rows(column, batch.shape[: axes + 1])
         rows = batch.reshape((len(lengths), *batch.shape[axes:]))
-        if batch.shape[axes] <= _SHORT and batch.ndim == axes + 1:
+        if batch.ndim == axes + 1 and batch.shape[axes] <= _SHORT:  # as in place
             rows[real(lengths, batch.shape[axes], at_end=at_end)] = column.values
-            return
-        place(rows, split(column.values, lengths), lengths, at_end=at_end)
+        else:
+            place(rows, split(column.values, lengths), lengths, at_end=at_end)
 
 
 def mask(column: Column, shape: Sequence[int], *, at_end: bool = False) -> np.ndarray:

@@ -62,11 +62,12 @@ def pad_sequences(
         padded = columns.blank(count, shape[1:], value, np.dtype(dtype))
     else:
         padded = np.full(shape, value, dtype=dtype)
-    rows = _rows(sequences, inner, padded.dtype)
-    if rows is not None and length and padding in ("pre", "post") and truncating in ("pre", "post"):
-        kept = [_cut(row, length, truncating) for row in rows]
-        columns.place(padded, kept, np.minimum(lengths, length), at_end=padding == "pre")
-        return padded
+    if padding in ("pre", "post") and truncating in ("pre", "post") and length:
+        rows = _rows(sequences, inner, padded.dtype)
+        if rows is not None:
+            kept = rows if maxlen is None else [_cut(row, length, truncating) for row in rows]
+            columns.place(padded, kept, np.minimum(lengths, length), at_end=padding == "pre")
+            return padded
     for index, sequence in enumerate(sequences):
         if not len(sequence):
             continue  # as in Keras, options are checked only if there is an element to place

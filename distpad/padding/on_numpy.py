@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any, Optional
 
 import numpy as np
@@ -43,9 +42,9 @@ def pad(sequences: Any, options: arguments.Options) -> _Arrays:
 def _sizes(rows: reading.Rows, before: list[np.ndarray] | None = None) -> list[np.ndarray]:
     """The sizes of all rows of each axis; where cutting left no row, that of before if it was one."""
     if isinstance(rows, list):
-        rank = rows[0].ndim
-        shapes = (array.shape for array in rows)
-        return [*np.fromiter(itertools.chain.from_iterable(shapes), np.int64, len(rows) * rank).reshape(-1, rank).T]
+        if rows[0].ndim == 1:
+            return [np.array([*map(len, rows)])]
+        return [*np.array([array.shape for array in rows]).T]
     found = [*map(np.diff, rows.splits)]
     for axis, sizes in enumerate(before or ()):
         if not len(found[axis]) and len(sizes) and (sizes == sizes[0]).all():

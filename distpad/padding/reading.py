@@ -76,12 +76,12 @@ def read_regular(sequences: list[Any]) -> Rows | None:
         rows = [*itertools.chain.from_iterable(rows)]
     if set(map(type, rows)) != {np.ndarray}:
         return None
-    dtypes, ranks, sizes = {row.dtype for row in rows}, {row.ndim for row in rows}, [row.size for row in rows]
-    if len(dtypes) > 1 or len(ranks) > 1 or ranks == {0} or not any(sizes) or rows[0].dtype.kind in "OUS":
+    dtypes, ranks = {row.dtype for row in rows}, {row.ndim for row in rows}
+    if len(dtypes) > 1 or len(ranks) > 1 or ranks == {0} or rows[0].dtype.kind in "OUS":
         return None
     if not splits:
-        return rows
-    if not all(sizes):  # a column does not hold the other sizes of an empty array
+        return rows if any(row.size for row in rows) else None
+    if not all(row.size for row in rows):  # a column does not hold the other sizes of an empty array
         return None
     column = columns.of_arrays(rows, rows[0].ndim)
     return columns.Column(column.values, (*splits, *column.splits))
@@ -97,21 +97,21 @@ def _numbers(rows: list[Any], count: int) -> np.ndarray | None:
         written = b"".join([marshal.dumps(row, 2)[5:] for row in rows])
     except ValueError:
         return None
-    for mark, number in ((b"i", "<i4"), (b"g", "<f8")):
-        record = np.dtype([("mark", "S1"), ("number", number)])
+    for mark, number, dtype in (("i", "<i4", np.int64), ("g", "<f8", np.float64)):
+        record = np.dtype([("mark", np.uint8), ("number", number)])
         if len(written) == count * record.itemsize:
             records = np.frombuffer(written, record)
-            if (records["mark"] == mark).all():
-                return records["number"].astype(np.int64 if mark == b"i" else np.float64)
+            if (records["mark"] == ord(mark)).all():
+                return records["number"].astype(dtype)
     types = set(map(type, itertools.chain.from_iterable(rows)))
     if not types <= {bool, int, float}:
         return None
-    dtype = np.float64 if float in types else np.int64 if int in types else np.bool_
+    kind = float if float in types else int if int in types else bool
     try:
-        values = np.fromiter(itertools.chain.from_iterable(rows), dtype, count)
+        values = np.fromiter(itertools.chain.from_iterable(rows), kind, count)
     except OverflowError:
         return None
-    mixed = len(types) > 1 and dtype is np.float64
+    mixed = len(types) > 1 and kind is float
     return None if mixed and (np.abs(values) >= arguments.EXACT).any() else values
 
 
