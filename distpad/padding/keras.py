@@ -99,7 +99,7 @@ def _rows(sequences: Any, inner: tuple[int, ...], dtype: np.dtype) -> list[np.nd
     """Arrays that copy as Keras converts their elements; None where an element may change, or is an error."""
     if type(sequences) not in (list, tuple) or dtype.kind not in "biuf":
         return None
-    rows = reading.read_regular([*sequences])
+    rows, _ = reading.read_regular([*sequences]) or (None, None)
     if isinstance(rows, columns.Column):  # of Python numbers, which NumPy converts one by one
         exact = rows.values.dtype.kind == dtype.kind and len(rows.splits) == 1
         values = arguments.exact_cast(rows.values, dtype) if exact else None

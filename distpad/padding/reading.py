@@ -53,16 +53,19 @@ def read(sequences: Any, options: arguments.Options) -> tuple[Rows, np.dtype]:
     Raises: TypeError, ValueError, as ``distpad.pad`` describes them.
     """
     sequences = [*sequences]
-    rows = None if arguments.is_object(options.dtype) else read_regular(sequences)
-    dtype = None if rows is None else _regular_dtype(rows, options)
-    return _read_any(sequences, options) if rows is None or dtype is None else (rows, dtype)
+    regular = None if arguments.is_object(options.dtype) else read_regular(sequences)
+    dtype = None if regular is None else _regular_dtype(*regular, options)
+    return _read_any(sequences, options) if regular is None or dtype is None else (regular[0], dtype)
 
 
 # Regular batches: one type, dtype and rank throughout. No Python runs for single elements.
 
 
-def read_regular(sequences: list[Any]) -> Rows | None:
-    """Read arrays of one dtype, or nested lists of such arrays or of Python numbers; None for all else."""
+def read_regular(sequences: list[Any]) -> tuple[Rows, np.dtype] | None:
+    """Read arrays of one dtype, or nested lists of such arrays or of Python numbers; None for all else.
+
+    Returns: rows as of ``read``, and the dtype that NumPy gives them. The rows may hold integers in a narrower one.
+    """
     rows: list[Any] = sequences
     splits: list[np.ndarray] = []
     while len(splits) < _MOST_AXES and set(map(type, rows)) <= _LISTS:
@@ -70,7 +73,10 @@ def read_regular(sequences: list[Any]) -> Rows | None:
         first = next((row[0] for row in rows if row), None)
         if type(first) in (bool, int, float):
             values = _numbers(rows, int(splits[-1][-1]))
-            return None if values is None else columns.Column(values, tuple(splits))
+            if values is None:
+                return None
+            dtype = np.dtype(np.int64) if values.dtype == np.int32 else values.dtype
+            return columns.Column(values, tuple(splits)), dtype
         if type(first) not in (*_LISTS, np.ndarray):
             return None
         rows = [*itertools.chain.from_iterable(rows)]
@@ -80,11 +86,11 @@ def read_regular(sequences: list[Any]) -> Rows | None:
     if len(dtypes) > 1 or len(ranks) > 1 or ranks == {0} or rows[0].dtype.kind in "OUS":
         return None
     if not splits:
-        return rows if any(row.size for row in rows) else None
+        return (rows, rows[0].dtype) if any(row.size for row in rows) else None
     if not all(row.size for row in rows):  # a column does not hold the other sizes of an empty array
         return None
     column = columns.of_arrays(rows, rows[0].ndim)
-    return columns.Column(column.values, (*splits, *column.splits))
+    return columns.Column(column.values, (*splits, *column.splits)), column.values.dtype
 
 
 def _numbers(rows: list[Any], count: int) -> np.ndarray | None:
@@ -93,16 +99,16 @@ def _numbers(rows: list[Any], count: int) -> np.ndarray | None:
     Version 2 of ``marshal`` writes a list as 5 bytes, then each integer as "i" and 4 bytes, each float as "g" and 8
     bytes. So C code shows all types and all numbers at once, before Python could have looked at all types.
     """
+    written = bytearray()
     try:
-        written = b"".join([marshal.dumps(row, 2)[5:] for row in rows])
-    except ValueError:
+        for row in rows:
+            written += marshal.dumps(row, 2)[5:]
+    except ValueError:  # an object that marshal does not write
         return None
-    for mark, number, dtype in (("i", "<i4", np.int64), ("g", "<f8", np.float64)):
-        record = np.dtype([("mark", np.uint8), ("number", number)])
-        if len(written) == count * record.itemsize:
-            records = np.frombuffer(written, record)
-            if (records["mark"] == ord(mark)).all():
-                return records["number"].astype(dtype)
+    for mark, number in ((b"i", "<i4"), (b"g", "<f8")):
+        record = np.dtype([("mark", "S1"), ("number", number)])
+        if len(written) == count * record.itemsize and written[:: record.itemsize] == mark * count:
+            return np.frombuffer(written, record)["number"]
     types = set(map(type, itertools.chain.from_iterable(rows)))
     if not types <= {bool, int, float}:
         return None
@@ -115,16 +121,14 @@ def _numbers(rows: list[Any], count: int) -> np.ndarray | None:
     return None if mixed and (np.abs(values) >= arguments.EXACT).any() else values
 
 
-def _regular_dtype(rows: Rows, options: arguments.Options) -> np.dtype | None:
+def _regular_dtype(rows: Rows, found: np.dtype, options: arguments.Options) -> np.dtype | None:
     """The dtype of the batch; None if it cannot hold all elements."""
-    arrays = rows if isinstance(rows, list) else [rows.values]
-    found = arrays[0].dtype
     dtype = found if options.dtype is None else arguments.numpy_dtype(options.dtype)
     if dtype.kind in "US":
         return None
     if np.can_cast(found, dtype, "safe"):
         return dtype
-    flat = np.concatenate([array.reshape(-1) for array in arrays])
+    flat = np.concatenate([row.reshape(-1) for row in rows]) if isinstance(rows, list) else rows.values
     return None if arguments.exact_cast(flat, dtype) is None else dtype
 
 
