@@ -107,14 +107,15 @@ def _fill(
     if last == 0:
         columns.place(values, rows, sizes[0], at_end=at_end)
         return columns.real(sizes[0], shape[1], at_end=at_end) if options.mask else None
-    ends = [at_end and axis == first for axis in range(last + 1)]
     for padded, array in zip(values, rows):
-        sides = zip(array.shape, padded.shape, ends)
-        padded[tuple(slice(size - own, size) if end else slice(own) for own, size, end in sides)] = array
+        box = [*map(slice, array.shape[: last + 1])]
+        if at_end:
+            box[first] = slice(shape[1 + first] - array.shape[first], shape[1 + first])
+        padded[tuple(box)] = array
     if not options.mask:
         return None
-    mask = np.ones(shape, bool)
-    for axis, end in enumerate(ends):
-        others = [1 + other for other in range(last + 1) if other != axis]
-        mask &= np.expand_dims(columns.real(sizes[axis], shape[1 + axis], at_end=end), others)
-    return mask
+    mask: Any = True
+    for axis in range(last + 1):
+        real = columns.real(sizes[axis], shape[1 + axis], at_end=at_end and axis == first)
+        mask = mask & np.expand_dims(real, [1 + other for other in range(last + 1) if other != axis])
+    return np.asarray(mask)
