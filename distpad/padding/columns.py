@@ -154,7 +154,8 @@ def real(lengths: np.ndarray, size: int, *, at_end: bool = False) -> np.ndarray:
 def place(batch: np.ndarray, rows: Sequence[Any], lengths: np.ndarray, *, at_end: bool = False) -> None:
     """Copy each row to the beginning, or to the end, of its row in ``batch``, ``[rows, size, *inner]``."""
     if batch.ndim == 2 and batch.shape[1] <= _SHORT and len(rows):
-        batch[real(lengths, batch.shape[1], at_end=at_end)] = np.concatenate(rows)
+        flat = np.concatenate(rows, dtype=batch.dtype, casting="unsafe")
+        batch[real(lengths, batch.shape[1], at_end=at_end)] = flat
         return
     flat = batch.reshape((len(batch) * batch.shape[1], *batch.shape[2:]))
     begins = np.arange(len(batch)) * batch.shape[1]

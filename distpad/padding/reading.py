@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import marshal
 import reprlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Union
 
 import numpy as np
@@ -17,31 +18,30 @@ _LISTS = {list, tuple}
 Rows = Union[list[np.ndarray], columns.Column]
 
 
-class Block(NamedTuple):
-    """A rectangular part of the batch.
+class Piece(NamedTuple):
+    """A rectangular part of the batch, or a list that is not rectangular.
 
     Attributes:
-      path: the indices that lead to the array, the sequence's index first.
-      rank: the rank of a sequence, as this block shows it.
+      path: the indices that lead to it, the sequence's index first.
+      array: None for a list that is not rectangular; pieces of its own follow.
+      shape: that of the array, or the number of the list's children.
       typed: False for empty lists, which have no dtype.
     """
 
     path: tuple[int, ...]
-    array: np.ndarray
-    rank: int
+    array: Any
+    shape: tuple[int, ...]
     typed: bool = True
 
     @property
+    def rank(self) -> int:
+        """The rank of a sequence, as this piece shows it."""
+        return len(self.path) - 1 + len(self.shape)
+
+    @property
     def is_open(self) -> bool:
-        """Whether the block ends in an empty list, which may be of numbers, of vectors or of images."""
-        return not self.array.size and self.array.shape[-1:] == (0,)
-
-
-class Branch(NamedTuple):
-    """A list that is not rectangular: it has ``size`` children with blocks of their own."""
-
-    path: tuple[int, ...]
-    size: int
+        """Whether the piece ends in an empty list, which may be of numbers, of vectors or of images."""
+        return not self.array.size and self.shape[-1:] == (0,)
 
 
 def read(sequences: Any, options: arguments.Options) -> tuple[Rows, np.dtype]:
@@ -68,7 +68,8 @@ def read_regular(sequences: list[Any]) -> tuple[Rows, np.dtype] | None:
     """
     rows: list[Any] = sequences
     splits: list[np.ndarray] = []
-    while len(splits) < _MOST_AXES and set(map(type, rows)) <= _LISTS:
+    kinds = set(map(type, rows))
+    while len(splits) < _MOST_AXES and kinds <= _LISTS:
         splits.append(columns.offsets([*map(len, rows)]))
         first = next((row[0] for row in rows if row), None)
         if type(first) in (bool, int, float):
@@ -80,7 +81,8 @@ def read_regular(sequences: list[Any]) -> tuple[Rows, np.dtype] | None:
         if type(first) not in (*_LISTS, np.ndarray):
             return None
         rows = [*itertools.chain.from_iterable(rows)]
-    if set(map(type, rows)) != {np.ndarray}:
+        kinds = set(map(type, rows))
+    if kinds != {np.ndarray}:
         return None
     dtypes, ranks = {row.dtype for row in rows}, {row.ndim for row in rows}
     if len(dtypes) > 1 or len(ranks) > 1 or ranks == {0} or rows[0].dtype.kind in "OUS":
@@ -136,81 +138,68 @@ def _regular_dtype(rows: Rows, found: np.dtype, options: arguments.Options) -> n
 
 
 def _read_any(sequences: list[Any], options: arguments.Options) -> tuple[Rows, np.dtype]:
-    reader = _Reader(as_objects=arguments.is_object(options.dtype))
-    reader.read_batch(sequences)
-    blocks, branches = reader.blocks, reader.branches
-    rank = _rank(blocks, options)
-    dtype = _dtype(blocks, options)
-    if branches:
-        return _column(sorted([*blocks, *branches], key=lambda piece: piece.path), rank, dtype), dtype
+    pieces: list[Piece] = []
+    for index, sequence in enumerate(sequences):
+        pieces += _pieces(sequence, (index,), object if arguments.is_object(options.dtype) else None)
+        if not pieces[-1].rank:
+            found, rule = reprlib.repr(sequence), "a sequence, with at least one axis"
+            remedy = "Write pad([[1, 2, 3]]) for one sequence, pad([[1], [2], [3]]) for three of length 1."
+            raise ValueError(errors.sentence("pad", f"sequences[{index}]", found, rule, remedy))
+    blocks = [piece for piece in pieces if piece.array is not None]
+    rank, dtype = _rank(blocks, options), _dtype(blocks, options)
+    if len(blocks) < len(pieces):
+        return _column(pieces, rank, dtype), dtype
     # an empty list takes the sizes of the others, and where all are empty, the shape of value
     inner = options.value.shape if _is_shapeless(blocks) else ()
-    most = [max((b.array.shape[axis] for b in blocks if b.rank > axis), default=0) for axis in range(rank - len(inner))]
+    most = [max((b.shape[axis] for b in blocks if b.rank > axis), default=0) for axis in range(rank - len(inner))]
     shape = (*most, *inner)
-    return [b.array if b.rank == rank else b.array.reshape(b.array.shape + shape[b.rank :]) for b in blocks], dtype
+    return [b.array if b.rank == rank else b.array.reshape(b.shape + shape[b.rank :]) for b in blocks], dtype
 
 
-def _column(pieces: list[Block | Branch], rank: int, dtype: np.dtype) -> columns.Column:
-    """A column of scalars from blocks and branches in the order of their elements."""
-    values, lengths = [], [[np.zeros(0, np.int64)] for _ in range(rank)]
+def _column(pieces: list[Piece], rank: int, dtype: np.dtype) -> columns.Column:
+    """A column of scalars from pieces in the order of their elements."""
+    lengths = [[np.zeros(0, np.int64)] for _ in range(rank)]
     for piece in pieces:
-        shape = piece.array.shape if isinstance(piece, Block) else (piece.size,)
         rows = 1
-        for axis, size in enumerate(shape, len(piece.path) - 1):
+        for axis, size in enumerate(piece.shape, len(piece.path) - 1):
             lengths[axis].append(np.full(rows, size))
             rows *= size
-        if isinstance(piece, Block):
-            values.append(piece.array.astype(dtype).reshape(-1))
+    values = [piece.array.astype(dtype).reshape(-1) for piece in pieces if piece.array is not None]
     return columns.Column(np.concatenate(values), tuple(columns.offsets(np.concatenate(each)) for each in lengths))
 
 
-class _Reader:
-    """Splits nested data into ``blocks`` and ``branches``."""
+def _pieces(item: Any, path: tuple[int, ...], dtype: Any) -> Iterator[Piece]:
+    array = _rectangle(item, path[0], dtype)
+    if array is not None:
+        typed = array.size > 0 or array.dtype != np.float64 or not isinstance(item, (list, tuple))
+        yield Piece(path, array, array.shape, typed)
+        return
+    yield Piece(path, None, (len(item),))
+    for index, child in enumerate(item):
+        yield from _pieces(child, (*path, index), dtype)
 
-    def __init__(self, as_objects: bool) -> None:
-        self.blocks: list[Block] = []
-        self.branches: list[Branch] = []
-        self._dtype = object if as_objects else None
 
-    def read_batch(self, sequences: Any) -> None:
-        for index, sequence in enumerate(sequences):
-            self._read(sequence, (index,))
-            if not self.blocks[-1].rank:
-                found, rule = reprlib.repr(sequence), "a sequence, with at least one axis"
-                remedy = "Write pad([[1, 2, 3]]) for one sequence, pad([[1], [2], [3]]) for three of length 1."
-                raise ValueError(errors.sentence("pad", f"sequences[{index}]", found, rule, remedy))
-
-    def _read(self, item: Any, path: tuple[int, ...]) -> None:
-        array = self._rectangle(item, path)
-        if array is not None:
-            typed = array.size > 0 or array.dtype != np.float64 or not isinstance(item, (list, tuple))
-            self.blocks.append(Block(path, array, len(path) - 1 + array.ndim, typed))
-            return
-        self.branches.append(Branch(path, len(item)))
-        for index, child in enumerate(item):
-            self._read(child, (*path, index))
-
-    def _rectangle(self, item: Any, path: tuple[int, ...]) -> np.ndarray | None:
-        """The item as an array; None if its parts have different sizes."""
-        if type(item) is np.ndarray and item.dtype != object:
-            return item
-        is_list = isinstance(item, (list, tuple))
-        try:
-            array = np.asarray(item, dtype=self._dtype if is_list else None)
-        except ValueError:
-            if is_list:
-                return None
-            raise
-        if array.dtype == object and array.ndim and any(isinstance(x, (list, tuple, np.ndarray)) for x in array.flat):
+def _rectangle(item: Any, index: int, dtype: Any) -> np.ndarray | None:
+    """The item as an array; None if its parts have different sizes."""
+    if type(item) is np.ndarray and item.dtype != object:
+        return item
+    is_list = isinstance(item, (list, tuple))
+    try:
+        array = np.asarray(item, dtype=dtype if is_list else None)
+    except ValueError:
+        if is_list:
             return None
-        if is_list and self._dtype is None:
-            _check_leaves(item, array, path[0])
-        if is_list and array.dtype.kind in "US":
-            text = str if array.dtype.kind == "U" else bytes
-            if not all(isinstance(leaf, text) for leaf in np.asarray(item, object).flat):
-                what = f"of strings and other elements in sequences[{path[0]}]"
-                raise ValueError(errors.sentence("pad", "sequences", what, "one kind of element", "Give dtype=object."))
-        return array
+        raise
+    if array.dtype == object and array.ndim and any(isinstance(x, (list, tuple, np.ndarray)) for x in array.flat):
+        return None
+    if is_list and dtype is None:
+        _check_leaves(item, array, index)
+    if is_list and array.dtype.kind in "US":
+        text = str if array.dtype.kind == "U" else bytes
+        if not all(isinstance(leaf, text) for leaf in np.asarray(item, object).flat):
+            what = f"of strings and other elements in sequences[{index}]"
+            raise ValueError(errors.sentence("pad", "sequences", what, "one kind of element", "Give dtype=object."))
+    return array
 
 
 def _check_leaves(item: Any, array: np.ndarray, index: int) -> None:
@@ -235,7 +224,7 @@ def _rounded(index: int) -> ValueError:
     return ValueError(errors.sentence("pad", "sequences", found, "integers that float64 holds exactly", remedy))
 
 
-def _rank(blocks: list[Block], options: arguments.Options) -> int:
+def _rank(blocks: list[Piece], options: arguments.Options) -> int:
     first_of_rank = {block.rank: block for block in reversed(blocks) if not block.is_open}
     rank = max(first_of_rank or [block.rank for block in blocks] or [1])
     first_of_rank.update({block.rank: block for block in blocks if block.rank > rank})
@@ -249,11 +238,11 @@ def _rank(blocks: list[Block], options: arguments.Options) -> int:
     return rank + options.value.ndim if _is_shapeless(blocks) else rank
 
 
-def _is_shapeless(blocks: list[Block]) -> bool:
+def _is_shapeless(blocks: list[Piece]) -> bool:
     return all(block.is_open and block.rank == 1 for block in blocks)
 
 
-def _dtype(blocks: list[Block], options: arguments.Options) -> np.dtype:
+def _dtype(blocks: list[Piece], options: arguments.Options) -> np.dtype:
     filled = [block for block in blocks if block.array.size]
     value_dtype = options.value.dtype
     if options.dtype is None:

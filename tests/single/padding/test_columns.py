@@ -119,6 +119,12 @@ def test_rows_are_placed(length: int, at_end: bool) -> None:
     assert batch[2, -1 if at_end else 0] == 1
 
 
+def test_rows_of_several_dtypes_keep_their_elements() -> None:
+    large = 2**62 + 1  # which float64, the common dtype of both rows, does not hold
+    padded = pad([np.array([large]), np.array([1, 2], np.uint64)], dtype=np.int64)
+    assert padded.values.tolist() == [[large, 0], [1, 2]]
+
+
 def images(inner: tuple[int, ...]) -> list:
     random = np.random.default_rng(0)
     return [random.integers(1, 9, [*random.integers(1, 5, 2), *inner]) for _ in range(6)]
