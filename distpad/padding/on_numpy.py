@@ -114,8 +114,9 @@ def _fill(
         padded[tuple(box)] = array
     if not options.mask:
         return None
-    mask: Any = True
+    mask = np.ones([1] * len(shape), bool)
     for axis in range(last + 1):
-        real = columns.real(sizes[axis], shape[1 + axis], at_end=at_end and axis == first)
-        mask = mask & np.expand_dims(real, [1 + other for other in range(last + 1) if other != axis])
-    return np.asarray(mask)
+        if (sizes[axis] < shape[1 + axis]).any():
+            real = columns.real(sizes[axis], shape[1 + axis], at_end=at_end and axis == first)
+            mask = mask & np.expand_dims(real, [1 + other for other in range(last + 1) if other != axis])
+    return np.broadcast_to(mask, shape).copy()
