@@ -57,11 +57,10 @@ def pad_sequences(
     lengths, inner = _measure(sequences)
     length = np.max(lengths) if maxlen is None else maxlen
     _check_text(value, dtype)
-    shape = (count, length, *inner)
-    if type(value) in (int, float) and dtype is not None:
-        padded = columns.blank(count, shape[1:], value, np.dtype(dtype))
+    if type(value) in (int, float) and isinstance(length, (int, np.integer)) and dtype is not None:
+        padded = columns.blank(count, (length, *inner), value, np.dtype(dtype))
     else:
-        padded = np.full(shape, value, dtype=dtype)
+        padded = np.full((count, length, *inner), value, dtype=dtype)
     if padding in ("pre", "post") and truncating in ("pre", "post") and length:
         rows = _rows(sequences, inner, padded.dtype)
         if rows is not None:
