@@ -172,6 +172,8 @@ def test_the_fast_path_equals_the_slow_one(monkeypatch: pytest.MonkeyPatch, name
         [[1, "a"]],
         [[1, None]],
         [[1, np.int32(2)]],
+        [[1.0, np.int32(2)]],  # marshal writes both in as many bytes
+        [[1, True, True, True, True, True, np.bool_(True)]],
         [[np.float64(1)]],
         [[2**53 + 1, 0.5]],
         [[2**64]],
