@@ -58,7 +58,7 @@ def pad_sequences(
     length = np.max(lengths) if maxlen is None else maxlen
     _check_text(value, dtype)
     if type(value) in (int, float) and isinstance(length, (int, np.integer)) and dtype is not None:
-        padded = columns.blank(count, (length, *inner), value, np.dtype(dtype))
+        padded = columns.blank(count, (int(length), *inner), value, np.dtype(dtype))
     else:
         padded = np.full((count, length, *inner), value, dtype=dtype)
     if padding in ("pre", "post") and truncating in ("pre", "post") and length:
