@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from distpad import errors
 from distpad.padding import arguments, columns, reading
 
 
@@ -57,7 +58,7 @@ def pad_sequences(
     lengths, inner = _measure(sequences)
     length = np.max(lengths) if maxlen is None else maxlen
     _check_text(value, dtype)
-    if type(value) in (int, float) and isinstance(length, (int, np.integer)) and dtype is not None:
+    if type(value) in (int, float) and errors.is_integer(length) and dtype is not None:
         padded = columns.blank(count, (int(length), *inner), value, np.dtype(dtype))
     else:
         padded = np.full((count, length, *inner), value, dtype=dtype)
