@@ -12,6 +12,7 @@ mirrored    | local               | wrapper.py --replicas 4
 drift       | local               | drift.py
 shapes      | local horovod       | shapes.py --count
 planning    | local               | planning.py
+padding     | local               | padding.py
 pipeline    | local               | pipeline.py
 waiting     | local               | waiting.py
 convergence | local               | convergence.py
@@ -24,8 +25,8 @@ one process, and the benchmark prints ratios of their times. All benchmarks take
 output is also written to runs/benchmarks.
 
 Usage: benchmarks/run.sh [--stack current|classic] [NAME...]
-  NAME        overhead, tokens, docstrings, wrapper, mirrored, drift, shapes, planning, pipeline, waiting, convergence
-              (default: all)
+  NAME        overhead, tokens, docstrings, wrapper, mirrored, drift, shapes, planning, padding, pipeline, waiting,
+              convergence (default: all)
   --stack     environment (default: current)
   -h, --help  print this text
 

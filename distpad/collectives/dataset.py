@@ -11,14 +11,7 @@ import tensorflow as tf
 
 from distpad import backends, errors
 from distpad.collectives import nests
-from distpad.padding import Padded
-
-
-class _Column(NamedTuple):
-    """One tensor of the nest, of all rows of a worker: their real elements, concatenated."""
-
-    flat: np.ndarray  # [sum of lengths, *inner]
-    lengths: np.ndarray  # [rows]
+from distpad.padding import Padded, columns
 
 
 class _Rows(NamedTuple):
@@ -26,12 +19,12 @@ class _Rows(NamedTuple):
 
     Attributes:
       indices: the example index of each row, int64.
-      columns: one for each tensor of the nest; none on a worker with an argument error.
+      columns: the real elements of each tensor of the nest; none on a worker with an argument error.
       leaves: the arguments, on this worker alone.
     """
 
     indices: np.ndarray
-    columns: list[_Column]
+    columns: list[columns.Column]
     leaves: list[nests.Leaf]
 
 
@@ -60,8 +53,7 @@ def assemble(
     order = np.lexsort((workers, np.concatenate([part.indices for part in parts])))
     padded = []
     for i, leaf in enumerate(mine.leaves):
-        flat, counts = (np.concatenate([part.columns[i][j] for part in parts]) for j in (0, 1))
-        padded.append(_padded(leaf, flat, counts, order))
+        padded.append(_padded(leaf, columns.concatenate([part.columns[i] for part in parts]).take(order)))
     return Padded(*(tf.nest.pack_sequence_as(steps[0], list(column)) for column in zip(*padded)))
 
 
@@ -97,8 +89,7 @@ def _rows(
     if np.any(times > 1):
         twice = f"{unique[times > 1][0]} in several rows of worker {backend.worker_index}"
         raise ValueError(errors.sentence(function, "indices", twice, "each once", "Gather one epoch at a time."))
-    columns = [_Column(*(np.concatenate(side) for side in zip(*column))) for column in zip(*pieces)]
-    return _Rows(kept, columns, leaves)
+    return _Rows(kept, [*map(columns.concatenate, zip(*pieces))], leaves)
 
 
 def _on_replicas(backend: backends.Backend, item: Any) -> list[Any]:
@@ -113,13 +104,13 @@ def _indices(function: str, given: Any) -> np.ndarray:
     return indices.astype(np.int64)
 
 
-def _cut(function: str, leaf: nests.Leaf, indices: np.ndarray) -> _Column:
+def _cut(function: str, leaf: nests.Leaf, indices: np.ndarray) -> columns.Column:
     """Return the real elements of the rows that are no filler rows, with the padded axis first."""
     values, name = leaf.tensor.numpy(), f"tensors{leaf.where}"
     if values.ndim == 0 or len(values) != len(indices):
         raise ValueError(errors.sentence(function, f"the shape of {name}", values.shape, f"[{len(indices)}, ...]"))
     if values.ndim == 1:
-        return _Column(values[indices >= 0], np.ones_like(indices[indices >= 0]))
+        return columns.Column(values[indices >= 0], (np.arange(np.sum(indices >= 0) + 1),))
     if not 1 <= leaf.axis < values.ndim:
         raise ValueError(errors.sentence(function, f"axis of {name}", leaf.axis, f"1 to {values.ndim - 1}"))
     values = np.moveaxis(values, leaf.axis, 1)
@@ -128,23 +119,25 @@ def _cut(function: str, leaf: nests.Leaf, indices: np.ndarray) -> _Column:
         expected = f"0 to {values.shape[1]}, the size of the axis"
         raise ValueError(errors.sentence(function, f"lengths of {name}", lengths.tolist(), expected))
     lengths = np.where(indices >= 0, lengths, 0)
-    return _Column(values[np.arange(values.shape[1]) < lengths[:, None]], lengths[indices >= 0])
+    real = columns.real(lengths, values.shape[1])
+    return columns.Column(values[real], (columns.offsets(lengths[indices >= 0]),))
 
 
 def _lengths(leaf: nests.Leaf, shape: tuple[int, ...]) -> np.ndarray:
     return np.full(shape[0], shape[1], np.int64) if leaf.lengths is None else leaf.lengths.numpy().astype(np.int64)
 
 
-def _padded(leaf: nests.Leaf, flat: np.ndarray, lengths: np.ndarray, order: np.ndarray) -> Padded:
-    """Return all rows in order, padded to the longest."""
-    lengths_in_order = tf.constant(lengths[order], tf.int32)
+def _padded(leaf: nests.Leaf, column: columns.Column) -> Padded:
+    """Return all rows, padded to the longest."""
+    lengths = np.diff(column.splits[0])
+    lengths_in_order = tf.constant(lengths, tf.int32)
     if leaf.tensor.shape.rank == 1:
-        return Padded(tf.constant(flat[order]), lengths_in_order, tf.ones([len(order)], tf.bool))
-    mask = np.arange(np.max(lengths, initial=0)) < lengths[:, None]
-    values = np.full((*mask.shape, *flat.shape[1:]), leaf.value.numpy(), flat.dtype)
-    values[mask] = flat
-    values, mask = np.moveaxis(values[order], 1, leaf.axis), mask[order]
-    mask = np.expand_dims(mask, tuple(range(1, leaf.axis)))
+        return Padded(tf.constant(column.values), lengths_in_order, tf.ones([len(lengths)], tf.bool))
+    shape = (lengths.max(initial=0), *column.values.shape[1:])
+    values = columns.blank(len(lengths), shape, leaf.value.numpy(), column.values.dtype)
+    columns.fill(values, column)
+    mask = np.expand_dims(columns.mask(column, values.shape[:2]), tuple(range(1, leaf.axis)))
+    values = np.moveaxis(values, 1, leaf.axis)
     return Padded(
         tf.constant(values), lengths_in_order, tf.constant(np.broadcast_to(mask, values.shape[: leaf.axis + 1]))
     )
@@ -152,11 +145,11 @@ def _padded(leaf: nests.Leaf, flat: np.ndarray, lengths: np.ndarray, order: np.n
 
 def _packed(rows: _Rows, argument_error: Exception | None) -> bytes:
     """Encode rows as bytes, with TensorFlow's names of dtypes, since NumPy cannot read the bfloat16 that it writes."""
-    shapes = [[tf.as_dtype(flat.dtype).name, list(flat.shape[1:])] for flat, _ in rows.columns]
+    shapes = [[tf.as_dtype(column.values.dtype).name, list(column.values.shape[1:])] for column in rows.columns]
     header = json.dumps({"argument_error": str(argument_error or ""), "columns": shapes})
     arrays = {"header": np.frombuffer(header.encode(), np.uint8), "indices": rows.indices}
-    for i, (flat, lengths) in enumerate(rows.columns):
-        arrays |= {f"flat{i}": np.frombuffer(flat.tobytes(), np.uint8), f"lengths{i}": lengths}
+    for i, (values, (splits,)) in enumerate(rows.columns):
+        arrays |= {f"values{i}": np.frombuffer(values.tobytes(), np.uint8), f"splits{i}": splits}
     file = io.BytesIO()
     np.savez(file, **arrays)  # type: ignore[arg-type] # mypy takes the names for options of savez
     return file.getvalue()
@@ -166,9 +159,9 @@ def _unpacked(given: bytes) -> tuple[dict[str, Any], _Rows]:
     """Decode a worker's header and rows."""
     arrays = np.load(io.BytesIO(given))
     header = json.loads(arrays["header"].tobytes())
-    columns = []
+    found = []
     for i, (dtype, inner) in enumerate(header["columns"]):
-        flat = np.frombuffer(arrays[f"flat{i}"].tobytes(), tf.as_dtype(dtype).as_numpy_dtype)
-        lengths = arrays[f"lengths{i}"]
-        columns.append(_Column(flat.reshape([int(lengths.sum()), *inner]), lengths))
-    return header, _Rows(arrays["indices"], columns, [])
+        values = np.frombuffer(arrays[f"values{i}"].tobytes(), tf.as_dtype(dtype).as_numpy_dtype)
+        splits = arrays[f"splits{i}"]
+        found.append(columns.Column(values.reshape([int(splits[-1]), *inner]), (splits,)))
+    return header, _Rows(arrays["indices"], found, [])

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from distpad import backends, errors
 from distpad.collectives import checked, dataset, nests, shapes
-from distpad.padding import Padded
+from distpad.padding import Padded, on_tensorflow
 from distpad.padding.buckets import Buckets
 
 _MOST_INNER_AXES = nests.MOST_AXES - 2  # all axes but the rows and the padded axis
@@ -131,7 +131,7 @@ def gather(
         padded = _pad(leaf, to)
         values = _gather_rows(resolved, padded.values[:kept], total)
         counts = _gather_rows(resolved, padded.lengths[:kept], total)
-        gathered.append(Padded(values, counts, _mask(values, leaf.axis, counts)))
+        gathered.append(Padded(values, counts, on_tensorflow.mask_of(tf, values, leaf.axis, counts)))
     return _packed(tensors, gathered)
 
 
@@ -255,29 +255,12 @@ def _bucketed(backend: backends.Backend, function: str, length: tf.Tensor, bucke
 
 
 def _pad(leaf: nests.Leaf, to: tf.Tensor) -> Padded:
-    tensor, axis = leaf.tensor, leaf.axis
+    tensor, axis, lengths = leaf.tensor, leaf.axis, leaf.lengths
     if not 0 <= axis < tensor.shape.rank:  # only while tracing: the checks refuse this axis in the run
         return Padded(tensor, tf.zeros([0], tf.int32), tf.zeros([0], tf.bool))
-    shape = tf.shape(tensor)
-    after = tf.one_hot(axis, tensor.shape.rank, on_value=to - shape[axis], off_value=0, dtype=tf.int32)
-    values = tf.pad(tensor, tf.stack([tf.zeros_like(after), after], axis=1), constant_values=leaf.value)
-    values.set_shape([None if i == axis else size for i, size in enumerate(tensor.shape)])
-    lengths = leaf.lengths
-    if lengths is None:
-        lengths = tf.fill(shape[: min(axis, 1)], shape[axis])
-    elif axis > 0:
+    if lengths is not None and axis > 0:
         lengths = shapes.broadcast(shapes.Source("lengths", lengths), shapes.sizes_of(tensor, 1))[0]
-    lengths = tf.cast(lengths, tf.int32)
-    return Padded(values, lengths, _mask(values, axis, lengths))
-
-
-def _mask(values: tf.Tensor, axis: int, lengths: tf.Tensor) -> tf.Tensor:
-    """Return the mask of real elements, of the shape of values up to and including ``axis``."""
-    shape = tf.shape(values)
-    mask = tf.sequence_mask(lengths, shape[axis])
-    middle = [1] * (axis - 1)
-    mask = tf.reshape(mask, tf.concat([shape[: min(axis, 1)], middle, [shape[axis]]], 0))
-    return tf.broadcast_to(mask, shape[: axis + 1])
+    return Padded(*on_tensorflow.pad_axis(tf, tensor, axis, to, leaf.value, lengths))
 
 
 def _packed(like: Any, padded: list[Padded]) -> Padded:

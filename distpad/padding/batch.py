@@ -203,7 +203,7 @@ def _tensorflow_for(batch: Any) -> Any:
         return None
     found = is_tensor(batch)
     if not found and isinstance(batch, (list, tuple)):
-        one_of_each_type = {type(item): item for item in batch}.values()
+        one_of_each_type = dict(zip(map(type, batch), batch)).values()
         found = any(map(is_tensor, one_of_each_type)) or is_tensor(_first_leaf(batch))
     return tensorflow if found else None
 

@@ -50,28 +50,41 @@ class Column(NamedTuple):
         """The examples of these indices, copied."""
         at, splits = np.asarray(indices), []
         for each in self.splits:
-            begins, lengths = each[at] - each[0], each[at + 1] - each[at]
+            lengths = each[at + 1] - each[at]
             splits.append(offsets(lengths))
-            at = np.repeat(begins - splits[-1][:-1], lengths) + np.arange(splits[-1][-1])
+            at = _ranges(each[at] - each[0], lengths)
         return Column(self.values[at], tuple(splits))
 
-    def sizes(self) -> np.ndarray:
-        """The largest size of each partitioned axis in each example, ``[examples, axes]`` int64."""
+    def cut(self, axis: int, begins: np.ndarray, limit: int) -> Column:
+        """Copy at most ``limit`` rows along ``axis``, from row ``begins[i]`` in example i on."""
+        each = self.splits[axis]
+        skipped = np.minimum(np.repeat(begins, np.diff(self.bounds()[axis])), np.diff(each))
+        lengths = np.minimum(np.diff(each) - skipped, limit)
+        inner = Column(self.values, self.splits[axis + 1 :]).take(_ranges(each[:-1] - each[0] + skipped, lengths))
+        return Column(inner.values, (*self.splits[:axis], offsets(lengths), *inner.splits))
+
+    def moved_to_end(self, axis: int, size: int) -> Column:
+        """Put empty rows before those along ``axis``, up to ``size`` rows. Not for the last partitioned axis."""
+        lengths = np.diff(self.splits[axis])
+        inner = np.zeros([len(lengths), size], np.int64)
+        inner[real(lengths, size, at_end=True)] = np.diff(self.splits[axis + 1])
+        moved = np.arange(len(lengths) + 1) * size, offsets(inner.reshape(-1))
+        return Column(self.values, (*self.splits[:axis], *moved, *self.splits[axis + 2 :]))
+
+    def sizes(self, function: np.ufunc = np.maximum) -> np.ndarray:
+        """The largest size, or another ``function``, of each axis in each example, 0 without: ``[examples, axes]``."""
         if len(self.splits) == 1:
             return np.diff(self.splits[0])[:, np.newaxis]
-        return self._reduced(np.maximum)
-
-    def is_rectangular(self) -> bool:
-        """Whether each example is an array: its axes have one size within the example."""
-        return len(self.splits) < 2 or bool((self._reduced(np.minimum) == self._reduced(np.maximum)).all())
-
-    def _reduced(self, function: Any) -> np.ndarray:
         found = np.zeros([self.num_examples, len(self.splits)], np.int64)
         for axis, (splits, bounds) in enumerate(zip(self.splits, self.bounds())):
             filled = np.flatnonzero(np.diff(bounds))  # reduceat has no empty segments
             if len(filled):
                 found[filled, axis] = function.reduceat(np.diff(splits), bounds[filled])
         return found
+
+    def is_rectangular(self) -> bool:
+        """Whether each example is an array: its axes have one size within the example."""
+        return len(self.splits) < 2 or bool((self.sizes(np.minimum) == self.sizes()).all())
 
     def example(self, index: int) -> Any:
         """One example: an array, or lists of arrays if the example is not rectangular."""
@@ -89,6 +102,12 @@ def offsets(lengths: Any) -> np.ndarray:
     found = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=found[1:])
     return found
+
+
+def split(values: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    """Views of rows of these lengths."""
+    bounds = offsets(lengths).tolist()
+    return [*map(values.__getitem__, map(slice, bounds, bounds[1:]))]
 
 
 def of_arrays(arrays: Sequence[np.ndarray], axes: int) -> Column:
@@ -121,10 +140,10 @@ def concatenate(columns: Sequence[Column]) -> Column:
 def blank(rows: int, shape: Iterable[int], value: Any, dtype: np.dtype) -> np.ndarray:
     """A batch of padding."""
     shape = (rows, *shape)
-    if np.ndim(value) == 0 and dtype.kind in "biuf" and value == 0 and not np.signbit(value):
-        return memory.zeros(shape, dtype)
-    batch = memory.zeros(shape, dtype)
-    batch[...] = value
+    is_zero = not np.ndim(value) and dtype.kind in "biuf" and value == 0 and not np.signbit(value)
+    batch = memory.empty(shape, dtype, zeros=is_zero)
+    if not is_zero:
+        batch[...] = value
     return batch
 
 
@@ -138,12 +157,16 @@ def real(lengths: np.ndarray, size: int, *, at_end: bool = False) -> np.ndarray:
 
 def place(batch: np.ndarray, rows: Sequence[Any], lengths: np.ndarray, *, at_end: bool = False) -> None:
     """Copy each row to the beginning, or to the end, of its row in ``batch``, ``[rows, size, *inner]``."""
-    flat = batch.reshape((-1, *batch.shape[2:]))
+    if batch.ndim == 2 and batch.shape[1] <= _SHORT and len(rows):
+        flat = np.concatenate(rows, dtype=batch.dtype, casting="unsafe")
+        batch[real(lengths, batch.shape[1], at_end=at_end)] = flat
+        return
+    flat = batch.reshape((len(batch) * batch.shape[1], *batch.shape[2:]))
     begins = np.arange(len(batch)) * batch.shape[1]
     if at_end:
         begins += batch.shape[1] - lengths
-    for begin, end, row in zip(begins.tolist(), (begins + lengths).tolist(), rows):
-        flat[begin:end] = row
+    for at, row in zip(map(slice, begins.tolist(), (begins + lengths).tolist()), rows):
+        flat[at] = row
 
 
 def fill(batch: np.ndarray, column: Column, *, at_end: bool = False) -> None:
@@ -156,22 +179,28 @@ def fill(batch: np.ndarray, column: Column, *, at_end: bool = False) -> None:
     if not axes:
         batch[...] = column.values
     elif axes > 1 and column.is_rectangular():
-        bounds, sizes = column.bounds()[-1].tolist(), column.sizes().tolist()
+        bounds, sizes, last = column.bounds()[-1].tolist(), column.sizes().tolist(), batch.shape[axes]
         for row, begin, end, size in zip(batch, bounds, bounds[1:], sizes):
-            row[tuple(map(slice, size))] = column.values[begin:end].reshape((*size, *column.values.shape[1:]))
+            box = *map(slice, size[:-1]), slice(last - size[-1], last) if at_end else slice(size[-1])
+            row[box] = column.values[begin:end].reshape((*size, *column.values.shape[1:]))
     else:
         lengths = _lengths_of_rows(column, batch.shape[: axes + 1])
         rows = batch.reshape((len(lengths), *batch.shape[axes:]))
-        if batch.shape[axes] <= _SHORT and batch.ndim == axes + 1:
+        if batch.ndim == axes + 1 and batch.shape[axes] <= _SHORT:  # as in place
             rows[real(lengths, batch.shape[axes], at_end=at_end)] = column.values
-            return
-        bounds = offsets(lengths).tolist()
-        place(rows, [*map(column.values.__getitem__, map(slice, bounds, bounds[1:]))], lengths, at_end=at_end)
+        else:
+            place(rows, split(column.values, lengths), lengths, at_end=at_end)
 
 
-def mask(column: Column, shape: Sequence[int]) -> np.ndarray:
-    """The mask ``[examples, *sizes]`` of the real elements in a batch of this shape."""
-    return real(_lengths_of_rows(column, shape), shape[-1]).reshape(shape)
+def mask(column: Column, shape: Sequence[int], *, at_end: bool = False) -> np.ndarray:
+    """The mask ``[examples, *sizes]`` of the real elements in a batch of this shape, as ``fill`` places them."""
+    return real(_lengths_of_rows(column, shape), shape[-1], at_end=at_end).reshape(shape)
+
+
+def _ranges(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The integers from ``begins[i]`` to ``begins[i] + lengths[i]``, for all i one after the other."""
+    splits = offsets(lengths)
+    return np.repeat(begins - splits[:-1], lengths) + np.arange(splits[-1])
 
 
 def _lengths_of_rows(column: Column, shape: Sequence[int]) -> np.ndarray:

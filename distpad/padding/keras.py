@@ -6,6 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from distpad import errors
+from distpad.padding import arguments, columns, reading
+
 
 def pad_sequences(
     sequences: Any,
@@ -55,7 +58,16 @@ def pad_sequences(
     lengths, inner = _measure(sequences)
     length = np.max(lengths) if maxlen is None else maxlen
     _check_text(value, dtype)
-    padded = np.full((count, length, *inner), value, dtype=dtype)
+    if type(value) in (int, float) and value == 0 and errors.is_integer(length) and length >= 0 and dtype is not None:
+        padded = columns.blank(count, (int(length), *inner), value, np.dtype(dtype))
+    else:
+        padded = np.full((count, length, *inner), value, dtype=dtype)
+    if padding in ("pre", "post") and truncating in ("pre", "post") and length:
+        rows = _rows(sequences, inner, padded.dtype)
+        if rows is not None:
+            kept = rows if maxlen is None else [_cut(row, length, truncating) for row in rows]
+            columns.place(padded, kept, np.minimum(lengths, length), at_end=padding == "pre")
+            return padded
     for index, sequence in enumerate(sequences):
         if not len(sequence):
             continue  # as in Keras, options are checked only if there is an element to place
@@ -81,6 +93,18 @@ def _measure(sequences: Any) -> tuple[list[int], tuple[int, ...]]:
         except TypeError as error:
             raise ValueError(f"`sequences` must be a list of iterables. Found non-iterable: {sequence!s}") from error
     return lengths, inner or ()
+
+
+def _rows(sequences: Any, inner: tuple[int, ...], dtype: np.dtype) -> list[np.ndarray] | None:
+    """Arrays that copy as Keras converts their elements; None where an element may change, or is an error."""
+    if type(sequences) not in (list, tuple) or dtype.kind not in "biuf":
+        return None
+    rows, _ = reading.read_regular([*sequences]) or (None, None)
+    if isinstance(rows, columns.Column):  # of Python numbers, which NumPy converts one by one
+        exact = rows.values.dtype.kind == dtype.kind and len(rows.splits) == 1
+        values = arguments.exact_cast(rows.values, dtype) if exact else None
+        rows = None if values is None else columns.split(values, np.diff(rows.splits[0]))
+    return rows if rows is not None and {row.shape[1:] for row in rows} == {inner} else None
 
 
 def _check_text(value: Any, dtype: Any) -> None:

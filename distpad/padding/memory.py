@@ -7,18 +7,28 @@ from collections.abc import Sequence
 
 import numpy as np
 
+# Arrays of this size and above are zeroed by the kernel, in huge pages, faster than by NumPy. NumPy 1 has small pages.
+_ZEROED_BYTES = 2**22 if int(np.__version__.split(".")[0]) >= 2 else None
 ALIGNMENT = 64  # bytes, as distpad/backends/tensors.py requires
 
 
 def zeros(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """An aligned array of zeros. They are not written: the kernel hands out memory of zeros."""
-    dtype = np.dtype(dtype)
-    if dtype.hasobject:
-        return np.zeros(shape, dtype)
+    """An aligned array of zeros."""
+    return empty(shape, dtype, zeros=True)
+
+
+def empty(shape: Sequence[int], dtype: np.dtype, *, zeros: bool = False) -> np.ndarray:
+    """An aligned array, with ``zeros`` or with any values."""
+    if dtype.hasobject or not dtype.itemsize:
+        return np.zeros(shape, dtype) if zeros else np.empty(shape, dtype)
     size = math.prod(shape) * dtype.itemsize
-    memory = np.zeros(size + ALIGNMENT, np.uint8)
+    by_kernel = zeros and _ZEROED_BYTES is not None and size >= _ZEROED_BYTES
+    memory = (np.zeros if by_kernel else np.empty)(size + ALIGNMENT, np.uint8)
     begin = -memory.__array_interface__["data"][0] % ALIGNMENT
-    return memory[begin : begin + size].view(dtype).reshape(shape)
+    memory = memory[begin : begin + size]
+    if zeros and not by_kernel:
+        memory.fill(0)
+    return memory.view(dtype).reshape(shape)
 
 
 def scalars(count: int) -> list[np.ndarray]:

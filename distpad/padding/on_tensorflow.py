@@ -28,18 +28,48 @@ def pad(tf: Any, sequences: Any, options: arguments.Options) -> tuple[Any, Any, 
         lengths = tf.minimum(lengths, options.length)
     _check_even(tf, ragged, axes)
     ragged = _cast(tf, ragged, options.dtype)
-    shape = [options.length if axis == first else None for axis in range(ragged.shape.rank)]
-    values = ragged.to_tensor(shape=shape)
     splits = ragged.nested_row_splits[:last]
-    real = tf.RaggedTensor.from_nested_row_splits(tf.ones([splits[-1][-1]], tf.bool), splits, validate=False)
-    mask = real.to_tensor(False, shape=shape[: last + 1])
+    for _ in splits:
+        ragged = ragged.values
+    flat = ragged.to_tensor() if isinstance(ragged, tf.RaggedTensor) else ragged  # even partitions, of one position
+    inner = flat.shape[1:]
+    value = _padding_value(tf, options.value, flat.dtype, tuple(inner) if inner.is_fully_defined() else None)
+    shape = [options.length if axis == first else None for axis in range(last + 1)]
+    values = _to_tensor(tf, flat, splits, [*shape, *[None] * inner.rank], value)
     if options.padding == "pre":
-        values, mask = _move_back(tf, values, lengths, first), _move_back(tf, mask, lengths, first)
-    inner = values.shape[last + 1 :]
-    value = _padding_value(tf, options.value, values.dtype, tuple(inner) if inner.is_fully_defined() else None)
-    each = (..., *([tf.newaxis] * inner.rank))
-    values = tf.where(mask[each], values, value)
-    return values, lengths, mask if options.mask else None
+        values = _move_back(tf, values, lengths, first)
+    if not options.mask:
+        return values, lengths, None
+    if last == 1:
+        mask = mask_of(tf, values, 1, lengths)
+        return values, lengths, tf.reverse(mask, [1]) if options.padding == "pre" else mask
+    mask = _to_tensor(tf, tf.ones([splits[-1][-1]], tf.bool), splits, shape, False)
+    return values, lengths, _move_back(tf, mask, lengths, first) if options.padding == "pre" else mask
+
+
+def pad_axis(tf: Any, tensor: Any, axis: int, size: Any, value: Any, lengths: Any = None) -> tuple[Any, Any, Any]:
+    """Pad a tensor at the end of one axis, to ``size``; ``lengths`` are int32, None: all rows are real as a whole."""
+    shape = tf.shape(tensor)
+    after = tf.one_hot(axis, tensor.shape.rank, on_value=size - shape[axis], off_value=0, dtype=tf.int32)
+    values = tf.pad(tensor, tf.stack([tf.zeros_like(after), after], axis=1), constant_values=value)
+    values.set_shape([None if i == axis else size for i, size in enumerate(tensor.shape)])
+    lengths = tf.fill(shape[: min(axis, 1)], shape[axis]) if lengths is None else tf.cast(lengths, tf.int32)
+    return values, lengths, mask_of(tf, values, axis, lengths)
+
+
+def mask_of(tf: Any, values: Any, axis: int, lengths: Any) -> Any:
+    """The mask of real elements, of the shape of ``values`` up to and including ``axis``, by the lengths along it."""
+    shape = tf.shape(values)[: axis + 1]
+    mask = tf.sequence_mask(lengths, shape[axis])
+    if axis > 1:
+        mask = tf.reshape(mask, tf.concat([shape[:1], [1] * (axis - 1), shape[axis:]], 0))
+        mask = tf.broadcast_to(mask, shape)
+    mask.set_shape(values.shape[: axis + 1])
+    return mask
+
+
+def _to_tensor(tf: Any, flat: Any, splits: Any, shape: list[int | None], value: Any) -> Any:
+    return tf.RaggedTensor.from_nested_row_splits(flat, splits, validate=False).to_tensor(value, shape=shape)
 
 
 def _pad_nested(tf: Any, sequences: Any, options: arguments.Options) -> tuple[Any, Any, Any]:

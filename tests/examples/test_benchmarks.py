@@ -140,6 +140,14 @@ def test_waiting():
         assert len(rows) == 2 and all(0 <= float(share) <= 100 for share in rows[0]), output
 
 
+def test_padding():
+    output = run("local", "padding.py", "--rounds", 1, "--count", 64, "--repeats", 1)
+    bases = {"keras.utils.pad_sequences": 4, "to_tensor": 1, "a NumPy loop": 2}
+    for contender, tables in {**bases, "pad": 7, "pad, mask=False": 5, "distpad.pad_sequences": 4}.items():
+        found = re.findall(rf"│ {re.escape(contender)} +│ +\d", output)
+        assert len(found) == 2 * tables, output  # wall time and CPU time
+
+
 def test_convergence():
     output = run("local", "convergence.py", "--seeds", 1, "--steps", 1, "--eval-strings", 4)
     for batches in ("full shuffle", "similar widths", "a budget of columns"):

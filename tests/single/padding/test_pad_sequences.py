@@ -142,3 +142,10 @@ def test_errors_of_each_kind_occur_in_keras_too() -> None:
         assert words in str(theirs)
         assert_same(ours, theirs)
     assert pad_sequences([[]], padding="x", truncating="x").shape == (1, 0)  # options are not looked at here
+
+
+@pytest.mark.parametrize("maxlen", [2.5, "3", np.int64(2), np.float32(1), True, -1])
+def test_odd_lengths_give_the_errors_of_keras(maxlen: Any) -> None:
+    for batch in ([[1, 2, 3], [4]], [np.arange(3), np.arange(1)]):
+        ours = outcome(pad_sequences, batch, maxlen, padding="post")
+        assert_same(ours, outcome(tf.keras.utils.pad_sequences, batch, maxlen, padding="post"))
