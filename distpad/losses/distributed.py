@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from distpad import backends, errors, gradients, precision
 from distpad.collectives import checked
-from distpad.losses import arguments, averages, counts, no_rows, weights
+from distpad.losses import arguments, averages, counted, counts, no_rows, weights
 
 _NAME = "DistributedLoss"
 
@@ -135,16 +135,22 @@ class DistributedLoss(tf.keras.losses.Loss):
         arguments.refuse_layers(backend)
         if not backends.is_alone():  # a certificate's reference device is alone
             self._ran_on = backend
+        carrier = sample_weight if isinstance(sample_weight, counted.CountedWeights) else None
+        sample_weight = sample_weight if carrier is None else carrier.values
         sources = {"sample_weight": sample_weight, "lengths": lengths, "mask": mask}
         if batch is not None:
-            sources, counted = counts.read_batch(batch, sources, denominator)
-            denominator = counted if isinstance(self.average, str) else None
+            sources, batch_counts = counts.read_batch(batch, sources, denominator)
+            denominator = batch_counts if isinstance(self.average, str) else None
         sources.update(keras_mask=weights.keras_mask(y_pred), padding_value=self.padding_value)
         if denominator is not None:
             return self._average_locally(backend, y_true, y_pred, sources, denominator)
         if not backend.in_replica() and not tf.executing_eagerly():
             return self._rehearse(y_true, y_pred, sources)
-        return self._average_globally(backend, y_true, y_pred, sources)
+        if carrier is not None and not (self.per == "position" and carrier.has_counts(backend, sources, self.loss)):
+            carrier = None
+        if carrier is None or (backend.gradient_reduction == "mean" and backend.num_replicas > 1):
+            return self._average_globally(backend, y_true, y_pred, sources, carrier)
+        return self._average_in_fit(backend, y_true, y_pred, sources, carrier)
 
     def call(self, y_true: Any, y_pred: Any) -> tf.Tensor:
         """Return the unreduced loss, as Keras defines ``call``."""
@@ -164,8 +170,13 @@ class DistributedLoss(tf.keras.losses.Loss):
         """
         return gradients.global_value(loss, backend=self._ran_on or self._backend)
 
-    def _average_globally(self, backend: backends.Backend, y_true: Any, y_pred: Any, sources: dict) -> tf.Tensor:
-        """Divide by the count of all replicas, over one checked all-gather."""
+    def _average_globally(
+        self, backend: backends.Backend, y_true: Any, y_pred: Any, sources: dict, carrier: Any = None
+    ) -> tf.Tensor:
+        """Divide by the count of all replicas, over one checked all-gather.
+
+        With a ``carrier`` of counts, only the value needs the all-gather: the gradients do not wait for it.
+        """
         gate, argument_error = weights.Gate(), None
         checks: list[checked.Check] = []
         try:
@@ -176,18 +187,41 @@ class DistributedLoss(tf.keras.losses.Loss):
                 sums = averages.Sums(0.0, 0.0, 0.0) if tf.executing_eagerly() else averages.nan_sums(y_pred)
             except ValueError:
                 raise error from None
+        if carrier is not None and argument_error is None:
+            checks.append(carrier.check(sums))
         is_fixed = not isinstance(self.average, str)
         own_count = sums.tokens if self.average == "token" else sums.sequences
         payload = [sums.total, float(self.average) if is_fixed else own_count]
         table = checked.all_gather(backend, _NAME, payload, checks, argument_error)
         total, count = tf.unstack(tf.reduce_sum(table, axis=0))
         count = table[0, 1] if is_fixed else count
-        gate.ok = True if tf.executing_eagerly() else tf.logical_not(tf.math.is_nan(count))
+        is_ok = tf.logical_not(tf.math.is_nan(count))
+        if carrier is not None:
+            count, is_ok = (
+                carrier.count_of(self.average),
+                tf.reduce_all(tf.stack([True, *(each.ok for each in checks)])),
+            )
+        gate.ok = True if tf.executing_eagerly() else is_ok
         value = tf.math.divide_no_nan(total, count)
         if backend.gradient_reduction == "sum":
             value /= tf.cast(backend.replica_count(), value.dtype)
         contribution = averages.local_contribution(backend, sums, count)
         return averages.value_with_gradient(tf.cast(value, sums.dtype), contribution)
+
+    def _average_in_fit(
+        self, backend: backends.Backend, y_true: Any, y_pred: Any, sources: dict, carrier: counted.CountedWeights
+    ) -> tf.Tensor:
+        """Divide by the count that the weights carry, without a collective.
+
+        The value is the local contribution. Keras multiplies it by the number of replicas and averages it over them, so
+        that its history shows the sum over the replicas: the global mean.
+        """
+        gate = weights.Gate()
+        sums, checks = self._sums(y_true, y_pred, sources, gate)
+        gate.ok = checked.check_locally(backend, _NAME, [*checks, carrier.check(sums)])
+        count = carrier.count_of(self.average)
+        count = count if gate.ok is True else tf.where(gate.ok, count, tf.constant(np.nan, tf.float64))
+        return averages.local_contribution(backend, sums, count)
 
     def _average_locally(
         self, backend: backends.Backend, y_true: Any, y_pred: Any, sources: dict, denominator: Any
