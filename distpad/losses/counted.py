@@ -45,9 +45,13 @@ class CountedWeights(tf.experimental.BatchableExtensionType):
             return self.values.shape  # type: ignore[attr-defined]
 
         def _create_empty_value(self) -> CountedWeights:
-            """Return weights without rows. TensorFlow's hook for replicas that get no batch when a dataset ends."""
+            """TensorFlow's hook: what stands for a batch on replicas that get none, when a dataset ends.
+
+            It has the rows that TensorFlow gives other features there, so that static shapes stay known.
+            """
             specs = self.values, self.counts  # type: ignore[attr-defined]
-            values, counts = (tf.zeros([0, *[size or 0 for size in spec.shape[1:]]], spec.dtype) for spec in specs)
+            rows = 0 if self.shape.is_fully_defined() else self.shape[0] or 0
+            values, counts = (tf.zeros([rows, *[size or 0 for size in spec.shape[1:]]], spec.dtype) for spec in specs)
             return CountedWeights(values, counts, self.replicas, self.dtype)  # type: ignore[attr-defined]
 
     @property
