@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,9 @@ class CountedWeights(tf.experimental.BatchableExtensionType):
 
     def __len__(self) -> int:
         return len(self.values)
+
+    def __iter__(self) -> Iterator[tf.Tensor]:
+        return iter(tf.convert_to_tensor(self))
 
     def count_of(self, average: str | float) -> tf.Tensor:
         """Return the number that this average divides by, a float64 scalar."""

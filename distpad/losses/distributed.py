@@ -110,7 +110,8 @@ class DistributedLoss(tf.keras.losses.Loss):
           y_true: labels, a tensor ``[batch, ...]``; a nest reaches the loss unchanged.
           y_pred: floating predictions ``[batch, length, ...]``, or a nest of them.
           sample_weight: numbers, leading axes of the loss, ``[batch]`` at least; all axes but the first may have size
-            1. A position of weight 0 is invalid.
+            1. A position of weight 0 is invalid. The weights of ``for_keras`` carry the counts of their step, which the
+            loss uses if no other source leaves out positions.
           lengths: ``[batch]`` integers from 0 to the size of axis 1, the valid positions of each row; padding follows.
           mask: bool, leading axes of the loss. With ``per="sequence"``, a mask ``[batch]`` alone decides which rows
             count: a row of length 0 (an empty text) counts where the mask is True.
@@ -121,15 +122,18 @@ class DistributedLoss(tf.keras.losses.Loss):
 
         Returns:
           A scalar of the loss's dtype, float32 at least. Without ``denominator`` its value is the global mean, under
-          strategies divided by the number of replicas, and equal on all replicas. With ``denominator`` its value is the
-          local contribution: ``global_value`` gives the mean. Its gradient is always that of the local contribution.
+          strategies divided by the number of replicas, and equal on all replicas. With ``denominator``, and under
+          strategies with the counts of ``for_keras``, its value is the local contribution: ``global_value`` gives the
+          mean, and so does Keras's history, which adds up the replicas. Its gradient is always that of the local
+          contribution.
 
         Raises:
           ValueError, TypeError: wrong arguments; without ``denominator`` all replicas raise.
           tf.errors.InvalidArgumentError: wrong values inside a ``tf.function``. Inside XLA, which drops assertions, the
             loss and all gradients are NaN instead.
 
-        Collective without ``denominator``: one all-reduce of the numerator, the count and the evidence of errors.
+        Collective without ``denominator``: one all-reduce of the numerator, the count and the evidence of errors. With
+        the counts of ``for_keras`` there is none under strategies; under Horovod only the value waits for it.
         """
         backend = backends.resolve_step(self._backend, function=_NAME)
         arguments.refuse_layers(backend)
@@ -146,10 +150,10 @@ class DistributedLoss(tf.keras.losses.Loss):
             return self._average_locally(backend, y_true, y_pred, sources, denominator)
         if not backend.in_replica() and not tf.executing_eagerly():
             return self._rehearse(y_true, y_pred, sources)
-        if carrier is not None and not (self.per == "position" and carrier.has_counts(backend, sources, self.loss)):
-            carrier = None
-        if carrier is None or (backend.gradient_reduction == "mean" and backend.num_replicas > 1):
-            return self._average_globally(backend, y_true, y_pred, sources, carrier)
+        if carrier is None or self.per == "sequence" or not carrier.has_counts(backend, sources, self.loss):
+            return self._average_globally(backend, y_true, y_pred, sources)
+        if backend.gradient_reduction == "mean" and backend.num_replicas > 1:
+            return self._average_globally(backend, y_true, y_pred, sources, carrier)  # each rank has its own history
         return self._average_in_fit(backend, y_true, y_pred, sources, carrier)
 
     def call(self, y_true: Any, y_pred: Any) -> tf.Tensor:
@@ -197,10 +201,8 @@ class DistributedLoss(tf.keras.losses.Loss):
         count = table[0, 1] if is_fixed else count
         is_ok = tf.logical_not(tf.math.is_nan(count))
         if carrier is not None:
-            count, is_ok = (
-                carrier.count_of(self.average),
-                tf.reduce_all(tf.stack([True, *(each.ok for each in checks)])),
-            )
+            count = carrier.count_of(self.average)
+            is_ok = tf.reduce_all(tf.stack([True, *(check.ok for check in checks)]))
         gate.ok = True if tf.executing_eagerly() else is_ok
         value = tf.math.divide_no_nan(total, count)
         if backend.gradient_reduction == "sum":

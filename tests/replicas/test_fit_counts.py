@@ -284,6 +284,7 @@ def test_weights_as_a_tensor():
     np.testing.assert_array_equal(np.asarray(weights), values)
     np.testing.assert_array_equal((2 * weights + tf.ones([2, 2]) / weights[0])[0], 2 * values[0] + 1 / values[0])
     np.testing.assert_array_equal(tf.where(weights > 0.5, 1, 0), values > 0.5)
+    np.testing.assert_array_equal([*weights], values)
     half = tf.cast(weights, tf.float16)
     assert half.dtype == tf.float16 and (half * tf.ones([], tf.float16)).dtype == tf.float16
     assert half.values.dtype == tf.float32 and isinstance(tf.cast(half, tf.float32), CountedWeights)
