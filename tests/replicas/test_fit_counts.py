@@ -291,3 +291,30 @@ def test_weights_as_a_tensor():
     assert not any(isinstance(each, CountedWeights) for each in (weights * 1, tf.abs(weights), weights[:1]))
     rows = [row.numpy().tolist() for row in tf.data.Dataset.from_tensors(weights).unbatch()]
     assert rows == values.tolist()
+
+
+@pytest.mark.worlds("local")
+def test_counts_of_other_rows_in_a_graph(world):
+    """An error, and inside XLA, which drops assertions, NaN: never the mean of other rows."""
+    if world.num_replicas > 1:
+        pytest.skip("one device shows it")
+    loss = distpad.DistributedLoss(entropy())
+    y_true, y_pred = tf.constant([[1, 2], [3, 0]]), tf.constant(np.random.default_rng(0).normal(size=[2, 2, 4]))
+
+    def step(rows):
+        counts = tf.repeat(tf.constant([[3.0, 2, 3, 2]], tf.float64), 2, axis=0)
+        counts = tf.concat([counts, tf.fill([2, 1], tf.cast(rows, tf.float64))], axis=1)
+        with tf.GradientTape() as tape:
+            tape.watch(y_pred)
+            value = loss(y_true, y_pred, CountedWeights(tf.constant([[1.0, 1], [1, 0]]), counts, 1, tf.float32))
+        return value, tape.gradient(value, y_pred)
+
+    wanted = loss(y_true, y_pred, lengths=[2, 1])
+    for compiled in (False, True):
+        traced = tf.function(step, jit_compile=compiled)
+        np.testing.assert_allclose(traced(tf.constant(2))[0], wanted, rtol=1e-6)
+        if compiled:
+            assert all(np.isnan(part).all() for part in traced(tf.constant(3)))
+        else:
+            with pytest.raises(tf.errors.InvalidArgumentError, match="sample_weight counts other positions"):
+                traced(tf.constant(3))
