@@ -578,6 +578,13 @@ MUTANTS = (
         selection="test_counts_of_another_feature",
     ),
     Mutant(
+        name="fit-divides-by-the-replicas-own-count",
+        file="losses/counted.py",
+        old="[0 if average ==",
+        new="[2 if average ==",
+        selection="test_history_and_weights_are_those and token-False",
+    ),
+    Mutant(
         name="a-loss-that-a-layer-adds-is-taken",
         file="losses/arguments.py",
         old='if name in ("__call__", "losses") and',

@@ -19,10 +19,18 @@ from distpad.data.config import Config
 from distpad.data.schema import Feature, Features
 from distpad.data.structure import Name
 from distpad.data.sync import Channel
+from distpad.losses.counted import CountedWeights
 
 _NAME = "for_keras"
 _PEEKS = "_maybe_symbolic_build"
 _CHANNELS = itertools.count(1)  # one for each dataset, since threads of tf.data may iterate several datasets at once
+
+
+class _Counted(NamedTuple):
+    """The weights of a batch and the counts of its step in each row, of which ``distributed`` makes CountedWeights."""
+
+    values: Any
+    counts: Any
 
 
 class Elements:
@@ -57,7 +65,7 @@ class Elements:
         parts, names = [], self._named(features)
         for batch in batches:
             arrays = features.by_name(batch.data)
-            weights = {} if self.predicts else {n: self._weights(n, features, batch) for n in self._config.tokens}
+            weights = {} if self.predicts else {n: self._counted(n, features, batch) for n in self._config.tokens}
             parts.append((*_mapped(arrays.__getitem__, names), weights.get(None, weights)))
         joined = tf.nest.map_structure(lambda *rows: np.concatenate(rows), *parts)
         if not self.predicts:
@@ -96,8 +104,11 @@ class Elements:
         if self.predicts:
             rows = None
             return tuple(_mapped(spec, self._named(features)))
-        ranks = {loss: self._rank_of_weights(loss, features) for loss in self._config.tokens}
-        weights = {loss: tf.TensorSpec([rows, *[None] * rank], tf.float32) for loss, rank in ranks.items()}
+        weights = {}
+        for loss in self._config.tokens:
+            values = tf.TensorSpec([rows, *[None] * self._rank_of_weights(loss, features)], tf.float32)
+            is_counted = self._is_counted(loss, features)
+            weights[loss] = _Counted(values, tf.TensorSpec([rows, 5], tf.float64)) if is_counted else values
         return (*_mapped(spec, self._named(features)), weights.get(None, weights))
 
     def _named(self, features: Features) -> tuple[Any, ...]:
@@ -119,6 +130,23 @@ class Elements:
         if not any(name in self._config.padding for name in labels):
             return 0
         return len(self._config.counted_axes(self._config.tokens[loss]))
+
+    def _is_counted(self, loss: Any, features: Features) -> bool:
+        """Whether a step's counts are those of its weights.
+
+        With one label per row they are not: they count positions, or rows with positions. With micro-batches they count
+        a whole group, and fit averages over each micro-batch.
+        """
+        return self._config.accumulation_steps == 1 and self._rank_of_weights(loss, features) > 0
+
+    def _counted(self, loss: Any, features: Features, batch: Batch) -> Any:
+        """The weights, with the counts of the step in each row."""
+        weights = self._weights(loss, features, batch)
+        if not self._is_counted(loss, features):
+            return weights
+        counts = (batch.loss_inputs if loss is None else batch.loss_inputs[loss]).counts
+        numbers = np.array([counts.tokens, counts.sequences, *counts.local, len(weights)], np.float64)
+        return _Counted(weights, np.tile(numbers, [len(weights), 1]))
 
     def _weights(self, loss: Any, features: Features, batch: Batch) -> np.ndarray:
         """Weights ``[batch, *positions]``, or ``[batch]`` with one label per row; 0 on padding and filler rows."""
@@ -171,12 +199,29 @@ def behaviour_of(backend: backends.Backend) -> FitBehaviour:
 def distributed(dataset: tf.data.Dataset, backend: backends.Backend) -> Any:
     """Return a dataset of this worker's batches in the form that fit takes under the backend."""
     if not isinstance(backend, backends.StrategyBackend) or backend.num_workers == 1:
-        return dataset  # fit splits each batch between the replicas
+        return _carrying_counts(dataset, backend.num_replicas)  # fit splits each batch between the replicas
     # Fit would shard a tf.data.Dataset between the workers; each replica takes the next element of this one.
     here = backend.replicas_here
     if here > 1:
         dataset = dataset.flat_map(lambda *batch: split(batch, here))
+    dataset = _carrying_counts(dataset, backend.num_replicas)
     return backend.strategy.distribute_datasets_from_function(lambda _: dataset)
+
+
+def _carrying_counts(dataset: tf.data.Dataset, replicas: int) -> tf.data.Dataset:
+    """Return the dataset with CountedWeights, whose counts reach DistributedLoss through fit."""
+    if len(dataset.element_spec) < 3:  # for predict
+        return dataset
+
+    def carried(part: Any) -> Any:
+        return CountedWeights(*part, replicas, tf.float32) if isinstance(part, _Counted) else part
+
+    @tf.autograph.experimental.do_not_convert
+    def element(x: Any, y: Any, weights: Any) -> Any:
+        several = isinstance(weights, Mapping)
+        return x, y, {loss: carried(part) for loss, part in weights.items()} if several else carried(weights)
+
+    return dataset.map(element)
 
 
 def split(batch: Any, replicas: int) -> tf.data.Dataset:

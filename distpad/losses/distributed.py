@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from distpad import backends, errors, gradients, precision
 from distpad.collectives import checked
-from distpad.losses import arguments, averages, counts, no_rows, weights
+from distpad.losses import arguments, averages, counted, counts, no_rows, weights
 
 _NAME = "DistributedLoss"
 
@@ -110,7 +110,8 @@ class DistributedLoss(tf.keras.losses.Loss):
           y_true: labels, a tensor ``[batch, ...]``; a nest reaches the loss unchanged.
           y_pred: floating predictions ``[batch, length, ...]``, or a nest of them.
           sample_weight: numbers, leading axes of the loss, ``[batch]`` at least; all axes but the first may have size
-            1. A position of weight 0 is invalid.
+            1. A position of weight 0 is invalid. The weights of ``for_keras`` carry the counts of their step, which the
+            loss uses if no other source leaves out positions.
           lengths: ``[batch]`` integers from 0 to the size of axis 1, the valid positions of each row; padding follows.
           mask: bool, leading axes of the loss. With ``per="sequence"``, a mask ``[batch]`` alone decides which rows
             count: a row of length 0 (an empty text) counts where the mask is True.
@@ -121,30 +122,39 @@ class DistributedLoss(tf.keras.losses.Loss):
 
         Returns:
           A scalar of the loss's dtype, float32 at least. Without ``denominator`` its value is the global mean, under
-          strategies divided by the number of replicas, and equal on all replicas. With ``denominator`` its value is the
-          local contribution: ``global_value`` gives the mean. Its gradient is always that of the local contribution.
+          strategies divided by the number of replicas, and equal on all replicas. With ``denominator``, and under
+          strategies with the counts of ``for_keras``, its value is the local contribution: ``global_value`` gives the
+          mean, and so does Keras's history, which adds up the replicas. Its gradient is always that of the local
+          contribution.
 
         Raises:
           ValueError, TypeError: wrong arguments; without ``denominator`` all replicas raise.
           tf.errors.InvalidArgumentError: wrong values inside a ``tf.function``. Inside XLA, which drops assertions, the
             loss and all gradients are NaN instead.
 
-        Collective without ``denominator``: one all-reduce of the numerator, the count and the evidence of errors.
+        Collective without ``denominator``: one all-reduce of the numerator, the count and the evidence of errors. With
+        the counts of ``for_keras`` there is none under strategies; under Horovod only the value waits for it.
         """
         backend = backends.resolve_step(self._backend, function=_NAME)
         arguments.refuse_layers(backend)
         if not backends.is_alone():  # a certificate's reference device is alone
             self._ran_on = backend
+        carrier = sample_weight if isinstance(sample_weight, counted.CountedWeights) else None
+        sample_weight = sample_weight if carrier is None else carrier.values
         sources = {"sample_weight": sample_weight, "lengths": lengths, "mask": mask}
         if batch is not None:
-            sources, counted = counts.read_batch(batch, sources, denominator)
-            denominator = counted if isinstance(self.average, str) else None
+            sources, batch_counts = counts.read_batch(batch, sources, denominator)
+            denominator = batch_counts if isinstance(self.average, str) else None
         sources.update(keras_mask=weights.keras_mask(y_pred), padding_value=self.padding_value)
         if denominator is not None:
             return self._average_locally(backend, y_true, y_pred, sources, denominator)
         if not backend.in_replica() and not tf.executing_eagerly():
             return self._rehearse(y_true, y_pred, sources)
-        return self._average_globally(backend, y_true, y_pred, sources)
+        if carrier is None or self.per == "sequence" or not carrier.has_counts(backend, sources, self.loss):
+            return self._average_globally(backend, y_true, y_pred, sources)
+        if backend.gradient_reduction == "mean" and backend.num_replicas > 1:
+            return self._average_globally(backend, y_true, y_pred, sources, carrier)  # each rank has its own history
+        return self._average_in_fit(backend, y_true, y_pred, sources, carrier)
 
     def call(self, y_true: Any, y_pred: Any) -> tf.Tensor:
         """Return the unreduced loss, as Keras defines ``call``."""
@@ -164,8 +174,13 @@ class DistributedLoss(tf.keras.losses.Loss):
         """
         return gradients.global_value(loss, backend=self._ran_on or self._backend)
 
-    def _average_globally(self, backend: backends.Backend, y_true: Any, y_pred: Any, sources: dict) -> tf.Tensor:
-        """Divide by the count of all replicas, over one checked all-gather."""
+    def _average_globally(
+        self, backend: backends.Backend, y_true: Any, y_pred: Any, sources: dict, carrier: Any = None
+    ) -> tf.Tensor:
+        """Divide by the count of all replicas, over one checked all-gather.
+
+        With a ``carrier`` of counts, only the value needs the all-gather: the gradients do not wait for it.
+        """
         gate, argument_error = weights.Gate(), None
         checks: list[checked.Check] = []
         try:
@@ -176,18 +191,39 @@ class DistributedLoss(tf.keras.losses.Loss):
                 sums = averages.Sums(0.0, 0.0, 0.0) if tf.executing_eagerly() else averages.nan_sums(y_pred)
             except ValueError:
                 raise error from None
+        if carrier is not None and argument_error is None:
+            checks.append(carrier.check(sums))
         is_fixed = not isinstance(self.average, str)
         own_count = sums.tokens if self.average == "token" else sums.sequences
         payload = [sums.total, float(self.average) if is_fixed else own_count]
         table = checked.all_gather(backend, _NAME, payload, checks, argument_error)
         total, count = tf.unstack(tf.reduce_sum(table, axis=0))
         count = table[0, 1] if is_fixed else count
-        gate.ok = True if tf.executing_eagerly() else tf.logical_not(tf.math.is_nan(count))
+        is_ok = tf.logical_not(tf.math.is_nan(count))
+        if carrier is not None:
+            count = carrier.count_of(self.average)
+            is_ok = tf.reduce_all(tf.stack([True, *(check.ok for check in checks)]))
+        gate.ok = True if tf.executing_eagerly() else is_ok
         value = tf.math.divide_no_nan(total, count)
         if backend.gradient_reduction == "sum":
             value /= tf.cast(backend.replica_count(), value.dtype)
         contribution = averages.local_contribution(backend, sums, count)
         return averages.value_with_gradient(tf.cast(value, sums.dtype), contribution)
+
+    def _average_in_fit(
+        self, backend: backends.Backend, y_true: Any, y_pred: Any, sources: dict, carrier: counted.CountedWeights
+    ) -> tf.Tensor:
+        """Divide by the count that the weights carry, without a collective.
+
+        The value is the local contribution. Keras multiplies it by the number of replicas and averages it over them, so
+        that its history shows the sum over the replicas: the global mean.
+        """
+        gate = weights.Gate()
+        sums, checks = self._sums(y_true, y_pred, sources, gate)
+        gate.ok = checked.check_locally(backend, _NAME, [*checks, carrier.check(sums)])
+        count = carrier.count_of(self.average)
+        count = count if gate.ok is True else tf.where(gate.ok, count, tf.constant(np.nan, tf.float64))
+        return averages.local_contribution(backend, sums, count)
 
     def _average_locally(
         self, backend: backends.Backend, y_true: Any, y_pred: Any, sources: dict, denominator: Any
