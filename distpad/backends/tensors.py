@@ -28,7 +28,7 @@ def as_tensors(nest: Any, *, shares: bool) -> Any:
             found = made[id(leaf)] = _shared(leaf) if shares and _is_shareable(leaf) else tf.convert_to_tensor(leaf)
         return found
 
-    return _mapped(tensor, nest)
+    return _mapped(tensor, nest, {})
 
 
 def _is_shareable(leaf: Any) -> bool:
@@ -48,13 +48,16 @@ def _shared(array: np.ndarray) -> tf.Tensor:
     return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
 
 
-def _mapped(function: Callable[[Any], Any], nest: Any) -> Any:
+def _mapped(function: Callable[[Any], Any], nest: Any, made: dict[int, Any]) -> Any:
     """``tf.nest.map_structure`` for the structures of a batch, in a fraction of its time."""
     if isinstance(nest, dict):
-        return {key: _mapped(function, item) for key, item in nest.items()}
+        return {key: _mapped(function, item, made) for key, item in nest.items()}
     if isinstance(nest, tuple):
-        items = [_mapped(function, item) for item in nest]
-        return type(nest)(*items) if hasattr(nest, "_fields") else tuple(items)
+        found = made.get(id(nest))
+        if found is None:
+            items = [_mapped(function, item, made) for item in nest]
+            found = made[id(nest)] = type(nest)(*items) if hasattr(nest, "_fields") else tuple(items)
+        return found
     return nest if nest is None else function(nest)
 
 

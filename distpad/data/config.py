@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,19 +43,20 @@ class Config:
     warn_after_s: float
     timeout_s: float
 
-    @property
+    @functools.cached_property
     def axes(self) -> list[tuple[Name, int]]:
         """All ragged axes, in the order of their sizes in a report."""
         return [(name, axis) for name, pad in self.padding.items() for axis in pad.axes]
 
-    @property
+    @functools.cached_property
     def axis_buckets(self) -> list[Buckets] | None:
         """The buckets of each ragged axis, if the user gave buckets."""
         return [self.buckets[name] for name, _ in self.axes] if isinstance(self.buckets, Mapping) else None
 
-    def counted_axes(self, name: Name) -> list[int]:
-        """The axes of an example that span the positions of a counted feature."""
-        return sorted(self.padding[name].axes)
+    @functools.cached_property
+    def counted_axes(self) -> dict[Name, list[int]]:
+        """The axes of an example that span the positions of each counted feature."""
+        return {name: sorted(self.padding[name].axes) for name in self.tokens.values()}
 
     def window(self, number: int) -> tuple[int, int]:
         """The first step of a window, and its number of steps: 1, 2, 4 ... groups, up to ``lookahead`` steps.

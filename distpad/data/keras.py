@@ -129,7 +129,7 @@ class Elements:
         labels = tf.nest.flatten(y[loss] if loss is not None and isinstance(y, Mapping) and loss in y else y)
         if not any(name in self._config.padding for name in labels):
             return 0
-        return len(self._config.counted_axes(self._config.tokens[loss]))
+        return len(self._config.counted_axes[self._config.tokens[loss]])
 
     def _is_counted(self, loss: Any, features: Features) -> bool:
         """Whether a step's counts are those of its weights.
@@ -162,7 +162,7 @@ class Elements:
         if rank > 1:
             return given
         tokens = self._config.tokens[loss]
-        length = features.by_name(batch.data)[tokens].shape[1 + self._config.counted_axes(tokens)[0]]
+        length = features.by_name(batch.data)[tokens].shape[1 + self._config.counted_axes[tokens][0]]
         mask = np.arange(length) < inputs.lengths[:, np.newaxis]
         weights = given if isinstance(given, np.ndarray) else np.ones([])
         weights = weights[:, np.newaxis] if weights.ndim == 1 else weights

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -20,9 +19,12 @@ def sizes_of(config: Config, columns: Mapping[Name, Column], indices: np.ndarray
     """
     if not columns:
         return {name: np.zeros([0, len(pad.axes)], np.int64) for name, pad in config.padding.items()}
-    found = {name: columns[name].sizes()[:, list(pad.axes)] for name, pad in config.padding.items()}
+    found = {}
+    for name, pad in config.padding.items():
+        sizes = columns[name].sizes()
+        found[name] = sizes if pad.axes == (0,) and sizes.shape[1] == 1 else sizes[:, list(pad.axes)]
     try:
-        config.check_sizes([size for sizes in found.values() for size in sizes.max(axis=0, initial=0).tolist()])
+        config.check_sizes(longest(found))
     except ValueError:
         for index, *rows in zip(indices, *found.values()):
             try:
@@ -32,20 +34,39 @@ def sizes_of(config: Config, columns: Mapping[Name, Column], indices: np.ndarray
     return found
 
 
-def counts_of(config: Config, columns: Mapping[Name, Column], indices: np.ndarray) -> np.ndarray:
-    """Return each row's tokens, or the sum of their weights, and 1 if it has any: ``[rows, losses, 2]`` float64.
+def longest(sizes: Mapping[Name, np.ndarray]) -> list[int]:
+    """The longest sizes of all ragged axes, 0 without rows."""
+    return [size for table in sizes.values() for size in table.max(axis=0, initial=0).tolist()]
+
+
+def counts_of(
+    config: Config,
+    columns: Mapping[Name, Column],
+    sizes: Mapping[Name, np.ndarray],
+    indices: np.ndarray,
+    bounds: Sequence[tuple[int, int]],
+) -> np.ndarray:
+    """Return each replica's tokens, or the sum of their weights, and its rows that have any.
+
+    Args:
+      columns: of the features; empty without rows.
+      sizes: the result of ``sizes_of``.
+      indices: the example indices, for errors.
+      bounds: the first row of each replica, and the row after its last.
+
+    Returns: ``[replicas, losses, 2]`` float64.
 
     Raises: ValueError: weights of another shape, below 0 or not finite, with the example index.
     """
-    counted = np.zeros([len(indices), len(config.tokens), 2])
+    counted = np.zeros([len(bounds), len(config.tokens), 2])
     for i, (loss, name) in enumerate(config.tokens.items() if columns else ()):
-        axes, column = config.counted_axes(name), columns[name]
-        leads = axes == [*range(len(axes))]
-        totals = np.diff(column.bounds()[len(axes)]) if leads else column.sizes()[:, axes[0]]
+        axes, column = config.counted_axes[name], columns[name]
+        totals = sizes[name][:, 0] if len(axes) == 1 else np.diff(column.bounds()[len(axes)])
         weights = config.weights.get(loss)
         if weights is not None:
             totals = _weights(columns[weights], column, axes, totals, weights, indices)
-        counted[:, i] = np.stack([totals, totals > 0], axis=-1)
+        for replica, (begin, end) in enumerate(bounds):
+            counted[replica, i] = totals[begin:end].sum(), np.count_nonzero(totals[begin:end])
     return counted
 
 
@@ -96,16 +117,7 @@ def check_counted(features: Features, config: Config) -> None:
     for loss, name in config.weights.items():
         if name not in known:
             raise ValueError(sentence("weights", repr(name), f"a feature of an example: {features.names}"))
-        found, axes = known[name], config.counted_axes(config.tokens[loss])
+        found, axes = known[name], config.counted_axes[config.tokens[loss]]
         if len(found.shape) not in (0, len(axes)) or found.dtype.kind not in "fiub":
             wanted = "numbers, one per position or one per example"
             raise ValueError(sentence(f"weights {name!r}", f"of shape {found.shape} and {found.dtype}", wanted))
-
-
-def by_replica(counted: np.ndarray, bounds: Sequence[tuple[int, int]]) -> np.ndarray:
-    """The sums over each replica's rows, ``[replicas, losses, 2]``."""
-    return np.stack([counted[begin:end].sum(axis=0) for begin, end in bounds])
-
-
-def named(features: Features, columns: Sequence[Column]) -> dict[Any, Column]:
-    return dict(zip(features.names, columns))

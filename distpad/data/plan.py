@@ -149,10 +149,9 @@ def merge(
         failure = None  # the epoch ends before the step that failed
     is_last = failure is None and (steps < window or not continues)
     plans: list[StepPlan] = []
+    of_groups = [each.reshape(-1, accumulation_steps, losses).sum(axis=1) for each in (tokens, sequences)]
     for step in range(steps):
-        begin = step // accumulation_steps * accumulation_steps
-        group = slice(begin, begin + accumulation_steps)
-        counts = tokens[group].sum(axis=0), sequences[group].sum(axis=0)
+        counts = [each[step // accumulation_steps] for each in of_groups]
         if rows[step]:
             agreed = tuple(max(1, int(size)) for size in longest[step])
             plans.append(StepPlan(agreed, sizes_of(step, agreed), int(rows[step]), *counts))

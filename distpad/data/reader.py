@@ -283,7 +283,7 @@ class _Reading:
             self._waiting.popleft()
 
     def _take(self, step: Step) -> None:
-        indices = np.concatenate(step.indices)
+        indices = step.indices[0] if len(step.indices) == 1 else np.concatenate(step.indices)
         columns: list[Column] = []
         if len(indices):
             assert self.features is not None, "learned from the examples"
@@ -294,15 +294,14 @@ class _Reading:
             return
         named = dict(zip(self.features.names if self.features else (), columns))
         sizes = measures.sizes_of(self.config, named, indices)
-        counted = measures.counts_of(self.config, named, indices)
-        ends = np.cumsum([*map(len, step.indices)]).tolist()
+        ends = [*itertools.accumulate(map(len, step.indices))]
         bounds = [*zip([0, *ends], ends)]
-        local = measures.by_replica(counted, bounds)
+        local = measures.counts_of(self.config, named, sizes, indices, bounds)
         at = len(self.batches)
         self.beginning.add(columns, indices)
         if self.digest is not None and self._begin + at < self.config.lookahead:
             self.digest.add(columns, len(indices))
-        self.report.longest[at] = np.concatenate([table.max(axis=0, initial=0) for table in sizes.values()])
+        self.report.longest[at] = measures.longest(sizes)
         self.report.tokens[at], self.report.sequences[at] = local.sum(axis=0).T
         self.report.rows[at] = len(indices)
         self.batches.append(MicroBatch(step.batch_size, columns, bounds, step.indices, sizes, local))

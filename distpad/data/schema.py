@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections.abc
+import functools
 import json
 import operator
 from collections.abc import Mapping, Sequence
@@ -45,7 +46,7 @@ class Pad:
         if not np.isscalar(self.value):
             raise TypeError(errors.sentence("Pad", "value", repr(self.value), "one number or string"))
 
-    @property
+    @functools.cached_property
     def axes(self) -> tuple[int, ...]:
         """The ragged axes; positions lie along the first."""
         return tuple(map(operator.index, self._given))
@@ -64,7 +65,7 @@ class Feature:
     shape: tuple[int | None, ...]
     pad: Pad | None
 
-    @property
+    @functools.cached_property
     def depth(self) -> int:
         """The partitioned axes of its column: all axes up to the last ragged one."""
         return max(self.pad.axes) + 1 if self.pad else 0
@@ -123,7 +124,7 @@ class Features:
             _check_dtype(features[-1])
         return cls(skeleton, features)
 
-    @property
+    @functools.cached_property
     def names(self) -> list[Name]:
         return [feature.name for feature in self.features]
 

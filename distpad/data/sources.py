@@ -156,7 +156,8 @@ def in_order(batch_size: int, replicas: int, checks: int, step: int, count: int 
         begin = number * size
         end = begin + size if count is None else min(begin + size, count)
         if begin < end:
-            indices = np.array_split(np.arange(begin, end), replicas)
+            indices = [np.arange(begin, end)]
+            indices = indices if replicas == 1 else np.array_split(indices[0], replicas)
             yield Step(batch_size, indices, is_check=number < step, is_last=end == count and number >= step)
         elif number >= checks:
             return
@@ -190,14 +191,14 @@ def read_indexed(source: Any, steps: Iterable[Step], num_parallel_reads: int) ->
     read = _fetch(source)
     if num_parallel_reads == 1 or isinstance(source, Columns):
         for step in steps:
-            yield step._replace(rows=read(np.concatenate(step.indices)))
+            yield step._replace(rows=read(_joined(step.indices)))
         return
     whole = hasattr(source, "__getitems__")  # asked once a step
     pool = ThreadPool(num_parallel_reads)
     pending: collections.deque[tuple[Step, list[Any]]] = collections.deque()
     try:
         for step in steps:
-            indices = np.concatenate(step.indices)
+            indices = _joined(step.indices)
             parts = [indices] if whole else np.array_split(indices, max(1, min(num_parallel_reads, len(indices))))
             pending.append((step, [pool.apply_async(_or_error, (read, part)) for part in parts]))
             if sum(len(results) for _, results in pending) > 2 * num_parallel_reads:
@@ -206,6 +207,10 @@ def read_indexed(source: Any, steps: Iterable[Step], num_parallel_reads: int) ->
             yield _with_rows(*pending.popleft())
     finally:
         pool.terminate()
+
+
+def _joined(indices: list[np.ndarray]) -> np.ndarray:
+    return indices[0] if len(indices) == 1 else np.concatenate(indices)
 
 
 def _fetch(source: Any) -> Callable[[np.ndarray], Rows]:

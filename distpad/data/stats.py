@@ -44,8 +44,8 @@ class PaddingStats:
             rows, axes = table.shape
             here = slice(at, at + axes)
             at += axes
-            real = int(table.prod(axis=1).sum())
-            own = rows * int(table.max(axis=0, initial=0).prod()) if rows else 0
+            real = int(table.sum() if axes == 1 else table.prod(axis=1).sum())
+            own = rows * int(table.max() if axes == 1 else table.max(axis=0).prod()) if rows else 0
             together, boundary = rows * math.prod(agreed[here]), rows * math.prod(sizes[here])
             self.real += real
             steps = (own - real, together - own, boundary - together, batch_size * math.prod(sizes[here]) - boundary)

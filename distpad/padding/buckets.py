@@ -42,6 +42,7 @@ class Buckets:
             )
         errors.choice("Buckets", "beyond", beyond, ("raise", "multiples", "quarters"))
         self.beyond = beyond
+        self._quarters = [self.boundaries[-1]]
 
     @classmethod
     def multiples(cls, m: int) -> Buckets:
@@ -130,10 +131,7 @@ class Buckets:
         if self.beyond == "multiples":
             return len(self.boundaries) - 2 - (-n // last)
         if self.beyond == "quarters":
-            index = len(self.boundaries) - 1
-            while last < n:
-                index, last = index + 1, _quarter_more(last)
-            return index
+            return len(self.boundaries) - 1 + bisect.bisect_left(self._quarters_up_to(n), n)
         raise ValueError(
             errors.sentence(
                 "Buckets", "length", n, f"at most {last}, the last boundary", "Add a boundary, or beyond='multiples'."
@@ -147,10 +145,15 @@ class Buckets:
             return self.boundaries[index]
         if self.beyond != "quarters":
             return (beyond + 1) * self.boundaries[-1]
-        boundary = self.boundaries[-1]
-        for _ in range(beyond):
-            boundary = _quarter_more(boundary)
-        return boundary
+        while len(self._quarters) <= beyond:
+            self._quarters_up_to(self._quarters[-1] + 1)
+        return self._quarters[beyond]
+
+    def _quarters_up_to(self, n: int) -> list[int]:
+        """The last boundary and the further ones, as far as they were needed, and at least up to ``n``."""
+        while self._quarters[-1] < n:
+            self._quarters.append(_quarter_more(self._quarters[-1]))
+        return self._quarters
 
     def __repr__(self) -> str:
         return f"Buckets({list(self.boundaries)}, beyond={self.beyond!r})"

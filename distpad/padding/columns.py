@@ -58,28 +58,28 @@ class Column(NamedTuple):
     def cut(self, axis: int, begins: np.ndarray, limit: int) -> Column:
         """Copy at most ``limit`` rows along ``axis``, from row ``begins[i]`` in example i on."""
         each = self.splits[axis]
-        skipped = np.minimum(np.repeat(begins, np.diff(self.bounds()[axis])), np.diff(each))
-        lengths = np.minimum(np.diff(each) - skipped, limit)
+        skipped = np.minimum(np.repeat(begins, lengths_of(self.bounds()[axis])), lengths_of(each))
+        lengths = np.minimum(lengths_of(each) - skipped, limit)
         inner = Column(self.values, self.splits[axis + 1 :]).take(_ranges(each[:-1] - each[0] + skipped, lengths))
         return Column(inner.values, (*self.splits[:axis], offsets(lengths), *inner.splits))
 
     def moved_to_end(self, axis: int, size: int) -> Column:
         """Put empty rows before those along ``axis``, up to ``size`` rows. Not for the last partitioned axis."""
-        lengths = np.diff(self.splits[axis])
+        lengths = lengths_of(self.splits[axis])
         inner = np.zeros([len(lengths), size], np.int64)
-        inner[real(lengths, size, at_end=True)] = np.diff(self.splits[axis + 1])
+        inner[real(lengths, size, at_end=True)] = lengths_of(self.splits[axis + 1])
         moved = np.arange(len(lengths) + 1) * size, offsets(inner.reshape(-1))
         return Column(self.values, (*self.splits[:axis], *moved, *self.splits[axis + 2 :]))
 
     def sizes(self, function: np.ufunc = np.maximum) -> np.ndarray:
         """The largest size, or another ``function``, of each axis in each example, 0 without: ``[examples, axes]``."""
         if len(self.splits) == 1:
-            return np.diff(self.splits[0])[:, np.newaxis]
+            return lengths_of(self.splits[0])[:, np.newaxis]
         found = np.zeros([self.num_examples, len(self.splits)], np.int64)
         for axis, (splits, bounds) in enumerate(zip(self.splits, self.bounds())):
-            filled = np.flatnonzero(np.diff(bounds))  # reduceat has no empty segments
+            filled = np.flatnonzero(lengths_of(bounds))  # reduceat has no empty segments
             if len(filled):
-                found[filled, axis] = function.reduceat(np.diff(splits), bounds[filled])
+                found[filled, axis] = function.reduceat(lengths_of(splits), bounds[filled])
         return found
 
     def is_rectangular(self) -> bool:
@@ -95,6 +95,12 @@ class Column(NamedTuple):
             return one.values.reshape((*one.sizes()[0].tolist(), *one.values.shape[1:]))
         inner = Column(one.values, one.splits[1:])
         return [inner.example(i) for i in range(inner.num_examples)]
+
+
+def lengths_of(splits: np.ndarray) -> np.ndarray:
+    """The lengths of the rows of these splits; ``np.diff`` takes five times as long."""
+    found: np.ndarray = splits[1:] - splits[:-1]
+    return found
 
 
 def offsets(lengths: Any) -> np.ndarray:
@@ -130,7 +136,7 @@ def concatenate(columns: Sequence[Column]) -> Column:
     """The examples of several columns."""
     if len(columns) == 1:
         return columns[0]
-    lengths = zip(*(map(np.diff, column.splits) for column in columns))
+    lengths = zip(*(map(lengths_of, column.splits) for column in columns))
     return Column(
         np.concatenate([column.values for column in columns]),
         tuple(offsets(np.concatenate(each)) for each in lengths),
@@ -206,12 +212,12 @@ def _ranges(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 def _lengths_of_rows(column: Column, shape: Sequence[int]) -> np.ndarray:
     """The lengths along the last partitioned axis of all rows of a batch ``[examples, *sizes]``, 0 for padded rows."""
     if len(column.splits) == 1:
-        return np.diff(column.splits[0])
+        return lengths_of(column.splits[0])
     rows = np.arange(column.num_examples)
     for splits, size in itertools.islice(zip(column.splits, shape[1:]), len(column.splits) - 1):
-        lengths = np.diff(splits)
+        lengths = lengths_of(splits)
         positions = np.arange(lengths.sum()) - np.repeat(splits[:-1] - splits[0], lengths)
         rows = np.repeat(rows * size, lengths) + positions
     found = np.zeros(int(np.prod(shape[:-1])), np.int64)
-    found[rows] = np.diff(column.splits[-1])
+    found[rows] = lengths_of(column.splits[-1])
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -31,8 +32,14 @@ def empty(shape: Sequence[int], dtype: np.dtype, *, zeros: bool = False) -> np.n
     return memory.view(dtype).reshape(shape)
 
 
-def scalars(count: int) -> list[np.ndarray]:
-    """Aligned float64 scalars, as arrays without axes."""
+def scalars(*given: Any) -> list[np.ndarray]:
+    """Aligned float64 arrays of numbers, or of short vectors."""
     width = ALIGNMENT // 8
-    rows = zeros([count * width], np.dtype(np.float64))
-    return [rows[width * i : width * i + 1].reshape(()) for i in range(count)]
+    memory = empty([len(given) * width], np.dtype(np.float64))
+    found = []
+    for begin, each in zip(range(0, len(memory), width), given):
+        shape = np.shape(each)
+        here = memory[begin : begin + (shape[0] if shape else 1)]
+        here[:] = each
+        found.append(here if shape else here.reshape(()))
+    return found
