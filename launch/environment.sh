@@ -128,14 +128,16 @@ main() {
   local base tests_stamp project description=("$ROOT/launch/environment.sh")
   for arg in setup.py setup.cfg pyproject.toml; do [[ ! -f $ROOT/$arg ]] || description+=("$ROOT/$arg"); done
   base=$(fingerprint "$ENV" -- "${PINS[@]}")
-  tests_stamp=$(fingerprint "$base" -- "$HERE/requirements/tests.txt")
+  TESTS=("$HERE/requirements/tests.txt")
+  [[ $STACK != current ]] || TESTS+=("$HERE/requirements/tests-current.txt")
+  tests_stamp=$(fingerprint "$base" -- "${TESTS[@]}")
   project=$(fingerprint "$base" "$ROOT" -- "${description[@]}")
 
   if ! is_stamped base "$base" || ! "$PYTHON" -c '' 2>/dev/null; then make_base "$base"; fi
   if [[ -n $tests ]] && ! is_stamped tests "$tests_stamp"; then
     say "adding the tests' requirements"
     find_uv "$PYTHON" || true
-    install_or_die -r "$HERE/requirements/tests.txt"
+    install_or_die "${TESTS[@]/#/-r}"
     stamp tests "$tests_stamp"
   fi
   is_stamped project "$project" || add_project "$project"

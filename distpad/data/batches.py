@@ -12,7 +12,21 @@ from typing import Any
 import tensorflow as tf
 
 from distpad import backends, errors
-from distpad.data import config, epoch, feeder, fingerprints, keras, progress, reader, sources, sync
+from distpad.data import (
+    config,
+    datasets,
+    epoch,
+    feeder,
+    fingerprints,
+    keras,
+    progress,
+    reader,
+    readers,
+    sources,
+    specs,
+    steps,
+    sync,
+)
 from distpad.data.collate import Batch
 from distpad.data.schema import Pad
 from distpad.data.stats import PaddingStats
@@ -26,8 +40,9 @@ _BOUNDARIES = 8  # of the buckets that "auto" computes from a sampler's lengths
 class PaddedBatches(tf.train.experimental.PythonState):
     """Batches of this worker's examples, padded alike on all replicas of all workers, with the global counts.
 
-    A thread reads a window of ``lookahead`` steps ahead. Then one small exchange synchronises the window between all
-    workers: the padded length of each step, its number of valid positions over all replicas, and the end of the epoch.
+    A thread reads a window of steps ahead. Then one small exchange synchronises the window between all workers: the
+    padded length of each step, its number of valid positions over all replicas, and the end of the epoch. The windows
+    of an epoch have 1, 2, 4 ... and at last ``lookahead`` steps, so that the first batch does not wait for many reads.
     Another thread pads the next batches and moves them to the devices. The step itself has static shapes and the exact
     denominator:
 
@@ -38,8 +53,11 @@ class PaddedBatches(tf.train.experimental.PythonState):
     examples, a worker that has no more yields filler rows, which do not count, until all workers are done.
 
     Args:
-      source: this worker's examples: a ``tf.data.Dataset`` of unbatched elements, an iterable of dicts (or tuples, or
-        single arrays), or ``(indexable, sampler)`` with a ``LengthSampler``. Each epoch iterates it again.
+      source: this worker's examples, dicts, tuples or single arrays: ``distpad.Columns``; a ``tf.data.Dataset`` of
+        unbatched elements, which tf.data batches; an indexable (an object with ``__getitem__`` and ``__len__``), whose
+        ``__getitems__(indices)`` is called once a step if it has one; any iterable; or ``(indexable, sampler)`` with a
+        ``LengthSampler``. Each epoch reads it again. Only a list or an iterable may change between two epochs, since
+        the next epoch of the others is read while the last steps of an epoch train.
       batch_size: examples per replica; None with a sampler.
       padding: mapping from feature names to ``Pad``. A feature of a tuple is named by its index, a single array 0.
       tokens: the padded feature whose valid positions the loss averages over; or a mapping from losses to features.
@@ -50,9 +68,11 @@ class PaddedBatches(tf.train.experimental.PythonState):
         else ``Buckets.auto()``, where sizes that are at most two boundaries apart share the higher one. A ``Buckets``
         for all features, or a mapping with equally many boundaries: a step uses the highest boundary that a feature
         needs. None: the longest length, exactly.
-      lookahead: steps in a window; rounded up to a multiple of ``accumulation_steps``.
+      lookahead: steps in the longest window; rounded up to a multiple of ``accumulation_steps``.
       accumulation_steps: micro-batches in one optimiser step; ``counts`` are over all of them. Batches without valid
         positions complete the last group of an epoch.
+      num_parallel_reads: threads that call an indexable at once, for reads that wait for a disk or a network; batches
+        keep their order. A ``tf.data.Dataset`` reads in parallel by ``map(..., num_parallel_calls=...)`` instead.
       drop_remainder: end an epoch before the first optimiser step that is not full on all replicas.
       replicated: allow all workers to read the same examples; with a sampler they never do.
       backend: see ``distpad.backends.resolve``.
@@ -115,7 +135,7 @@ class PaddedBatches(tf.train.experimental.PythonState):
             source, batch_size, drop_remainder, self._config.num_parallel_reads
         )
         size = (self._config.batch_size or 1) * self._backend.replicas_here
-        self._batched = functools.cache(functools.partial(sources.batched, self._source, size))  # of a tf.data.Dataset
+        self._batched = functools.cache(functools.partial(datasets.batched, self._source, size))  # of a tf.data.Dataset
         self.stats = PaddingStats()
         self._opened = 0  # iterations of the source
         self._ahead = reader.Ahead()
@@ -144,6 +164,23 @@ class PaddedBatches(tf.train.experimental.PythonState):
                 yield batch
             if batch is None:
                 raise ValueError(errors.sentence(_NAME, "source", "empty on all workers", "at least one example"))
+
+    @property
+    def element_spec(self) -> Batch:
+        """The ``tf.TensorSpec`` of each part of one replica's batch. Sizes are None on ragged axes and where unknown.
+
+        Raises: ValueError: an iterable of which no epoch has begun, or a source without examples. No collective.
+
+        >>> batches = PaddedBatches([{"y": [1]}, {"y": [2, 3]}], 2, padding={"y": Pad()}, tokens="y")
+        >>> batches.element_spec.data["y"].shape.as_list(), batches.element_spec.counts.tokens.dtype.name
+        ([2, None], 'float64')
+        """
+        features = self._progress.features or specs.features_of(self._source, self._config)
+        if features is None:
+            remedy = "Begin an epoch first."
+            found = f"unknown for this {type(self._source).__name__}"
+            raise ValueError(errors.sentence(_NAME, "element_spec", found, "known before an epoch", remedy))
+        return specs.of_batch(self._config, features, self._rows_of_replica())
 
     def __bool__(self) -> bool:
         return True  # whether or not the length is known
@@ -286,11 +323,15 @@ class PaddedBatches(tf.train.experimental.PythonState):
         elements.dataset = weakref.ref(dataset)
         return dataset
 
+    def _rows_of_replica(self) -> int | None:
+        """The rows of every batch; None if the number varies."""
+        if self._sampler is not None and self._sampler.global_batch_size:
+            return -(-self._sampler.global_batch_size // self._backend.num_replicas)
+        return self._config.batch_size
+
     def _rows(self) -> int | None:
         """The rows of every batch for fit; None if the number varies."""
-        size = self._config.batch_size
-        if self._sampler is not None and self._sampler.global_batch_size:
-            size = -(-self._sampler.global_batch_size // self._backend.num_replicas)
+        size = self._rows_of_replica()
         return size and size * self._backend.replicas_here
 
     def _steps_of_all(self) -> int | None:
@@ -384,7 +425,7 @@ class PaddedBatches(tf.train.experimental.PythonState):
         sampled = max(1, int(self._sampler.lengths[self._sampler.plan(number)[step]].max()))
         return self._config.padded_sizes(longest, self._sampled, sampled)
 
-    def _steps(self, number: int, step: int, checks: int) -> Callable[[], Iterator[sources.Step]]:
+    def _steps(self, number: int, step: int, checks: int) -> Callable[[], Iterator[steps.Step]]:
         """A function to this worker's steps of an epoch, beginning at ``step``, after the first ``checks`` steps, which
         are compared. The thread of the reader calls it.
         """
@@ -392,15 +433,15 @@ class PaddedBatches(tf.train.experimental.PythonState):
         source, sampler, reads, size = self._source, self._sampler, self._config.num_parallel_reads, 1
         if sampler is not None:
             mine, replicas = range(worker * here, worker * here + here), self._backend.num_replicas
-            return lambda: sources.read_indexed(source, sources.sampled(sampler, mine, replicas, number, step), reads)
+            return lambda: readers.read_indexed(source, steps.sampled(sampler, mine, replicas, number, step), reads)
         size = self._config.batch_size or 1
         if sources.is_indexed(source):
-            return lambda: sources.read_indexed(source, sources.in_order(size, here, checks, step, len(source)), reads)
+            return lambda: readers.read_indexed(source, steps.in_order(size, here, checks, step, len(source)), reads)
         if isinstance(source, tf.data.Dataset):
             tokens = [*self._config.tokens.values()]
-            steps = functools.partial(sources.in_order, size, here, checks, step, sources.count_of(source))
+            planned = functools.partial(steps.in_order, size, here, checks, step, sources.count_of(source))
             batched = self._batched
-            return lambda: sources.read_dataset(source, size * here, batched(), steps(), tokens)
+            return lambda: datasets.read_dataset(source, size * here, batched(), planned(), tokens)
         self._opened += 1
         opened = self._opened
-        return lambda: sources.read_iterable(source, sources.in_order(size, here, checks, step), opened)
+        return lambda: readers.read_iterable(source, steps.in_order(size, here, checks, step), opened)

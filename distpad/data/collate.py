@@ -14,7 +14,7 @@ from distpad.data import plan, reader
 from distpad.data.config import Config
 from distpad.data.schema import Feature, Features
 from distpad.data.stats import PaddingStats
-from distpad.data.structure import Name, TupleIndex
+from distpad.data.structure import Name, as_key
 from distpad.losses.counts import Counts, LossInputs, WeightedCounts
 from distpad.padding import columns, memory
 from distpad.padding.columns import Column
@@ -240,7 +240,7 @@ def collate(
             found[:real] = given[i].sizes()[:, axis] if real else []
             found[real:] = 0 if is_emptied else min(shape[axis], int(last[i].sizes()[0, axis]))
             lengths[feature.name] = found
-    return values, {TupleIndex(name) if isinstance(name, int) else name: found for name, found in lengths.items()}
+    return values, {as_key(name): found for name, found in lengths.items()}
 
 
 def _shape(column: Column) -> list[int]:

@@ -116,12 +116,15 @@ def _of_list(name: Any, items: list[Any]) -> Column:
         inner = _of_list(name, [*itertools.chain.from_iterable(items)])  # rows of different sizes within an example
         return Column(inner.values, (columns.offsets([*map(len, items)]), *inner.splits))
     assert features is not None, "it was guessed"
-    rank = len(features.features[0].shape)
-    if rank:
-        features = Features.learn(items, {0: Pad(tuple(range(rank)))}, guess=True)
+    shape = features.features[0].shape  # of the first example
+    if shape:
+        features = Features.learn(items, {0: Pad(tuple(range(len(shape))))}, guess=True)
         assert features is not None, "it was learned before"
-    (found,) = chunks.columns_of(features, items, np.arange(len(items)))
-    return found
+    ((values, splits),) = chunks.columns_of(features, items, np.arange(len(items)))
+    while splits and (np.diff(splits[-1]) == shape[len(splits) - 1]).all():  # the same in all examples
+        values = values.reshape(len(splits[-1]) - 1, shape[len(splits) - 1] or 0, *values.shape[1:])
+        splits = splits[:-1]
+    return Column(values, splits)
 
 
 def _of_arrow(name: Any, given: Any) -> Column:

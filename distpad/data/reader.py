@@ -20,7 +20,7 @@ from distpad.data import chunks, measures, plan
 from distpad.data.config import Config
 from distpad.data.fingerprints import Beginning, Digest
 from distpad.data.schema import Features
-from distpad.data.sources import Step
+from distpad.data.steps import Step
 from distpad.data.structure import Name
 from distpad.padding.columns import Column
 

@@ -25,6 +25,11 @@ class TupleIndex(int):
         return False if isinstance(other, str) else int(self) > other
 
 
+def as_key(name: Name) -> Name:
+    """A feature's name as a key of a mapping of tensors."""
+    return TupleIndex(name) if isinstance(name, int) else name
+
+
 _NAMED_TUPLES: dict[str, type] = {}  # classes of examples, by module and name
 
 
@@ -53,9 +58,8 @@ def names_of(skeleton: Any) -> list[Name]:
 
 def children_of(skeleton: Any) -> dict[Name, Any]:
     """The parts of an example by their keys, fields or indices."""
-    return (
-        dict(enumerate(skeleton["tuple"])) if "tuple" in skeleton else dict(skeleton.get("dict") or skeleton["named"])
-    )
+    (parts,) = (skeleton[kind] for kind in ("dict", "named", "tuple") if kind in skeleton)
+    return dict(enumerate(parts)) if "tuple" in skeleton else dict(parts)
 
 
 def leaves_of(example: Any, skeleton: Any) -> list[Any]:

@@ -1,0 +1,151 @@
+"""Datasets: the examples of each step from a tf.data.Dataset, which batches them in C++."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from distpad import errors
+from distpad.data import readers, sources, structure
+from distpad.data import steps as planned
+from distpad.data.chunks import Chunk
+from distpad.data.steps import Step
+from distpad.data.structure import Name
+from distpad.padding.columns import Column
+
+_NAME = "PaddedBatches"
+_HEAD = 4  # examples that are checked for being batches
+_TENSORS = (tf.TensorSpec, tf.RaggedTensorSpec, tf.SparseTensorSpec)
+
+
+def batched(dataset: tf.data.Dataset, size: int) -> tf.data.Dataset | None:
+    """Return the dataset of ``size`` elements each; None if tf.data cannot make it, as for elements of unknown rank."""
+    specs = tf.nest.flatten(dataset.element_spec)
+    if not all(isinstance(spec, _TENSORS) and spec.shape.rank is not None for spec in specs):
+        return None
+    if any(isinstance(spec, tf.SparseTensorSpec) for spec in specs):
+        dataset = dataset.map(_dense)
+    return dataset.ragged_batch(size)
+
+
+def read_dataset(
+    dataset: tf.data.Dataset,
+    size: int,
+    batches: tf.data.Dataset | None,
+    steps: Iterator[Step],
+    tokens: Sequence[Name],
+) -> Iterator[Step]:
+    """Yield steps with the next elements of one iteration, batched by tf.data.
+
+    Args:
+      size: the examples of a step.
+      batches: the result of ``batched``, which is made once for all epochs.
+      tokens: the counted features.
+
+    Raises: ValueError: elements that look like batches.
+    """
+    if batches is None:
+        yield from readers.read_iterable(_AsNumPy(dataset), steps, 1)
+        return
+    chunks: Iterator[Chunk] = map(_chunk, batches)
+    shapes = [spec.shape for spec in tf.nest.flatten(dataset.element_spec)]
+    # Batches have an unknown batch size or an unknown padded length; examples of one size have neither.
+    if all(shape.rank and shape[0] is None for shape in shapes) or any(None in shape[1:] for shape in shapes):
+        chunks = _single(chunks, -(-_HEAD // size), tokens)
+    yield from _paired(chunks, steps, size, sources.count_of(dataset) is not None)
+
+
+class _AsNumPy:
+    """Elements of other kinds, or of unknown rank, one by one."""
+
+    def __init__(self, dataset: tf.data.Dataset) -> None:
+        self._dataset = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._dataset.as_numpy_iterator())
+
+
+def _dense(*element: Any) -> Any:
+    dense = lambda leaf: tf.sparse.to_dense(leaf) if isinstance(leaf, tf.SparseTensor) else leaf
+    mapped = tf.nest.map_structure(dense, element)
+    return mapped if len(mapped) > 1 else mapped[0]
+
+
+def _paired(chunks: Iterator[Chunk], steps: Iterator[Step], size: int, is_counted: bool) -> Iterator[Step]:
+    """Yield each step with its chunk. Without a count, a chunk is read ahead, to know the last step as such."""
+    at = 0
+    following: Chunk | None = None
+    for step in steps:
+        number, failed = int(step.indices[0][0]) // size, None
+        while at <= number:
+            chunk, following, at = following or next(chunks, None), None, at + 1
+        if chunk is None:
+            return
+        if not (is_counted or step.is_check):
+            try:
+                following = next(chunks, None)
+            except BaseException as error:  # of the next step
+                failed = error
+            step = step._replace(is_last=following is None and failed is None)
+        yield planned.cut(step, chunk.columns[0].num_examples)._replace(rows=chunk)
+        if failed is not None:
+            raise failed
+        if step.is_last:
+            return
+
+
+def _chunk(batch: Any) -> Chunk:
+    """A batch of tf.data as a chunk."""
+    skeleton = structure.skeleton_of(batch)
+    return Chunk(skeleton, [_column(leaf) for leaf in structure.leaves_of(batch, skeleton)])
+
+
+def _column(leaf: Any) -> Column:
+    if isinstance(leaf, tf.RaggedTensor):
+        return Column(np.asarray(leaf.flat_values), tuple(np.asarray(each) for each in leaf.nested_row_splits))
+    return Column(np.asarray(leaf))
+
+
+def _single(chunks: Iterator[Chunk], head: int, tokens: Sequence[Name]) -> Iterator[Chunk]:
+    """Yield the chunks, after a look at the first ``head``. Raises: ValueError: elements that look like batches."""
+    first, failed = [], None
+    try:
+        for chunk in itertools.islice(chunks, head):
+            first.append(chunk)
+    except BaseException as error:  # raised after the chunks before it
+        failed = error
+    _refuse_batches(first, tokens)
+    yield from first
+    if failed is not None:
+        raise failed
+    yield from chunks
+
+
+def _refuse_batches(chunks: Sequence[Chunk], tokens: Sequence[Name]) -> None:
+    """Raise ValueError if the first elements of a tf.data.Dataset look like batches.
+
+    In batches all features have a leading axis of one size, the same in all elements but for a smaller last one.
+    """
+    found: list[set[int]] = []
+    ranks: set[int] = set()
+    for chunk in chunks:
+        sizes = []
+        for name, column in zip(structure.names_of(chunk.skeleton), chunk.columns):
+            rank = len(column.splits) + column.values.ndim - 1
+            if not rank:
+                return
+            ranks |= {rank} if name in tokens else set()
+            sizes.append(np.diff(column.splits[0]) if column.splits else [column.values.shape[1]] * len(column.values))
+        found += map(set, zip(*sizes))
+    found = found[:_HEAD]
+    if len(found) < 2 or any(len(each) > 1 for each in found) or min(ranks, default=0) < 2:
+        return
+    first, *others = [int(size) for (size,) in found]
+    if first > 1 and all(size == first for size in others[:-1]) and others[-1] <= first:
+        text = f"a tf.data.Dataset whose elements hold {first} rows of every feature"
+        remedy = "Write dataset.unbatch(), since PaddedBatches makes the batches."
+        raise ValueError(errors.sentence(_NAME, "source", text, "a dataset of single examples", remedy))
