@@ -8,11 +8,14 @@ from typing import Any, NamedTuple, Union
 
 import numpy as np
 
+from distpad import errors
 from distpad.data import schema, structure
-from distpad.data.schema import Feature, Features, Pad, sentence
+from distpad.data.schema import Feature, Features, Pad
 from distpad.data.structure import Name
 from distpad.padding import columns
 from distpad.padding.columns import Column
+
+_NAME = "PaddedBatches"
 
 
 class Chunk(NamedTuple):
@@ -73,7 +76,9 @@ def columns_of(features: Features, rows: Rows, indices: np.ndarray) -> list[Colu
     if isinstance(rows, Chunk):
         if rows.skeleton != features.skeleton:
             found = f"with {structure.names_of(rows.skeleton)}"
-            raise ValueError(sentence("the source", found, f"the same features as before, {features.names}"))
+            raise ValueError(
+                errors.sentence(_NAME, "the source", found, f"the same features as before, {features.names}")
+            )
         return [_fitted(feature, column, indices) for feature, column in zip(features.features, rows.columns)]
     items = structure.leaves_of_all(rows, features.skeleton) or []
     fast = [_fast(feature, each) for feature, each in zip(features.features, items)]
@@ -132,7 +137,9 @@ def _fitted(feature: Feature, column: Column, indices: np.ndarray) -> Column:
     (values, splits), depth = column, feature.depth
     if values.dtype != feature.dtype:
         where = f"{feature.name!r} of example {indices[0]}"
-        raise ValueError(sentence(where, f"of dtype {values.dtype}", f"{feature.dtype}, as in the first example"))
+        raise ValueError(
+            errors.sentence(_NAME, where, f"of dtype {values.dtype}", f"{feature.dtype}, as in the first example")
+        )
     if len(splits) + values.ndim - 1 != len(feature.shape):
         raise _misfit(feature, column, indices)
     while len(splits) < depth:
@@ -160,14 +167,16 @@ def _misfit(feature: Feature, column: Column, indices: np.ndarray) -> ValueError
         ):
             return shape_error(feature, shape, int(index))
     rule = "arrays, or positions along axis 0"
-    return ValueError(sentence(repr(feature.name), "ragged within examples", rule, "Write Pad(axis=(0, ...))."))
+    return ValueError(
+        errors.sentence(_NAME, repr(feature.name), "ragged within examples", rule, "Write Pad(axis=(0, ...)).")
+    )
 
 
 def shape_error(feature: Feature, shape: tuple[int, ...], index: int) -> ValueError:
     """The error for an example of another shape."""
     remedy = "" if feature.pad else f"Ragged? Add {feature.name!r} to padding."
     where, wanted = f"{feature.name!r} of example {index}", f"{feature.shape} (None is ragged)"
-    return ValueError(sentence(where, f"of shape {shape}", wanted, remedy))
+    return ValueError(errors.sentence(_NAME, where, f"of shape {shape}", wanted, remedy))
 
 
 def _arrays(features: Features, example: Any, index: int) -> list[np.ndarray]:
@@ -175,7 +184,9 @@ def _arrays(features: Features, example: Any, index: int) -> list[np.ndarray]:
     skeleton = structure.skeleton_of(example)
     if skeleton != features.skeleton:
         found = f"with {structure.names_of(skeleton)}"
-        raise ValueError(sentence(f"example {index}", found, f"the same features as the others, {features.names}"))
+        raise ValueError(
+            errors.sentence(_NAME, f"example {index}", found, f"the same features as the others, {features.names}")
+        )
     arrays = []
     for feature, item in zip(features.features, structure.leaves_of(example, skeleton)):
         where = f"{feature.name!r} of example {index}"
@@ -188,7 +199,7 @@ def _arrays(features: Features, example: Any, index: int) -> list[np.ndarray]:
         if array.dtype != feature.dtype:
             remedy = "Write 1.0 for 1, or np.float32 arrays." if schema.is_python(item) else "Cast one of them."
             found = f"of dtype {array.dtype}"
-            raise ValueError(sentence(where, found, f"{feature.dtype}, as in the first example", remedy))
+            raise ValueError(errors.sentence(_NAME, where, found, f"{feature.dtype}, as in the first example", remedy))
         if array.ndim != len(feature.shape) or any(
             want not in (None, have) for want, have in zip(feature.shape, array.shape)
         ):

@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from distpad import errors
 from distpad.data.config import Config
-from distpad.data.schema import Features, sentence
+from distpad.data.schema import Features
 from distpad.data.structure import Name
 from distpad.padding.columns import Column
+
+_NAME = "PaddedBatches"
 
 
 def sizes_of(config: Config, columns: Mapping[Name, Column], indices: np.ndarray) -> dict[Name, np.ndarray]:
@@ -98,7 +101,7 @@ def _weights(
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
         found = f"of sum {totals[row]:g} in example {indices[row]}"
-        raise ValueError(sentence(f"weights {name!r}", found, "finite, non-negative numbers"))
+        raise ValueError(errors.sentence(_NAME, f"weights {name!r}", found, "finite, non-negative numbers"))
     return totals
 
 
@@ -108,7 +111,7 @@ def _check_shapes(given: np.ndarray, wanted: np.ndarray, name: Name, indices: np
         row = differ[0]
         found = f"of shape {tuple(given[row].tolist())} in example {indices[row]}"
         rule = f"{tuple(wanted[row].tolist())}, the shape of the counted feature"
-        raise ValueError(sentence(f"weights {name!r}", found, rule))
+        raise ValueError(errors.sentence(_NAME, f"weights {name!r}", found, rule))
 
 
 def check_counted(features: Features, config: Config) -> None:
@@ -116,8 +119,12 @@ def check_counted(features: Features, config: Config) -> None:
     known = {feature.name: feature for feature in features.features}
     for loss, name in config.weights.items():
         if name not in known:
-            raise ValueError(sentence("weights", repr(name), f"a feature of an example: {features.names}"))
+            raise ValueError(
+                errors.sentence(_NAME, "weights", repr(name), f"a feature of an example: {features.names}")
+            )
         found, axes = known[name], config.counted_axes[config.tokens[loss]]
         if len(found.shape) not in (0, len(axes)) or found.dtype.kind not in "fiub":
             wanted = "numbers, one per position or one per example"
-            raise ValueError(sentence(f"weights {name!r}", f"of shape {found.shape} and {found.dtype}", wanted))
+            raise ValueError(
+                errors.sentence(_NAME, f"weights {name!r}", f"of shape {found.shape} and {found.dtype}", wanted)
+            )

@@ -17,6 +17,8 @@ from distpad import errors
 from distpad.data import structure
 from distpad.data.structure import Name
 
+_NAME = "PaddedBatches"
+
 
 @dataclass(frozen=True)
 class Pad:
@@ -118,7 +120,7 @@ class Features:
             pad = padding.get(name)
             if pad and max(pad.axes) >= len(shape):
                 rank = f"axes of an array of rank {len(shape)}" if shape else "no padding for a scalar"
-                raise ValueError(sentence(f"padding[{name!r}]", f"Pad(axis={pad.axis})", rank))
+                raise ValueError(errors.sentence(_NAME, f"padding[{name!r}]", f"Pad(axis={pad.axis})", rank))
             known = tuple(None if pad and axis in pad.axes else size for axis, size in enumerate(shape))
             features.append(Feature(name, dtype, known, pad))
             _check_dtype(features[-1])
@@ -186,11 +188,13 @@ def as_array(item: Any, where: str) -> np.ndarray:
     except ValueError as error:
         remedy = "Pad it first, or make it an array of equal rows."
         raise ValueError(
-            sentence(where, f"a list with rows of different sizes ({error})", "an array", remedy)
+            errors.sentence(_NAME, where, f"a list with rows of different sizes ({error})", "an array", remedy)
         ) from None
     if array.dtype.kind == "O" and not all(isinstance(leaf, (str, bytes)) for leaf in array.flat):
         remedy = "Map each ragged axis to a feature of its own, or to a tensor." * (array.ndim > 0)
-        raise TypeError(sentence(where, f"of {type(item).__name__}", "numbers or strings, in arrays or lists", remedy))
+        raise TypeError(
+            errors.sentence(_NAME, where, f"of {type(item).__name__}", "numbers or strings, in arrays or lists", remedy)
+        )
     return array
 
 
@@ -200,7 +204,9 @@ def _check_dtype(feature: Feature) -> None:
     try:
         tf.as_dtype(dtype)
     except TypeError:
-        raise TypeError(sentence(repr(feature.name), f"of dtype {dtype}", "a dtype of TensorFlow")) from None
+        raise TypeError(
+            errors.sentence(_NAME, repr(feature.name), f"of dtype {dtype}", "a dtype of TensorFlow")
+        ) from None
     if dtype.kind == "O" or isinstance(value, (str, bytes)):
         can_hold = dtype.kind == "O" and isinstance(value, (str, bytes))
     elif dtype.kind in "iub":
@@ -211,17 +217,15 @@ def _check_dtype(feature: Feature) -> None:
             can_hold = bool(np.isfinite(np.array(value).astype(dtype))) == bool(np.isfinite(value))
     if feature.pad and not can_hold:
         found = f"Pad(value={feature.pad.value!r})"
-        raise ValueError(sentence(f"padding[{feature.name!r}]", found, f"a value that {dtype} can hold"))
+        raise ValueError(errors.sentence(_NAME, f"padding[{feature.name!r}]", found, f"a value that {dtype} can hold"))
 
 
 def _check_named(padding: Mapping[Name, Pad], names: Sequence[Name]) -> None:
     if len(set(names)) < len(names):
         twice = sorted({str(name) for name in names if names.count(name) > 1})
-        raise ValueError(sentence("an example", f"with {twice} twice, nested and not nested", "different names"))
+        raise ValueError(
+            errors.sentence(_NAME, "an example", f"with {twice} twice, nested and not nested", "different names")
+        )
     for name in padding:
         if name not in names:
-            raise ValueError(sentence("padding", f"for {name!r}", f"features of an example: {names}"))
-
-
-def sentence(argument: str, value: Any, rule: str, *more: str) -> str:
-    return errors.sentence("PaddedBatches", argument, value, rule, *more)
+            raise ValueError(errors.sentence(_NAME, "padding", f"for {name!r}", f"features of an example: {names}"))

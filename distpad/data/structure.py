@@ -8,6 +8,8 @@ from typing import Any, Union
 
 from distpad import errors
 
+_NAME = "PaddedBatches"
+
 Name = Union[str, int]  # a key of a dict, an index of a tuple, or "0/image" for a nested feature
 
 
@@ -38,7 +40,9 @@ def skeleton_of(example: Any, path: tuple[Name, ...] = ()) -> Any:
     if isinstance(example, Mapping):
         kinds = {type(key) for key in example}
         if not (kinds <= {str} or kinds <= {int}):
-            raise TypeError(_sentence("an example", f"a mapping with keys {[*example]}", "strings, or integers"))
+            raise TypeError(
+                errors.sentence(_NAME, "an example", f"a mapping with keys {[*example]}", "strings, or integers")
+            )
         return {"dict": [[key, skeleton_of(example[key], (*path, key))] for key in sorted(example)]}
     if isinstance(example, tuple):
         if hasattr(example, "_fields"):
@@ -108,7 +112,3 @@ def _named_tuple(kind: str, fields: Sequence[str]) -> type:
     if kind not in _NAMED_TUPLES:
         _NAMED_TUPLES[kind] = collections.namedtuple(kind.rpartition(":")[2].rpartition(".")[2], fields)
     return _NAMED_TUPLES[kind]
-
-
-def _sentence(argument: str, value: Any, rule: str) -> str:
-    return errors.sentence("PaddedBatches", argument, value, rule)
