@@ -244,7 +244,7 @@ class PaddedBatches(tf.train.experimental.PythonState):
 
         Each iteration of the dataset is an epoch. The weights are the mask of the ``tokens`` feature, times its
         ``weights``: ``DistributedLoss`` averages over the valid positions, and plain losses and weighted metrics ignore
-        padding.
+        padding. The weights also carry the step's counts to ``DistributedLoss``, whose step then has no collective.
 
             model.compile(loss=distpad.DistributedLoss(...), ...)
             model.fit(batches.for_keras(x="image", y="text"), epochs=3)

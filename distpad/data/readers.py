@@ -119,9 +119,9 @@ def read_iterable(source: Any, steps: Iterable[Step], opened: int) -> Iterator[S
 
 
 def _own(example: Any) -> Any:
-    """The example with copies of its writeable arrays, since a source may use its buffers again."""
+    """The example with copies of its writeable and memory-mapped arrays, since a source may use its buffers again."""
     if isinstance(example, np.ndarray):
-        return example.copy() if example.flags.writeable else example
+        return np.array(example) if example.flags.writeable or type(example) is not np.ndarray else example
     if type(example) is dict:
         return {key: _own(item) for key, item in example.items()}
     if type(example) is tuple:
