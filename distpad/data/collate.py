@@ -126,12 +126,15 @@ class Padder:
             self._last[replica] = [column.between(rows - 1, rows) for column in mine]
         last = self._last[replica] or blank_row(features.features)
         sizes = dict(zip(config.axes, order.step.sizes))
-        values, lengths = collate(features.features, mine, sizes, (rows, size), last, {*config.tokens.values()})
+        padded, losses = len(config.padding), len(config.tokens)
+        arena = memory.Arena((8 + 4 * padded) * size + (2 + padded + 4 * losses) * memory.ALIGNMENT)
+        counted = {*config.tokens.values()}
+        values, lengths = collate(features.features, mine, sizes, (rows, size), last, counted, arena)
         named = dict(zip(features.names, values))
-        indices = columns.blank(size, [], -1, np.dtype(np.int64))
-        indices[:rows] = micro.indices[replica] if micro else []
+        indices = arena.zeros([size], np.int64)
+        indices[:rows], indices[rows:] = (micro.indices[replica] if micro else []), -1
         local = micro.local[replica] if micro else np.zeros([len(config.tokens), 2])
-        counts = self._counts(order.step, local)
+        counts = self._counts(order.step, local, arena)
         inputs = {
             loss: LossInputs(
                 lengths[name],
@@ -146,19 +149,20 @@ class Padder:
         ]
         self._stats.add_replica(tables, order.step.agreed, order.step.sizes, size)
         data = features.pack(values)
-        num_rows = memory.zeros([], np.dtype(np.int32))
+        num_rows = arena.zeros([], np.int32)
         num_rows[...] = rows
         return Batch(data, lengths, num_rows, counts.get(None, counts), indices, inputs.get(None, inputs))
 
-    def _counts(self, step: plan.StepPlan, local: np.ndarray) -> dict[Any, Counts]:
+    def _counts(self, step: plan.StepPlan, local: np.ndarray, arena: memory.Arena) -> dict[Any, Counts]:
         counts = {}
         for i, (loss, name) in enumerate(self._config.tokens.items()):
             is_weighted = loss in self._config.weights or len(self._config.counted_axes[name]) > 1
             kind = WeightedCounts if is_weighted else Counts
-            tokens, sequences, replicas, here = memory.scalars(
-                step.tokens[i], step.sequences[i], self._backend.num_replicas, local[i]
-            )
-            counts[loss] = kind(tokens, sequences, here, replicas)
+            tokens, sequences, replicas = (arena.zeros([], np.float64) for _ in range(3))
+            tokens[...], sequences[...], replicas[...] = step.tokens[i], step.sequences[i], self._backend.num_replicas
+            mine = arena.zeros([2], np.float64)
+            mine[:] = local[i]
+            counts[loss] = kind(tokens, sequences, mine, replicas)
         return counts
 
     def _weights(self, loss: Any, counted: Column | None, arrays: Mapping[Name, np.ndarray]) -> Any:
@@ -203,6 +207,7 @@ def collate(
     rows: tuple[int, int],
     last: Sequence[Column],
     emptied: Set[Name],
+    arena: memory.Arena,
 ) -> tuple[list[np.ndarray], dict[Name, np.ndarray]]:
     """Pad rows to a batch of static shape.
 
@@ -213,6 +218,7 @@ def collate(
       rows: the real rows, and the rows of the batch.
       last: the row that filler rows repeat, cut to ``sizes``.
       emptied: features whose length is 0 in filler rows.
+      arena: memory of the lengths.
 
     Returns:
       For each feature ``[rows, *shape]``, and for each padded feature its lengths ``[rows]`` int32.
@@ -236,7 +242,7 @@ def collate(
         values.append(batch)
         if feature.pad:
             axis = feature.pad.axes[0]
-            found = memory.zeros([size], np.dtype(np.int32))
+            found = arena.zeros([size], np.int32)
             found[:real] = given[i].sizes()[:, axis] if real else []
             found[real:] = 0 if is_emptied else min(shape[axis], int(last[i].sizes()[0, axis]))
             lengths[feature.name] = found

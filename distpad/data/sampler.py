@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,6 +97,20 @@ class LengthSampler:
     def shard(self, worker_index: int, num_workers: int) -> Shard:
         """Return one worker's part of all epochs. A sampler has any number of shards."""
         return Shard(self, worker_index, num_workers)
+
+    def deal(self, step: np.ndarray, num_workers: int, workers: Sequence[int]) -> list[np.ndarray]:
+        """Return the rows of some workers of a step, filled up with -1.
+
+        The workers take the examples in turns, longest first, in alternating directions.
+        """
+        longest_first = step[np.argsort(-self.lengths[step], kind="stable")]
+        turn, offset = np.divmod(np.arange(len(step)), num_workers)
+        owners = np.where(turn % 2, num_workers - 1 - offset, offset)
+        dealt = np.full([len(workers), self.rows(step, num_workers)], -1, np.int64)
+        for rows, worker in zip(dealt, workers):
+            mine = longest_first if num_workers == 1 else longest_first[owners == worker]
+            rows[: len(mine)] = mine
+        return [*dealt]
 
     def rows(self, step: np.ndarray, num_workers: int) -> int:
         """The rows of a step on each worker, the same on all: the shape depends on the boundary alone."""
@@ -219,18 +233,8 @@ class Shard:
         if self._step == len(self):
             self.set_epoch(self._epoch + 1)
 
-    def batch(self, epoch: int, step: int) -> np.ndarray:
-        """Return this worker's index batch of one step, whatever the shard's position."""
-        return self._mine(self.sampler.plan(epoch)[step])
-
     def _mine(self, step: np.ndarray) -> np.ndarray:
-        """This worker's rows: the workers take the examples in turns, longest first, in alternating directions."""
-        longest_first = step[np.argsort(-self.sampler.lengths[step], kind="stable")]
-        turn, offset = np.divmod(np.arange(len(step)), self.num_workers)
-        worker = np.where(turn % 2, self.num_workers - 1 - offset, offset)
-        mine = longest_first[worker == self.worker_index]
-        rows = self.sampler.rows(step, self.num_workers)
-        return np.concatenate([mine, np.full(rows - len(mine), -1, np.int64)])
+        return self.sampler.deal(step, self.num_workers, [self.worker_index])[0]
 
 
 def _checked_lengths(lengths: Any) -> np.ndarray:

@@ -57,11 +57,13 @@ def sampled(
     Args:
       replicas: the indices of this worker's replicas among ``num_replicas``.
     """
-    shards, steps = [sampler.shard(replica, num_replicas) for replica in replicas], len(sampler.plan(epoch))
-    for number in [0] * bool(step) + [*range(step, steps)]:
-        batches = [shard.batch(epoch, number) for shard in shards]
+    planned = sampler.plan(epoch)
+    for number in [0] * bool(step) + [*range(step, len(planned))]:
+        batches = sampler.deal(planned[number], num_replicas, replicas)
         indices = [batch[batch >= 0] for batch in batches]
-        yield Step(len(batches[0]), indices, is_check=number < step, is_last=number >= step and number + 1 == steps)
+        yield Step(
+            len(batches[0]), indices, is_check=number < step, is_last=number >= step and number + 1 == len(planned)
+        )
 
 
 def cut(step: Step, count: int) -> Step:

@@ -13,11 +13,6 @@ _ZEROED_BYTES = 2**22 if int(np.__version__.split(".")[0]) >= 2 else None
 ALIGNMENT = 64  # bytes, as distpad/backends/tensors.py requires
 
 
-def zeros(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """An aligned array of zeros."""
-    return empty(shape, dtype, zeros=True)
-
-
 def empty(shape: Sequence[int], dtype: np.dtype, *, zeros: bool = False) -> np.ndarray:
     """An aligned array, with ``zeros`` or with any values."""
     if dtype.hasobject or not dtype.itemsize:
@@ -32,14 +27,20 @@ def empty(shape: Sequence[int], dtype: np.dtype, *, zeros: bool = False) -> np.n
     return memory.view(dtype).reshape(shape)
 
 
-def scalars(*given: Any) -> list[np.ndarray]:
-    """Aligned float64 arrays of numbers, or of short vectors."""
-    width = ALIGNMENT // 8
-    memory = empty([len(given) * width], np.dtype(np.float64))
-    found = []
-    for begin, each in zip(range(0, len(memory), width), given):
-        shape = np.shape(each)
-        here = memory[begin : begin + (shape[0] if shape else 1)]
-        here[:] = each
-        found.append(here if shape else here.reshape(()))
-    return found
+class Arena:
+    """Aligned memory that the small arrays of a batch share: one allocation takes as long as a small array.
+
+    Args:
+      size: bytes; each array takes a multiple of ``ALIGNMENT``.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._memory = empty([size], np.dtype(np.uint8), zeros=True)
+        self._used = 0
+
+    def zeros(self, shape: Sequence[int], dtype: Any) -> np.ndarray:
+        """The next array, of zeros."""
+        size, begin = math.prod(shape) * dtype().itemsize, self._used
+        self._used += -(-size // ALIGNMENT) * ALIGNMENT
+        found: np.ndarray = self._memory[begin : begin + size].view(dtype).reshape(shape)
+        return found
