@@ -87,7 +87,13 @@ class Padder:
 
     def take(self) -> Any:
         """Return the next batch in order, or raise the error that making it raised."""
-        made = self._made.get()
+        limit_s = self._config.timeout_s
+        try:
+            made = self._made.get(timeout=min(limit_s, threading.TIMEOUT_MAX))
+        except queue.Empty:  # as in a process that was forked in the middle of an epoch, which has no threads
+            raise errors.DistpadError(
+                f"PaddedBatches: waited {limit_s:.0f} s for a batch to be padded, expected less than timeout_s."
+            ) from None
         self._free.put(None)
         if isinstance(made, BaseException):
             raise made

@@ -91,6 +91,8 @@ def _column(name: Any, given: Any) -> Column:
         return Column(np.asarray(given.flat_values), splits)
     if isinstance(given, tf.SparseTensor):
         given = tf.sparse.to_dense(given)
+    if np.ma.is_masked(given):
+        raise ValueError(errors.sentence(_NAME, repr(name), "a masked array", "one without masked elements"))
     if tf.is_tensor(given) or (isinstance(given, np.ndarray) and given.dtype != object):
         array = np.asarray(given)
         if not array.ndim:
@@ -108,10 +110,23 @@ def _of_list(name: Any, items: list[Any]) -> Column:
     """The column of a list of examples. Raises: ValueError, TypeError."""
     if not items:
         return Column(np.zeros([0, 0]))
+    wrong = next((item for item in items if isinstance(item, (tuple, Mapping))), None)
+    if wrong is not None:
+        found, rule = f"a list with a {type(wrong).__name__}", "a list of arrays, lists, numbers or strings"
+        remedy = "Columns takes a mapping from features to the values of all examples; PaddedBatches takes examples."
+        raise TypeError(errors.sentence(_NAME, repr(name), found, rule, remedy))
+    try:
+        return _of_rows(name, items)
+    except (ValueError, TypeError) as error:  # of an example of one feature, which has the name 0
+        message = str(error).replace("PaddedBatches: 0 ", f"{_NAME}: {name!r} ", 1)
+        raise type(error)(message) from error
+
+
+def _of_rows(name: Any, items: list[Any]) -> Column:
     try:
         features = Features.learn(items, {}, guess=True)
     except ValueError:
-        if not all(isinstance(item, (list, tuple)) for item in items):
+        if not all(isinstance(item, list) for item in items):
             raise
         inner = _of_list(name, [*itertools.chain.from_iterable(items)])  # rows of different sizes within an example
         return Column(inner.values, (columns.offsets([*map(len, items)]), *inner.splits))

@@ -18,7 +18,7 @@ from distpad.data.structure import Name
 from distpad.padding.columns import Column
 
 _NAME = "PaddedBatches"
-_HEAD = 4  # examples that are checked for being batches
+_HEAD = 16  # examples that are checked for being batches
 _TENSORS = (tf.TensorSpec, tf.RaggedTensorSpec, tf.SparseTensorSpec)
 
 
@@ -28,7 +28,8 @@ def batched(dataset: tf.data.Dataset, size: int) -> tf.data.Dataset | None:
     if not all(isinstance(spec, _TENSORS) and spec.shape.rank is not None for spec in specs):
         return None
     if any(isinstance(spec, tf.SparseTensorSpec) for spec in specs):
-        dataset = dataset.map(_dense)
+        structure_of = dataset.element_spec
+        dataset = dataset.map(lambda *element: tf.nest.pack_sequence_as(structure_of, [*map(_dense, _flat(element))]))
     return dataset.ragged_batch(size)
 
 
@@ -69,10 +70,14 @@ class _AsNumPy:
         return iter(self._dataset.as_numpy_iterator())
 
 
-def _dense(*element: Any) -> Any:
-    dense = lambda leaf: tf.sparse.to_dense(leaf) if isinstance(leaf, tf.SparseTensor) else leaf
-    mapped = tf.nest.map_structure(dense, element)
-    return mapped if len(mapped) > 1 else mapped[0]
+def _dense(leaf: Any) -> Any:
+    return tf.sparse.to_dense(leaf) if isinstance(leaf, tf.SparseTensor) else leaf
+
+
+def _flat(element: Any) -> list[Any]:
+    """The tensors of an element, composite ones whole."""
+    flat: list[Any] = tf.nest.flatten(element)
+    return flat
 
 
 def _paired(chunks: Iterator[Chunk], steps: Iterator[Step], size: int, is_counted: bool) -> Iterator[Step]:
@@ -91,6 +96,9 @@ def _paired(chunks: Iterator[Chunk], steps: Iterator[Step], size: int, is_counte
             except BaseException as error:  # of the next step
                 failed = error
             step = step._replace(is_last=following is None and failed is None)
+        elif step.is_last and next(chunks, None) is not None:  # assert_cardinality raises here
+            rule = f"{int(step.indices[-1][-1]) + 1}, its cardinality"
+            raise ValueError(errors.sentence(_NAME, "the number of elements of source", "higher", rule))
         yield planned.cut(step, chunk.columns[0].num_examples)._replace(rows=chunk)
         if failed is not None:
             raise failed
@@ -147,5 +155,6 @@ def _refuse_batches(chunks: Sequence[Chunk], tokens: Sequence[Name]) -> None:
     first, *others = [int(size) for (size,) in found]
     if first > 1 and all(size == first for size in others[:-1]) and others[-1] <= first:
         text = f"a tf.data.Dataset whose elements hold {first} rows of every feature"
-        remedy = "Write dataset.unbatch(), since PaddedBatches makes the batches."
+        remedy = "Write dataset.unbatch(), since PaddedBatches makes the batches. Single examples of one length: "
+        remedy += "give the axis its size by tf.ensure_shape."
         raise ValueError(errors.sentence(_NAME, "source", text, "a dataset of single examples", remedy))

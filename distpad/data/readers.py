@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import collections
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -57,12 +58,24 @@ def fetch(source: Any) -> Callable[[np.ndarray], Rows]:
         return lambda indices: _of_indices(source.__getitems__(indices.tolist()), indices)
     if isinstance(source, list):
         return lambda indices: [source[index] for index in indices.tolist()]
-    return lambda indices: [_own(source[index]) for index in indices.tolist()]
+    return lambda indices: [_item(source, index) for index in indices.tolist()]
+
+
+def _item(source: Any, index: int) -> Any:
+    try:
+        return _own(source[index])
+    except StopIteration as error:  # which would end the generator that calls this
+        raise RuntimeError(f"{_NAME}: source[{index}] raised StopIteration, expected an example.") from error
 
 
 def _of_indices(rows: Any, indices: np.ndarray) -> list[Any]:
-    if isinstance(rows, Mapping) or len(rows) != len(indices):
-        found = "a mapping" if isinstance(rows, Mapping) else f"{len(rows)} examples"
+    kind = type(rows).__name__
+    if isinstance(rows, (Mapping, tuple)) or not isinstance(rows, Iterable):  # a tuple may hold columns
+        rows, found = [], f"a {kind}"
+    else:
+        rows = [*rows]
+        found = f"{len(rows)} examples"
+    if len(rows) != len(indices):
         raise ValueError(errors.sentence(_NAME, "source.__getitems__", found, f"a list of {len(indices)} examples"))
     return [_own(row) for row in rows]
 
@@ -95,17 +108,18 @@ def read_iterable(source: Any, steps: Iterable[Step], opened: int) -> Iterator[S
         remedy = "Give a list, a tf.data.Dataset, or an object whose __iter__ begins again."
         found = f"an iterator ({type(source).__name__}), used up by the first epoch"
         raise ValueError(errors.sentence(_NAME, "source", found, "a source that can be iterated again", remedy))
+    rows = _owned(examples)
     at = 0
     following: list[Any] = []  # the first example of the next step, if it was read
     for step in steps:
         size, first = sum(map(len, step.indices)), int(step.indices[0][0])
         taken, following, failed = following, [], None
         try:
-            collections.deque(itertools.islice(examples, max(0, first - at)), 0)
-            for example in itertools.islice(examples, size - len(taken)):
-                taken.append(_own(example))
+            collections.deque(itertools.islice(rows, max(0, first - at)), 0)
+            for row in itertools.islice(rows, size - len(taken)):
+                taken.append(row)
             if not step.is_check:
-                following = [_own(example) for example in itertools.islice(examples, len(taken) // size)]
+                following = [*itertools.islice(rows, len(taken) // size)]
         except BaseException as error:  # raised after the examples that were read before it
             failed = error
         if len(taken) == size or (taken and failed is None):
@@ -118,14 +132,33 @@ def read_iterable(source: Any, steps: Iterable[Step], opened: int) -> Iterator[S
         at = first + size
 
 
+def _owned(examples: Iterator[Any]) -> Iterator[Any]:
+    """Yield the examples of an iterator, whose ``__iter__`` is not called again: it may begin anew."""
+    while True:
+        try:
+            example = next(examples)
+        except StopIteration:
+            return
+        yield _own(example)
+
+
 def _own(example: Any) -> Any:
-    """The example with copies of its writeable and memory-mapped arrays, since a source may use its buffers again."""
-    if isinstance(example, np.ndarray):
-        return np.array(example) if example.flags.writeable or type(example) is not np.ndarray else example
-    if type(example) is dict:
+    """The example with copies of what may change or is memory-mapped, since a source may use its buffers again."""
+    kind = type(example)
+    if kind in _IMMUTABLE or isinstance(example, np.generic):
+        return example
+    if isinstance(example, Mapping):
         return {key: _own(item) for key, item in example.items()}
-    if type(example) is tuple:
-        return tuple(map(_own, example))
-    if isinstance(example, tuple) and hasattr(example, "_fields"):
-        return type(example)(*map(_own, example))
+    if isinstance(example, tuple):
+        items = map(_own, example)
+        return kind(*items) if hasattr(example, "_fields") else tuple(items)
+    if kind is list:
+        return [*example] if {*map(type, example)} <= _IMMUTABLE else [*map(_own, example)]
+    if isinstance(example, np.ma.MaskedArray):
+        return example.copy()
+    if hasattr(example, "__array__") or isinstance(example, (array.array, bytearray, memoryview)):
+        return np.array(example)
     return example
+
+
+_IMMUTABLE = {int, float, bool, complex, str, bytes}

@@ -181,6 +181,9 @@ def _is_float(item: Any) -> bool:
 
 def as_array(item: Any, where: str) -> np.ndarray:
     """The item as an array. Raises: ValueError, TypeError."""
+    if np.ma.is_masked(item):
+        remedy = "Fill them, or leave them out."
+        raise ValueError(errors.sentence(_NAME, where, "a masked array", "one without masked elements", remedy))
     try:
         array = np.asarray(item)
         if array.dtype.kind in "US":  # objects, since NumPy's strings have a fixed length and lose trailing zeros

@@ -183,6 +183,9 @@ def _rectangle(item: Any, index: int, dtype: Any) -> np.ndarray | None:
     """The item as an array; None if its parts have different sizes."""
     if type(item) is np.ndarray and item.dtype != object:
         return item
+    if np.ma.is_masked(item):
+        found, rule = f"with masked elements in sequences[{index}]", "no masked elements"
+        raise ValueError(errors.sentence("pad", "sequences", found, rule, "Fill them, or leave them out."))
     is_list = isinstance(item, (list, tuple))
     try:
         array = np.asarray(item, dtype=dtype if is_list else None)

@@ -118,7 +118,10 @@ def test_a_pyarrow_table_and_no_copy_of_it():
         ({"y": pa.array([[1], None])}, ValueError, "'y' is missing in example 1"),
         ({"y": pa.array([[1], [2, None]])}, ValueError, "'y' is missing in example"),
         ({"y": [[1], ["a"]]}, ValueError, "example 1 is of dtype object, expected int64"),
-        ({"y": [[1], None]}, TypeError, "example 1 is of NoneType"),
+        ({"y": [[1], None]}, TypeError, "Columns: 'y' of example 1 is of NoneType"),
+        ({"y": [(1, 2), (3,)]}, TypeError, "'y' is a list with a tuple, expected a list of arrays"),
+        ([{"y": [1, 2]}, {"y": [1]}], TypeError, "a list with a dict, .* PaddedBatches takes examples"),
+        ({"y": ROWS, "a": [[1], [True]]}, ValueError, "Columns: 'a' of example 1 is of dtype bool"),
     ],
 )
 def test_wrong_data_is_named(data, kind, match):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import array
+import collections
 import gc
 import itertools
+import os
 import threading
 import time
 
@@ -145,7 +148,10 @@ def test_getitems_is_asked_once_a_step():
     assert source.calls[:6] == [list(range(at, min(at + 4, COUNT))) for at in range(0, COUNT, 4)]
 
 
-@pytest.mark.parametrize(("answer", "found"), [(lambda rows: rows[:-1], "3 examples"), (dict, "a mapping")])
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [(lambda rows: rows[:-1], "3 examples"), (dict, "a dict"), (tuple, "a tuple"), (lambda _: None, "a NoneType")],
+)
 def test_a_wrong_answer_of_getitems_is_named(answer, found):
     class Wrong(ByList):
         def __getitems__(self, indices):
@@ -320,3 +326,104 @@ def test_an_epoch_that_was_read_ahead_is_dropped_with_another_position():
     batches.load_state_dict({**state, "epoch": 7})
     assert_same(leaves(batches), leaves(made(EXAMPLES)))
     assert batches.state_dict()["epoch"] == 8
+
+
+# -- sources that are easily read wrongly -----------------------------------------------------------------------------
+
+
+class Restarts:
+    """Its iterator is itself, and ``iter`` begins anew."""
+
+    def __iter__(self):
+        self.at = 0
+        return self
+
+    def __next__(self):
+        if self.at == COUNT:
+            raise StopIteration
+        self.at += 1
+        return {"y": [self.at]}
+
+
+def test_a_source_that_is_its_own_iterator_is_read_once():
+    batches = made(Restarts(), padding={"y": distpad.Pad()})
+    found = [int(row) for batch in batches for row in batch.data["y"][: int(batch.rows), 0]]
+    assert found == [*range(1, COUNT + 1)]
+
+
+def views(buffer):
+    view = buffer[:]
+    view.flags.writeable = False
+    return view
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [lambda b: b, lambda b: {"y": b}, lambda b: collections.OrderedDict(y=b), lambda b: ({"y": b},), lambda b: [b]],
+    ids=["bare", "dict", "ordered", "nested", "list"],
+)
+@pytest.mark.parametrize("buffer", [np.zeros(2, np.int64), [0, 0], array.array("q", [0, 0]), views(np.zeros(2))])
+def test_a_source_may_reuse_every_kind_of_buffer(kept, buffer):
+    def source():
+        for k in range(6):
+            if isinstance(buffer, np.ndarray):
+                (buffer.base if buffer.base is not None else buffer)[:] = k
+            else:
+                buffer[0] = buffer[1] = k
+            yield kept(buffer)
+
+    example = kept([0, 0])
+    name = "y" if isinstance(example, dict) else "0/y" if isinstance(example, tuple) else 0
+    batches = made(source(), 2, padding={name: distpad.Pad()}, tokens=name)
+    found = [tf.nest.flatten(batch.data)[0].numpy().reshape(2, -1)[:, 0].tolist() for batch in batches]
+    assert found == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_masked_elements_are_refused():
+    rows = np.ma.masked_array([[1.0, 2.0], [3.0, 4.0]], [[0, 1], [0, 0]])
+    for source in ([{"y": row} for row in rows], None):
+        with pytest.raises(ValueError, match="is a masked array, expected one without masked elements"):
+            list(made(source or distpad.Columns({"y": rows}), padding={"y": distpad.Pad()}))
+    whole = [{"y": np.ma.masked_array([1.0, 2.0], [0, 0])}]
+    assert len(list(made(whole, padding={"y": distpad.Pad()}))) == 1
+
+
+def test_a_dataset_of_tuples_of_one_keeps_its_structure():
+    source = tf.data.Dataset.range(3).map(lambda i: (tf.sparse.from_dense(tf.range(i) + 1),))
+    (batch,) = made(source, 3, padding={0: distpad.Pad()}, tokens=0)
+    assert isinstance(batch.data, tuple) and batch.data[0].numpy().tolist() == [[0, 0], [1, 0], [1, 2]]
+
+
+def test_a_cardinality_that_is_too_low_is_an_error():
+    source = tf.data.Dataset.range(5).repeat().map(lambda i: {"y": tf.range(i)})
+    with pytest.raises((ValueError, tf.errors.FailedPreconditionError)):
+        list(made(source.apply(tf.data.experimental.assert_cardinality(8)), padding={"y": distpad.Pad()}))
+
+
+def test_single_examples_of_a_few_equal_lengths_are_no_batches():
+    def examples():
+        for n in (5, 5, 5, 5, 9, 3):
+            yield {"x": np.ones([n, 8]), "y": np.ones([n, 3])}
+
+    spec = {"x": tf.TensorSpec([None, 8], tf.float64), "y": tf.TensorSpec([None, 3], tf.float64)}
+    source = tf.data.Dataset.from_generator(examples, output_signature=spec)
+    padding = {"x": distpad.Pad(), "y": distpad.Pad()}
+    assert [int(batch.rows) for batch in made(source, 2, padding=padding)] == [2, 2, 2]
+
+
+def test_a_batch_that_does_not_come_is_an_error():
+    batches = made(EXAMPLES, timeout_s=0.5, warn_after_s=0.2)
+    iterator = iter(batches)
+    next(iterator)
+    taken = sum(1 for _ in zip(range(3), iterator))
+    assert taken == 3
+    pid = os.fork()
+    if not pid:  # the child has no threads
+        try:
+            for _ in iterator:
+                pass
+        except distpad.DistpadError:
+            os._exit(7)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7

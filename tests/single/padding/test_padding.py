@@ -352,3 +352,10 @@ def test_a_value_may_be_written_for_all_axes_of_a_sequence() -> None:
         assert pad(images, value=value).values[0, 0, 1].tolist() == [[7, 8, 9]]
     with pytest.raises(ValueError, match="broadcasts to the shape of one position"):
         pad(images, value=np.ones([2, 1, 3]))
+
+
+def test_masked_elements_are_refused():
+    row = np.ma.masked_array([1, 2], [0, 1])
+    with pytest.raises(ValueError, match=r"sequences is with masked elements in sequences\[1\], expected no masked"):
+        pad([[1], row])
+    assert pad([[1], np.ma.masked_array([1, 2])]).values.tolist() == [[1, 0], [1, 2]]
