@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
@@ -20,6 +21,9 @@ from distpad.padding import columns, memory
 from distpad.padding.columns import Column
 
 _AHEAD = 4  # batches that are on their devices before their step
+# Between a step's batch and its launch the training needs Python's interpreter lock. While batches are ready, the padder
+# waits until the step runs in C++, instead of competing for the lock.
+_PAUSE_S = 0.0005
 
 
 class Batch(NamedTuple):
@@ -112,6 +116,8 @@ class Padder:
         while True:
             self._free.get()
             order = self._orders.get()
+            if self._made.qsize() >= _AHEAD - 1:
+                time.sleep(_PAUSE_S)
             if order is None or self._stopped.is_set():
                 return
             try:
