@@ -21,8 +21,8 @@ from distpad.padding import columns, memory
 from distpad.padding.columns import Column
 
 _AHEAD = 4  # batches that are on their devices before their step
-# Between a step's batch and its launch the training needs Python's interpreter lock. While batches are ready, the padder
-# waits until the step runs in C++, instead of competing for the lock.
+# Between a step's batch and its launch the training needs Python's interpreter lock. While batches are ready, the
+# padder waits until the step runs in C++, instead of competing for the lock.
 _PAUSE_S = 0.0005
 
 

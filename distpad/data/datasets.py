@@ -30,7 +30,12 @@ def batched(dataset: tf.data.Dataset, size: int) -> tf.data.Dataset | None:
     if any(isinstance(spec, tf.SparseTensorSpec) for spec in specs):
         structure_of = dataset.element_spec
         dataset = dataset.map(lambda *element: tf.nest.pack_sequence_as(structure_of, [*map(_dense, _flat(element))]))
-    return dataset.ragged_batch(size)
+    options = tf.data.Options()
+    if dataset.options().autotune.enabled is None:
+        # The tuning thread may sleep for a minute after an iterator was dropped, while the garbage collector, which
+        # destroys the iterator, waits for it and holds the interpreter lock. AUTOTUNE then means one call per core.
+        options.autotune.enabled = False
+    return dataset.ragged_batch(size).with_options(options)
 
 
 def read_dataset(
