@@ -141,7 +141,11 @@ class Padder:
         padded, losses = len(config.padding), len(config.tokens)
         arena = memory.Arena((8 + 4 * padded) * size + (2 + padded + 4 * losses) * memory.ALIGNMENT)
         counted = {*config.tokens.values()}
-        values, lengths = collate(features.features, mine, sizes, (rows, size), last, counted, arena)
+        tables = {
+            name: micro.sizes[name][begin:end] if micro else np.zeros([0, len(pad.axes)], np.int64)
+            for name, pad in config.padding.items()
+        }
+        values, lengths = collate(features.features, mine, tables, sizes, (rows, size), last, counted, arena)
         named = dict(zip(features.names, values))
         indices = arena.zeros([size], np.int64)
         indices[:rows], indices[rows:] = (micro.indices[replica] if micro else []), -1
@@ -155,11 +159,7 @@ class Padder:
             )
             for loss, name in config.tokens.items()
         }
-        tables = [
-            micro.sizes[name][begin:end] if micro else np.zeros([0, len(pad.axes)])
-            for name, pad in config.padding.items()
-        ]
-        self._stats.add_replica(tables, order.step.agreed, order.step.sizes, size)
+        self._stats.add_replica(tables.values(), order.step.agreed, order.step.sizes, size)
         data = features.pack(values)
         num_rows = arena.zeros([], np.int32)
         num_rows[...] = rows
@@ -215,6 +215,7 @@ def _resized(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 def collate(
     features: Sequence[Feature],
     given: Sequence[Column],
+    tables: Mapping[Name, np.ndarray],
     sizes: Mapping[tuple[Name, int], int],
     rows: tuple[int, int],
     last: Sequence[Column],
@@ -226,6 +227,7 @@ def collate(
     Args:
       features: the features of the columns.
       given: the columns of a replica; none without rows.
+      tables: the sizes of each padded feature's ragged axes in the rows, ``[rows, axes]``.
       sizes: the padded sizes of the ragged axes.
       rows: the real rows, and the rows of the batch.
       last: the row that filler rows repeat, cut to ``sizes``.
@@ -255,7 +257,7 @@ def collate(
         if feature.pad:
             axis = feature.pad.axes[0]
             found = arena.zeros([size], np.int32)
-            found[:real] = given[i].sizes()[:, axis] if real else []
+            found[:real] = tables[feature.name][:, 0]
             found[real:] = 0 if is_emptied else min(shape[axis], int(last[i].sizes()[0, axis]))
             lengths[feature.name] = found
     return values, {as_key(name): found for name, found in lengths.items()}

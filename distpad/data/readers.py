@@ -133,7 +133,7 @@ def read_iterable(source: Any, steps: Iterable[Step], opened: int) -> Iterator[S
 
 
 def _owned(examples: Iterator[Any]) -> Iterator[Any]:
-    """Yield the examples of an iterator, whose ``__iter__`` is not called again: it may begin anew."""
+    """Yield the examples of an iterator, without another call of its ``__iter__``, which may restart it."""
     while True:
         try:
             example = next(examples)

@@ -106,7 +106,7 @@ class CountedWeights(tf.experimental.BatchableExtensionType):
     def has_counts(self, backend: backends.Backend, sources: dict[str, Any], loss: Any) -> bool:
         """Return whether the counts are those of a call with these sources, which is known when a step is traced.
 
-        Counts do not know what another mask leaves out, or what the loss itself drops. They are for a fixed number of
+        Counts do not include what another mask or the loss itself drops. They are for a fixed number of
         replicas.
         """
         others = [source for name, source in sources.items() if name != "sample_weight" and source is not None]

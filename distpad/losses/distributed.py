@@ -111,7 +111,7 @@ class DistributedLoss(tf.keras.losses.Loss):
           y_pred: floating predictions ``[batch, length, ...]``, or a nest of them.
           sample_weight: numbers, leading axes of the loss, ``[batch]`` at least; all axes but the first may have size
             1. A position of weight 0 is invalid. The weights of ``for_keras`` carry the counts of their step, which the
-            loss uses if no other source leaves out positions.
+            loss uses if no other source drops positions.
           lengths: ``[batch]`` integers from 0 to the size of axis 1, the valid positions of each row; padding follows.
           mask: bool, leading axes of the loss. With ``per="sequence"``, a mask ``[batch]`` alone decides which rows
             count: a row of length 0 (an empty text) counts where the mask is True.
