@@ -122,8 +122,8 @@ class DistributedLoss(tf.keras.losses.Loss):
 
         Returns:
           A scalar of the loss's dtype, float32 at least. Without ``denominator`` its value is the global mean, under
-          strategies divided by the number of replicas, and equal on all replicas. With ``denominator``, and under
-          strategies with the counts of ``for_keras``, its value is the local contribution: ``global_value`` gives the
+          strategies divided by the number of replicas, and equal on all replicas. With ``denominator``, and on one
+          worker with the counts of ``for_keras``, its value is the local contribution: ``global_value`` gives the
           mean, and so does Keras's history, which adds up the replicas. Its gradient is always that of the local
           contribution.
 
@@ -133,7 +133,7 @@ class DistributedLoss(tf.keras.losses.Loss):
             loss and all gradients are NaN instead.
 
         Collective without ``denominator``: one all-reduce of the numerator, the count and the evidence of errors. With
-        the counts of ``for_keras`` there is none under strategies; under Horovod only the value waits for it.
+        the counts of ``for_keras`` gradients do not wait for it, and one worker has none.
         """
         backend = backends.resolve_step(self._backend, function=_NAME)
         arguments.refuse_layers(backend)
@@ -152,8 +152,8 @@ class DistributedLoss(tf.keras.losses.Loss):
             return self._rehearse(y_true, y_pred, sources)
         if carrier is None or self.per == "sequence" or not carrier.has_counts(backend, sources, self.loss):
             return self._average_globally(backend, y_true, y_pred, sources)
-        if backend.gradient_reduction == "mean" and backend.num_replicas > 1:
-            return self._average_globally(backend, y_true, y_pred, sources, carrier)  # each rank has its own history
+        if backend.num_workers > 1:  # errors reach the other workers, and each rank of Horovod has its own history
+            return self._average_globally(backend, y_true, y_pred, sources, carrier)
         return self._average_in_fit(backend, y_true, y_pred, sources, carrier)
 
     def call(self, y_true: Any, y_pred: Any) -> tf.Tensor:

@@ -1,8 +1,9 @@
-"""fit on for_keras: the weights carry the step's counts to the loss, whose step then has no collective of its own."""
+"""fit on for_keras: the weights carry the step's counts to the loss, so that gradients wait for no collective of it."""
 
 from __future__ import annotations
 
 import re
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from test_for_keras import collected  # noqa: F401 (the fixture collects the ite
 
 import distpad
 import oracle
+from distpad.collectives.checked import Check
 from distpad.losses.counted import CountedWeights
 from keras_world import around_model, fit_optimizer, model_class
 
@@ -86,7 +88,7 @@ def ways(monkeypatch):
 
 
 def with_counts(world):
-    return {"_average_globally(counted)"} if world.kind == "horovod" else {"_average_in_fit"}
+    return {"_average_globally(counted)"} if world.backend.num_workers > 1 else {"_average_in_fit"}
 
 
 # -- exact, by the counts of the pipeline -----------------------------------------------------------------------------
@@ -154,31 +156,51 @@ def waiting(graph):
     return found
 
 
-@pytest.mark.worlds("mirrored:2", "multiworker:2")
+@pytest.mark.worlds("mirrored:2")
 def test_a_step_of_fit_has_the_collectives_of_a_plain_loss(world):
     """Those of gradients and metrics. With counts of the step, which any change of the weights brings, it has more."""
-    if world.kind not in ("mirrored", "multiworker"):
-        pytest.skip("a strategy's matter")
-    assert world.num_replicas > 1
+    assert world.num_replicas == world.backend.replicas_here == 2
     plain, _ = collectives_of(graph_of_fit(world, entropy("sum")))
     ours, _ = collectives_of(graph_of_fit(world, distpad.DistributedLoss(entropy())))
-    assert ours == plain and len(plain) >= world.backend.replicas_here
-    if world.kind == "mirrored":
-        change = changed(world, tf.convert_to_tensor)
-        counting, _ = collectives_of(graph_of_fit(world, distpad.DistributedLoss(entropy()), change))
-        assert len(counting) == len(ours) + world.backend.replicas_here
-
-
-@pytest.mark.worlds("horovod:2")
-def test_gradients_do_not_wait_for_the_collective_of_the_value(world):
-    """Each rank of Horovod has a history of its own, which needs the global value. The count is known."""
-    if world.kind != "horovod":
-        pytest.skip("Horovod's matter")
-    ours = graph_of_fit(world, distpad.DistributedLoss(entropy()))
-    assert not waiting(ours)
+    assert ours == plain and len(plain) >= 2
     change = changed(world, tf.convert_to_tensor)
-    counting = graph_of_fit(world, distpad.DistributedLoss(entropy()), change)
-    assert waiting(counting) and collectives_of(counting)[0] == collectives_of(ours)[0]
+    counting, _ = collectives_of(graph_of_fit(world, distpad.DistributedLoss(entropy()), change))
+    assert len(counting) == len(ours) + 2
+
+
+@pytest.mark.worlds("multiworker:2", "horovod:2")
+def test_gradients_do_not_wait_for_the_collective_of_the_value(world):
+    """Each rank of Horovod has a history of its own, which needs the global value; and errors reach all workers."""
+    assert world.backend.num_workers == 2
+    plain, ours = (graph_of_fit(world, loss) for loss in (entropy("sum"), distpad.DistributedLoss(entropy())))
+    assert len(collectives_of(ours)[0]) == len(collectives_of(plain)[0]) + 1
+    if world.kind == "horovod":  # TensorFlow orders the collectives of a strategy by control edges
+        assert not waiting(ours)
+        counting = graph_of_fit(world, distpad.DistributedLoss(entropy()), changed(world, tf.convert_to_tensor))
+        assert waiting(counting) and len(collectives_of(counting)[0]) == len(collectives_of(ours)[0])
+
+
+@pytest.mark.parametrize("fails", ["while traced", "in a step"])
+@pytest.mark.worlds("multiworker:2", "horovod:2")
+def test_an_error_of_the_loss_on_one_worker_ends_the_step_on_all(world, monkeypatch, fails):
+    """Also where the counts are known, so that no gradient waits for the loss of another worker."""
+    assert world.backend.num_workers == 2
+
+    def loss(y_true, y_pred):
+        if world.backend.worker_index == 1 and fails == "while traced":
+            raise ValueError("a loss that fails on worker 1")
+        return entropy()(y_true, y_pred)
+
+    def check(self, sums):
+        return Check("a count that fails on worker 1", sums.tokens, sums.tokens * world.backend.worker_index <= 0)
+
+    if fails == "in a step":
+        monkeypatch.setattr(CountedWeights, "check", check)
+    model = model_in(world, distpad.DistributedLoss(loss))
+    started = time.monotonic()
+    with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match="fails on worker 1"):
+        feeding.fit(world, model, fed(world)[0])
+    assert time.monotonic() - started < 8  # TensorFlow takes 10 s to miss a worker that has ended
 
 
 @pytest.mark.parametrize(
