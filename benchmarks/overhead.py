@@ -8,7 +8,6 @@ on one sync in each step, and then pads the batch.
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import functools
 import time
@@ -35,10 +34,7 @@ PADDING = {"x": distpad.Pad(), "y": distpad.Pad()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=rounds.ROUNDS, metavar="N", help="number of rounds (default 9)")
+    parser = rounds.parser(__doc__, EXAMPLES)
     parser.add_argument("--steps", type=int, default=256, metavar="N", help="steps of a run (default 256)")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="examples per replica (default 16)")
     parser.add_argument("--units", type=int, default=448, metavar="N", help="units of the model, to set the step time")

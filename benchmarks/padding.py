@@ -7,7 +7,6 @@ Ratios below 1 are faster than the base. CPU time is that of all threads of the 
 
 from __future__ import annotations
 
-import argparse
 import functools
 import time
 from collections.abc import Callable
@@ -31,10 +30,7 @@ HEIGHT, WIDEST = 32, 256  # of images
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=rounds.ROUNDS, metavar="N", help="number of rounds (default 9)")
+    parser = rounds.parser(__doc__, EXAMPLES)
     parser.add_argument("--count", type=int, default=4096, metavar="N", help="sequences of a batch (default 4096)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="calls of one measurement (default 5)")
     options = parser.parse_args()

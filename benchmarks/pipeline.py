@@ -57,10 +57,7 @@ class Run(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=rounds.ROUNDS, metavar="N", help="number of rounds (default 9)")
+    parser = rounds.parser(__doc__, EXAMPLES)
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="examples of a batch (default 64)")
     count = "examples of an epoch of short sequences, of other workloads a fixed part of it (default 16384)"
     parser.add_argument("--examples", type=int, default=16384, metavar="N", help=count)

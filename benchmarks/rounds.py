@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import random
 import statistics
 import sys
@@ -23,6 +24,16 @@ class Figures(NamedTuple):
     own: dict[str, list[float]]
     ratios: dict[str, list[float]]
     base: str
+
+
+def parser(description: str, examples: str, *, default: int = ROUNDS) -> argparse.ArgumentParser:
+    """A parser with the option --rounds."""
+    found = argparse.ArgumentParser(
+        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    help_text = f"number of rounds (default {default})"
+    found.add_argument("--rounds", type=int, default=default, metavar="N", help=help_text)
+    return found
 
 
 def take_turns(

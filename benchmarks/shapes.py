@@ -6,7 +6,6 @@ The batches have two ragged features, pictures and labels. Each run creates a ne
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import functools
 import os
@@ -35,10 +34,7 @@ BUCKETS = f"buckets of {BOUNDARIES}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="number of rounds (default 3)")
+    parser = rounds.parser(__doc__, EXAMPLES, default=3)
     parser.add_argument("--steps", type=int, default=60, metavar="N", help="steps of the epoch (default 60)")
     parser.add_argument("--count", action="store_true", help="count XLA's compilations by its dumps (slower)")
     options = parser.parse_args()

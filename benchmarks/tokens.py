@@ -10,7 +10,6 @@ each step at the median of all steps of its shape. The median excludes other loa
 
 from __future__ import annotations
 
-import argparse
 import functools
 import statistics
 import time
@@ -39,11 +38,8 @@ OWN, LONGEST = "padded_batch, per batch", "padded_batch, fixed length"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = rounds.parser(__doc__, EXAMPLES)
     parser.add_argument("--set", choices=sequences.SETS, default="lognormal", help="data set (default lognormal)")
-    parser.add_argument("--rounds", type=int, default=rounds.ROUNDS, metavar="N", help="number of rounds (default 9)")
     parser.add_argument("--examples", type=int, default=2048, metavar="N", help="examples of an epoch (default 2048)")
     options = parser.parse_args()
 

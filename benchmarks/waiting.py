@@ -9,7 +9,6 @@ the steps over their time without an input pipeline: a pipeline in Python thread
 
 from __future__ import annotations
 
-import argparse
 import functools
 import random
 import statistics
@@ -47,10 +46,7 @@ class Run(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=rounds.ROUNDS, metavar="N", help="number of rounds (default 9)")
+    parser = rounds.parser(__doc__, EXAMPLES)
     parser.add_argument("--steps", type=int, default=128, metavar="N", help="steps of a run (default 128)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="sequences of a batch (default 64)")
     parser.add_argument("--ms", type=float, nargs="+", default=STEPS_MS, help="times of a step (default 2 5 10 25)")

@@ -7,7 +7,6 @@ count in the step needs one more small all-reduce, as a handwritten count does.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import time
 from collections.abc import Callable
@@ -33,11 +32,8 @@ COUNT = 1000.0  # common denominator of all contenders, so that they train alike
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = rounds.parser(__doc__, EXAMPLES)
     parser.add_argument("--replicas", type=int, metavar="N", help="replicas of one process (default: the launcher's)")
-    parser.add_argument("--rounds", type=int, default=rounds.ROUNDS, metavar="N", help="number of rounds (default 9)")
     parser.add_argument("--steps", type=int, default=100, metavar="N", help="steps of a run (default 100)")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="examples per replica (default 16)")
     parser.add_argument("--units", type=int, default=448, metavar="N", help="units of the model, to set the step time")

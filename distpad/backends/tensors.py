@@ -17,7 +17,7 @@ def as_tensors(nest: Any, *, shares: bool) -> Any:
     """Return a nest of NumPy arrays as tensors on the current device. An array that stands twice becomes one tensor.
 
     Args:
-      nest: of dicts, tuples and NumPy arrays, which nobody writes any more.
+      nest: of dicts, tuples, NumPy's numbers, and arrays, which nobody writes any more.
       shares: whether the device may read the arrays' own memory, as the first CPU may.
     """
     made: dict[int, Any] = {}
@@ -25,10 +25,21 @@ def as_tensors(nest: Any, *, shares: bool) -> Any:
     def tensor(leaf: Any) -> Any:
         found = made.get(id(leaf))
         if found is None:
-            found = made[id(leaf)] = _shared(leaf) if shares and _is_shareable(leaf) else tf.convert_to_tensor(leaf)
+            found = made[id(leaf)] = _on_cpu(leaf) if shares else tf.convert_to_tensor(leaf)
         return found
 
     return _mapped(tensor, nest, {})
+
+
+def _on_cpu(leaf: Any) -> tf.Tensor:
+    if isinstance(leaf, np.generic):
+        return _number(leaf)
+    return _shared(leaf) if _is_shareable(leaf) else tf.convert_to_tensor(leaf)
+
+
+@functools.lru_cache(maxsize=1024, typed=True)  # many counts are those of the step before
+def _number(number: np.generic) -> tf.Tensor:
+    return tf.convert_to_tensor(number)
 
 
 def _is_shareable(leaf: Any) -> bool:

@@ -359,7 +359,7 @@ class PaddedBatches(tf.train.experimental.PythonState):
 
     def _known_steps(self) -> int | None:
         if self._sampler is not None:
-            return len(self._sampler.plan(self._progress.at.epoch))
+            return len(self._sampler.of_epoch(self._progress.at.epoch).steps)
         count = sources.count_of(self._source)
         if self._backend.num_workers > 1 or count is None:
             return None
@@ -422,7 +422,7 @@ class PaddedBatches(tf.train.experimental.PythonState):
         the step uses the sampler's buckets."""
         if self._sampler is None:
             return self._config.padded_sizes(longest, None, None)
-        sampled = max(1, int(self._sampler.lengths[self._sampler.plan(number)[step]].max()))
+        sampled = max(1, self._sampler.of_epoch(number).longest[step])
         return self._config.padded_sizes(longest, self._sampled, sampled)
 
     def _steps(self, number: int, step: int, checks: int) -> Callable[[], Iterator[steps.Step]]:

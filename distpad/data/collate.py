@@ -139,7 +139,7 @@ class Padder:
         last = self._last[replica] or blank_row(features.features)
         sizes = dict(zip(config.axes, order.step.sizes))
         padded, losses = len(config.padding), len(config.tokens)
-        arena = memory.Arena((8 + 4 * padded) * size + (2 + padded + 4 * losses) * memory.ALIGNMENT)
+        arena = memory.Arena((8 + 4 * padded) * size + (1 + padded + losses) * memory.ALIGNMENT)
         counted = {*config.tokens.values()}
         tables = {
             name: micro.sizes[name][begin:end] if micro else np.zeros([0, len(pad.axes)], np.int64)
@@ -161,20 +161,16 @@ class Padder:
         }
         self._stats.add_replica(tables.values(), order.step.agreed, order.step.sizes, size)
         data = features.pack(values)
-        num_rows = arena.zeros([], np.int32)
-        num_rows[...] = rows
-        return Batch(data, lengths, num_rows, counts.get(None, counts), indices, inputs.get(None, inputs))
+        return Batch(data, lengths, np.int32(rows), counts.get(None, counts), indices, inputs.get(None, inputs))
 
     def _counts(self, step: plan.StepPlan, local: np.ndarray, arena: memory.Arena) -> dict[Any, Counts]:
         counts = {}
         for i, (loss, name) in enumerate(self._config.tokens.items()):
             is_weighted = loss in self._config.weights or len(self._config.counted_axes[name]) > 1
             kind = WeightedCounts if is_weighted else Counts
-            tokens, sequences, replicas = (arena.zeros([], np.float64) for _ in range(3))
-            tokens[...], sequences[...], replicas[...] = step.tokens[i], step.sequences[i], self._backend.num_replicas
             mine = arena.zeros([2], np.float64)
             mine[:] = local[i]
-            counts[loss] = kind(tokens, sequences, mine, replicas)
+            counts[loss] = kind(step.tokens[i], step.sequences[i], mine, np.float64(self._backend.num_replicas))
         return counts
 
     def _weights(self, loss: Any, counted: Column | None, arrays: Mapping[Name, np.ndarray]) -> Any:

@@ -117,8 +117,8 @@ def cursor_of(state: Any, source: Mapping[str, Any], group: int, sampler: Length
         raise ValueError(
             errors.sentence(_NAME, "state's step", step, f"a multiple of accumulation_steps, which is {group}")
         )
-    if sampler is not None and step > -(-len(sampler.plan(number)) // group) * group:
-        rule = f"at most the {len(sampler.plan(number))} of epoch {number}"
+    if sampler is not None and step > -(-len(sampler.of_epoch(number).steps) // group) * group:
+        rule = f"at most the {len(sampler.of_epoch(number).steps)} of epoch {number}"
         raise ValueError(errors.sentence(_NAME, "state's step", step, rule))
     if not isinstance(state["begins"], (list, tuple)) or (step and not state["begins"]):
         found = f"{state['begins']!r} at step {step}"

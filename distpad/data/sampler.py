@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,36 @@ from distpad.padding.buckets import Buckets
 
 _NAME = "LengthSampler"
 _PLANS = 2  # kept plans: of the running epoch, and of the epoch that is read ahead
+
+
+class Plan(NamedTuple):
+    """The global steps of an epoch.
+
+    Attributes:
+      steps: the example indices of each step, ``[rows]`` int64.
+      longest_first: the same, from the longest to the shortest example.
+      longest: the length of the longest example of each step.
+      rows: the rows of each step over all replicas, filler rows included: the shape depends on the boundary alone.
+    """
+
+    steps: list[np.ndarray]
+    longest_first: list[np.ndarray]
+    longest: list[int]
+    rows: list[int]
+
+    def deal(self, step: int, num_workers: int, workers: Sequence[int]) -> list[np.ndarray]:
+        """Return the rows of some workers of a step, filled up with -1.
+
+        The workers take the examples in turns, longest first, in alternating directions.
+        """
+        examples, dealt = self.longest_first[step], []
+        for worker in workers:
+            mine = np.full(-(-self.rows[step] // num_workers), -1, np.int64)
+            for turn, first in enumerate((worker, 2 * num_workers - 1 - worker)):
+                taken = examples[first :: 2 * num_workers]
+                mine[turn::2][: len(taken)] = taken
+            dealt.append(mine)
+        return dealt
 
 
 class LengthSampler:
@@ -79,42 +109,28 @@ class LengthSampler:
             longest = int(self._boundaries.argmax())
             found = f"Example {longest} has {self.lengths[longest]} positions, {self._boundaries[longest]} padded."
             raise ValueError(_sentence("max_tokens", self.max_tokens, f"at least {self._boundaries.max()}", found))
-        self._plans: dict[int, tuple[np.ndarray, ...]] = {}  # the latest, by epoch
+        self._plans: dict[int, Plan] = {}  # the latest, by epoch
 
     def plan(self, epoch: int) -> list[np.ndarray]:
         """Return the global steps of an epoch: for each the indices of its examples, ``[rows]`` int64, without -1.
 
         Raises ValueError for a negative epoch.
         """
+        return [*self.of_epoch(epoch).steps]
+
+    def of_epoch(self, epoch: int) -> Plan:
+        """Return the plan of an epoch, and what the pipeline asks of each of its steps."""
         epoch = errors.integer(_NAME, "epoch", epoch, least=0)
         plan = self._plans.get(epoch)
         if plan is None:
             plan = self._make_plan(epoch)
             kept = [*self._plans.items()][1 - _PLANS :]
             self._plans = dict([*kept, (epoch, plan)])  # a new dict, since the reader's thread may read the old one
-        return list(plan)
+        return plan
 
     def shard(self, worker_index: int, num_workers: int) -> Shard:
         """Return one worker's part of all epochs. A sampler has any number of shards."""
         return Shard(self, worker_index, num_workers)
-
-    def deal(self, step: np.ndarray, num_workers: int, workers: Sequence[int]) -> list[np.ndarray]:
-        """Return the rows of some workers of a step, filled up with -1.
-
-        The workers take the examples in turns, longest first, in alternating directions.
-        """
-        longest_first = step[np.argsort(-self.lengths[step], kind="stable")]
-        turn, offset = np.divmod(np.arange(len(step)), num_workers)
-        owners = np.where(turn % 2, num_workers - 1 - offset, offset)
-        dealt = np.full([len(workers), self.rows(step, num_workers)], -1, np.int64)
-        for rows, worker in zip(dealt, workers):
-            mine = longest_first if num_workers == 1 else longest_first[owners == worker]
-            rows[: len(mine)] = mine
-        return [*dealt]
-
-    def rows(self, step: np.ndarray, num_workers: int) -> int:
-        """The rows of a step on each worker, the same on all: the shape depends on the boundary alone."""
-        return -(-self._rows_of(int(self._boundaries[step].max())) // num_workers)
 
     def fingerprint(self) -> str:
         """A hash of the lengths and options, which define the plans: a saved position holds it."""
@@ -131,7 +147,7 @@ class LengthSampler:
             return self.global_batch_size or 0  # one of the two is set
         return self.max_tokens // max(boundary, 1)
 
-    def _make_plan(self, epoch: int) -> tuple[np.ndarray, ...]:
+    def _make_plan(self, epoch: int) -> Plan:
         random = np.random.default_rng((self.seed, epoch))
         order = self._order(random)
         begins, begin = [], 0
@@ -141,9 +157,15 @@ class LengthSampler:
         steps = np.split(order, begins[1:]) if begins else []
         if self.shuffle:
             steps = [steps[number] for number in random.permutation(len(steps))]
-        for step in steps:
-            step.setflags(write=False)  # all shards share it
-        return tuple(steps)
+        examples = np.concatenate(steps) if steps else np.zeros(0, np.int64)
+        examples.setflags(write=False)  # all shards share it
+        ends = np.cumsum([0, *map(len, steps)])
+        numbers = np.repeat(np.arange(len(steps)), np.diff(ends))
+        by_length = examples[np.lexsort([-self.lengths[examples], numbers])]
+        longest = by_length[ends[:-1]]
+        rows = [self._rows_of(boundary) for boundary in self._boundaries[longest].tolist()]
+        unsorted, ordered = (np.split(each, ends[1:-1]) if steps else [] for each in (examples, by_length))
+        return Plan(unsorted, ordered, self.lengths[longest].tolist(), rows)
 
     def _order(self, random: np.random.Generator) -> np.ndarray:
         """The examples in the order of the steps, before the steps are shuffled."""
@@ -192,16 +214,16 @@ class Shard:
 
     def __len__(self) -> int:
         """The steps of the running or the next epoch."""
-        return len(self.sampler.plan(self._epoch))
+        return len(self.sampler.of_epoch(self._epoch).steps)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         if self._begun:
             self.set_epoch(self._epoch + 1)
         self._begun = True
-        steps = self.sampler.plan(self._epoch)
-        for step in range(self._step, len(steps)):
+        plan = self.sampler.of_epoch(self._epoch)
+        for step in range(self._step, len(plan.steps)):
             self._step = step + 1  # before it is yielded: state saved while training on it includes it
-            yield self._mine(steps[step])
+            yield plan.deal(step, self.num_workers, [self.worker_index])[0]
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration begin this epoch, at its first step."""
@@ -232,9 +254,6 @@ class Shard:
             raise ValueError(_sentence("state", f"at step {state['step']}", f"from 0 to {len(self)}"))
         if self._step == len(self):
             self.set_epoch(self._epoch + 1)
-
-    def _mine(self, step: np.ndarray) -> np.ndarray:
-        return self.sampler.deal(step, self.num_workers, [self.worker_index])[0]
 
 
 def _checked_lengths(lengths: Any) -> np.ndarray:

@@ -57,12 +57,12 @@ def sampled(
     Args:
       replicas: the indices of this worker's replicas among ``num_replicas``.
     """
-    planned = sampler.plan(epoch)
-    for number in [0] * bool(step) + [*range(step, len(planned))]:
-        batches = sampler.deal(planned[number], num_replicas, replicas)
+    plan = sampler.of_epoch(epoch)
+    for number in [0] * bool(step) + [*range(step, len(plan.steps))]:
+        batches = plan.deal(number, num_replicas, replicas)
         indices = [batch[batch >= 0] for batch in batches]
         yield Step(
-            len(batches[0]), indices, is_check=number < step, is_last=number >= step and number + 1 == len(planned)
+            len(batches[0]), indices, is_check=number < step, is_last=number >= step and number + 1 == len(plan.steps)
         )
 
 
