@@ -42,6 +42,7 @@ PACKAGES = {  # shell command that succeeds if the package is installed: Debian 
     "command -v cmake": "cmake",
     "command -v g++": "g++",
     "command -v make": "make",
+    "command -v patch": "patch",
     "command -v mpirun": "openmpi-bin",
     "command -v mpicxx": "libopenmpi-dev",
     "command -v ip": "iproute2",

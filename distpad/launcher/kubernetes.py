@@ -79,7 +79,7 @@ class Job:
             raise ValueError(f"launch: --k8s needs the folder k8s/, but {self.folder} has no overlays. {remedy}")
         errors.choice("launch", "--k8s", self.kind, kinds(self.folder))
         if not _IMAGE.fullmatch(self.image):
-            remedy = "Build and push one: docker build -f k8s/image/Dockerfile.current ."
+            remedy = "Build and push one: docker build -f k8s/image/Dockerfile ."
             rule = "NAME[:TAG][@DIGEST] of an image that the cluster's nodes can pull"
             raise ValueError(errors.sentence("launch", "--image", repr(self.image), rule, remedy))
         for flag, value, low, high in (

@@ -27,7 +27,7 @@ install_packages() {
 
 case ${1:-} in
   build)
-    install_packages cmake g++ make openmpi-bin libopenmpi-dev openssh-client
+    install_packages cmake g++ make patch openmpi-bin libopenmpi-dev openssh-client
     ;;
   run)
     install_packages openmpi-bin openssh-client openssh-server

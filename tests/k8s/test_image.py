@@ -14,13 +14,13 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 IMAGE = ROOT / "k8s" / "image"
-STACKS = ("current", "classic")
+STACKS = ("current", "classic", "current-gpu", "classic-gpu")
 SYSTEM = IMAGE / "system.sh"
 
 
 def instructions(stack: str) -> list[tuple[str, str]]:
-    """The (instruction, arguments) pairs of a Dockerfile."""
-    lines = (IMAGE / f"Dockerfile.{stack}").read_text().replace("\\\n", " ").splitlines()
+    """The (instruction, arguments) pairs of the Dockerfile for a stack."""
+    lines = (IMAGE / "Dockerfile").read_text().replace("\\\n", " ").replace("$STACK", stack).splitlines()
     return [
         (words[0], words[2]) for line in lines if line.strip() and line[0] != "#" for words in [line.partition(" ")]
     ]
@@ -37,38 +37,48 @@ def hadolint(file: pathlib.Path) -> subprocess.CompletedProcess[str]:
 # -- the Dockerfiles --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stack", STACKS)
-def test_hadolint_is_clean(stack):
-    done = hadolint(IMAGE / f"Dockerfile.{stack}")
+def test_hadolint_is_clean():
+    done = hadolint(IMAGE / "Dockerfile")
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
     ("old", "new", "rule"),
     [
-        ("python:3.11-slim-bookworm\nWORKDIR", "python\nWORKDIR", "DL3006"),
+        ("python:3.11-slim-bookworm AS build", "python AS build", "DL3006"),
         ("USER 10001:10001", "USER root", "DL3002"),
         ('ENTRYPOINT ["distpad", "pod"]', "ENTRYPOINT distpad pod", "DL3025"),
         ("RUN k8s/image/system.sh run", "RUN apt-get install openssh-server", "DL3008"),
     ],
 )
 def test_hadolint_sees_faults(tmp_path, old, new, rule):
-    text = (IMAGE / "Dockerfile.current").read_text()
+    text = (IMAGE / "Dockerfile").read_text()
     assert old in text
     (tmp_path / "Dockerfile").write_text(text.replace(old, new))
     done = hadolint(tmp_path / "Dockerfile")
     assert done.returncode != 0 and rule in done.stdout
 
 
-def test_the_two_differ_in_their_stack_alone():
-    current, classic = ((IMAGE / f"Dockerfile.{stack}").read_text() for stack in STACKS)
-    assert current.replace("current", "classic") == classic
+@pytest.mark.parametrize("stack", STACKS)
+def test_each_stack_has_the_compiler_that_horovod_needs(stack):
+    """Stages follow one another by name, until an image."""
+    stages = {
+        name: base
+        for base, name in (
+            rest.split(" AS ") for word, rest in instructions(stack)[:-1] if word == "FROM" and " AS " in rest
+        )
+    }
+    base = stages["cuda"]
+    while base in stages:
+        base = stages[base]
+    assert base == ("nvidia/cuda:12.9.1-devel-ubuntu22.04" if stack.endswith("-gpu") else "python:3.11-slim-bookworm")
+    assert ("COPY", "--from=cuda /usr/local/cuda-12.9 /usr/local/cuda") in instructions(stack)
 
 
 @pytest.mark.parametrize("stack", STACKS)
 def test_each_step_is_a_script_of_the_project(stack):
     """Dockerfiles run only scripts that other tests cover."""
-    steps = [rest.split() for word, rest in instructions(stack) if word == "RUN"]
+    steps = [rest.split() for word, rest in instructions(stack) if word == "RUN" and not rest.startswith("mkdir ")]
     scripts = {"k8s/image/system.sh": ["build", "run"], "launch/environment.sh": [f"{stack} --horovod"]}
     for script, *arguments in steps:
         assert " ".join(arguments) in scripts[script]
@@ -101,7 +111,7 @@ def test_what_is_copied_is_in_the_context(stack):
 
 def test_the_environment_stays_where_it_was_made():
     """Environments and an editable distpad break when they are moved."""
-    made, run = (IMAGE / "Dockerfile.current").read_text().split("\nFROM ")[1:]
+    made, run = (IMAGE / "Dockerfile").read_text().split("\nFROM ")[-2:]
     assert "ENV DISTPAD_ENVS=/opt/envs" in made and "WORKDIR /opt/distpad" in made
     assert "COPY --from=build /opt/envs /opt/envs" in run and "COPY --from=build /opt/distpad /opt/distpad" in run
 
@@ -146,8 +156,9 @@ def test_what_builds_horovod_is_installed(tmp_path):
     done, calls = run_system(tmp_path, "build")
     assert done.returncode == 0, done.stderr
     named = set()  # packages in the script's own messages
-    for each in re.findall(r"install_command '([^']+)'", (ROOT / "launch" / "install_horovod.sh").read_text()):
-        named |= set(each.split())
+    text = (ROOT / "launch" / "install_horovod.sh").read_text()
+    for each in re.findall(r"install_command '([^']+)'", text) + re.findall(r"need 1\d \S+ ('[^']+'|\S+)", text):
+        named |= set(each.strip("'").split())
     assert named and named <= packages(calls)
 
 
