@@ -26,11 +26,13 @@ class Launched:
         command: what the workers run.
         host: the cluster's host to start it on; None: here.
         python: whose distpad it is.
+        under: a program that starts it, such as nohup.
     """
 
-    def __init__(self, *arguments, command, env=None, cwd=None, host=None, python=sys.executable):
+    def __init__(self, *arguments, command, env=None, cwd=None, host=None, python=sys.executable, under=()):
         self.mark = tempfile.mkdtemp(dir=MARKS.name)  # where scripted workers say that they are up
-        argv = [python, "-m", "distpad", "launch", "--grace-s", "1", *map(str, arguments), "--", *map(str, command)]
+        call = [python, "-m", "distpad", "launch", "--grace-s", "1", *map(str, arguments), "--", *map(str, command)]
+        argv = [*under, *call]
         given = {"DISTPAD_MARK": self.mark, "PYTHONPATH": str(TESTS.parent), **QUICK, **(env or {})}
         environment = {**os.environ, **given}
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from distpad.launcher import crew, discovery, hostcheck, output, render, spec, times
+from distpad.launcher import crew, discovery, hostcheck, output, render, spec, times, worker
 from distpad.launcher.outcomes import HOST, LOST, TIME, Ended, Outcome, log
 
 EVENTS = 4096  # capacity of the queue; a full queue slows the workers down
@@ -118,7 +118,9 @@ class Attempt:
             raise Ended(Outcome(HOST, f"nothing was started. {why}", may_retry=False)) from error
         agent.last_heard = time.monotonic() + self.job.start_timeout_s
         self.agents[host.name] = agent
-        agent.send(**orders)
+        # an agent ignores some signals itself, so that workers cannot inherit what the launcher ignores
+        ignored = [number for number in worker.FORWARDED if signal.getsignal(number) is signal.SIG_IGN]
+        agent.send(**orders, ignored=ignored)
 
     def find_interface(self) -> str:
         """Find the interface of a job over Gloo. An elastic job assumes that later hosts resemble its first ones."""

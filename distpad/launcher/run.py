@@ -78,9 +78,13 @@ def mpi_version(job: spec.Job, environ: Mapping[str, str]) -> str:
 
 @contextlib.contextmanager
 def received_signals() -> Iterator[list[int]]:
-    """A list that collects SIGINT, SIGTERM and SIGHUP while the context is open."""
+    """A list that collects SIGINT, SIGTERM and SIGHUP while the context is open.
+
+    A signal that is ignored stays ignored: SIGHUP under nohup, SIGINT in the background of a shell script.
+    """
     received: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    all_ = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = [number for number in all_ if signal.getsignal(number) is not signal.SIG_IGN]
     before = [signal.signal(number, lambda got, _: received.append(got)) for number in numbers]
     try:
         yield received

@@ -76,6 +76,8 @@ class Worker:
         if not line:
             return 1  # the agent ended before it sent orders
         orders = json.loads(line)
+        for number in orders["ignored"]:
+            signal.signal(number, signal.SIG_IGN)  # the command inherits it
         try:
             self.child = start(orders)
         except OSError as error:

@@ -1,8 +1,9 @@
 """A worker without TensorFlow that follows a script: scripted_worker.py RANK=ACTION ...  (RANK may be "all")
 
 Actions: exit:N, kill, sleep:S, ignore-terms (SIGTERM, SIGINT), leave-child, report (arguments, variables, folder as
-JSON), fail-once, write:N (lines), chatter:S (a line each 20 ms), save-on-term:S (takes S seconds). They run in order.
-Before the first action that takes time, it creates a file in DISTPAD_MARK, named by its process id, for the tests.
+JSON), ignores:SIGNAL (prints whether), fail-once, write:N (lines), chatter:S (a line each 20 ms), save-on-term:S (takes
+S seconds). They run in order. Before the first action that takes time, it creates a file in DISTPAD_MARK, named by its
+process id, for the tests.
 """
 
 import contextlib
@@ -40,6 +41,8 @@ def do(what: str) -> None:
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     elif name == "report":
         print(json.dumps({"argv": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd()}), flush=True)
+    elif name == "ignores":
+        print(value, signal.getsignal(getattr(signal, value)) == signal.SIG_IGN, flush=True)
     elif name == "fail-once":
         print(f"attempt {os.environ['DISTPAD_ATTEMPT']}", flush=True)
         sys.exit(9 if os.environ["DISTPAD_ATTEMPT"] == "0" else 0)

@@ -160,6 +160,23 @@ def test_signals_are_forwarded(number, code, engine):
     assert done.stderr.count("KeyboardInterrupt") == (2 if number == signal.SIGINT else 0)
 
 
+IN_BACKGROUND = ("sh", "-c", '"$@" & wait $!', "sh")  # a shell without job control: its child ignores SIGINT
+
+
+@pytest.mark.parametrize(("number", "under"), [(signal.SIGHUP, ["nohup"]), (signal.SIGINT, IN_BACKGROUND)])
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored(number, under):
+    command = scripted(f"all=ignores:{number.name}", "all=sleep:2")
+    running = Launched("-np", 2, command=command, under=under)
+    running.workers(2)
+    for process in psutil.Process(running.process.pid).children(recursive=True):  # agents, workers and commands too
+        process.send_signal(number)
+    if under == ["nohup"]:
+        running.process.send_signal(number)
+    done = running.finish()
+    assert done.code == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == [f"[worker {rank}] {number.name} True" for rank in (0, 1)]
+
+
 def test_a_second_ctrl_c_does_not_wait():
     running = Launched("-np", 2, "--grace-s", 300, command=scripted("all=ignore-terms", "all=sleep:600"))
     running.workers(2)
