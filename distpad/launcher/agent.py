@@ -4,7 +4,7 @@
 
 The launcher starts one agent on each host, directly or by ssh or srun. Both exchange lines of JSON over the agent's
 standard input and output, so that commands and secrets never appear on a command line. If the launcher ends, or sends
-nothing for times.lost_s, the agent ends the job's processes on its host, then itself.
+nothing for --lost-after-s, the agent ends the job's processes on its host, then itself.
 """
 
 from __future__ import annotations
@@ -94,8 +94,9 @@ class Agent:
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         """Handle the launcher's messages until it sends "end" or is gone."""
-        with contextlib.suppress(asyncio.TimeoutError):
-            while line := await asyncio.wait_for(reader.readline(), times.here().lost_s):
+        lost_after_s = self.orders["lost_after_s"]
+        try:
+            while line := await asyncio.wait_for(reader.readline(), lost_after_s):
                 message = json.loads(line)
                 what = message["do"]
                 if what == "end":
@@ -111,10 +112,12 @@ class Agent:
                     self._send_workers(do="signal", number=message["number"])
                 elif what == "leave":
                     self._send_workers(do="leave")
+        except asyncio.TimeoutError:
+            self.send(is_="alone", text=f"its agent heard nothing from the launcher for {lost_after_s:g} s")
 
     async def _beat(self) -> None:
         while True:
-            await asyncio.sleep(times.here().beat_s)
+            await asyncio.sleep(times.sign_of_life_s(self.orders["lost_after_s"]))
             self.send(is_="alive")
 
     async def _start(self, env: dict[str, str]) -> None:

@@ -47,11 +47,12 @@ class Attempt:
         self.started: dict[int, str] = {}  # rank: host
         self.ends: dict[int, int] = {}  # rank: exit code
         self.failures: list[int] = []  # ranks, in the order of their ends
-        self.lost: set[str] = set()
+        self.lost: dict[str, str] = {}  # host: the reason
         self.swept: set[str] = set()
         self.ending = False
         self.discovery: discovery.Discovery | None = None
         self.signalled = 0  # number of received signals when they were forwarded
+        self.looked = time.monotonic()
         self.over = threading.Event()
 
     def run(self) -> Outcome:
@@ -164,7 +165,7 @@ class Attempt:
         agent = self.agents.get(name)
         if not self.ending and (agent is None or agent.process.poll() is not None):
             self.facts.pop(name, None)
-            self.lost.discard(name)
+            self.lost.pop(name, None)
             self.swept.discard(name)
             self.add_agent(spec.Host(name, host.slots))
         return name in self.facts
@@ -206,7 +207,7 @@ class Attempt:
                     lambda: Outcome(TIME),
                 )
             if self.lost:
-                raise Ended(self.host_lost(min(self.lost)))
+                raise Ended(self.host_lost(*min(self.lost.items())))
             rank = self.failures[0]
             return Outcome(self.ends[rank], self.failure(rank, "first"), rank)
         if self.engine is not None:
@@ -241,7 +242,7 @@ class Attempt:
 
     def ping(self) -> None:
         """Send signs of life to the agents. Runs in a thread of its own, since a stopped terminal blocks the others."""
-        while not self.over.wait(self.times.ping_s):
+        while not self.over.wait(times.sign_of_life_s(self.job.lost_after_s)):
             self.send_all(do="ping")
 
     def take(self, event: crew.Event) -> None:
@@ -264,7 +265,7 @@ class Attempt:
             self.swept.add(host)
             if message["left"]:
                 log(f"killed leftover processes on {host}: {', '.join(message['left'])}")
-        elif what in ("closed", "broken") and host:
+        elif what in ("closed", "broken", "alone") and host:
             self.take_close(host, message)
         elif what == "closed":
             self.engine_code, self.engine_ended = message["code"], time.monotonic()
@@ -308,12 +309,15 @@ class Attempt:
             why = hostcheck.why_no_agent(host, self.job.python, list(agent.wrote), message["code"])
             raise Ended(Outcome(HOST, f"nothing was started. {why}", may_retry=False))
         else:
-            self.lose(host)
+            self.lose(host, message.get("text", "the connection to its agent ended"))
 
     def look_for_lost_hosts(self, now: float) -> None:
+        stopped_s, self.looked = now - self.looked, now
         for host, agent in list(self.agents.items()):
-            if now > agent.last_heard + self.times.agent_lost_s and host not in self.lost:
-                self.lose(host)
+            if stopped_s > 1:  # the launcher itself stood still: what the agents sent since is still unread
+                agent.last_heard += stopped_s
+            if now > agent.last_heard + self.job.lost_after_s and host not in self.lost:
+                self.lose(host, f"no answer for {now - agent.last_heard:.0f} s")
 
     def look_for_early_end(self, now: float) -> None:
         """Fail if the engine's launcher ended, but its workers did not report their ends within a short time."""
@@ -324,17 +328,15 @@ class Attempt:
             why = f"{self.job.launcher} ended (exit code {self.engine_code}) before the workers were done"
             raise Ended(Outcome(code, why, shows_launcher=True))
 
-    def lose(self, host: str) -> None:
-        self.lost.add(host)
+    def lose(self, host: str, why: str) -> None:
+        self.lost[host] = why
         if not self.job.elastic:
-            raise Ended(self.host_lost(host))
+            raise Ended(self.host_lost(host, why))
 
-    def host_lost(self, host: str) -> Outcome:
+    def host_lost(self, host: str, why: str) -> Outcome:
         ranks = ", ".join(str(rank) for rank, where in sorted(self.started.items()) if where == host)
         wrote = f" ({self.agents[host].wrote[-1]})" if self.agents[host].wrote else ""
-        return Outcome(
-            LOST, f"{host} was lost{wrote}, with worker {ranks or 'none'}: no answer for {self.times.agent_lost_s:g} s"
-        )
+        return Outcome(LOST, f"{host} was lost{wrote}, with worker {ranks or 'none'}: {why}")
 
     def pass_signals_on(self) -> None:
         """Forward received signals to the workers, and give them the grace period to react."""
@@ -374,7 +376,7 @@ class Attempt:
                     self.engine.kill(number)
                 self.wait_for(lambda: self.engine_code is not None, seconds)
         self.send_all(do="end", grace_s=0)
-        self.wait_for(lambda: set(self.agents) <= self.swept | self.lost, times.SWEPT_S)
+        self.wait_for(lambda: set(self.agents) <= self.swept | {*self.lost}, times.SWEPT_S)
         for agent in list(self.agents.values()):
             with contextlib.suppress(OSError):
                 agent.process.stdin.close()  # type: ignore[union-attr]

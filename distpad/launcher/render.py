@@ -15,10 +15,7 @@ from typing import Any
 from distpad.launcher import spec, tfconfig, times
 
 FOLDER = "/tmp"  # of sockets; the same on all hosts, and short, since the limit for a socket's path is 107 bytes
-SSH = (
-    *("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "LogLevel=ERROR"),
-    *("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"),
-)
+SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "LogLevel=ERROR")
 
 # The variables that workers on other hosts inherit from the launcher, besides those of --env.
 PASSED_ON = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "MPLBACKEND")
@@ -55,7 +52,14 @@ def hosts_file(job: spec.Job) -> str:
 def agent_argv(job: spec.Job, host: spec.Host, environ: Mapping[str, str]) -> list[str]:
     """The command line that starts a host's agent from the launcher's host."""
     by_srun = job.launcher == "srun" or "SLURM_JOB_ID" in environ
-    return remote_argv([job.python, "-m", "distpad.launcher.agent"], host, environ, job.ssh_args, by_srun=by_srun)
+    agent = [job.python, "-m", "distpad.launcher.agent"]
+    return remote_argv(agent, host, environ, ssh_args(job), by_srun=by_srun)
+
+
+def ssh_args(job: spec.Job) -> list[str]:
+    """The arguments of ssh besides SSH. ssh itself must not give up a silent host before the launcher does."""
+    alive_s = max(1, int(job.lost_after_s // 4))
+    return ["-o", f"ServerAliveInterval={alive_s}", "-o", "ServerAliveCountMax=3", *job.ssh_args]
 
 
 def remote_argv(
@@ -129,7 +133,7 @@ def _mpirun(job: spec.Job, mpi: str, is_root: bool) -> list[str]:
     for name, value in (("pml", "ob1"), ("btl", "^openib")):  # as Horovod's documentation says
         if name not in job.launcher_args:  # mpirun refuses duplicates; --launcher-arg overrides these, as for UCX
             argv += ["--mca", name, value]
-    ssh = [*SSH[1:], *job.ssh_args]
+    ssh = [*SSH[1:], *ssh_args(job)]
     argv += ["--prtemca", "plm_ssh_args", shlex.join(ssh)] if prrte else ["--mca", "plm_rsh_args", shlex.join(ssh)]
     if not prrte:
         argv += ["--mca", "btl_vader_single_copy_mechanism", "none"]  # containers forbid the system call that it uses
@@ -216,6 +220,7 @@ def orders(
         "env": worker_env(job, host, environ, secrets, attempt),
         "slots": host.slots,
         "grace_s": job.grace_s,
+        "lost_after_s": job.lost_after_s,
         "holds_failures": not job.elastic,
         "hosts": [] if job.elastic else [each.name for each in job.used_hosts],
     }

@@ -77,6 +77,7 @@ class Job:
     backoff_s: float = 2.0
     no_retry: tuple[int, ...] = NO_RETRY
     grace_s: float = 10.0
+    lost_after_s: float = 120.0
     start_timeout_s: float = 60.0
     timeout_s: Optional[float] = None  # noqa: UP045
     port: Optional[int] = None  # noqa: UP045
@@ -102,6 +103,7 @@ class Job:
             ("--max-restarts", self.max_restarts, 0),
             ("--backoff-s", self.backoff_s, 0),
             ("--grace-s", self.grace_s, 0),
+            ("--lost-after-s", self.lost_after_s, 1),
             ("--start-timeout-s", self.start_timeout_s, 1),
             ("--timeout-s", self.timeout_s, 0.001),
         ):

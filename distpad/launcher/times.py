@@ -22,6 +22,7 @@ LEFTOVERS_S = 2.0  # for pipes that a child of the command still holds open
 FLUSH_S = 2.0  # for the last messages of a connection
 WORKERS_HEARD_S = 2.0  # for the exit messages of workers after the exit of their engine's launcher
 KILLED_S = 2.0  # for killed processes to disappear
+SIGN_OF_LIFE_S = 5.0  # between two of the launcher or an agent; less for a short --lost-after-s
 SWEPT_S = 6.0  # for an agent to kill leftover processes on its host
 AGENT_GONE_S = 3.0  # for an agent to exit after its last message
 ENGINE_EXIT_S = 3.0  # for an engine's launcher to clean up after its workers
@@ -33,10 +34,8 @@ LONGEST_BACKOFF_S = 60.0  # maximum pause between two attempts
 class Times:
     """Periods and time limits that scale."""
 
-    beat_s: float = 2.0  # between two signs of life of an agent or a pod
-    ping_s: float = 5.0  # between two signs of life of the launcher
-    agent_lost_s: float = 15.0  # an agent that sends nothing for this long is lost to the launcher
-    lost_s: float = 20.0  # likewise a launcher to its agents, and a pod to the other pods
+    beat_s: float = 2.0  # between two signs of life of a pod
+    lost_s: float = 20.0  # a pod that sends nothing for this long is lost to the other pods
     own_error_s: float = 10.0  # maximum for the other workers to report their own errors after a first failure
     report_s: float = 15.0  # between two reports of missing pods
     discovery_s: float = 1.0  # between two runs of --host-discovery-script
@@ -57,6 +56,11 @@ def scaled(environ: Mapping[str, str]) -> Times:
     if not 0.01 <= scale <= 100:
         raise ValueError(f"launch: {SCALE} is {text!r}, expected a number from 0.01 to 100.")
     return Times(*(scale * value for value in dataclasses.astuple(Times())))
+
+
+def sign_of_life_s(lost_after_s: float) -> float:
+    """The period of the launcher's and the agents' signs of life."""
+    return min(SIGN_OF_LIFE_S, lost_after_s / 4)
 
 
 @functools.cache

@@ -17,7 +17,6 @@ import time
 import psutil
 import pytest
 
-from distpad.launcher import times
 from launched import LIMIT_S, QUICK, WORKER, Launched, launch, scripted
 
 HERE = pathlib.Path(__file__).parent
@@ -204,8 +203,8 @@ def test_workers_that_never_stop_writing_keep_nobody_from_looking(engine):
 
 def test_a_long_grace_is_one_grace():
     """The launcher sends signs of life while it waits. Otherwise the agents would end the job, with a second signal."""
-    lost_s = times.scaled(QUICK).lost_s
-    running = Launched("-np", 1, "--grace-s", 60, command=scripted(f"0=save-on-term:{1.5 * lost_s}"))
+    flags = ("--grace-s", 60, "--lost-after-s", 2)
+    running = Launched("-np", 1, *flags, command=scripted("0=save-on-term:3"))
     running.workers(1)
     running.process.send_signal(signal.SIGTERM)
     done = running.finish()
@@ -213,12 +212,32 @@ def test_a_long_grace_is_one_grace():
     assert "got 1 SIGTERM, saved" in done.stdout, done.stdout
 
 
+def pause(running: Launched, seconds: float) -> None:
+    running.workers(1)
+    running.process.send_signal(signal.SIGSTOP)  # as by Ctrl-Z, or a closed laptop
+    time.sleep(seconds)
+    running.process.send_signal(signal.SIGCONT)
+
+
+def test_a_launcher_that_pauses_does_not_end_the_job():
+    running = Launched("-np", 1, command=scripted("0=sleep:6"), env={"DISTPAD_TIME_SCALE": "0.1"})
+    pause(running, 4)
+    assert running.finish().code == 0, running.stderr
+
+
+def test_a_launcher_that_pauses_for_too_long_is_told_so():
+    running = Launched("-np", 1, "--lost-after-s", 1, command=scripted("0=sleep:600"))
+    pause(running, 3)
+    done = running.finish()
+    assert done.code == 4 and done.left() == []
+    assert "localhost was lost, with worker 0: its agent heard nothing from the launcher for 1 s" in done.stderr
+
+
 def test_a_terminal_that_stands_still_does_not_end_the_job():
-    stands_s = 1.5 * times.scaled(QUICK).lost_s
-    job = f"{sys.executable} -m distpad launch -np 1 -- {sys.executable} {WORKER} 0=write:20000"
+    job = f"{sys.executable} -m distpad launch -np 1 --lost-after-s 2 -- {sys.executable} {WORKER} 0=write:20000"
     env = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), **QUICK}
     done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", f"{job} | (sleep {stands_s}; wc -l)"],
+        ["bash", "-o", "pipefail", "-c", f"{job} | (sleep 4; wc -l)"],
         env=env, capture_output=True, text=True, timeout=LIMIT_S,
     )  # fmt: skip
     assert (done.returncode, done.stdout.strip()) == (0, "20000"), done.stderr

@@ -341,7 +341,14 @@ def test_every_flag_can_stand_in_a_file(tmp_path):
         **{"backend": "horovod", "np": 3, "hosts": ["node1:2", "node2:2"], "mpi": True, "launcher": "mpirun"},
         **{"launcher-arg": ["--x"], "ssh_arg": "-p2222", "network_interface": "eth1", "python": "/p", "env": ["HOME"]},
         **{"cwd": "/there", "log_dir": "/logs", "tee": True, "ranks": [0, 1], "max-restarts": 2, "backoff_s": 1.5},
-        **{"no_retry": [3], "grace-s": 4, "start_timeout_s": 9, "timeout_s": 99, "command": ["python", "a b.py"]},
+        **{
+            "no_retry": [3],
+            "grace-s": 4,
+            "start_timeout_s": 9,
+            "timeout_s": 99,
+            "lost_after_s": 60,
+            "command": ["python", "a b.py"],
+        },
     }
     file = tmp_path / "job.yaml"
     file.write_text(yaml.safe_dump(values))

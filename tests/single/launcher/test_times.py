@@ -22,8 +22,8 @@ def test_another_factor_is_refused(text):
 
 
 def test_signs_of_life_come_well_within_the_patience_for_them():
-    plain = times.Times()
-    assert 2 * plain.ping_s < plain.lost_s and 2 * plain.beat_s < min(plain.lost_s, plain.agent_lost_s)
+    assert 2 * times.Times().beat_s < times.Times().lost_s
+    assert all(2 * times.sign_of_life_s(lost_after_s) < lost_after_s for lost_after_s in (1, 10, 120, 3600))
 
 
 @pytest.mark.parametrize("by_srun", [False, True])
