@@ -33,6 +33,7 @@ class Attempt:
         limit: float | None,
     ) -> None:
         self.job, self.number, self.environ, self.secrets, self.mpi = job, number, environ, secrets, mpi
+        self.again = number > 0  # a host that has worked before may be rebooting, and a port be held by what ends
         self.received = received  # signals; the list may grow during the attempt
         self.limit = limit
         self.times = times.here()
@@ -176,7 +177,8 @@ class Attempt:
             return Outcome(HOST, f"nothing was started. {why}", may_retry=False)
         silent = [host for host in self.agents if host not in self.facts] or sorted({*self.agents} - {*self.ports})
         wrote = list(self.agents[silent[0]].wrote)
-        return Outcome(HOST, hostcheck.why_no_agent(silent[0], self.job.python, wrote, None), may_retry=False)
+        why = hostcheck.why_no_agent(silent[0], self.job.python, wrote, None)
+        return Outcome(HOST, why, may_retry=self.again)
 
     def missing_workers(self) -> Outcome:
         missing = [place for place in self.job.places if place.rank not in self.started]
@@ -255,7 +257,8 @@ class Attempt:
             self.facts[host] = message
         elif what == "ports":
             if not message["ports"]:
-                raise Ended(Outcome(HOST, hostcheck.taken(host, message["taken"], message["why"]), may_retry=False))
+                why = hostcheck.taken(host, message["taken"], message["why"])
+                raise Ended(Outcome(HOST, why, may_retry=self.again))
             self.ports[host] = message["ports"]
         elif what == "hello":
             self.take_hello(host, message)
@@ -304,10 +307,10 @@ class Attempt:
         if self.ending or self.job.elastic:
             self.swept.add(host)  # a host may leave an elastic job
         elif message["is"] == "broken":
-            raise Ended(Outcome(HOST, f"{host} cannot be used: {message['text']}", may_retry=False))
+            raise Ended(Outcome(HOST, f"{host} cannot be used: {message['text']}", may_retry=self.again))
         elif host not in self.facts:
             why = hostcheck.why_no_agent(host, self.job.python, list(agent.wrote), message["code"])
-            raise Ended(Outcome(HOST, f"nothing was started. {why}", may_retry=False))
+            raise Ended(Outcome(HOST, f"nothing was started. {why}", may_retry=self.again))
         else:
             self.lose(host, message.get("text", "the connection to its agent ended"))
 

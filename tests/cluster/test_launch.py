@@ -241,6 +241,29 @@ def test_a_host_that_does_not_answer(pair):
     assert re.search(r"host2 cannot be used: (it does not answer|there is no route)", done.stderr)
 
 
+def test_a_host_that_reboots_is_waited_for(pair, tmp_path):
+    """Restarts survive that it cannot be reached, and then that another process has the port."""
+
+    def wait_for_attempt(number: int) -> None:
+        while not (tmp_path / f"attempt-{number}").exists() and running.process.poll() is None:
+            time.sleep(0.05)
+
+    flags = ("--port", 5000, "--max-restarts", 9, "--backoff-s", 0.2, "--log-dir", tmp_path)
+    running = start(pair, "multiworker", "all=hang-once", flags=flags)
+    worker = running.workers(2)[0]
+    pair[1].stop_sshd()
+    occupant = pair[1].occupy(5000)
+    os.kill(worker, signal.SIGKILL)
+    wait_for_attempt(2)
+    pair[1].start_sshd()
+    wait_for_attempt(5)
+    occupant.kill()
+    done = running.finish()
+    assert done.code == 0, done.stderr
+    assert "nothing was started. host2 cannot be used: no ssh server listens there" in done.stderr
+    assert "port 5000 on host2 cannot be used (address already in use)" in done.stderr
+
+
 def test_a_host_that_nobody_knows(pair):
     flags = ("-H", "host1,host3")
     done = launch(*flags, command=["true"], host=pair[0])

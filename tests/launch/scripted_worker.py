@@ -1,9 +1,9 @@
 """A worker without TensorFlow that follows a script: scripted_worker.py RANK=ACTION ...  (RANK may be "all")
 
 Actions: exit:N, kill, sleep:S, ignore-terms (SIGTERM, SIGINT), leave-child, report (arguments, variables, folder as
-JSON), ignores:SIGNAL (prints whether), fail-once, write:N (lines), chatter:S (a line each 20 ms), save-on-term:S (takes
-S seconds). They run in order. Before the first action that takes time, it creates a file in DISTPAD_MARK, named by its
-process id, for the tests.
+JSON), ignores:SIGNAL (prints whether), fail-once, hang-once, write:N (lines), chatter:S (a line each 20 ms),
+save-on-term:S (takes S seconds). They run in order. Before the first action that takes time, it creates a file in
+DISTPAD_MARK, named by its process id, for the tests.
 """
 
 import contextlib
@@ -46,6 +46,9 @@ def do(what: str) -> None:
     elif name == "fail-once":
         print(f"attempt {os.environ['DISTPAD_ATTEMPT']}", flush=True)
         sys.exit(9 if os.environ["DISTPAD_ATTEMPT"] == "0" else 0)
+    elif name == "hang-once" and os.environ["DISTPAD_ATTEMPT"] == "0":
+        mark_started()
+        time.sleep(600)
     elif name == "write":
         for i in range(int(value)):
             print(f"{RANK} line {i} " + "x" * 100)
@@ -64,7 +67,7 @@ def do(what: str) -> None:
         while time.monotonic() < end:
             time.sleep(0.05)
         print(f"got {len(got)} SIGTERM, saved", flush=True)
-    else:
+    elif name != "hang-once":
         raise ValueError(what)
 
 
