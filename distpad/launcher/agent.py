@@ -16,13 +16,14 @@ import json
 import os
 import pathlib
 import platform
-import shutil
 import signal
 import socket
 import sys
 from typing import Any
 
-from distpad.launcher import render, times
+import psutil
+
+from distpad.launcher import processes, render, times
 
 PACKAGES = ("tensorflow", "tensorflow-cpu", "tensorflow-gpu", "keras", "numpy", "horovod", "distpad")
 DAEMONS = ("orted", "prted")  # Open MPI's, which may outlive a killed launcher
@@ -34,6 +35,7 @@ def main() -> None:
     # A terminal, ssh or scancel signals the whole session. The workers receive the signal too, and report their ends.
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    processes.adopt_orphans()
     asyncio.run(Agent().serve())
 
 
@@ -45,7 +47,7 @@ class Agent:
         self.workers: dict[asyncio.StreamWriter, dict[str, Any]] = {}  # connected workers: their hello messages
         self.rank_envs: dict[str, dict[str, str]] = {}  # rank: its own variables, if an engine starts the workers
         self.groups: set[int] = set()  # process groups of the commands on this host
-        self.daemons: set[int] = set()
+        self.seen: set[psutil.Process] = set()  # the workers' descendants, in case that a worker is killed
         self.connected: set[int | None] = set()  # the ranks of all workers that have connected so far
         self.watchers: list[asyncio.Future[None]] = []  # of workers that the agent itself started
         self.launcher: asyncio.StreamWriter
@@ -119,6 +121,11 @@ class Agent:
         while True:
             await asyncio.sleep(times.sign_of_life_s(self.orders["lost_after_s"]))
             self.send(is_="alive")
+            self._look()
+
+    def _look(self) -> None:
+        workers = [hello["pid"] for hello in self.workers.values()]
+        self.seen |= {each for each in processes.descendants([os.getpid(), *workers]) if each.pid not in workers}
 
     async def _start(self, env: dict[str, str]) -> None:
         process = await asyncio.create_subprocess_exec(
@@ -147,7 +154,9 @@ class Agent:
                 if message["is"] == "hello":
                     hello = self.workers[writer] = message
                     self.connected.add(message["rank"])
-                    self._remember_daemon(message["parent"])
+                    with contextlib.suppress(psutil.Error):
+                        parent = psutil.Process(message["parent"])
+                        self.seen |= {parent} if parent.name() in DAEMONS else set()
                     own = self.rank_envs.get(str(message["rank"]), {})
                     orders = {**self.orders, "env": {**self.orders["env"], **own}}
                     writer.write(json.dumps(orders).encode() + b"\n")
@@ -167,17 +176,13 @@ class Agent:
         self.workers.pop(writer, None)
         writer.close()
 
-    def _remember_daemon(self, pid: int) -> None:
-        with contextlib.suppress(OSError):
-            if pathlib.Path(f"/proc/{pid}/comm").read_text().strip() in DAEMONS:
-                self.daemons.add(pid)
-
     def _send_workers(self, **message: Any) -> None:
         for writer in self.workers:
             writer.write(json.dumps(message).encode() + b"\n")
 
     async def end(self) -> None:
         """End the job's processes on this host: send SIGTERM, wait for the grace period, kill the rest."""
+        self._look()
         self._send_workers(do="leave")
         self._send_workers(do="signal", number=signal.SIGTERM)
         clock = asyncio.get_running_loop()
@@ -190,8 +195,8 @@ class Agent:
         deadline = clock.time() + 1
         while self.workers and clock.time() < deadline:  # workers still report how their commands ended
             await asyncio.sleep(0.02)
-        left = sweep(self.orders["job"], self.daemons)
-        self.send(is_="swept", left=left)
+        self._look()
+        self.send(is_="swept", left=processes.kill(self.seen | marked(self.orders["job"])))
 
     def send(self, is_: str = "", **fields: Any) -> None:
         self.launcher.write(json.dumps({"is": is_, **fields} if is_ else fields).encode() + b"\n")
@@ -213,8 +218,6 @@ def facts(hosts: list[str]) -> dict[str, Any]:
 
 def interfaces() -> dict[str, list[str]]:
     """The addresses of each network interface of this host."""
-    import psutil
-
     return {name: [each.address for each in found] for name, found in psutil.net_if_addrs().items()}
 
 
@@ -244,30 +247,15 @@ def find_ports(count: int, first: int | None) -> dict[str, Any]:
             each.close()
 
 
-def sweep(job: str, daemons: set[int]) -> list[str]:
-    """Kill leftover processes of the job on this host. All of them carry the job's id in their environment.
-
-    Returns:
-      The programs of the processes that were found.
-    """
-    import psutil
-
+def marked(job: str) -> set[psutil.Process]:
+    """The processes on this host that carry the job's id, such as those of a worker that its engine has killed."""
     kept = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
-    here = network("self")
-    found = []
+    here, found = network("self"), set()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.pid in kept or network(process.pid) != here:
-                continue
-            if process.pid in daemons or process.environ().get("DISTPAD_JOB") == job:
-                found.append(process)
-    shown = []
-    for process in found:
-        with contextlib.suppress(psutil.Error):
-            shown.append(shutil.which(process.name()) or process.name())
-            process.kill()
-    psutil.wait_procs(found, timeout=times.KILLED_S)
-    return shown
+            if process.pid not in kept and process.environ().get("DISTPAD_JOB") == job and network(process.pid) == here:
+                found.add(process)
+    return found
 
 
 def network(pid: int | str) -> str:

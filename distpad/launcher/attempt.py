@@ -263,11 +263,11 @@ class Attempt:
         elif what == "hello":
             self.take_hello(host, message)
         elif what in ("exit", "gone"):
+            self.report_left(host, message)
             self.take_end(host, rank, message.get("code", 128 + signal.SIGKILL))
         elif what == "swept":
             self.swept.add(host)
-            if message["left"]:
-                log(f"killed leftover processes on {host}: {', '.join(message['left'])}")
+            self.report_left(host, message)
         elif what in ("closed", "broken", "alone") and host:
             self.take_close(host, message)
         elif what == "closed":
@@ -300,6 +300,10 @@ class Attempt:
         self.started.setdefault(rank, host)  # it may have ended before it connected
         if code and not self.ending:  # once the job ends, exit codes are no failures
             self.failures.append(rank)
+
+    def report_left(self, host: str, message: Mapping[str, Any]) -> None:
+        if message.get("left"):
+            log(f"killed leftover processes on {host}: {', '.join(message['left'])}")
 
     def take_close(self, host: str, message: Mapping[str, Any]) -> None:
         """Handle the end of an agent, which is an error before the job ends."""

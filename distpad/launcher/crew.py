@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import ctypes
 import functools
 import json
 import math
 import os
 import queue
-import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from distpad.launcher import worker
+from distpad.launcher import processes
 
 
 class Event(NamedTuple):
@@ -35,8 +33,7 @@ def spawn(argv: Sequence[str], env: Mapping[str, str], *, dies_with_us: bool) ->
 
     The working directory is /, since horovodrun inserts its name unquoted into a shell command.
     """
-    libc = ctypes.CDLL(None)
-    tie = functools.partial(libc.prctl, worker.PR_SET_PDEATHSIG, signal.SIGKILL) if dies_with_us else None
+    tie = functools.partial(processes.die_with_parent, os.getpid()) if dies_with_us else None
     return subprocess.Popen(
         argv,
         env=dict(env),

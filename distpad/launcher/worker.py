@@ -4,13 +4,13 @@
 
 An engine's launcher starts this program in place of the command. It sends its rank to the agent, which listens at
 FOLDER/HOST.sock, and receives the command, variables and secrets. It then sends each line of the command's output, and
-its exit code. The command never outlives this process, and this process never outlives its agent.
+its exit code. The command and its descendants never outlive this process, which never outlives its agent.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import functools
 import json
 import os
 import signal
@@ -22,10 +22,9 @@ import time
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
-from distpad.launcher import times
+from distpad.launcher import processes, times
 
 LONGEST_LINE = 1 << 16  # longer ones are sent in pieces
-PR_SET_PDEATHSIG = 1
 RANK = ("DISTPAD_RANK", "HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
 SIZE = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 LOCAL_RANK = ("HOROVOD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
@@ -34,6 +33,7 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signa
 
 def main(folder: str) -> int:
     """Run one worker. Returns the command's exit code, or 128 + N if signal N ended it."""
+    processes.adopt_orphans()
     worker = Worker(connect(folder))
     for number in FORWARDED:
         signal.signal(number, lambda received, _: worker.signal(received))
@@ -94,19 +94,19 @@ class Worker:
         ]
         for thread in (*pumps, threading.Thread(target=self.listen, args=(orders["grace_s"],), daemon=True)):
             thread.start()
-        code = self.child.wait()
+        code = processes.wait(self.child.pid)
+        self.child.returncode = code
         end = time.monotonic() + times.LEFTOVERS_S
         for pump in pumps:
             pump.join(max(0, end - time.monotonic()))
-        self.kill(signal.SIGKILL)  # leftover processes of the command's group
-        return self.finish(code if code >= 0 else 128 - code, orders)
+        return self.finish(code, orders)
 
     def finish(self, code: int, orders: dict[str, Any]) -> int:
         """Report the exit code. After a failure, wait before exiting, so that other workers can report their errors.
 
         Engines end all workers as soon as one process ends.
         """
-        self.send(is_="exit", code=code)
+        self.send(is_="exit", code=code, left=processes.kill_descendants())
         if code and orders["holds_failures"]:
             self.leave.wait(orders["grace_s"] + times.LEFTOVERS_S)
         return code
@@ -170,22 +170,15 @@ def start(orders: Mapping[str, Any]) -> subprocess.Popen[bytes]:
     threads = os.environ.get("SLURM_CPUS_PER_TASK") or str(max(1, len(os.sched_getaffinity(0)) // orders["slots"]))
     for name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"):
         env[name] = env.get(name) or threads  # otherwise each worker uses all cores of its host
-    command, libc, parent = orders["command"], ctypes.CDLL(None), os.getpid()
-
-    def die_with_parent() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # this process died before prctl
-            os._exit(1)
-
     return subprocess.Popen(
-        command,
+        orders["command"],
         cwd=orders["cwd"],
         env=env,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
-        preexec_fn=die_with_parent,  # no thread runs yet
+        preexec_fn=functools.partial(processes.die_with_parent, os.getpid()),  # no thread runs yet
     )
 
 

@@ -183,7 +183,7 @@ def test_ctrl_c(pair, engine):
 
 @mostly_alone
 def test_a_launcher_that_is_killed(pair, engine):
-    running = start(pair, engine, "all=ignore-terms", "all=sleep:600")
+    running = start(pair, engine, "all=ignore-terms", "all=escape:600", "all=sleep:600")
     running.workers(2)
     running.process.kill()
     running.process.communicate()

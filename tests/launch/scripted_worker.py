@@ -1,9 +1,9 @@
 """A worker without TensorFlow that follows a script: scripted_worker.py RANK=ACTION ...  (RANK may be "all")
 
-Actions: exit:N, kill, sleep:S, ignore-terms (SIGTERM, SIGINT), leave-child, report (arguments, variables, folder as
-JSON), ignores:SIGNAL (prints whether), fail-once, hang-once, write:N (lines), chatter:S (a line each 20 ms),
-save-on-term:S (takes S seconds). They run in order. Before the first action that takes time, it creates a file in
-DISTPAD_MARK, named by its process id, for the tests.
+Actions: exit:N, kill, sleep:S, ignore-terms (SIGTERM, SIGINT), leave-child, escape:S (leaves a sleep of S seconds),
+report (arguments, variables, folder as JSON), ignores:SIGNAL (prints whether), fail-once, hang-once, write:N (lines),
+chatter:S (a line each 20 ms), save-on-term:S (takes S seconds). They run in order. Before the first action that takes
+time, it creates a file in DISTPAD_MARK, named by its process id, for the tests.
 """
 
 import contextlib
@@ -39,6 +39,9 @@ def do(what: str) -> None:
         print("ignoring", flush=True)
     elif name == "leave-child":  # in another group and session, with the pipes open
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    elif name == "escape":  # from group, session and environment
+        subprocess.Popen(["setsid", "env", "-i", "sleep", value], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(0.2)
     elif name == "report":
         print(json.dumps({"argv": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd()}), flush=True)
     elif name == "ignores":

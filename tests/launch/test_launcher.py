@@ -82,12 +82,13 @@ def test_a_worker_that_is_killed(engine):
 
 
 def test_a_worker_whose_parent_is_killed_dies_with_it():
-    running = Launched("-np", 2, command=scripted("all=sleep:600"))
+    running = Launched("-np", 2, command=scripted("all=escape:602.25", "all=sleep:600"))
     parent = psutil.Process(running.workers(2)[0]).parent()
     assert "distpad.launcher.worker" in parent.cmdline()
     parent.kill()
     done = running.finish()
     assert done.code == 137 and "signal SIGKILL" in done.stderr and done.left() == []
+    assert sleeps("602.25") == []
 
 
 @everywhere
@@ -96,23 +97,30 @@ def test_a_worker_that_ignores_sigterm(engine):
     assert done.code == 7
 
 
+def sleeps(seconds: str) -> list[psutil.Process]:
+    return [each for each in psutil.process_iter(["cmdline"]) if each.info["cmdline"] == ["sleep", seconds]]
+
+
 @mostly_alone
 def test_children_never_outlive_it(engine):
-    done = launch(*engine, "-np", 2, command=scripted("all=leave-child"))
+    """Also those that leave their session and environment. The message names their own program."""
+    done = launch(*engine, "-np", 2, command=scripted("0=leave-child", "1=escape:601.25"))
     assert done.code == 0
-    assert "killed leftover processes on localhost" in done.stderr
+    left = "\n".join(re.findall("killed leftover processes on localhost: (.*)", done.stderr))
+    assert re.search(r"^\S*/sleep \(\d+\)$", left, re.M) and os.path.realpath(sys.executable) in left
+    assert sleeps("601.25") == []
 
 
 @everywhere
 def test_a_launcher_that_is_killed_takes_all_with_it(engine):
-    running = Launched(*engine, "-np", 2, command=scripted("all=ignore-terms", "all=sleep:600"))
+    running = Launched(*engine, "-np", 2, command=scripted("all=ignore-terms", "all=escape:603.25", "all=sleep:600"))
     running.workers(2)
     running.process.kill()
     running.process.wait()
     end = time.monotonic() + LIMIT_S
-    while running.left() and time.monotonic() < end:
+    while (running.left() or sleeps("603.25")) and time.monotonic() < end:
         time.sleep(0.2)
-    assert running.left() == []
+    assert running.left() == sleeps("603.25") == []
 
 
 SAVER = """

@@ -1,0 +1,79 @@
+"""The processes of a job on one host, found through their ancestors.
+
+A process may leave its group, session and environment, but not its tree: a worker and an agent are subreapers, so that
+a descendant whose parent ends becomes their own child.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import ctypes
+import os
+import signal
+from collections.abc import Collection, Iterable
+
+import psutil
+
+from distpad.launcher import times
+
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of its descendants whose parents end."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def descendants(roots: Iterable[int]) -> set[psutil.Process]:
+    """The children of the processes with these ids, their children, and so on."""
+    children = collections.defaultdict(list)
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            children[process.ppid()].append(process)
+    found, left = set(), [*roots]
+    while left:
+        for process in children.pop(left.pop(), []):
+            found.add(process)
+            left.append(process.pid)
+    return found
+
+
+def kill(found: Collection[psutil.Process]) -> list[str]:
+    """Kill processes, wait until they have disappeared, and return their own programs and ids."""
+    killed = []
+    for process in found:
+        with contextlib.suppress(psutil.Error):
+            if process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            program = process.name()
+            with contextlib.suppress(psutil.Error):  # another user's
+                program = process.exe() or program
+            process.kill()
+            killed.append(f"{program} ({process.pid})")
+    psutil.wait_procs(found, timeout=times.KILLED_S)
+    return killed
+
+
+def kill_descendants() -> list[str]:
+    """Kill the descendants of this process, and what they start meanwhile."""
+    killed: list[str] = []
+    while more := kill(descendants([os.getpid()])):
+        killed += more
+    return killed
+
+
+def wait(child: int) -> int:
+    """Wait for the end of a child, and of orphans that this process has adopted. Returns the child's exit code."""
+    while True:
+        ended, status = os.wait()
+        if ended == child:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else 128 - code
+
+
+def die_with_parent(parent: int) -> None:
+    """Let the kernel kill this process with its parent, whose id is given in case that it has ended already."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
