@@ -74,7 +74,7 @@ def launch(
     network_interface: str = typer.Option("", help="The network interface for collectives, such as eth0.", rich_help_panel="Engine"),
     port: Optional[int] = typer.Option(None, help="multiworker: the first worker's port on each host. Default: free ports.", rich_help_panel="Engine"),
     python: str = typer.Option(DEFAULT["python"], help="The Python that has distpad installed, on all hosts.", show_default=False, rich_help_panel="Engine"),
-    env: list[str] = typer.Option([], metavar="NAME", help="A variable to pass to workers on other hosts as well. Repeatable.", rich_help_panel="Environment"),
+    env: list[str] = typer.Option([], metavar="NAME[=VALUE]", help="A further variable for all workers, or one of the login such as SSH_AUTH_SOCK. Repeatable.", rich_help_panel="Environment"),
     secret: list[str] = typer.Option([], metavar="NAME=FILE", help="A variable whose value is read from a file. Repeatable.", rich_help_panel="Environment"),
     cwd: str = typer.Option("", metavar="FOLDER", help="The command's working directory, on all hosts. Default: the current one.", rich_help_panel="Environment"),
     log_dir: str = typer.Option("", metavar="FOLDER", help="Write FOLDER/attempt-N/rank-N.stdout and .stderr instead of the terminal.", rich_help_panel="Output"),

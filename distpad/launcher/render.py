@@ -17,9 +17,11 @@ from distpad.launcher import spec, tfconfig, times
 FOLDER = "/tmp"  # of sockets; the same on all hosts, and short, since the limit for a socket's path is 107 bytes
 SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "LogLevel=ERROR")
 
-# The variables that workers on other hosts inherit from the launcher, besides those of --env.
-PASSED_ON = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "MPLBACKEND")
-PASSED_ON_AS = ("TF_", "XLA_", "KERAS_", "NCCL_", "UCX_", "HOROVOD_", "CUDA_", "PYTHON", "DISTPAD_")
+# The variables of the login and its terminal. Workers have those of their own host; --env NAME passes one on.
+OF_THE_LOGIN = re.compile(
+    r"HOME|USER|LOGNAME|SHELL|MAIL|HOSTNAME|PWD|OLDPWD|SHLVL|_|TERM|COLORTERM|LS_COLORS|DISPLAY|WAYLAND_DISPLAY|"
+    r"XAUTHORITY|WINDOWID|STY|TMUX\w*|SSH_\w+|DBUS_\w+|NVIDIA_\w+|XDG_RUNTIME_DIR|XDG_SESSION_\w+|BASH_FUNC_.*"
+)
 # The variables that the engine's launcher and ssh inherit. They might put any others onto command lines.
 NEEDED = (
     *("PATH", "HOME", "USER", "LOGNAME", "LANG", "TMPDIR", "TERM", "SSH_AUTH_SOCK"),
@@ -28,7 +30,7 @@ NEEDED = (
 NEEDED_AS = ("SLURM_", "OMPI_MCA_", "PRTE_MCA_", "PMIX_MCA_")
 # Variables that identify a process within a job. Nothing inherits them from the launcher's environment.
 MEMBERSHIP = re.compile(
-    r"TF_CONFIG|HOROVOD_(RANK|SIZE|LOCAL_\w+|CROSS_\w+|HOSTNAME|CONTROLLER|CPU_OPERATIONS|GLOO_RENDEZVOUS_\w+|GLOO_IFACE|"
+    r"TF_CONFIG|K_MPI_JOB_ROLE|JOB_COMPLETION_INDEX|HOROVOD_(RANK|SIZE|LOCAL_\w+|CROSS_\w+|HOSTNAME|CONTROLLER|CPU_OPERATIONS|GLOO_RENDEZVOUS_\w+|GLOO_IFACE|"
     r"ELASTIC)|OMPI_\w+|PMIX?_\w+|PRTE_\w+|SLURM_(?!JOB_|ARRAY_|CLUSTER_|SUBMIT_)\w+|"
     r"DISTPAD_(BACKEND|WORKERS|HOSTS|REPLICAS|ATTEMPT|JOB|RANK)"
 )
@@ -181,19 +183,19 @@ def worker_env(
 ) -> dict[str, str]:
     """The variables of a host's workers, besides the engine's own.
 
-    Workers on this machine inherit the launcher's whole environment, workers on other hosts the variables of PASSED_ON
-    and ``--env``. All workers get the expected topology, which the library compares with the engine's, the settings of
-    Horovod and NCCL, and the secrets.
+    All workers inherit the launcher's variables except those of OF_THE_LOGIN and MEMBERSHIP, and those of ``--env``.
+    They also get the expected topology, which the library compares with the engine's, the settings of Horovod and
+    NCCL, and the secrets.
     """
-    here = {k: v for k, v in environ.items() if not MEMBERSHIP.fullmatch(k)}
-    missing = [name for name in job.env if name not in environ]
-    if missing:
-        raise ValueError(f"launch: --env names {', '.join(missing)}, expected variables that are set here.")
+    env = {k: v for k, v in environ.items() if not (MEMBERSHIP.fullmatch(k) or OF_THE_LOGIN.fullmatch(k))}
     if not host.is_here or "SLURM_JOB_ID" in environ:
         # Another host numbers its GPUs differently, and Slurm sets the variable for each step.
-        here.pop("CUDA_VISIBLE_DEVICES", None)
-    wanted = {k: v for k, v in here.items() if k in PASSED_ON or k.startswith(PASSED_ON_AS)}
-    env = {**(here if host.is_here else wanted), **{name: environ[name] for name in job.env}}
+        env.pop("CUDA_VISIBLE_DEVICES", None)
+    for given in job.env:
+        name, equals, value = given.partition("=")
+        if not equals and name not in environ:
+            raise ValueError(f"launch: --env names {name}, expected a variable that is set here, or NAME=VALUE.")
+        env[name] = value if equals else environ[name]
     env.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     if job.backend == "horovod":
         env = {**STALL, **env}

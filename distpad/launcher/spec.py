@@ -109,7 +109,7 @@ class Job:
         ):
             if value is not None and not low <= value < float("inf"):
                 raise ValueError(f"launch: {flag} is {value}, expected at least {low}.")
-        for name in (*self.env, *self.secrets):
+        for name in (*(given.partition("=")[0] for given in self.env), *self.secrets):
             if not _NAME.fullmatch(name):
                 raise ValueError(f"launch: variable name is {name!r}, expected letters, digits and underscores.")
         if self.port is not None and not 1024 <= self.port <= 65535 - self.workers:

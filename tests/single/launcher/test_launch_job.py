@@ -36,7 +36,7 @@ ALWAYS = {
 JOBS = {
     "mirrored": {"backend": "mirrored", "np": 4},
     "multiworker-here": {"np": 2},
-    "multiworker-ssh": {"hosts": HOSTS, "port": 5000, "ssh_args": ("-p2222",), "env": ("DATA",)},
+    "multiworker-ssh": {"hosts": HOSTS, "port": 5000, "ssh_args": ("-p2222",), "env": ("MODE=test",)},
     "horovodrun-here": {"backend": "horovod", "np": 2},
     "horovodrun": {
         "backend": "horovod",
@@ -127,15 +127,16 @@ def test_hosts_that_mean_harm_are_refused(text):
 
 
 def test_the_environment_of_a_worker():
-    job = make(hosts=HOSTS, env=("DATA",))
-    env = render.worker_env(job, HOSTS[0], ENVIRON, {"KEY": "k"})
-    assert env["DATA"] == "/data/my set" and env["NCCL_DEBUG"] == "WARN" and env["KEY"] == "k"
-    assert "EDITOR" not in env and "HF_TOKEN" not in env  # nobody asked for them
-    assert "TF_CONFIG" not in env and "HOROVOD_RANK" not in env  # of a job around this one
-    assert (env["DISTPAD_WORKERS"], env["DISTPAD_HOSTS"]) == ("8", "2")
-    here = render.worker_env(make(np=2), spec.Host("localhost", 2), ENVIRON, {})
-    assert here["EDITOR"] == "vi" and "HOROVOD_RANK" not in here
-    with pytest.raises(ValueError, match=r"--env names NOT_SET, expected variables that are set"):
+    environ = {**ENVIRON, "SSH_AUTH_SOCK": "/s", "DISPLAY": ":0", "CUDA_VISIBLE_DEVICES": "1", "_": "/bin/it"}
+    job = make(hosts=(spec.Host("localhost"), spec.Host("node1")), env=("DISPLAY", "MODE=a=b"))
+    here, there = (render.worker_env(job, host, environ, {"KEY": "k"}) for host in job.hosts)
+    assert there["DATA"] == "/data/my set" and there["EDITOR"] == "vi" and there["KEY"] == "k"
+    assert (there["DISPLAY"], there["MODE"]) == (":0", "a=b")  # of --env
+    assert not there.keys() & {"HOME", "USER", "SSH_AUTH_SOCK", "_"}  # each host's own
+    assert not there.keys() & {"TF_CONFIG", "HOROVOD_RANK"}  # of a job around this one
+    assert (there["DISTPAD_WORKERS"], there["DISTPAD_HOSTS"]) == ("2", "2")
+    assert here == {**there, "CUDA_VISIBLE_DEVICES": "1"}
+    with pytest.raises(ValueError, match=r"--env names NOT_SET, expected a variable that is set"):
         render.worker_env(make(env=("NOT_SET",)), HOSTS[0], ENVIRON, {})
 
 
