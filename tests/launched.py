@@ -38,7 +38,7 @@ class Launched:
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self.began = time.monotonic()
         self.process = (host.popen if host else subprocess.Popen)(
-            argv, env=environment, cwd=cwd, text=True, start_new_session=True, **streams
+            argv, env=environment, cwd=cwd, text=True, errors="surrogateescape", start_new_session=True, **streams
         )
 
     def left(self) -> list[str]:

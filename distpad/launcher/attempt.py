@@ -251,8 +251,8 @@ class Attempt:
         """Handle one event."""
         host, message = event
         what, rank = message["is"], message.get("rank")
-        if what == "line":
-            self.output.line(rank, message["stream"], message["text"])
+        if what == "output":
+            self.output.write(rank, message["stream"], message["text"].encode("utf-8", "surrogateescape"))
         elif what == "ready":
             self.facts[host] = message
         elif what == "ports":

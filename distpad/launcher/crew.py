@@ -76,14 +76,14 @@ class Member:
 
     def handle_text(self, line: str) -> None:
         """Handle a line that is no message."""
-        self.wrote.append(line)
+        self.wrote.append(line.encode("utf-8", "surrogateescape").decode("utf-8", "replace").rstrip("\r\n"))
 
     def emit(self, **message: Any) -> None:
         self.events.put(Event(self.host, message))
 
     def _read(self, pipe: Any, handle_output: Callable[[str], None]) -> None:
         for line in pipe:
-            handle_output(line.decode("utf-8", "replace").rstrip("\r\n"))
+            handle_output(line.decode("utf-8", "surrogateescape"))
 
     def _wait(self) -> None:
         code = self.process.wait()
@@ -126,4 +126,4 @@ class Engine(Member):
 
     def handle_text(self, line: str) -> None:
         super().handle_text(line)
-        self.emit(**{"is": "line"}, rank=None, stream="stderr", text=line)
+        self.emit(**{"is": "output"}, rank=None, stream="stderr", text=line)

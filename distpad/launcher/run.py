@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-from distpad.launcher import attempt, outcomes, render, spec, times
+from distpad.launcher import attempt, outcomes, output, render, spec, times
 
 
 def run(job: spec.Job, environ: Mapping[str, str], are_ready: Callable[[list[int]], bool] | None = None) -> int:
@@ -27,6 +27,7 @@ def run(job: spec.Job, environ: Mapping[str, str], are_ready: Callable[[list[int
     secrets = read_secrets(job.secrets)
     mpi = mpi_version(job, environ) if job.launcher == "mpirun" else ""
     began = time.monotonic()
+    output.allow_open_files(job)
     with received_signals() as received:
         for number in range(job.max_restarts + 1):
             if are_ready is not None and not are_ready(received):

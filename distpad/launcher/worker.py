@@ -3,7 +3,7 @@
     python -m distpad.launcher.worker FOLDER
 
 An engine's launcher starts this program in place of the command. It sends its rank to the agent, which listens at
-FOLDER/HOST.sock, and receives the command, variables and secrets. It then sends each line of the command's output, and
+FOLDER/HOST.sock, and receives the command, variables and secrets. It then sends the bytes of the command's output, and
 its exit code. The command and its descendants never outlive this process, which never outlives its agent.
 """
 
@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 from distpad.launcher import processes, times
 
-LONGEST_LINE = 1 << 16  # longer ones are sent in pieces
+CHUNK = 1 << 16  # bytes of output in one message
 RANK = ("DISTPAD_RANK", "HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
 SIZE = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 LOCAL_RANK = ("HOROVOD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
@@ -83,7 +83,7 @@ class Worker:
         except OSError as error:
             code = 127 if isinstance(error, FileNotFoundError) else 126
             what = error.filename or orders["command"][0]
-            self.send(is_="line", stream="stderr", text=f"distpad: cannot start {what}: {error.strerror}")
+            self.send(is_="output", stream="stderr", text=f"distpad: cannot start {what}: {error.strerror}\n")
             return self.finish(code, orders)
         self.send(is_="started", pid=self.child.pid)
         for number in self.pending:
@@ -112,16 +112,9 @@ class Worker:
         return code
 
     def pump(self, source: BinaryIO, stream: str) -> None:
-        """Send the command's output line by line. A carriage return, as in progress bars, ends a line too."""
-        rest = b""
-        while chunk := os.read(source.fileno(), LONGEST_LINE):
-            *lines, rest = (rest + chunk).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
-            if len(rest) > LONGEST_LINE:
-                lines, rest = [*lines, rest], b""
-            for line in lines:
-                self.send(is_="line", stream=stream, text=line.decode("utf-8", "replace"))
-        if rest:
-            self.send(is_="line", stream=stream, text=rest.decode("utf-8", "replace"))
+        """Send the command's output. JSON holds its bytes as text with surrogates for what is not UTF-8."""
+        while chunk := os.read(source.fileno(), CHUNK):
+            self.send(is_="output", stream=stream, text=chunk.decode("utf-8", "surrogateescape"))
 
     def listen(self, grace_s: float) -> None:
         """Handle the agent's messages, and end the command when the agent is gone."""

@@ -522,10 +522,31 @@ def test_a_folder_for_logs_that_cannot_be_made(tmp_path):
     assert done.code == 2 and f"--log-dir {tmp_path / 'file'} cannot be written: File exists" in done.stderr
 
 
-def test_what_a_terminal_cannot_show_does_not_end_the_job():
-    command = [sys.executable, "-c", "import os; os.write(1, b'\\xc3\\xa4\\n'); raise SystemExit(7)"]
-    done = launch("-np", 1, command=command, env={"PYTHONIOENCODING": "ascii"})
-    assert (done.code, done.stdout) == (7, "\\xe4\n"), done.stderr
+@pytest.mark.parametrize("workers", [1, 2])
+def test_logs_are_the_programs_bytes(tmp_path, workers):
+    """Invalid UTF-8, long lines, line ends of Windows, progress bars. On a terminal, lines have prefixes."""
+    data = b"caf\xe9 \xff\ncrlf\r\n10%%\r50%%\r100%%\n%s\n\rno end" % (b"\xe2\x98\x83" * 100_000)
+    (tmp_path / "data").write_bytes(data)
+    command = [sys.executable, "-c", f"import os; os.write(1, open({str(tmp_path / 'data')!r}, 'rb').read())"]
+    done = launch("-np", workers, "--log-dir", tmp_path, "--tee", command=command, env={"PYTHONIOENCODING": "ascii"})
+    assert done.code == 0, done.stderr
+    for rank in range(workers):
+        assert (tmp_path / f"attempt-0/rank-{rank}.stdout").read_bytes() == data
+    if workers == 1:
+        assert done.stdout == re.sub("\r\n?", "\n", data.decode("utf-8", "surrogateescape"))
+    else:
+        lines = ["caf\udce9 \udcff", "crlf", "100%", "☃" * 100_000, "no end"]
+        expected = sorted(f"[worker {rank}] {line}" for rank in (0, 1) for line in lines)
+        assert sorted(set(done.stdout.splitlines()) - {"[worker 0] ", "[worker 1] "}) == expected
+
+
+def test_no_log_file_is_lost_at_the_limit_of_open_files(tmp_path):
+    limited = ("bash", "-c", 'ulimit -Sn 22; exec "$@"', "bash")
+    done = launch("-np", 9, "--log-dir", tmp_path, command=scripted("all=write:3", "all=exit:0"), under=limited)
+    assert done.code == 0 and "raised the limit of open files from 22 to 90" in done.stderr
+    for rank in range(9):
+        assert (tmp_path / f"attempt-0/rank-{rank}.stdout").read_text().count("\n") == 3
+        assert "exits" in (tmp_path / f"attempt-0/rank-{rank}.stderr").read_text()
 
 
 # -- restarts ----------------------------------------------------------------------------------------------------------

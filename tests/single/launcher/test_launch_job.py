@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from distpad.cli import app
-from distpad.launcher import allocation, attempt, describe, discovery, hostcheck, outcomes, render, spec, worker
+from distpad.launcher import allocation, attempt, describe, discovery, hostcheck, outcomes, output, render, spec, worker
 
 RECORDS = pathlib.Path(__file__).parent / "command_lines"
 ENVIRON = {
@@ -243,6 +243,41 @@ def test_what_an_engine_tells_a_process():
 
 
 # -- elastic jobs ------------------------------------------------------------------------------------------------------
+
+
+def test_a_progress_bar_moves_on_the_terminal(monkeypatch, capfdbinary):
+    shown = output.Output(make(np=2), 0)
+    for i in range(100):
+        shown.write(1, "stdout", b"\r%d%%" % i)
+        if i == 50:
+            monkeypatch.setattr(output, "PROGRESS_S", -1)
+        if i == 52:
+            monkeypatch.setattr(output, "PROGRESS_S", 600)
+    shown.write(1, "stdout", b"\rall\r\n")
+    lines = capfdbinary.readouterr().out.splitlines()
+    assert lines == [b"[worker 1] %s" % each for each in (b"0%", b"51%", b"52%", b"all")]
+
+
+MANY = """
+import resource
+from distpad.launcher import output, spec
+resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))
+job = spec.Job(command=("true",), np=40, log_dir="logs")
+output.allow_open_files(job)
+written = output.Output(job, 0)
+for part in (b"a\\n", b"b\\n"):
+    for rank in range(40):
+        written.write(rank, "stdout", part)
+written.close()
+"""
+
+
+def test_no_log_file_is_lost_at_the_hard_limit_of_open_files(tmp_path):
+    environ = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[3])}
+    done = subprocess.run([sys.executable, "-c", MANY], cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0 and "cannot be written" not in done.stderr, done.stderr
+    found = [path.read_text() for path in (tmp_path / "logs" / "attempt-0").iterdir()]
+    assert found == ["a\nb\n"] * 40
 
 
 @pytest.mark.parametrize(("end", "code"), [(None, 1), (0, 1), (7, 7)])
