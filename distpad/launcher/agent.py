@@ -28,6 +28,7 @@ from distpad.launcher import processes, render, times
 PACKAGES = ("tensorflow", "tensorflow-cpu", "tensorflow-gpu", "keras", "numpy", "horovod", "distpad")
 DAEMONS = ("orted", "prted")  # Open MPI's, which may outlive a killed launcher
 LIMIT = 1 << 22  # maximum bytes of one message
+SAVES = 1 << 20  # bytes per look_s: more than sockets and event files take, less than a checkpoint
 
 
 def main() -> None:
@@ -49,7 +50,7 @@ class Agent:
         self.groups: set[int] = set()  # process groups of the commands on this host
         self.seen: set[psutil.Process] = set()  # the workers' descendants, in case that a worker is killed
         self.connected: set[int | None] = set()  # the ranks of all workers that have connected so far
-        self.watchers: list[asyncio.Future[None]] = []  # of workers that the agent itself started
+        self.watchers: list[asyncio.Future[None]] = []  # tasks
         self.launcher: asyncio.StreamWriter
 
     async def serve(self) -> None:
@@ -112,6 +113,8 @@ class Agent:
                     await self._start(message["env"])
                 elif what == "signal":
                     self._send_workers(do="signal", number=message["number"])
+                elif what == "watch":
+                    self.watchers.append(asyncio.ensure_future(self._report_writes()))
                 elif what == "leave":
                     self._send_workers(do="leave")
         except asyncio.TimeoutError:
@@ -126,6 +129,24 @@ class Agent:
     def _look(self) -> None:
         workers = [hello["pid"] for hello in self.workers.values()]
         self.seen |= {each for each in processes.descendants([os.getpid(), *workers]) if each.pid not in workers}
+
+    async def _report_writes(self) -> None:
+        """Report that workers write to files, perhaps a checkpoint, so that the launcher leaves them time."""
+        before = self._written()
+        while True:
+            await asyncio.sleep(times.here().look_s)
+            now = self._written()
+            if now - before > SAVES:
+                self.send(is_="writing")
+            before = now
+
+    def _written(self) -> int:
+        """The bytes that the workers' descendants have written so far."""
+        total = 0
+        for process in processes.descendants(hello["pid"] for hello in self.workers.values()):
+            with contextlib.suppress(psutil.Error):
+                total += process.io_counters().write_chars
+        return total
 
     async def _start(self, env: dict[str, str]) -> None:
         process = await asyncio.create_subprocess_exec(

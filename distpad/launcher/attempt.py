@@ -53,7 +53,7 @@ class Attempt:
         self.ending = False
         self.discovery: discovery.Discovery | None = None
         self.signalled = 0  # number of received signals when they were forwarded
-        self.looked = time.monotonic()
+        self.looked = self.active = time.monotonic()
         self.over = threading.Event()
 
     def run(self) -> Outcome:
@@ -202,11 +202,15 @@ class Attempt:
             return Outcome(0)
         self.until(lambda: self.failures or len(self.ends) == job.workers, None, None)
         if self.failures:
+            end = time.monotonic() + min(job.grace_s, self.times.own_error_s)
+            self.send_all(do="watch")
             with contextlib.suppress(Ended):  # the first failure counts, unless a lost host caused it
                 self.until(
-                    lambda: len(self.ends) == job.workers,
-                    min(job.grace_s, self.times.own_error_s),
-                    lambda: Outcome(TIME),
+                    lambda: (
+                        len(self.ends) == job.workers or time.monotonic() > min(end, self.active + self.times.quiet_s)
+                    ),
+                    None,
+                    None,
                 )
             if self.lost:
                 raise Ended(self.host_lost(*min(self.lost.items())))
@@ -251,6 +255,8 @@ class Attempt:
         """Handle one event."""
         host, message = event
         what, rank = message["is"], message.get("rank")
+        if what in ("output", "exit", "gone", "writing"):
+            self.active = time.monotonic()
         if what == "output":
             self.output.write(rank, message["stream"], message["text"].encode("utf-8", "surrogateescape"))
         elif what == "ready":
@@ -308,9 +314,10 @@ class Attempt:
     def take_close(self, host: str, message: Mapping[str, Any]) -> None:
         """Handle the end of an agent, which is an error before the job ends."""
         agent = self.agents[host]
+        self.swept.add(host)
         if self.ending or self.job.elastic:
-            self.swept.add(host)  # a host may leave an elastic job
-        elif message["is"] == "broken":
+            return  # a host may leave an elastic job
+        if message["is"] == "broken":
             raise Ended(Outcome(HOST, f"{host} cannot be used: {message['text']}", may_retry=self.again))
         elif host not in self.facts:
             why = hostcheck.why_no_agent(host, self.job.python, list(agent.wrote), message["code"])

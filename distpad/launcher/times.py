@@ -37,9 +37,10 @@ class Times:
     beat_s: float = 2.0  # between two signs of life of a pod
     lost_s: float = 20.0  # a pod that sends nothing for this long is lost to the other pods
     own_error_s: float = 10.0  # maximum for the other workers to report their own errors after a first failure
+    quiet_s: float = 2.0  # less, once they write nothing for this long
     report_s: float = 15.0  # between two reports of missing pods
     discovery_s: float = 1.0  # between two runs of --host-discovery-script
-    look_s: float = 0.5  # between two checks for missing pods
+    look_s: float = 0.5  # between two checks for missing pods, or for files that workers write
 
 
 def scaled(environ: Mapping[str, str]) -> Times:

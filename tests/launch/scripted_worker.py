@@ -2,8 +2,9 @@
 
 Actions: exit:N, kill, sleep:S, ignore-terms (SIGTERM, SIGINT), leave-child, escape:S (leaves a sleep of S seconds),
 report (arguments, variables, folder as JSON), ignores:SIGNAL (prints whether), fail-once, hang-once, write:N (lines),
-chatter:S (a line each 20 ms), save-on-term:S (takes S seconds). They run in order. Before the first action that takes
-time, it creates a file in DISTPAD_MARK, named by its process id, for the tests.
+chatter:S (a line each 20 ms), save:S (writes a file for S seconds), save-on-term:S (takes S seconds). They run in
+order. Before the first action that takes time, it creates a file in DISTPAD_MARK, named by its process id, for the
+tests.
 """
 
 import contextlib
@@ -49,6 +50,12 @@ def do(what: str) -> None:
     elif name == "fail-once":
         print(f"attempt {os.environ['DISTPAD_ATTEMPT']}", flush=True)
         sys.exit(9 if os.environ["DISTPAD_ATTEMPT"] == "0" else 0)
+    elif name == "save":
+        with open(os.devnull, "wb", buffering=0) as file:
+            for _ in range(int(float(value) * 10)):
+                file.write(bytes(1 << 20))
+                time.sleep(0.1)
+        print("saved", flush=True)
     elif name == "hang-once" and os.environ["DISTPAD_ATTEMPT"] == "0":
         mark_started()
         time.sleep(600)

@@ -74,6 +74,18 @@ def test_the_first_failure_counts_and_the_others_have_their_say():
     assert "rank 0 exits with 1" in done.stderr
 
 
+def test_a_failure_does_not_wait_for_idle_workers():
+    command = scripted("1=exit:5", "0=sleep:600")
+    done = launch("-np", 2, "--grace-s", 30, command=command, env={"DISTPAD_TIME_SCALE": "1"})
+    assert done.code == 5 and done.seconds < 9  # 3 s on an idle machine
+
+
+def test_a_failure_waits_for_a_worker_that_writes_a_checkpoint():
+    command = scripted("1=exit:5", "0=save:3")
+    done = launch("-np", 2, "--grace-s", 30, command=command, env={"DISTPAD_TIME_SCALE": "0.5"})
+    assert done.code == 5 and "[worker 0] saved" in done.stdout, done.stderr
+
+
 @everywhere
 def test_a_worker_that_is_killed(engine):
     done = launch(*engine, "-np", 2, command=scripted("0=sleep:0.5", "0=kill", "1=sleep:600"))
