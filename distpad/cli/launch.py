@@ -46,6 +46,10 @@ def _read_config(context: typer.Context, path: Optional[pathlib.Path]) -> Option
 def _as_flag(parameter: Any, value: Any) -> Any:
     """Convert a YAML value to its command line form: a list for repeatable flags, else text."""
     several = parameter.multiple or parameter.nargs == -1
+    if parameter.name == "hosts":
+        return ",".join(_hosts(value))
+    if isinstance(value, dict) and not several:
+        raise typer.BadParameter(f"{parameter.name}: a mapping, expected one value")
     if several and isinstance(value, dict):
         return [f"{name}={text}" for name, text in value.items()]
     if several and isinstance(value, str) and parameter.nargs == -1:
@@ -53,6 +57,19 @@ def _as_flag(parameter: Any, value: Any) -> Any:
     if several:
         return [str(each) for each in (value if isinstance(value, list) else [value])]
     return ",".join(map(str, value)) if isinstance(value, list) else value
+
+
+def _hosts(value: Any) -> list[str]:
+    """Convert ``node1:4``, a list of such hosts, or a mapping from hosts to slots to the form of the command line."""
+    if isinstance(value, list):
+        return [host for each in value for host in _hosts(each)]
+    if not isinstance(value, dict):
+        return [str(value)]
+    for name, slots in value.items():
+        if not isinstance(slots, (int, type(None))):
+            kind = "mapping" if isinstance(slots, dict) else type(slots).__name__
+            raise typer.BadParameter(f"hosts: slots of {name} is a {kind}, expected an integer")
+    return [name if slots is None else f"{name}:{slots}" for name, slots in value.items()]
 
 
 def launch(
@@ -122,9 +139,10 @@ def launch(
     used, 4 a host was lost, 124 time limit, 126 or 127 the command cannot be started, 130 SIGINT, 143 SIGTERM.
     """
     environ = dict(os.environ)
-    if environ.get("PYTHONPATH"):  # agents and engines start in other folders
-        environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, environ["PYTHONPATH"].split(os.pathsep)))
     try:
+        _enter(cwd)
+        if environ.get("PYTHONPATH"):  # agents and engines start in other folders
+            environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, environ["PYTHONPATH"].split(os.pathsep)))
         given = _given_parameters(context, k8s)
         if k8s is not None:
             wanted = kubernetes.Job(
@@ -171,7 +189,9 @@ def launch(
             cwd=os.path.abspath(cwd or "."),
         )
         if dry_run:
-            version = run.mpi_version(job, environ) if job.launcher == "mpirun" else ""
+            version = run.mpi_version(job, environ)
+            if job.launcher == "mpirun" and not version:
+                typer.echo("# mpirun was not found here: these are the options of Open MPI 4")
             hidden = run.read_secrets(job.secrets)
             typer.echo("\n".join(describe.describe(job, environ, hidden, version, is_root=os.geteuid() == 0)))
             return
@@ -180,6 +200,17 @@ def launch(
         typer.echo(f"distpad {error}", err=True)
         raise typer.Exit(2) from error
     raise typer.Exit(code)
+
+
+def _enter(cwd: str) -> None:
+    """Make sure that this process has a working folder. Relative paths are relative to it."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        if not os.path.isabs(cwd):
+            why = "the working folder was deleted, expected one that exists. cd to it, or give --cwd FOLDER."
+            raise ValueError(f"launch: {why}") from error
+        os.chdir("/")
 
 
 def _controller(gloo: bool, mpi: bool) -> str:

@@ -403,6 +403,16 @@ def test_a_port_that_is_in_use():
     assert f"port {port} on localhost cannot be used (address already in use)" in done.stderr
 
 
+def test_a_working_folder_that_was_deleted(tmp_path):
+    in_deleted = ("bash", "-c", f'mkdir {tmp_path}/gone; cd {tmp_path}/gone; rmdir {tmp_path}/gone; exec "$@"', "bash")
+    done = launch("-np", 2, command=["true"], under=in_deleted)
+    assert done.code == 2 and done.stderr.endswith(
+        "distpad launch: the working folder was deleted, expected one that exists. cd to it, or give --cwd FOLDER.\n"
+    ), done.stderr
+    done = launch("-np", 2, "--cwd", tmp_path, command=["true"], under=in_deleted)
+    assert done.code == 0, done.stderr
+
+
 def test_too_few_slots():
     done = launch("-np", 4, "-H", "localhost:2", command=["true"])
     assert done.code == 2 and "-np is 4, but the hosts have 2 slots (localhost:2)" in done.stderr
@@ -507,12 +517,24 @@ def test_no_line_is_lost_or_torn(engine):
 
 
 def test_a_reader_that_goes_away_does_not_end_the_job():
-    command = f"{sys.executable} -m distpad launch -np 2 -- {sys.executable} {WORKER} all=write:2000 | head -n 1"
-    env = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
-    done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", command], env=env, capture_output=True, text=True, timeout=LIMIT_S
-    )
-    assert done.stdout.count("\n") == 1 and "done in" in done.stderr
+    job = f"{sys.executable} -m distpad launch -np 2 -- {sys.executable} {WORKER} all=write:2000 all=sleep:1"
+    for command in (f"{job} | head -n 1", f"{job} 2>&1 | head -n 1"):
+        env = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
+        done = subprocess.run(
+            ["bash", "-o", "pipefail", "-c", command], env=env, capture_output=True, text=True, timeout=LIMIT_S
+        )
+        assert (done.returncode, done.stdout.count("\n")) == (0, 1), done.stderr
+        assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+
+@pytest.mark.parametrize("closing", ['exec "$@" >&- 2>&-', 'exec "$@" 2>&-', 'exec "$@" <&- >&- 2>&-'])
+def test_closed_streams_do_not_end_the_job(tmp_path, closing):
+    command = scripted("all=write:3", "all=sleep:0.5", "all=write:3")
+    done = launch("-np", 2, "--log-dir", tmp_path, "--tee", command=command, under=("bash", "-c", closing, "bash"))
+    assert done.code == 0
+    for rank in (0, 1):
+        assert (tmp_path / f"attempt-0/rank-{rank}.stdout").read_text().count("line") == 6
+        assert (tmp_path / f"attempt-0/rank-{rank}.stderr").exists() is False
 
 
 def test_a_full_disk_does_not_end_the_job(tmp_path):

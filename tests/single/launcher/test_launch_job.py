@@ -416,6 +416,23 @@ def test_every_flag_can_stand_in_a_file(tmp_path):
     assert {name.replace("-", "_") for name in values} | further == known
 
 
+@pytest.mark.parametrize("text", ["{node1: 4, node2: 2}", "[node1: 4, node2: 2]", "[{node1: 4}, 'node2:2']"])
+def test_hosts_of_a_file_may_be_a_mapping(tmp_path, text):
+    file = tmp_path / "job.yaml"
+    file.write_text(f"hosts: {text}")
+    done = launch("--config", str(file), "--backend", "horovod", "--dry-run", "--", "true")
+    assert done.exit_code == 0 and "-H node1:4,node2:2" in done.output, done.output
+
+
+def test_a_dry_run_needs_no_mpirun(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    python = ("--python", str(tmp_path / "python"))
+    done = launch("--backend", "horovod", "--mpi", "-np", "2", *python, "--dry-run", "--", "true")
+    assert done.exit_code == 0, done.output
+    assert "# mpirun was not found here: these are the options of Open MPI 4" in done.output
+    assert "plm_rsh_args" in done.output
+
+
 def _parameters():
     import typer
 
@@ -429,6 +446,8 @@ def _parameters():
         ("- a", "holds list, expected flags"),
         ("a: [", "cannot be read"),
         ("np: many", "unable to parse string as an integer"),
+        ("np: {node1: 4}", "np: a mapping, expected one value"),
+        ("hosts: {node1: {slots: 4}}", "hosts: slots of node1 is a mapping, expected an integer"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path, text, message):
