@@ -336,7 +336,7 @@ def test_arguments_and_variables_arrive_and_no_secret_shows(pair, engine, tmp_pa
         assert each["argv"] == ["all=report", *hostile, "all=sleep:2"] and each["cwd"] == str(tmp_path)
         assert (each["env"]["API_KEY"], each["env"]["GIVEN"]) == ("s3cr3t-from-file", env["GIVEN"])
         assert "DISPLAY" not in each["env"]
-    here, there = ({*each["env"]} for each in reports.values())
+    here, there = ({*reports[f"[worker {rank}]"]["env"]} for rank in (0, 1))
     assert here - there <= {"TERM", "DISTPAD_TIME_SCALE"}, here ^ there  # each host's login has variables of its own
     shown = [line for line in lines.values() if "s3cr3t" in line]
     assert shown == [] and any("distpad.launcher.worker" in line for line in lines.values())
