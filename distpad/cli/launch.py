@@ -138,11 +138,8 @@ def launch(
     Exit codes: that of the worker that failed first (128 + N if signal N ended it), 2 wrong usage, 3 a host cannot be
     used, 4 a host was lost, 124 time limit, 126 or 127 the command cannot be started, 130 SIGINT, 143 SIGTERM.
     """
-    environ = dict(os.environ)
     try:
-        _enter(cwd)
-        if environ.get("PYTHONPATH"):  # agents and engines start in other folders
-            environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, environ["PYTHONPATH"].split(os.pathsep)))
+        environ = _environ(cwd)
         given = _given_parameters(context, k8s)
         if k8s is not None:
             wanted = kubernetes.Job(
@@ -189,10 +186,7 @@ def launch(
             cwd=os.path.abspath(cwd or "."),
         )
         if dry_run:
-            version = run.mpi_version(job, environ)
-            if job.launcher == "mpirun" and not version:
-                typer.echo("# mpirun was not found here: these are the options of Open MPI 4")
-            hidden = run.read_secrets(job.secrets)
+            version, hidden = run.mpi_version(job, environ), run.read_secrets(job.secrets)
             typer.echo("\n".join(describe.describe(job, environ, hidden, version, is_root=os.geteuid() == 0)))
             return
         code = run.run(job, environ)
@@ -202,8 +196,12 @@ def launch(
     raise typer.Exit(code)
 
 
-def _enter(cwd: str) -> None:
-    """Make sure that this process has a working folder. Relative paths are relative to it."""
+def _environ(cwd: str) -> dict[str, str]:
+    """Return the variables, with absolute paths in PYTHONPATH, since agents and engines start in other folders.
+
+    Raises:
+      ValueError: this process has no working folder, although paths are relative to it.
+    """
     try:
         os.getcwd()
     except FileNotFoundError as error:
@@ -211,6 +209,10 @@ def _enter(cwd: str) -> None:
             why = "the working folder was deleted, expected one that exists. cd to it, or give --cwd FOLDER."
             raise ValueError(f"launch: {why}") from error
         os.chdir("/")
+    environ = dict(os.environ)
+    if environ.get("PYTHONPATH"):
+        environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, environ["PYTHONPATH"].split(os.pathsep)))
+    return environ
 
 
 def _controller(gloo: bool, mpi: bool) -> str:

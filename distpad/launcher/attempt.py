@@ -52,7 +52,6 @@ class Attempt:
         self.swept: set[str] = set()
         self.ending = False
         self.discovery: discovery.Discovery | None = None
-        self.signalled = 0  # number of received signals when they were forwarded
         self.looked = self.active = time.monotonic()
         self.over = threading.Event()
 
@@ -139,9 +138,8 @@ class Attempt:
         job = self.job
         if job.backend == "multiworker":
             for host in job.used_hosts:
-                first = None if job.port is None else job.port
                 count = sum(place.host == host for place in job.places)
-                self.agents[host.name].send(do="ports", count=count, first=first)
+                self.agents[host.name].send(do="ports", count=count, first=job.port)
             self.until(lambda: len(self.ports) == len(self.agents), job.start_timeout_s, self.silent_hosts)
 
     def start_workers(self) -> None:
@@ -176,14 +174,12 @@ class Attempt:
             why = "no hosts were found: the output of --host-discovery-script is empty"
             return Outcome(HOST, f"nothing was started. {why}", may_retry=False)
         silent = [host for host in self.agents if host not in self.facts] or sorted({*self.agents} - {*self.ports})
-        wrote = list(self.agents[silent[0]].wrote)
-        why = hostcheck.why_no_agent(silent[0], self.job.python, wrote, None)
+        why = hostcheck.why_no_agent(silent[0], self.job.python, list(self.agents[silent[0]].wrote), None)
         return Outcome(HOST, why, may_retry=self.again)
 
     def missing_workers(self) -> Outcome:
-        missing = [place for place in self.job.places if place.rank not in self.started]
-        who = ", ".join(f"{place.rank} ({place.host.name})" for place in missing)
-        why = f"not started within {self.job.start_timeout_s:g} s: worker {who}"
+        missing = [f"{p.rank} ({p.host.name})" for p in self.job.places if p.rank not in self.started]
+        why = f"not started within {self.job.start_timeout_s:g} s: worker {', '.join(missing)}"
         return Outcome(TIME, why, shows_launcher=True)
 
     # -- watching -----------------------------------------------------------------------------------------------------
@@ -204,14 +200,13 @@ class Attempt:
         if self.failures:
             end = time.monotonic() + min(job.grace_s, self.times.own_error_s)
             self.send_all(do="watch")
+
+            def reported() -> bool:
+                quiet = time.monotonic() > min(end, self.active + self.times.quiet_s)
+                return quiet or len(self.ends) == job.workers
+
             with contextlib.suppress(Ended):  # the first failure counts, unless a lost host caused it
-                self.until(
-                    lambda: (
-                        len(self.ends) == job.workers or time.monotonic() > min(end, self.active + self.times.quiet_s)
-                    ),
-                    None,
-                    None,
-                )
+                self.until(reported, None, None)
             if self.lost:
                 raise Ended(self.host_lost(*min(self.lost.items())))
             rank = self.failures[0]
@@ -358,12 +353,12 @@ class Attempt:
             return
         number = self.received[0]
         log(f"got {signal.Signals(number).name}: forwarding it to the workers")
-        self.signalled = len(self.received)
+        signalled = len(self.received)
         self.send_all(do="leave")
         self.send_all(do="signal", number=number)
         self.ending = True
         end = time.monotonic() + self.job.grace_s
-        while self.running() and time.monotonic() < end and len(self.received) == self.signalled:
+        while self.running() and time.monotonic() < end and len(self.received) == signalled:
             self.poll()
         raise Ended(Outcome(128 + number, f"ended by {signal.Signals(number).name}", may_retry=False))
 

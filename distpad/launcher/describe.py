@@ -23,6 +23,8 @@ def describe(
         yield f"# the agent of {host.name}"
         yield shlex.join(render.agent_argv(job, host, environ))
     argv = render.engine_argv(job, mpi, is_root=is_root)
+    if job.launcher == "mpirun" and not mpi:
+        yield "# mpirun was not found here: these are the options of Open MPI 4"
     yield f"# the workers, by {job.launcher}" if argv else f"# the workers, {len(job.places)}, started by the agents"
     yield shlex.join(argv or render.worker_argv(job))
     yield f"# the command, in each worker, in {shlex.quote(job.cwd)}"
