@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from distpad import errors
-from distpad.backends import base
+from distpad.backends import base, expected_gpus
 from distpad.launcher import topology
 
 # dtypes that Horovod does not broadcast, and the dtypes of the same width to which they are cast
@@ -40,6 +40,7 @@ class HorovodBackend(base.Backend):
     def __init__(self, op: str = "average", process_set: Any = None, compression: Any = None) -> None:
         _check_op(op)
         self._hvd = initialised()
+        expected_gpus.check()
         topology.check(_report(self._hvd))
         everyone = self._hvd.global_process_set
         self.process_set = process_set or everyone

@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from distpad import errors
-from distpad.backends import base, horovod, local, strategy
+from distpad.backends import base, expected_gpus, horovod, local, strategy
 from distpad.launcher import topology
 
 KINDS = ("auto", "local", "mirrored", "multiworker", "horovod")
@@ -28,7 +28,8 @@ def start(kind: str = "auto", replicas: int | None = None) -> base.Backend:
     Raises:
       ValueError: an unknown kind, another kind than the launcher's, another number of replicas than required, or one
         of several processes that would train alone, unless kind is "local".
-      DistpadError: the engine differs from the launcher's expected topology.
+      DistpadError: the engine differs from the launcher's expected topology, or TensorFlow does not see the expected
+        GPUs.
 
     >>> start("local").num_replicas
     1
@@ -44,6 +45,7 @@ def start(kind: str = "auto", replicas: int | None = None) -> base.Backend:
         kind = launched or _kind_of_environment() or ("mirrored" if (replicas or 1) > 1 else "local")
     if kind == "mirrored" or (auto and kind == "local"):
         topology.refuse_alone("start")
+    expected_gpus.check()  # before CPU devices take the place of missing GPUs
     if kind == "mirrored" and replicas is None:
         replicas = topology.number(os.environ, "DISTPAD_REPLICAS") or None
     backend = _make(kind, replicas)

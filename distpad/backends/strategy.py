@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from distpad import errors
-from distpad.backends import base, tensors
+from distpad.backends import base, expected_gpus, tensors
 from distpad.launcher import topology
 
 # dtypes that the collectives do not support, and the dtypes to which they are cast for the transfer
@@ -256,6 +256,7 @@ def _check_topology(strategy: tf.distribute.Strategy, workers: int, hosts: int) 
     several = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
     mirrored = isinstance(strategy, tf.distribute.MirroredStrategy) and os.environ.get("DISTPAD_BACKEND") == "mirrored"
     if several or mirrored:
+        expected_gpus.check()
         name = "MultiWorkerMirroredStrategy" if several else "MirroredStrategy"  # the class has another name
         replicas = strategy.num_replicas_in_sync
         topology.check(topology.Report(name, workers=workers, replicas=replicas, hosts=hosts))

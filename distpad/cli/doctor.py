@@ -168,7 +168,7 @@ def _tensorflow(engine: Mapping[str, Any]) -> str:
 
 
 def _gpus(driver: Mapping[str, Any]) -> str:
-    kinds = collections.Counter(name.partition(": ")[2] for name in driver["names"])
+    kinds = collections.Counter(driver["names"])
     return ", ".join(f"{count} x {kind}" for kind, count in kinds.items()) or str(driver["devices"] or "none")
 
 

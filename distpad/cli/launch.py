@@ -14,8 +14,14 @@ import yaml
 from distpad.launcher import allocation, describe, kubernetes, run, spec
 
 DEFAULT: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(spec.Job)}
-FOR_KUBERNETES = ("k8s", "image", "workers", "slots", "gpus", "queue", "namespace")
-FOR_BOTH = ("command", "max_restarts", "config", "dry_run")  # --k8s never starts anything, so --dry-run is redundant
+FOR_KUBERNETES = ("k8s", "image", "workers", "slots", "queue", "namespace")
+FOR_BOTH = (
+    "command",
+    "gpus",
+    "max_restarts",
+    "config",
+    "dry_run",
+)  # --k8s never starts anything, so --dry-run is redundant
 
 # Typer reads the annotations on Python 3.9, which does not know `X | None`.
 # ruff: noqa: UP045
@@ -83,6 +89,8 @@ def launch(
     min_np: Optional[int] = typer.Option(None, help="Elastic (Horovod over Gloo): minimum number of workers.", rich_help_panel="Workers"),
     max_np: Optional[int] = typer.Option(None, help="Elastic: maximum number of workers.", rich_help_panel="Workers"),
     host_discovery_script: str = typer.Option("", help="Elastic: a script that prints one line host:slots per host. It runs once a second.", rich_help_panel="Workers"),
+    gpus: int = typer.Option(0, help="GPUs of each host that workers use; with --k8s, of each pod that trains. A worker that does not see its GPUs ends the job.", rich_help_panel="Workers"),
+    gpus_per_worker: Optional[int] = typer.Option(None, help="GPUs of each worker, chosen by its local rank. Default: one for Horovod, else all of its host divided by the workers there.", rich_help_panel="Workers"),
     gloo: bool = typer.Option(False, "--gloo", help="Horovod over Gloo, started by horovodrun (default).", rich_help_panel="Engine"),
     mpi: bool = typer.Option(False, "--mpi", help="Horovod over MPI, started by mpirun.", rich_help_panel="Engine"),
     launcher: str = typer.Option("", help="The engine's launcher: horovodrun, mpirun or srun; ssh for the other engines.", rich_help_panel="Engine"),
@@ -108,7 +116,6 @@ def launch(
     image: str = typer.Option("", metavar="NAME[:TAG][@DIGEST]", help="The image of all pods.", show_default=False, rich_help_panel="Kubernetes"),
     workers: Optional[int] = typer.Option(None, help="Number of pods that train; for mpijob-elastic the maximum. Default: the value in k8s/.", rich_help_panel="Kubernetes"),
     slots: Optional[int] = typer.Option(None, help="Horovod: processes in each pod. Default: one per GPU, or one.", rich_help_panel="Kubernetes"),
-    gpus: int = typer.Option(0, help="GPUs of each pod that trains.", rich_help_panel="Kubernetes"),
     queue: Optional[str] = typer.Option(None, metavar="NAME", help="The Kueue LocalQueue in which the job waits.", rich_help_panel="Kubernetes"),
     namespace: Optional[str] = typer.Option(None, metavar="NAME", help="Default: the namespace that kubectl applies to.", rich_help_panel="Kubernetes"),
     config: Optional[pathlib.Path] = typer.Option(None, metavar="FILE.yaml", is_eager=True, callback=_read_config, help="A file with any of these flags by name, and 'command'. The command line overrides it."),
@@ -155,11 +162,14 @@ def launch(
             )
             typer.echo(kubernetes.build(wanted), nl=False)
             return
+        by_gpus = None if np and not (hosts or hostfile) else spec.slots_for_gpus(backend, gpus, gpus_per_worker)
+        if "SLURM_JOB_ID" in environ and not (hosts or hostfile):
+            by_gpus = None  # Slurm's number of tasks counts
         job = spec.Job(
             command=tuple(command or ()),
             backend=backend,
             np=np,
-            hosts=allocation.named(hosts, hostfile, slots_per_host, environ),
+            hosts=allocation.named(hosts, hostfile, slots_per_host or by_gpus, environ),
             controller=_controller(gloo, mpi),
             launcher=launcher,
             launcher_args=tuple(launcher_arg),
@@ -181,7 +191,9 @@ def launch(
             min_np=min_np,
             max_np=max_np,
             host_discovery_script=os.path.abspath(host_discovery_script) if host_discovery_script else "",
-            slots_per_host=slots_per_host,
+            slots_per_host=slots_per_host or by_gpus,
+            gpus=gpus,
+            gpus_per_worker=gpus_per_worker,
             python=os.path.abspath(python) if os.sep in python else python,  # agents run in another folder
             cwd=os.path.abspath(cwd or "."),
         )

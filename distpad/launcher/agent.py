@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from distpad.launcher import processes, render, times
+from distpad.launcher import gpus, processes, render, times
 
 PACKAGES = ("tensorflow", "tensorflow-cpu", "tensorflow-gpu", "keras", "numpy", "horovod", "distpad")
 DAEMONS = ("orted", "prted")  # Open MPI's, which may outlive a killed launcher
@@ -64,7 +64,7 @@ class Agent:
                 raise OSError(f"{folder} belongs to another user, or is open to others")
             path = folder / f"{socket.gethostname()}.sock"
             server = await asyncio.start_unix_server(self._worker, path, limit=LIMIT)
-            self.send(is_="ready", **facts(self.orders["hosts"]))
+            self.send(is_="ready", **facts(self.orders["hosts"], gpus_too=self.orders["gpus"] > 0))
             beat = asyncio.ensure_future(self._beat())
             await self._listen(reader)
             beat.cancel()
@@ -223,7 +223,7 @@ class Agent:
         self.launcher.write(json.dumps({"is": is_, **fields} if is_ else fields).encode() + b"\n")
 
 
-def facts(hosts: list[str]) -> dict[str, Any]:
+def facts(hosts: list[str], *, gpus_too: bool = False) -> dict[str, Any]:
     """The facts that the launcher compares between hosts before a job starts."""
     versions = {"Python": ".".join(platform.python_version_tuple()[:2])}
     for name in PACKAGES:
@@ -233,6 +233,7 @@ def facts(hosts: list[str]) -> dict[str, Any]:
         "host": socket.gethostname(),
         "versions": versions,
         "interfaces": interfaces(),
+        "gpus": gpus.driver() if gpus_too else {},
         "resolves": {name: resolve(name) for name in dict.fromkeys([*hosts, socket.gethostname()])},
     }
 

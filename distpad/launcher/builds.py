@@ -17,17 +17,19 @@ import tensorflow as tf
 
 def main() -> None:
     """Print both lines, each as soon as it is known."""
-    print(json.dumps({"tensorflow": _tensorflow()}), flush=True)
+    print(json.dumps({"tensorflow": tensorflow()}), flush=True)
     print(json.dumps({"horovod": _horovod()}), flush=True)
 
 
-def _tensorflow() -> dict[str, Any]:
+def tensorflow() -> dict[str, Any]:
+    """TensorFlow's version, its build for GPUs, and the number of GPUs that it sees."""
     build = tf.sysconfig.get_build_info()
     return {
         "version": tf.__version__,
         "keras": getattr(tf.keras, "__version__", ""),
         "cuda": build.get("cuda_version", ""),
         "cudnn": build.get("cudnn_version", ""),
+        "capabilities": build.get("cuda_compute_capabilities", []),
         "for_gpus": bool(build.get("is_cuda_build") or build.get("is_rocm_build")),
         "gpus": len(tf.config.list_physical_devices("GPU")),
     }

@@ -6,7 +6,7 @@ import ipaddress
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distpad.launcher import spec
+from distpad.launcher import gpus, spec
 
 SAME_EVERYWHERE = ("Python", "tensorflow", "tensorflow-cpu", "tensorflow-gpu", "keras", "numpy", "horovod", "distpad")
 
@@ -47,7 +47,7 @@ def problems(job: spec.Job, facts: Mapping[str, Mapping[str, Any]]) -> list[str]
       job: the job.
       facts: the result of ``agent.facts`` for each host.
     """
-    return [*_different_versions(facts), *_wrong_names(job, facts)]
+    return [*_different_versions(facts), *_wrong_names(job, facts), *_missing_gpus(job, facts)]
 
 
 def _different_versions(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -57,6 +57,19 @@ def _different_versions(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if len(set(versions.values())) > 1:
             listed = ", ".join(f"{host} has {version}" for host, version in versions.items())
             found.append(f"{package} differs: {listed}. Install the same version everywhere.")
+    return found
+
+
+def _missing_gpus(job: spec.Job, facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Hosts that cannot have the expected GPUs; whether TensorFlow sees them is known when a worker starts it."""
+    found = []
+    for host, each in facts.items() if job.gpus_per_worker else ():
+        needed = (job.gpus_per_worker or 0) * max(1, sum(place.host.name == host for place in job.places))
+        is_cpu_build = "tensorflow-cpu" in each["versions"] and "tensorflow" not in each["versions"]
+        if is_cpu_build or len(each["gpus"]["names"]) < needed:
+            build = {"for_gpus": not is_cpu_build, "cuda": "0", "cudnn": ""}
+            why, remedy = gpus.why_unseen(needed, build, each["gpus"], None, {})
+            found.append(f"{host} has no {needed} GPUs for its workers: {why}. {remedy}")
     return found
 
 

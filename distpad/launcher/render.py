@@ -32,7 +32,7 @@ NEEDED_AS = ("SLURM_", "OMPI_MCA_", "PRTE_MCA_", "PMIX_MCA_")
 MEMBERSHIP = re.compile(
     r"TF_CONFIG|K_MPI_JOB_ROLE|JOB_COMPLETION_INDEX|HOROVOD_(RANK|SIZE|LOCAL_\w+|CROSS_\w+|HOSTNAME|CONTROLLER|CPU_OPERATIONS|GLOO_RENDEZVOUS_\w+|GLOO_IFACE|"
     r"ELASTIC)|OMPI_\w+|PMIX?_\w+|PRTE_\w+|SLURM_(?!JOB_|ARRAY_|CLUSTER_|SUBMIT_)\w+|"
-    r"DISTPAD_(BACKEND|WORKERS|HOSTS|REPLICAS|ATTEMPT|JOB|RANK)"
+    r"DISTPAD_(BACKEND|WORKERS|HOSTS|REPLICAS|GPUS|ATTEMPT|JOB|RANK|LOCAL_RANK)"
 )
 SECRET_NAME = re.compile(r"SECRET|TOKEN|PASS|CREDENTIAL|AUTH(?!_SOCK)|APIKEY|_PWD|(^|_)KEY(_|$)", re.IGNORECASE)
 STALL = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "60", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "300"}
@@ -206,6 +206,8 @@ def worker_env(
         topology |= {"WORKERS": job.workers, "HOSTS": len(job.used_hosts)}
     if job.backend == "mirrored" and job.np:
         topology["REPLICAS"] = job.np
+    if job.gpus_per_worker:
+        topology["GPUS"] = job.gpus_per_worker
     env |= {f"DISTPAD_{name}": str(value) for name, value in topology.items()}
     return {**env, "PYTHONUNBUFFERED": "1", **secrets}
 
@@ -221,6 +223,7 @@ def orders(
         "cwd": job.cwd,
         "env": worker_env(job, host, environ, secrets, attempt),
         "slots": host.slots,
+        "gpus": job.gpus_per_worker or 0,
         "grace_s": job.grace_s,
         "lost_after_s": job.lost_after_s,
         "holds_failures": not job.elastic,
@@ -237,6 +240,8 @@ def addresses(job: spec.Job, ports: Mapping[str, Sequence[int]]) -> list[str]:
 def rank_env(job: spec.Job, place: spec.Place, ports: Mapping[str, Sequence[int]]) -> dict[str, str]:
     """The variables of one worker that its agent starts."""
     env = {"DISTPAD_RANK": str(place.rank)}
+    if job.gpus_per_worker:
+        env["DISTPAD_LOCAL_RANK"] = str(place.local_rank)  # which GPUs it uses
     if job.backend == "multiworker":
         env["TF_CONFIG"] = tfconfig.cluster(addresses(job, ports), place.rank)
     return env

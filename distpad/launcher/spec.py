@@ -85,6 +85,8 @@ class Job:
     max_np: Optional[int] = None  # noqa: UP045
     host_discovery_script: str = ""
     slots_per_host: Optional[int] = None  # noqa: UP045 (of hosts that a script names)
+    gpus: int = 0  # of each host; 0: nothing is expected
+    gpus_per_worker: Optional[int] = None  # noqa: UP045
     python: str = sys.executable
     cwd: str = "."
     id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8))
@@ -99,6 +101,7 @@ class Job:
             raise ValueError("launch: the command or its folder holds a NUL byte, which a program cannot receive.")
         self._settle_launcher()
         self._settle_workers()
+        self._settle_gpus()
         for flag, value, low in (
             ("--max-restarts", self.max_restarts, 0),
             ("--backoff-s", self.backoff_s, 0),
@@ -195,6 +198,29 @@ class Job:
             )
         object.__setattr__(self, "np", np)
 
+    def _settle_gpus(self) -> None:
+        """Derive the GPUs of each worker from those of a host, or the other way round."""
+        for flag, value, low in (("--gpus", self.gpus, 0), ("--gpus-per-worker", self.gpus_per_worker, 1)):
+            if value is not None and value < low:
+                raise ValueError(f"launch: {flag} is {value}, expected at least {low}.")
+        if not self.gpus and self.gpus_per_worker is None:
+            return
+        most = self.slots_per_host or 1 if self.elastic else max(place.local_rank for place in self.places) + 1
+        each = self.gpus_per_worker
+        if self.backend == "mirrored":  # one worker, whose replicas are its GPUs
+            replicas = self.np or each or self.gpus
+            if replicas != (each or replicas):
+                raise ValueError(f"launch: --gpus-per-worker is {each}, expected {replicas}, the replicas of -np.")
+            each = replicas
+            object.__setattr__(self, "np", replicas)
+        each = each or (1 if self.backend == "horovod" else max(1, self.gpus // most))
+        gpus = self.gpus or most * each
+        if most * each > gpus:
+            workers = f"{most} worker{'s' * (most > 1)} with {each} each"
+            raise ValueError(f"launch: --gpus is {gpus}, expected at least {most * each}: a host has {workers}.")
+        object.__setattr__(self, "gpus", gpus)
+        object.__setattr__(self, "gpus_per_worker", each)
+
     @property
     def elastic(self) -> bool:
         """Whether the number of workers may change during the run."""
@@ -257,6 +283,18 @@ def _host(text: str, slots_per_host: int | None, where: str) -> Host:
     if colon and not slots.isdecimal():
         raise ValueError(f"launch: {where} holds {text!r}, expected HOST or HOST:SLOTS with a number of slots.")
     return Host(name, int(slots) if colon else slots_per_host or 1)
+
+
+def slots_for_gpus(backend: str, gpus: int, gpus_per_worker: int | None) -> int | None:
+    """The workers of a host with so many GPUs, if nothing else tells their number; None without GPUs.
+
+    >>> slots_for_gpus("horovod", 8, None), slots_for_gpus("multiworker", 8, None), slots_for_gpus("multiworker", 8, 4)
+    (8, 1, 2)
+    """
+    if not gpus or backend == "mirrored":
+        return None
+    each = gpus_per_worker or (1 if backend == "horovod" else gpus)
+    return max(1, gpus // each) if each > 0 else None
 
 
 def parse_ranks(text: str) -> tuple[int, ...]:

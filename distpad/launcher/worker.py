@@ -22,12 +22,12 @@ import time
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
-from distpad.launcher import processes, times
+from distpad.launcher import gpus, processes, times
 
 CHUNK = 1 << 16  # bytes of output in one message
 RANK = ("DISTPAD_RANK", "HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
 SIZE = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-LOCAL_RANK = ("HOROVOD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
+LOCAL_RANK = ("DISTPAD_LOCAL_RANK", "HOROVOD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -163,6 +163,8 @@ def start(orders: Mapping[str, Any]) -> subprocess.Popen[bytes]:
     threads = os.environ.get("SLURM_CPUS_PER_TASK") or str(max(1, len(os.sched_getaffinity(0)) // orders["slots"]))
     for name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"):
         env[name] = env.get(name) or threads  # otherwise each worker uses all cores of its host
+    if orders["gpus"]:
+        env["CUDA_VISIBLE_DEVICES"] = gpus.of_worker(orders["gpus"], membership(env)["local_rank"] or 0, env)
     return subprocess.Popen(
         orders["command"],
         cwd=orders["cwd"],

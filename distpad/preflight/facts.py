@@ -16,14 +16,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from distpad.launcher import render
+from distpad.launcher import gpus, render
 from distpad.preflight import machine, network, software
 
 Probe = Callable[[dict[str, Any]], Any]
 
 PROBES: dict[str, Probe] = {
     "machine": lambda asked: machine.machine(),
-    "gpus": lambda asked: machine.gpus(),
+    "gpus": lambda asked: {**gpus.driver(), "wheels": gpus.packages()},
     "shared_memory": lambda asked: machine.shared_memory(),
     "environment": lambda asked: machine.environment(),
     "python": lambda asked: software.python(),

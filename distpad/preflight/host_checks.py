@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from distpad.launcher import gpus as launcher_gpus
 from distpad.preflight.findings import Finding, Question, error, warning
 
 Facts = Mapping[str, Any]
@@ -72,29 +73,25 @@ def nccl(host: str, facts: Facts, question: Question) -> Iterator[Finding]:
         yield error(
             host,
             f"{_gpus(facts)} GPUs, but Horovod was built without NCCL (it has {', '.join(built) or 'nothing'})",
-            f"Install libnccl-dev and CUDA's nvcc, then: {INSTALL_HOROVOD} --force",
+            f"In an environment with tensorflow[and-cuda]: {INSTALL_HOROVOD} --force",
         )
 
 
 def gpus(host: str, facts: Facts, question: Question) -> Iterator[Finding]:
-    """TensorFlow must see all GPUs of the driver."""
-    engine, driver = _engine(facts, "tensorflow"), facts.get("gpus", {})
-    if why := driver.get("error"):
-        yield error(host, f"nvidia-smi fails: {why}", "Check that the driver is loaded and matches the kernel.")
-    elif not _gpus(facts) or "gpus" not in engine:
+    """TensorFlow must see all GPUs of the host, or as many as a launcher promised, and have code for them."""
+    engine, driver, environment = _engine(facts, "tensorflow"), facts.get("gpus", {}), facts.get("environment", {})
+    if "for_gpus" not in engine or not driver:
         return
-    elif not engine["for_gpus"]:
-        yield error(
-            host, f"{_gpus(facts)} GPUs, but TensorFlow is built for the CPU", "pip install 'tensorflow[and-cuda]'"
-        )
-    elif engine["gpus"] < _gpus(facts):
-        visible = facts.get("environment", {}).get("CUDA_VISIBLE_DEVICES")
-        found = f"TensorFlow sees {engine['gpus']} of {_gpus(facts)} GPUs"
-        if visible is not None:
-            yield warning(host, f"{found}: CUDA_VISIBLE_DEVICES is {visible!r}", "Unset it to use all GPUs.")
-        else:
-            built = f"It needs CUDA {engine['cuda']} and cuDNN {engine['cudnn']}: pip install 'tensorflow[and-cuda]'"
-            yield error(host, found, built)
+    promised = int(environment.get("DISTPAD_GPUS") or 0)
+    expected = promised or _gpus(facts) or (1 if driver.get("error") else 0)
+    if engine["gpus"] < expected:
+        visible = environment.get("CUDA_VISIBLE_DEVICES")
+        why, remedy = launcher_gpus.why_unseen(expected, engine, driver, visible, driver["wheels"])
+        meant = not promised and engine["gpus"] and why.startswith("CUDA_VISIBLE_DEVICES")
+        found = f"TensorFlow sees {engine['gpus']} of {expected} GPUs: {why}"
+        yield warning(host, found, remedy) if meant else error(host, found, remedy)
+    elif unfit := launcher_gpus.unsupported(engine, driver):
+        yield (error if unfit[2] else warning)(host, unfit[0], unfit[1])
 
 
 def slots(host: str, facts: Facts, question: Question) -> Iterator[Finding]:

@@ -47,6 +47,13 @@ def test_its_commands_are_understood(line):
     assert "\npython examples/labels/integers.py\n" in done.stdout
 
 
+@pytest.mark.skipif(bool(shutil.which("nvidia-smi")), reason="GPUs are here")
+def test_without_gpus_nothing_trains():
+    done = run(["launch/local.sh", "--gpus", "1", "--", "echo", "trained"])
+    assert done.returncode == 3 and "trained" not in done.stdout
+    assert re.search("has no 1 GPUs for its workers: (TensorFlow is built for the CPU|NVIDIA's driver)", done.stderr)
+
+
 def test_a_small_training_by_mpirun():
     """tests/cluster/test_launch.py trains by ssh and horovodrun, tests/cluster/test_sbatch.py by srun."""
     if not shutil.which("mpirun"):

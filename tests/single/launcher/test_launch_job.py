@@ -57,6 +57,15 @@ JOBS = {
     "mpirun-ucx": {"backend": "horovod", "controller": "mpi", "np": 2, "launcher_args": ("--mca", "pml", "ucx")},
     "srun-horovod": {"backend": "horovod", "launcher": "srun", "hosts": HOSTS},
     "srun-multiworker": {"hosts": HOSTS},
+    "mirrored-gpus": {"backend": "mirrored", "np": None, "gpus": 4},
+    "multiworker-gpus": {"hosts": spec.parse_hosts("localhost:2,node2:2"), "gpus": 4},
+    "horovodrun-gpus": {"backend": "horovod", "hosts": HOSTS, "gpus": 4},
+    "horovodrun-elastic-gpus": {
+        **{"backend": "horovod", "min_np": 2, "host_discovery_script": "/home/me/discover"},
+        **{"slots_per_host": 4, "gpus": 4},
+    },
+    "mpirun-gpus": {"backend": "horovod", "controller": "mpi", "hosts": HOSTS, "gpus_per_worker": 2},
+    "srun-gpus": {"backend": "horovod", "launcher": "srun", "hosts": HOSTS, "gpus": 4},
     "hostile": {
         "hosts": HOSTS,
         "command": ("python", 'it\'s a "file".py', "$(touch /tmp/x)", "a\nb", "", "; rm -rf /", "-np", "--"),
@@ -172,6 +181,18 @@ WRONG = {
     "ssh": ({"backend": "horovod", "ssh_args": ("-oPort=2222",)}, r"--ssh-arg is '-oPort=2222', expected -pPORT or"),
     "ssh 2": ({"backend": "horovod", "ssh_args": ("-i/a;b",)}, r"--ssh-arg is '-i/a;b', expected -pPORT or -iFILE"),
     "ssh 3": ({"backend": "horovod", "ssh_args": ("-p",)}, r"--ssh-arg is '-p', expected -pPORT or -iFILE"),
+    "gpus": ({"gpus": -1}, r"--gpus is -1, expected at least 0"),
+    "gpus 2": ({"gpus_per_worker": 0}, r"--gpus-per-worker is 0, expected at least 1"),
+    "gpus 3": ({"hosts": HOSTS, "gpus": 3}, r"--gpus is 3, expected at least 4: a host has 4 workers with 1 each"),
+    "gpus 4": (
+        {"backend": "horovod", "np": 2, "gpus": 3, "gpus_per_worker": 2},
+        r"--gpus is 3, expected at least 4: a host has 2 workers with 2 each",
+    ),
+    "gpus 5": ({"backend": "mirrored", "np": 2, "gpus": 1}, r"--gpus is 1, expected at least 2: a host has 1 worker"),
+    "gpus 6": (
+        {"backend": "mirrored", "np": 2, "gpus_per_worker": 4},
+        r"--gpus-per-worker is 4, expected 2, the replicas of -np",
+    ),
     "NUL": ({"command": ("a\0b",)}, r"NUL byte"),
     "NUL 2": ({"cwd": "/a\0b"}, r"NUL byte"),
 }
@@ -182,6 +203,46 @@ def test_wrong_jobs_are_refused(name):
     fields, message = WRONG[name]
     with pytest.raises(ValueError, match=message):
         make(**fields)
+
+
+# backend, fields: the slots that the hosts get, and the GPUs of each worker
+BY_GPUS = {
+    "one for each rank": (["--backend", "horovod", "-H", "a,b", "--gpus", "8"], "-H a:8,b:8", "0 1 2 3 4 5 6 7"),
+    "ranks of two": (["--backend", "horovod", "--gpus", "4", "--gpus-per-worker", "2"], "-H localhost:2", "0,1 2,3"),
+    "fewer ranks than GPUs": (["--backend", "horovod", "-np", "2", "--gpus", "8"], "-H localhost:2", "0 1"),
+    "all for one worker": (["-H", "a,b", "--gpus", "4"], "the workers, 2,", "0,1,2,3"),
+    "shared by workers": (["-np", "2", "--gpus", "4"], "the workers, 2,", "0,1 2,3"),
+    "all for the replicas": (["--backend", "mirrored", "--gpus", "2"], "DISTPAD_REPLICAS=2", "0,1"),
+}
+
+
+@pytest.mark.parametrize(("flags", "expected", "devices"), BY_GPUS.values(), ids=BY_GPUS)
+def test_gpus_tell_the_number_of_workers(monkeypatch, flags, expected, devices):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    done = CliRunner().invoke(app.app, ["launch", *flags, "--dry-run", "--", "python", "train.py"])
+    assert done.exit_code == 0, done.output
+    assert expected in done.output and f"by local rank\n{devices}\n" in done.output
+
+
+def test_a_worker_uses_the_gpus_of_its_local_rank(monkeypatch):
+    """Of the host's own, of those in CUDA_VISIBLE_DEVICES, and the one that Slurm gave to the task."""
+    show = [sys.executable, "-c", "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'))"]
+
+    def shown(count: int, **variables: str) -> str:
+        for name in ("CUDA_VISIBLE_DEVICES", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID", "DISTPAD_LOCAL_RANK"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        orders = {"command": show, "cwd": "/", "env": {}, "slots": 1, "gpus": count}
+        return worker.start(orders).communicate(timeout=60)[0].decode().strip()
+
+    assert shown(0, DISTPAD_LOCAL_RANK="1") == "None"
+    assert shown(2, DISTPAD_LOCAL_RANK="1") == "2,3"
+    assert shown(1, OMPI_COMM_WORLD_LOCAL_RANK="3") == "3"
+    assert shown(1, OMPI_COMM_WORLD_LOCAL_RANK="1", CUDA_VISIBLE_DEVICES="4, GPU-7a") == "GPU-7a"
+    assert shown(1, SLURM_LOCALID="3", CUDA_VISIBLE_DEVICES="0") == "0"  # --gpus-per-task: each task has its own
+    assert shown(1, SLURM_LOCALID="3", CUDA_VISIBLE_DEVICES="0,1,2,3") == "3"
+    assert shown(1, DISTPAD_LOCAL_RANK="1", CUDA_VISIBLE_DEVICES="0") == ""  # TensorFlow sees none: the library says so
 
 
 def test_workers_fill_hosts_in_order():
@@ -349,6 +410,33 @@ def test_hosts_that_do_not_fit(changes, message):
     assert len(problems) == 1 and message in problems[0]
 
 
+def on_gpus(*names: str, **changes) -> dict:
+    return {"devices": len(names), "names": list(names), "cuda": "12.9", "version": "575.57", **changes}
+
+
+@pytest.mark.parametrize(
+    ("driver", "package", "message"),
+    [
+        (on_gpus("H100", "H100"), "tensorflow", ""),
+        (
+            on_gpus("H100", "H100"),
+            "tensorflow-cpu",
+            "no 2 GPUs for its workers: TensorFlow is built for the CPU. launch/",
+        ),
+        (on_gpus("H100"), "tensorflow", "b has no 2 GPUs for its workers: nvidia-smi lists 1."),
+        (on_gpus(cuda=""), "tensorflow", "NVIDIA's driver is missing. Install NVIDIA's driver. In a container"),
+        (on_gpus(error="version mismatch"), "tensorflow", "nvidia-smi fails: version mismatch. Check that the driver"),
+    ],
+)
+def test_hosts_without_the_gpus_of_their_workers(driver, package, message):
+    job = make(hosts=spec.parse_hosts("a:2,b:2"), gpus=2)
+    fine = {"versions": {package: "2.21.0"}, "gpus": on_gpus("H100", "H100")}
+    problems = hostcheck.problems(job, {"a": found_on("a", **fine), "b": found_on("b", **{**fine, "gpus": driver})})
+    assert len([problem for problem in problems if problem.startswith("b ")]) == bool(message)
+    assert message in " ".join(problems)
+    assert hostcheck.problems(make(hosts=spec.parse_hosts("a:2,b:2")), {"a": found_on("a", gpus={})}) == []
+
+
 def test_the_interface_that_hosts_share():
     both = {"a": found_on("a"), "b": found_on("b")}
     assert hostcheck.interface(both) == ("eth0", "")
@@ -411,7 +499,7 @@ def test_every_flag_can_stand_in_a_file(tmp_path):
         "port",
         "secret",
         "dry_run",
-        *("k8s", "image", "workers", "slots", "gpus", "queue", "namespace"),
+        *("k8s", "image", "workers", "slots", "gpus", "gpus_per_worker", "queue", "namespace"),
     }
     assert {name.replace("-", "_") for name in values} | further == known
 

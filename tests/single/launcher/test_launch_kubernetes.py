@@ -236,7 +236,7 @@ def test_what_is_left_out_stays_as_it_is():
         ("--k8s jobset --image a --grace-s 10", r"launch: --grace-s with --k8s"),  # though it is the default
         ("--k8s jobset --image a --workers 0 -- x", r"--workers is 0, expected 1 to"),
         ("--k8s jobset --image a --workers many", r"'many' is not a valid int|unable to parse"),
-        ("--workers 2 --gpus 4 -- true", r"launch: --workers, --gpus without --k8s, expected --k8s KIND"),
+        ("--workers 2 --slots 4 -- true", r"launch: --workers, --slots without --k8s, expected --k8s KIND"),
         ("--image a -np 2 -- true", r"launch: --image without --k8s"),
         ("--config {file}", r"launch: --backend, -np with --k8s"),
     ],

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 import distpad
 from distpad import backends
-from distpad.launcher import topology
+from distpad.launcher import builds, gpus, topology
 
 pytestmark = pytest.mark.one_stack
 
@@ -25,7 +25,14 @@ OPEN_MPI_5 = {"PRTE_LAUNCHED": "1", "OMPI_COMM_WORLD_SIZE": "2"}  # as in its ra
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch):
-    for name in (*topology._WORKERS, "TF_CONFIG", "DISTPAD_HOSTS", "DISTPAD_REPLICAS", "DISTPAD_BACKEND"):
+    for name in (
+        *topology._WORKERS,
+        "TF_CONFIG",
+        "DISTPAD_HOSTS",
+        "DISTPAD_REPLICAS",
+        "DISTPAD_BACKEND",
+        "DISTPAD_GPUS",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -207,6 +214,54 @@ def test_more_replicas_than_gpus(monkeypatch):
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["GPU:0"] if kind == "GPU" else ["CPU:0"])
     with pytest.raises(ValueError, match="replicas is 2, expected at most 1, the GPUs here"):
         backends.start("mirrored", 2)
+
+
+GPU_BUILD = {"version": "2.21.0", "cuda": "12.5.1", "cudnn": "9", "for_gpus": True, "capabilities": ["sm_60", "sm_89"]}
+DRIVER = {"devices": 2, "names": ["RTX 5090"] * 2, "capabilities": ["12.0"] * 2, "version": "580.95", "cuda": "13.0"}
+PROMISED = "TensorFlow sees {} GPUs?, expected 2, set by DISTPAD_GPUS: "
+# seen GPUs, build, driver, CUDA_VISIBLE_DEVICES, message
+WITHOUT_GPUS = {
+    "this TensorFlow": (
+        0,
+        None,
+        None,
+        "0,1",
+        PROMISED.format(0) + "TensorFlow is built for the CPU. launch/environment",
+    ),
+    "no driver": (0, GPU_BUILD, {"cuda": ""}, "0,1", PROMISED.format(0) + "NVIDIA's driver is missing. Install"),
+    "one GPU": (
+        1,
+        GPU_BUILD,
+        {"names": ["T4"], "devices": 1},
+        "0,1",
+        PROMISED.format(1) + "CUDA_VISIBLE_DEVICES is '0,1'",
+    ),
+    "an empty list": (0, GPU_BUILD, {}, "", PROMISED.format(0) + "CUDA_VISIBLE_DEVICES is ''. Unset it"),
+    "libraries": (0, GPU_BUILD, {}, "0,1", PROMISED.format(0) + "libraries of CUDA 12 and cuDNN 9 are missing"),
+    "sm_120": (
+        2,
+        GPU_BUILD,
+        {},
+        "0,1",
+        "RTX 5090 has compute capability 12.0, TensorFlow 2.21.0 has code for 6.0 to 8.9",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_GPUS)
+def test_a_worker_that_was_promised_gpus_does_not_train_on_the_cpu(monkeypatch, name):
+    seen, build, driver, visible, message = WITHOUT_GPUS[name]
+    monkeypatch.setenv("DISTPAD_GPUS", "2")
+    monkeypatch.setenv("DISTPAD_BACKEND", "mirrored")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    if build is not None:
+        monkeypatch.setattr(builds, "tensorflow", lambda: build)
+        monkeypatch.setattr(gpus, "driver", lambda: {**DRIVER, **driver})
+        monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [f"{kind}:{i}" for i in range(seen)])
+    for call in (backends.start, lambda: backends.resolve(strategy)):
+        with pytest.raises(distpad.DistpadError, match=message):
+            call()
 
 
 def test_the_check_is_fast(monkeypatch):

@@ -26,7 +26,10 @@ WELL = {
     "host": "a",
     "time": 1000.0,
     "machine": {"cores": 16, "memory": 64 * GB, "open_files": {"soft": 4096, "hard": 4096}, "managed_by": []},
-    "gpus": {"devices": 4, "names": [f"GPU {i}: NVIDIA H100 80GB HBM3" for i in range(4)]},
+    "gpus": {
+        **{"devices": 4, "names": ["NVIDIA H100 80GB HBM3"] * 4, "capabilities": ["9.0"] * 4},
+        **{"version": "575.57.08", "cuda": "12.9", "wheels": {"nvidia-cuda-runtime-cu12": "12.9.79"}},
+    },
     "shared_memory": {"size": 8 * GB, "free": 8 * GB},
     "environment": {},
     "python": {"version": "3.11.7", "executable": "/usr/bin/python"},
@@ -37,6 +40,7 @@ WELL = {
             "keras": "3.15.1",
             "cuda": "12.5",
             "cudnn": "9",
+            "capabilities": ["sm_60", "sm_70", "sm_80", "sm_89", "compute_90"],
             "for_gpus": True,
             "gpus": 4,
         },
@@ -57,7 +61,8 @@ WELL = {
 ALONE = findings.Question(slots={"a": 4}, slots_given=True, ports=(2222,), code="/job")
 TWO = findings.Question(slots={"a": 4, "b": 4}, slots_given=True, ports=(2222,), code="/job")
 # sets a value deep in the facts: a path, and the value
-NO_GPUS = {"gpus.names": [], "gpus.devices": 0, "engines.tensorflow.gpus": 0}
+NO_GPUS = {"gpus.names": [], "gpus.devices": 0, "gpus.cuda": "", "engines.tensorflow.gpus": 0}
+UNSEEN = {"engines.tensorflow.gpus": 0}
 OPEN_MPI_5 = "mpirun (Open MPI) 5.0.11"
 
 
@@ -109,17 +114,62 @@ ON_ONE_HOST = {
         *(r"4 GPUs, but Horovod was built without NCCL \(it has gloo, mpi\)", "install_horovod.sh --force"),
     ),
     "a TensorFlow for the CPU": (
-        *("GPUs", "error", {"engines.tensorflow.for_gpus": False, "engines.tensorflow.gpus": 0}),
-        *("built for the CPU", "and-cuda"),
+        *("GPUs", "error", {**UNSEEN, "engines.tensorflow.for_gpus": False}),
+        *("sees 0 of 4 GPUs: TensorFlow is built for the CPU", "environment.sh current-gpu"),
     ),
-    "GPUs that are not seen": ("GPUs", "error", {"engines.tensorflow.gpus": 0}, "sees 0 of 4", "CUDA 12.5 and cuDNN 9"),
+    "libraries that are missing": (
+        *("GPUs", "error", UNSEEN, "sees 0 of 4 GPUs: libraries of CUDA 12 and cuDNN 9 are missing", "and-cuda"),
+    ),
+    "libraries of CUDA 13": (
+        *("GPUs", "error", {**UNSEEN, "gpus.wheels": {"nvidia-nccl-cu13": "2.28.9", "nvidia-cuda-runtime": "13.0.96"}}),
+        *(r"of CUDA 13 \(nvidia-cuda-runtime, nvidia-nccl-cu13\), TensorFlow needs CUDA 12", "and-cuda"),
+    ),
+    "a driver that is too old": (
+        *("GPUs", "error", {**UNSEEN, "gpus.version": "470.256.02", "gpus.cuda": "11.4"}),
+        *("the driver 470.256.02 supports CUDA up to 11.4, TensorFlow needs CUDA 12.5", "newer driver"),
+    ),
+    "a driver whose library is not in the container": (
+        *("GPUs", "error", {**UNSEEN, "gpus.cuda": "", "gpus.names": []}),
+        *("sees 0 of 4 GPUs: NVIDIA's driver is missing", "request GPUs"),
+    ),
+    "GPUs that were promised to a CPU image": (
+        *("GPUs", "error", {**NO_GPUS, "engines.tensorflow.for_gpus": False, "environment.DISTPAD_GPUS": "8"}),
+        *("sees 0 of 8 GPUs: TensorFlow is built for the CPU", "environment.sh current-gpu"),
+    ),
+    "GPUs that were promised and are not there": (
+        *("GPUs", "error", {**NO_GPUS, "environment.DISTPAD_GPUS": "8"}),
+        *("sees 0 of 8 GPUs: NVIDIA's driver is missing", r"nvidia.com/gpu"),
+    ),
+    "GPUs that are all hidden": (
+        *("GPUs", "error", {**UNSEEN, "environment.CUDA_VISIBLE_DEVICES": ""}),
+        *("sees 0 of 4 GPUs: CUDA_VISIBLE_DEVICES is ''", "Unset it"),
+    ),
+    "a GPU that does not exist": (
+        *("GPUs", "error", {**UNSEEN, "environment.CUDA_VISIBLE_DEVICES": "7,0,1,2"}),
+        *("CUDA_VISIBLE_DEVICES is '7,0,1,2'", "nvidia-smi -L"),
+    ),
+    "a GPU that is newer than TensorFlow": (
+        *("GPUs", "error", {"gpus.names": ["NVIDIA GeForce RTX 5090"] * 4, "gpus.capabilities": ["12.0"] * 4}),
+        *("RTX 5090 has compute capability 12.0, TensorFlow 2.21.0 has code for 6.0 to 9.0", "Use another GPU"),
+    ),
+    "a GPU that is too old": (
+        *("GPUs", "error", {"gpus.names": ["Tesla M40"] * 4, "gpus.capabilities": ["5.2"] * 4}),
+        *("Tesla M40 has compute capability 5.2", "Use another GPU"),
+    ),
+    "a GPU for which the driver compiles": (
+        *("GPUs", "warning", {"engines.tensorflow.capabilities": ["sm_50", "sm_60", "sm_70", "sm_75", "compute_80"]}),
+        *("H100 .* has code for 5.0 to 8.0: the driver compiles it", "ComputeCache"),
+    ),
     "GPUs that are hidden": (
         *("GPUs", "warning", {"engines.tensorflow.gpus": 1, "environment.CUDA_VISIBLE_DEVICES": "0"}),
         *("sees 1 of 4 GPUs: CUDA_VISIBLE_DEVICES is '0'", "Unset"),
     ),
-    "a driver that fails": ("GPUs", "error", {"gpus.error": "Driver/library version mismatch"}, "mismatch", "driver"),
+    "a driver that fails": (
+        *("GPUs", "error", {**UNSEEN, "gpus.error": "Driver/library version mismatch"}),
+        *("nvidia-smi fails: Driver/library version mismatch", "driver"),
+    ),
     "more slots than GPUs": (
-        *("slots", "error", {"gpus.names": ["GPU 0: T4"], "engines.tensorflow.gpus": 1}),
+        *("slots", "error", {"gpus.names": ["T4"], "gpus.capabilities": ["7.5"], "engines.tensorflow.gpus": 1}),
         *("4 slots, but 1 GPUs", "Write a:1"),
     ),
     "more slots than cores": ("slots", "warning", {**NO_GPUS, "machine.cores": 2}, "4 slots, but 2 cores", "a:2"),

@@ -1,0 +1,30 @@
+"""The GPUs that a launcher promised to this worker."""
+
+from __future__ import annotations
+
+import os
+
+import tensorflow as tf
+
+from distpad import errors
+from distpad.launcher import builds, gpus, topology
+
+
+def check() -> None:
+    """Check that TensorFlow sees the expected GPUs and has code for them. Without DISTPAD_GPUS, nothing is expected.
+
+    Raises:
+      DistpadError: there are fewer, or TensorFlow cannot use one. The message has the likely cause and the remedy.
+    """
+    expected = topology.number(os.environ, "DISTPAD_GPUS")
+    if not expected:
+        return
+    seen = tf.config.list_physical_devices("GPU")
+    build, driver = builds.tensorflow(), gpus.driver()
+    if len(seen) < expected:
+        why, remedy = gpus.why_unseen(expected, build, driver, os.environ.get("CUDA_VISIBLE_DEVICES"), gpus.packages())
+        sees = f"TensorFlow sees {len(seen)} GPU{'s' * (len(seen) != 1)}, expected {expected}, set by DISTPAD_GPUS"
+        raise errors.DistpadError(f"distpad: {sees}: {why}. {remedy}")
+    unfit = gpus.unsupported(build, driver)
+    if unfit and unfit[2]:
+        raise errors.DistpadError(f"distpad: {unfit[0]}, expected code for this GPU. {unfit[1]}")

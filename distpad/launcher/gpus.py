@@ -1,0 +1,152 @@
+"""GPUs: those that each worker uses, and why TensorFlow sees fewer. This module does not import TensorFlow.
+
+``doctor`` calls the pure functions with the facts of a host, and a worker that was promised GPUs with its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import glob
+import importlib.metadata
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+LIMIT_S = 20
+INSTALL = "launch/environment.sh current-gpu (or classic-gpu), or pip install 'tensorflow[and-cuda]'"
+REQUEST = "Install NVIDIA's driver. In a container, request GPUs: docker run --gpus all, in Kubernetes nvidia.com/gpu."
+QUERY = ("nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader")
+NEWEST_BY_PTX = (
+    9  # compute capability; on newer GPUs, code for older ones fails: CUDA_ERROR_INVALID_PTX (tensorflow#97387)
+)
+
+
+def driver() -> dict[str, Any]:
+    """The GPUs and the version of NVIDIA's driver.
+
+    Returns:
+      ``devices``: the number of devices in /dev; ``names`` and ``capabilities`` of the GPUs that nvidia-smi lists;
+      ``version`` of the driver; ``cuda``: the newest CUDA that it supports, "" without a driver; ``error`` of
+      nvidia-smi.
+    """
+    found: dict[str, Any] = {"devices": len(glob.glob("/dev/nvidia[0-9]*")), "names": [], "capabilities": []}
+    found["cuda"] = _cuda_of_driver()
+    if shutil.which(QUERY[0]):
+        done = subprocess.run(QUERY, capture_output=True, text=True, timeout=LIMIT_S)
+        if done.returncode:
+            found["error"] = (done.stderr or done.stdout).strip()
+        for name, capability, version in (
+            line.rsplit(", ", 2) for line in done.stdout.splitlines() if line.count(", ") > 1
+        ):
+            found["names"].append(name)
+            found["capabilities"].append(capability)
+            found["version"] = version
+    return found
+
+
+def _cuda_of_driver() -> str:
+    version = ctypes.c_int()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return f"{version.value // 1000}.{version.value % 1000 // 10}" if version.value else ""
+
+
+def packages() -> dict[str, str]:
+    """NVIDIA's installed wheels, and their versions."""
+    every = ((each.metadata["Name"] or "", each.version) for each in importlib.metadata.distributions())
+    return {name: version for name, version in every if name.startswith("nvidia-")}
+
+
+def of_worker(count: int, local_rank: int, environ: Mapping[str, str]) -> str:
+    """The value of CUDA_VISIBLE_DEVICES for a worker: its own GPUs, by its local rank.
+
+    Args:
+      count: number of GPUs for each worker.
+      local_rank: the worker's number on its host.
+      environ: the host's variables. CUDA_VISIBLE_DEVICES restricts the GPUs. Slurm sets it for each task.
+
+    >>> of_worker(2, 1, {})
+    '2,3'
+    >>> of_worker(1, 1, {"CUDA_VISIBLE_DEVICES": "4,6"})
+    '6'
+    """
+    given, first = environ.get("CUDA_VISIBLE_DEVICES"), local_rank * count
+    if given is None:
+        return ",".join(str(first + i) for i in range(count))
+    listed = [part.strip() for part in given.split(",")]
+    if len(listed) == count and "SLURM_LOCALID" in environ:
+        return given
+    return ",".join(listed[first : first + count])
+
+
+def why_unseen(
+    expected: int, build: Mapping[str, Any], found: Mapping[str, Any], visible: str | None, wheels: Mapping[str, str]
+) -> tuple[str, str]:
+    """Why TensorFlow sees fewer GPUs than expected: the first cause that applies, and its remedy.
+
+    Args:
+      expected: the number of GPUs.
+      build: TensorFlow's, from ``builds.tensorflow``.
+      found: the result of ``driver``.
+      visible: the value of CUDA_VISIBLE_DEVICES.
+      wheels: the result of ``packages``.
+    """
+    if not build["for_gpus"]:
+        return "TensorFlow is built for the CPU", INSTALL
+    if found.get("error"):
+        return f"nvidia-smi fails: {found['error']}", "Check that the driver is loaded and matches the kernel."
+    if not found.get("cuda"):
+        return "NVIDIA's driver is missing", REQUEST
+    if _number(found["cuda"])[0] < _number(build["cuda"])[0]:
+        newest = f"the driver {found.get('version', '')} supports CUDA up to {found['cuda']}"
+        return f"{newest}, TensorFlow needs CUDA {build['cuda']}", "Install a newer driver."
+    if visible is not None and _count_visible(visible, len(found["names"]) or found["devices"]) < expected:
+        return f"CUDA_VISIBLE_DEVICES is {visible!r}", "Unset it, or name the GPUs that nvidia-smi -L lists."
+    if len(found["names"]) < expected:
+        return f"nvidia-smi lists {len(found['names'])}", REQUEST
+    needs = f"CUDA {_number(build['cuda'])[0]} and cuDNN {build['cudnn']}"
+    of_13 = sorted(name for name, version in wheels.items() if name.endswith("-cu13") or _is_cuda_13(name, version))
+    if of_13 and not any(name == "nvidia-cuda-runtime-cu12" for name in wheels):
+        return f"the libraries are those of CUDA 13 ({', '.join(of_13[:3])}), TensorFlow needs {needs}", INSTALL
+    return f"libraries of {needs} are missing or do not load (see TensorFlow's log)", INSTALL
+
+
+def unsupported(build: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[str, str, bool] | None:
+    """GPUs for which this TensorFlow has no code: the evidence, the remedy, and whether it fails; None if it has."""
+    listed = re.findall(r"(?:sm|compute)_(\d+)(\d)", " ".join(build.get("capabilities", [])))  # sm_120 is 12.0
+    codes = {(int(major), int(minor)) for major, minor in listed}
+    for name, text in zip(found["names"], found["capabilities"]):
+        capability = _number(text)
+        if not codes or any(code[0] == capability[0] and code <= capability for code in codes):
+            continue
+        fails = capability < min(codes) or capability[0] > NEWEST_BY_PTX
+        least, most = (".".join(map(str, each)) for each in (min(codes), max(codes)))
+        evidence = f"{name} has compute capability {text}, TensorFlow {build['version']} has code for {least} to {most}"
+        if fails:
+            return evidence, "Use another GPU, or a TensorFlow that is built for it, such as NVIDIA's own.", True
+        return (
+            f"{evidence}: the driver compiles it at first use, for up to half an hour",
+            "Keep ~/.nv/ComputeCache.",
+            False,
+        )
+    return None
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def _count_visible(visible: str, devices: int) -> int:
+    """The number of GPUs that CUDA shows: those before the first that does not exist."""
+    parts: Sequence[str] = [part.strip() for part in visible.split(",")]
+    for i, part in enumerate(parts):
+        if not (part.startswith(("GPU-", "MIG-")) or (part.isdecimal() and int(part) < devices)):
+            return i
+    return len(parts)
+
+
+def _is_cuda_13(name: str, version: str) -> bool:
+    return name == "nvidia-cuda-runtime" and version.startswith("13")
