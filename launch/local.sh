@@ -6,7 +6,7 @@
 #   launch/local.sh --log-dir logs --max-restarts 3 -- python train.py --resume
 #
 # For all flags, see: distpad launch --help. Without GPUs, -np N creates N CPU devices, for experiments.
-# CUDA_VISIBLE_DEVICES=0,1 before the call restricts the job to these GPUs.
+# CUDA_VISIBLE_DEVICES=0,1 before the call restricts the job to these GPUs, CUDA_VISIBLE_DEVICES= to the CPU.
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/python.sh"
@@ -19,4 +19,7 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # By default, TensorFlow allocates all memory of all visible GPUs. With true, it allocates memory as needed.
 export TF_FORCE_GPU_ALLOW_GROWTH=${TF_FORCE_GPU_ALLOW_GROWTH:-false}
 
+# A job on a machine with GPUs does not train on its CPU.
+gpus=$(count_gpus)
+((gpus == 0)) || set -- --gpus "$gpus" "$@"
 exec "$PYTHON" -m distpad launch --backend mirrored "$@"

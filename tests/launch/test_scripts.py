@@ -23,7 +23,8 @@ def block(language: str) -> str:
 
 
 def run(command: list[str], **settings: str) -> subprocess.CompletedProcess[str]:
-    path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # as in an active environment
+    path = settings.pop("PATH", os.environ["PATH"])
+    path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{path}"  # as in an active environment
     environment = {**os.environ, "PATH": path, **settings}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
 
@@ -45,6 +46,58 @@ def test_its_commands_are_understood(line):
     engine = pathlib.Path(script).stem
     assert engine in ("local", "multiworker") or f"by {engine}" in done.stdout, done.stdout
     assert "\npython examples/labels/integers.py\n" in done.stdout
+
+
+def with_gpus(folder: pathlib.Path, count: int) -> str:
+    """A PATH whose nvidia-smi lists so many GPUs."""
+    program = folder / "nvidia-smi"
+    program.write_text("#!/bin/sh\n" + "".join(f"echo 'GPU {i}: NVIDIA L4 (UUID: GPU-{i})'\n" for i in range(count)))
+    program.chmod(0o755)
+    return f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize(
+    ("count", "visible", "gpus"), [(4, None, "0,1,2,3"), (4, "1,3", "1,3"), (4, "", ""), (0, None, ""), (0, "0", "")]
+)
+def test_a_job_of_this_machine_takes_its_gpus(tmp_path, monkeypatch, count, visible, gpus):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    shown = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    done = run(["launch/local.sh", "--dry-run", "--", "true"], PATH=with_gpus(tmp_path, count), **shown)
+    assert done.returncode == 0, done.stderr
+    expected = len(gpus.split(",")) if gpus else 0
+    assert (f"\nDISTPAD_GPUS={expected}\nDISTPAD_HOSTS=1\n" in done.stdout) == bool(gpus), done.stdout
+    assert (f"by local rank\n{gpus}\n" in done.stdout) == bool(gpus)
+
+
+# GPUs, arguments of demo.sh: the stack that it sets up, and the command
+DEMOS = {
+    "CPU": (0, "", "current", "examples/handwriting/train.py --backend mirrored --replicas 4 --out runs/demo"),
+    "GPUs": (2, "", "current-gpu", "examples/handwriting/train.py --backend mirrored --replicas 2 --out runs/demo"),
+    "GPUs, but for the CPU": (2, "--stack classic", "classic", "train.py --backend mirrored --replicas 4"),
+    "ranks": (
+        *(2, "--stack classic-gpu --backend horovod", "classic-gpu --horovod"),
+        "-m distpad launch --backend horovod --gloo -np 2 --gpus 2 --gpus-per-worker 1 -- .*train.py --backend horovod",
+    ),
+    "workers": (8, "--backend multiworker --replicas 4", "current-gpu", "-np 4 --gpus 4 --gpus-per-worker 1 -- "),
+}
+
+
+@pytest.mark.parametrize(("count", "arguments", "stack", "command"), DEMOS.values(), ids=DEMOS)
+def test_the_demonstration_takes_the_gpus(tmp_path, monkeypatch, count, arguments, stack, command):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    for name, body in {
+        "launch/environment.sh": f'echo "$@" >>{tmp_path}/stacks; echo {tmp_path}/py',
+        "py": 'echo "$DISTPAD_GPUS:" "$@"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    done = run([tmp_path / "launch" / "demo.sh", *arguments.split()], PATH=with_gpus(tmp_path, count))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "stacks").read_text() == f"{stack}\n"
+    assert re.search(command, done.stdout), done.stdout
+    promised = re.search(r"^(\d*): examples", done.stdout, re.MULTILINE)  # launched jobs have --gpus instead
+    assert promised is None or promised[1] == ("2" if stack == "current-gpu" else "")
 
 
 @pytest.mark.skipif(bool(shutil.which("nvidia-smi")), reason="GPUs are here")
