@@ -24,8 +24,9 @@ from distpad import backends
 logging.getLogger("tensorflow").setLevel(logging.ERROR)
 
 
-def start() -> backends.Backend:
+def start(*, mixed_precision: bool = False) -> backends.Backend:
     """Start the engine of horovodrun, mpirun or TF_CONFIG. Without a launcher, start one device."""
+    tf.keras.mixed_precision.set_global_policy("mixed_float16" if mixed_precision else "float32")
     return backends.start()
 
 

@@ -38,10 +38,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=256, metavar="N", help="steps of a run (default 256)")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="examples per replica (default 16)")
     parser.add_argument("--units", type=int, default=448, metavar="N", help="units of the model, to set the step time")
+    parser.add_argument("--jit-compile", action="store_true", help="compile forward and backward pass with XLA")
+    parser.add_argument("--mixed-precision", action="store_true", help="compute in float16, as GPUs do fast")
     options = parser.parse_args()
 
-    backend = engine.start()
-    trainer = engine.Trainer(backend, functools.partial(model, options.units), functools.partial(loss, backend))
+    backend = engine.start(mixed_precision=options.mixed_precision)
+    build, loss_fn = functools.partial(model, options.units), functools.partial(loss, backend)
+    trainer = engine.Trainer(backend, build, loss_fn, jit_compile=options.jit_compile)
     held = examples(backend, options.steps * options.batch_size * backend.replicas_here)
     make = functools.partial(
         distpad.PaddedBatches, held, options.batch_size, padding=PADDING, tokens="y", buckets=BUCKETS

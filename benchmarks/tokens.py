@@ -41,9 +41,10 @@ def main() -> None:
     parser = rounds.parser(__doc__, EXAMPLES)
     parser.add_argument("--set", choices=sequences.SETS, default="lognormal", help="data set (default lognormal)")
     parser.add_argument("--examples", type=int, default=2048, metavar="N", help="examples of an epoch (default 2048)")
+    parser.add_argument("--mixed-precision", action="store_true", help="compute in float16, as GPUs do fast")
     options = parser.parse_args()
 
-    backend = engine.start()
+    backend = engine.start(mixed_precision=options.mixed_precision)
     data = sequences.SETS[options.set](options.examples)
     lengths = np.array([len(item) - 1 for item in data])  # each position predicts the next character
     buckets = distpad.Buckets.from_lengths(lengths, BOUNDARIES)
@@ -104,7 +105,7 @@ def model() -> tf.keras.Model:
 
 
 def entropy(true: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
-    return tf.nn.sparse_softmax_cross_entropy_with_logits(true, logits)
+    return tf.nn.sparse_softmax_cross_entropy_with_logits(true, tf.cast(logits, tf.float32))
 
 
 def our_loss(backend: backends.Backend, trained: tf.keras.Model, batch: distpad.Batch) -> tf.Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import tensorflow as tf
 
 from distpad import backends, errors
 from distpad.certification import comparison, deviation, linear, own
@@ -132,16 +135,28 @@ def certify(
     errors.integer("certify", "cases", cases, least=1)
     errors.integer("certify", "seed", seed, least=0)
     engine = backends.resolve(backend, function="certify")
-    if model is None and step is None and batch is None:
-        subject = linear.subject(loss, seed, engine)
-    else:
-        _check_own(model, loss, step, batch)
-        subject = own.subject(model, loss, step, batch, engine)
-    result, notes = comparison.compare(subject, cases, seed), subject.notes
+    with _without_tensor_float_32():
+        if model is None and step is None and batch is None:
+            subject = linear.subject(loss, seed, engine)
+        else:
+            _check_own(model, loss, step, batch)
+            subject = own.subject(model, loss, step, batch, engine)
+        result, notes = comparison.compare(subject, cases, seed), subject.notes
     if result.is_zero:
         notes += ("all gradients are 0: nothing counts in this batch, and nothing was compared",)
     where = engine.name, engine.num_replicas, engine.num_workers
     return Certificate(*where, tuple(result.lines), subject.padded, notes, result.diagnosis)
+
+
+@contextlib.contextmanager
+def _without_tensor_float_32() -> Iterator[None]:
+    """GPUs since Ampere round the factors of float32 products to 10 bits by default, too few for the limit."""
+    before = tf.config.experimental.tensor_float_32_execution_enabled()
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    try:
+        yield
+    finally:
+        tf.config.experimental.enable_tensor_float_32_execution(before)
 
 
 def _check_own(model: Any, loss: Any, step: Any, batch: Any) -> None:

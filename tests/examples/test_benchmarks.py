@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import re
+import subprocess
 import sys
 
 import numpy as np
@@ -18,6 +19,7 @@ import rounds  # noqa: E402 (the path comes first)
 import sequences  # noqa: E402
 
 LIMIT_S = 200
+ENGINES = ("mirrored", "multiworker", "horovod")
 pytestmark = [pytest.mark.wide, pytest.mark.timeout(LIMIT_S + 20)]
 
 
@@ -146,6 +148,27 @@ def test_padding():
     for contender, tables in {**bases, "pad": 7, "pad, mask=False": 5, "distpad.pad_sequences": 4}.items():
         found = re.findall(rf"│ {re.escape(contender)} +│ +\d", output)
         assert len(found) == 2 * tables, output  # wall time and CPU time
+
+
+def gpu(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(BENCHMARKS / "gpu.sh"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=4 * LIMIT_S, stdin=subprocess.DEVNULL)
+
+
+@pytest.mark.timeout(5 * LIMIT_S)
+def test_the_script_for_gpus_on_the_cpu():
+    done = gpu("--cpu", "float32, XLA", "mixed precision", "overhead, XLA", "wrapper")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = (BENCHMARKS.parent / "runs" / "gpu" / "current.txt").read_text()
+    summary = report.partition("== summary: 2 CPU devices, which say nothing of GPUs\n")[2].splitlines()
+    ran = [tuple(re.split(r"  +", line)[:3]) for line in summary if line]
+    certified = [(name, engine, "passed") for name in ("float32, XLA", "mixed precision") for engine in ENGINES]
+    assert ran == [
+        *certified,
+        ("wrapper", "mirrored", "passed"),
+        *(("overhead, XLA", e, "passed") for e in ENGINES[1:]),
+    ]
+    assert len(re.findall(r"distpad certificate: .*2 replicas", report)) == 6 and "NCCL: none" in report
 
 
 def test_convergence():

@@ -105,6 +105,9 @@ def test_without_gpus_nothing_trains():
     done = run(["launch/local.sh", "--gpus", "1", "--", "echo", "trained"])
     assert done.returncode == 3 and "trained" not in done.stdout
     assert re.search("has no 1 GPUs for its workers: (TensorFlow is built for the CPU|NVIDIA's driver)", done.stderr)
+    done = run(["benchmarks/gpu.sh"])
+    assert done.returncode == 3 and "lists no GPU on this machine" in done.stderr and "gpu.sh --cpu" in done.stderr
+    assert run(["benchmarks/gpu.sh", "everything"]).returncode == 2
 
 
 def test_a_small_training_by_mpirun():

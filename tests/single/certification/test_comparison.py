@@ -255,6 +255,18 @@ def test_half_precision_has_its_own_limit(half, limit):
     assert certificate.passed and {(line.dtype, line.limit) for line in certificate.lines} == {(half, limit)}
 
 
+def test_float32_is_not_rounded_to_tensor_float_32():
+    enabled = tf.config.experimental.tensor_float_32_execution_enabled
+    seen = []
+
+    def step(batch):
+        seen.append(enabled())
+        return [tf.reduce_sum(batch["x"], 0)]
+
+    distpad.certify(step=step, batch={"x": np.ones([4, 2], "float32")}, cases=1)
+    assert seen and not any(seen) and enabled()
+
+
 @pytest.mark.wide
 def test_a_batch_in_which_nothing_counts_is_told():
     model = tf.keras.Sequential([tf.keras.Input([None, 2]), tf.keras.layers.Dense(2)])
