@@ -10,8 +10,11 @@ from distpad import errors
 from distpad.launcher import builds, gpus, topology
 
 
-def check() -> None:
+def check(*, has_chosen: bool = False) -> None:
     """Check that TensorFlow sees the expected GPUs and has code for them. Without DISTPAD_GPUS, nothing is expected.
+
+    Args:
+      has_chosen: whether the program has chosen GPUs of this worker, as Horovod's do: more are an error then.
 
     Raises:
       DistpadError: there are fewer, or TensorFlow cannot use one. The message has the likely cause and the remedy.
@@ -28,3 +31,9 @@ def check() -> None:
     unfit = gpus.unsupported(build, driver)
     if unfit and unfit[2]:
         raise errors.DistpadError(f"distpad: {unfit[0]}, expected code for this GPU. {unfit[1]}")
+    used = len(tf.config.get_visible_devices("GPU"))
+    if has_chosen and used > expected:
+        remedy = "Call distpad.backends.start('horovod') first, or launch with --gpus-per-worker 1."
+        raise errors.DistpadError(
+            f"distpad: this rank uses {used} GPUs, expected {expected} by its local rank. {remedy}"
+        )

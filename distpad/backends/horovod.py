@@ -40,7 +40,7 @@ class HorovodBackend(base.Backend):
     def __init__(self, op: str = "average", process_set: Any = None, compression: Any = None) -> None:
         _check_op(op)
         self._hvd = initialised()
-        expected_gpus.check()
+        expected_gpus.check(has_chosen=True)
         topology.check(_report(self._hvd))
         everyone = self._hvd.global_process_set
         self.process_set = process_set or everyone

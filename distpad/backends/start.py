@@ -77,13 +77,15 @@ def _make(kind: str, replicas: int | None) -> base.Backend:
 
 
 def _gpu_of(local_rank: int, gpus: list[Any]) -> Any:
-    """A rank's own GPU, by its index on its host. A rank to which a single GPU is visible knows it as index 0."""
-    if len(gpus) > 1 and local_rank >= len(gpus):
+    """A rank's own GPU, by its index on its host. A rank that sees only its own GPUs knows the first as index 0."""
+    if len(gpus) in (1, topology.number(os.environ, "DISTPAD_GPUS")):
+        return gpus[0]
+    if local_rank >= len(gpus):
         remedy = "Start one rank per GPU (-H host:N), or make one GPU visible to each rank (CUDA_VISIBLE_DEVICES)."
         raise ValueError(
             errors.sentence("start", "local rank", local_rank, f"below {len(gpus)}, the GPUs here", remedy)
         )
-    return gpus[local_rank if len(gpus) > 1 else 0]
+    return gpus[local_rank]
 
 
 def _devices(replicas: int | None) -> list[str] | None:

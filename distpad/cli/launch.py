@@ -90,7 +90,7 @@ def launch(
     max_np: Optional[int] = typer.Option(None, help="Elastic: maximum number of workers.", rich_help_panel="Workers"),
     host_discovery_script: str = typer.Option("", help="Elastic: a script that prints one line host:slots per host. It runs once a second.", rich_help_panel="Workers"),
     gpus: int = typer.Option(0, help="GPUs of each host that workers use; with --k8s, of each pod that trains. A worker that does not see its GPUs ends the job.", rich_help_panel="Workers"),
-    gpus_per_worker: Optional[int] = typer.Option(None, help="GPUs of each worker, chosen by its local rank. Default: one for Horovod, else all of its host divided by the workers there.", rich_help_panel="Workers"),
+    gpus_per_worker: Optional[int] = typer.Option(None, help="GPUs of each worker, which sees only these, by its local rank. Default: for multiworker, those of its host divided by the workers there; for Horovod one, which the program chooses by its local rank.", rich_help_panel="Workers"),
     gloo: bool = typer.Option(False, "--gloo", help="Horovod over Gloo, started by horovodrun (default).", rich_help_panel="Engine"),
     mpi: bool = typer.Option(False, "--mpi", help="Horovod over MPI, started by mpirun.", rich_help_panel="Engine"),
     launcher: str = typer.Option("", help="The engine's launcher: horovodrun, mpirun or srun; ssh for the other engines.", rich_help_panel="Engine"),

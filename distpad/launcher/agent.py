@@ -64,7 +64,7 @@ class Agent:
                 raise OSError(f"{folder} belongs to another user, or is open to others")
             path = folder / f"{socket.gethostname()}.sock"
             server = await asyncio.start_unix_server(self._worker, path, limit=LIMIT)
-            self.send(is_="ready", **facts(self.orders["hosts"], gpus_too=self.orders["gpus"] > 0))
+            self.send(is_="ready", **facts(self.orders["hosts"], gpus_too="DISTPAD_GPUS" in self.orders["env"]))
             beat = asyncio.ensure_future(self._beat())
             await self._listen(reader)
             beat.cancel()

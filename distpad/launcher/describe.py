@@ -33,11 +33,11 @@ def describe(
         yield f"# its variables on {host.name}, besides the engine's" + ("" if host.is_here else " and the login's")
         for name, value in sorted(render.worker_env(job, host, environ, secrets).items()):
             yield f"{name}={shlex.quote(render.redacted(name, value, secrets))}"
-        if job.gpus_per_worker:
+        if job.hides_gpus:
             here = environ if host.is_here else {}
             count = job.slots_per_host or 1 if job.elastic else sum(place.host == host for place in job.places)
             yield f"# CUDA_VISIBLE_DEVICES of its workers on {host.name}, by local rank"
-            yield " ".join(gpus.of_worker(job.gpus_per_worker, rank, here) for rank in range(count))
+            yield " ".join(gpus.of_worker(job.gpus_each, rank, here) for rank in range(count))
     if not argv:
         ports = {host.name: range(job.port or 2222, 65535) for host in job.used_hosts}
         yield "# further variables of worker 0" + ("" if job.port else " (each start finds free ports)")

@@ -63,8 +63,8 @@ def _different_versions(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _missing_gpus(job: spec.Job, facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Hosts that cannot have the expected GPUs; whether TensorFlow sees them is known when a worker starts it."""
     found = []
-    for host, each in facts.items() if job.gpus_per_worker else ():
-        needed = (job.gpus_per_worker or 0) * max(1, sum(place.host.name == host for place in job.places))
+    for host, each in facts.items() if job.gpus_each else ():
+        needed = job.gpus_each * max(1, sum(place.host.name == host for place in job.places))
         is_cpu_build = "tensorflow-cpu" in each["versions"] and "tensorflow" not in each["versions"]
         if is_cpu_build or len(each["gpus"]["names"]) < needed:
             build = {"for_gpus": not is_cpu_build, "cuda": "0", "cudnn": ""}

@@ -206,8 +206,8 @@ def worker_env(
         topology |= {"WORKERS": job.workers, "HOSTS": len(job.used_hosts)}
     if job.backend == "mirrored" and job.np:
         topology["REPLICAS"] = job.np
-    if job.gpus_per_worker:
-        topology["GPUS"] = job.gpus_per_worker
+    if job.gpus_each:
+        topology["GPUS"] = job.gpus_each
     env |= {f"DISTPAD_{name}": str(value) for name, value in topology.items()}
     return {**env, "PYTHONUNBUFFERED": "1", **secrets}
 
@@ -223,7 +223,7 @@ def orders(
         "cwd": job.cwd,
         "env": worker_env(job, host, environ, secrets, attempt),
         "slots": host.slots,
-        "gpus": job.gpus_per_worker or 0,
+        "gpus": job.gpus_each if job.hides_gpus else 0,
         "grace_s": job.grace_s,
         "lost_after_s": job.lost_after_s,
         "holds_failures": not job.elastic,
@@ -240,7 +240,7 @@ def addresses(job: spec.Job, ports: Mapping[str, Sequence[int]]) -> list[str]:
 def rank_env(job: spec.Job, place: spec.Place, ports: Mapping[str, Sequence[int]]) -> dict[str, str]:
     """The variables of one worker that its agent starts."""
     env = {"DISTPAD_RANK": str(place.rank)}
-    if job.gpus_per_worker:
+    if job.hides_gpus:
         env["DISTPAD_LOCAL_RANK"] = str(place.local_rank)  # which GPUs it uses
     if job.backend == "multiworker":
         env["TF_CONFIG"] = tfconfig.cluster(addresses(job, ports), place.rank)

@@ -199,27 +199,39 @@ class Job:
         object.__setattr__(self, "np", np)
 
     def _settle_gpus(self) -> None:
-        """Derive the GPUs of each worker from those of a host, or the other way round."""
+        """Check that a host's GPUs suffice for its workers; the replicas of mirrored are its GPUs by default."""
         for flag, value, low in (("--gpus", self.gpus, 0), ("--gpus-per-worker", self.gpus_per_worker, 1)):
             if value is not None and value < low:
                 raise ValueError(f"launch: {flag} is {value}, expected at least {low}.")
-        if not self.gpus and self.gpus_per_worker is None:
-            return
-        most = self.slots_per_host or 1 if self.elastic else max(place.local_rank for place in self.places) + 1
-        each = self.gpus_per_worker
-        if self.backend == "mirrored":  # one worker, whose replicas are its GPUs
-            replicas = self.np or each or self.gpus
-            if replicas != (each or replicas):
-                raise ValueError(f"launch: --gpus-per-worker is {each}, expected {replicas}, the replicas of -np.")
-            each = replicas
-            object.__setattr__(self, "np", replicas)
-        each = each or (1 if self.backend == "horovod" else max(1, self.gpus // most))
-        gpus = self.gpus or most * each
-        if most * each > gpus:
-            workers = f"{most} worker{'s' * (most > 1)} with {each} each"
-            raise ValueError(f"launch: --gpus is {gpus}, expected at least {most * each}: a host has {workers}.")
-        object.__setattr__(self, "gpus", gpus)
-        object.__setattr__(self, "gpus_per_worker", each)
+        if self.backend == "mirrored" and self.gpus_each:
+            object.__setattr__(self, "np", self.np or self.gpus_each)
+            if self.gpus_per_worker not in (None, self.np):
+                rule = f"{self.np}, the replicas of -np"
+                raise ValueError(f"launch: --gpus-per-worker is {self.gpus_per_worker}, expected {rule}.")
+        if self.gpus and self._most_workers * self.gpus_each > self.gpus:
+            workers = f"{self._most_workers} worker{'s' * (self._most_workers > 1)} with {self.gpus_each} each"
+            needed = self._most_workers * self.gpus_each
+            raise ValueError(f"launch: --gpus is {self.gpus}, expected at least {needed}: a host has {workers}.")
+
+    @property
+    def _most_workers(self) -> int:
+        """The largest number of workers on one host."""
+        return self.slots_per_host or 1 if self.elastic else max(place.local_rank for place in self.places) + 1
+
+    @property
+    def gpus_each(self) -> int:
+        """The GPUs that each worker is promised; 0 for none."""
+        if not (self.gpus or self.gpus_per_worker):
+            return 0
+        if self.backend == "mirrored":
+            return self.np or self.gpus_per_worker or self.gpus
+        each = 1 if self.backend == "horovod" else max(1, self.gpus // self._most_workers)
+        return self.gpus_per_worker or each
+
+    @property
+    def hides_gpus(self) -> bool:
+        """Whether a worker sees only its own GPUs. Programs for Horovod choose theirs from all of the host's."""
+        return self.gpus_each > 0 and (self.backend != "horovod" or self.gpus_per_worker is not None)
 
     @property
     def elastic(self) -> bool:

@@ -207,9 +207,13 @@ def test_wrong_jobs_are_refused(name):
 
 # backend, fields: the slots that the hosts get, and the GPUs of each worker
 BY_GPUS = {
-    "one for each rank": (["--backend", "horovod", "-H", "a,b", "--gpus", "8"], "-H a:8,b:8", "0 1 2 3 4 5 6 7"),
+    "one for each rank": (["--backend", "horovod", "-H", "a,b", "--gpus", "8"], "-H a:8,b:8", None),
     "ranks of two": (["--backend", "horovod", "--gpus", "4", "--gpus-per-worker", "2"], "-H localhost:2", "0,1 2,3"),
-    "fewer ranks than GPUs": (["--backend", "horovod", "-np", "2", "--gpus", "8"], "-H localhost:2", "0 1"),
+    "fewer ranks than GPUs": (["--backend", "horovod", "-np", "2", "--gpus", "8"], "-H localhost:2", None),
+    "ranks that see one": (
+        ["--backend", "horovod", "-np", "2", "--gpus", "8", "--gpus-per-worker", "1"],
+        *("-H localhost:2", "0 1"),
+    ),
     "all for one worker": (["-H", "a,b", "--gpus", "4"], "the workers, 2,", "0,1,2,3"),
     "shared by workers": (["-np", "2", "--gpus", "4"], "the workers, 2,", "0,1 2,3"),
     "all for the replicas": (["--backend", "mirrored", "--gpus", "2"], "DISTPAD_REPLICAS=2", "0,1"),
@@ -221,7 +225,8 @@ def test_gpus_tell_the_number_of_workers(monkeypatch, flags, expected, devices):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     done = CliRunner().invoke(app.app, ["launch", *flags, "--dry-run", "--", "python", "train.py"])
     assert done.exit_code == 0, done.output
-    assert expected in done.output and f"by local rank\n{devices}\n" in done.output
+    assert expected in done.output and "DISTPAD_GPUS=" in done.output
+    assert f"by local rank\n{devices}\n" in done.output if devices else "CUDA_VISIBLE_DEVICES" not in done.output
 
 
 def test_a_worker_uses_the_gpus_of_its_local_rank(monkeypatch):

@@ -10,6 +10,8 @@ import tensorflow as tf
 
 import distpad
 from distpad import backends
+from distpad.backends import expected_gpus
+from distpad.backends.start import _gpu_of
 from distpad.launcher import builds, gpus, topology
 
 pytestmark = pytest.mark.one_stack
@@ -262,6 +264,28 @@ def test_a_worker_that_was_promised_gpus_does_not_train_on_the_cpu(monkeypatch, 
     for call in (backends.start, lambda: backends.resolve(strategy)):
         with pytest.raises(distpad.DistpadError, match=message):
             call()
+
+
+@pytest.mark.parametrize(
+    ("visible", "promised", "rank", "own"), [(4, 1, 2, 2), (1, 1, 3, 0), (2, 2, 3, 0), (4, 0, 3, 3)]
+)
+def test_the_gpu_of_a_rank(monkeypatch, visible, promised, rank, own):
+    monkeypatch.setenv("DISTPAD_GPUS", str(promised or ""))
+    assert _gpu_of(rank, list(range(visible))) == own
+
+
+def test_a_rank_that_has_not_chosen_its_gpu(monkeypatch):
+    """Every rank would use GPU 0 of its host."""
+    monkeypatch.setenv("DISTPAD_GPUS", "1")
+    monkeypatch.setattr(builds, "tensorflow", lambda: GPU_BUILD)
+    monkeypatch.setattr(gpus, "driver", lambda: {**DRIVER, "capabilities": ["8.9"] * 2})
+    for name in ("list_physical_devices", "get_visible_devices"):
+        monkeypatch.setattr(tf.config, name, lambda kind: [f"{kind}:0", f"{kind}:1"])
+    expected_gpus.check()
+    with pytest.raises(
+        distpad.DistpadError, match=r"this rank uses 2 GPUs, expected 1 by its local rank\. Call distpad"
+    ):
+        expected_gpus.check(has_chosen=True)
 
 
 def test_the_check_is_fast(monkeypatch):
