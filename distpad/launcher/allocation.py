@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Mapping
 
-from distpad.launcher import nodelist, spec
+from distpad.launcher import spec
 
 
 def named(listed: str, hostfile: str, slots_per_host: int | None, environ: Mapping[str, str]) -> tuple[spec.Host, ...]:
@@ -33,16 +34,12 @@ def hosts(environ: Mapping[str, str], slots_per_host: int | None = None) -> tupl
       slots_per_host: overrides Slurm's numbers of tasks.
 
     Raises:
-      ValueError: Slurm's variables are missing or malformed.
+      ValueError: Slurm's variables are missing, or scontrol does not expand them.
     """
-    nodes = environ.get("SLURM_JOB_NODELIST", "")
-    if not nodes:
-        raise ValueError(
-            "launch: SLURM_JOB_ID is set, but SLURM_JOB_NODELIST is not, expected both. Give the hosts with -H."
-        )
-    names = _ask_scontrol(nodes) or nodelist.slurm_hostnames(nodes)
-    tasks = environ.get("SLURM_TASKS_PER_NODE", "1")
-    slots = [slots_per_host] * len(names) if slots_per_host else nodelist.slurm_tasks_per_node(tasks)
+    nodes, tasks = environ.get("SLURM_JOB_NODELIST", ""), environ.get("SLURM_TASKS_PER_NODE", "1")
+    names = _expand(nodes)
+    runs = [(int(count), int(times or 1)) for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks)]
+    slots = [slots_per_host] * len(names) if slots_per_host else [count for count, times in runs for _ in range(times)]
     if len(slots) != len(names):
         raise ValueError(
             f"launch: SLURM_TASKS_PER_NODE is {tasks!r}, expected numbers for {len(names)} nodes ({nodes})."
@@ -50,11 +47,16 @@ def hosts(environ: Mapping[str, str], slots_per_host: int | None = None) -> tupl
     return tuple(spec.Host(name, count) for name, count in zip(names, slots))
 
 
-def _ask_scontrol(nodes: str) -> list[str]:
-    """Expand a list of nodes with scontrol; empty if scontrol is not available, as in a container."""
+def _expand(nodes: str) -> list[str]:
     try:
         asked = ["scontrol", "show", "hostnames", nodes]
         found = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return found.stdout.split()
+        names, why = found.stdout.split(), found.stderr.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        names, why = [], str(error)
+    if not nodes or not names:  # scontrol ends with 0 even if the list is malformed
+        raise ValueError(
+            f"launch: the nodes of the Slurm job are {nodes!r} (SLURM_JOB_NODELIST), expected a list that scontrol "
+            f"expands{f': {why}' if why else ''}. Give the hosts with -H."
+        )
+    return names

@@ -12,10 +12,6 @@ import time
 
 import pytest
 import slurm
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
-from distpad.launcher import nodelist
 
 HOROVOD = """
 import socket
@@ -144,35 +140,6 @@ def test_nothing_is_left(raises):
 
 
 # -- what the launchers rely on ---------------------------------------------------------------------------------------
-
-FORMS = (
-    "node1", "a,b,c", "a[1-3]", "a[01-03,7],b,c[1-2]-x[5,8-9]", "a[9-11],a[09-11],a[099-101],a[001-3],a[1-010]",
-    "a[3,1],a1", "[1-2],[7]", "a[0-1]b[0-1]c[0-1]", "a[1-2]b[3-4]c[5-6]d[7-8]", "x[1-2],y3-[4-5]", " a, b", ",a,,b,",
-    "rack-1-n[08-12].local-[1]", "a[00-00]",
-)  # fmt: skip
-
-
-def scontrol(cluster: slurm.Slurm, text: str) -> list[str]:
-    done = cluster.run("scontrol", "show", "hostnames", text)
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout.split()
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_node_lists_are_read_as_scontrol_does(cluster, form):
-    assert nodelist.slurm_hostnames(form) == scontrol(cluster, form)
-
-
-RANGES = st.lists(st.tuples(st.integers(0, 120), st.integers(0, 3), st.integers(0, 4)), min_size=1, max_size=3)
-BRACKETS = RANGES.map(lambda all_: ",".join(f"{a:0{w}}-{a + n:0{w}}" if n else f"{a:0{w}}" for a, n, w in all_))
-ENTRIES = st.lists(st.tuples(st.from_regex(r"[a-z][a-z-]{0,3}", fullmatch=True), BRACKETS), min_size=1, max_size=3)
-
-
-@settings(max_examples=20, suppress_health_check=list(HealthCheck))
-@given(st.lists(ENTRIES, min_size=1, max_size=3))
-def test_random_node_lists_are_read_as_scontrol_does(cluster, entries):
-    form = ",".join("".join(f"{text}[{bracket}]" for text, bracket in entry) for entry in entries)
-    assert nodelist.slurm_hostnames(form) == scontrol(cluster, form)
 
 
 def test_scontrol_does_not_tell_of_errors_by_its_exit_code(cluster):

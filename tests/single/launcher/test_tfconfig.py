@@ -1,4 +1,4 @@
-"""TF_CONFIG from addresses and Kubernetes, as TensorFlow reads it; Slurm's node lists; errors."""
+"""TF_CONFIG from addresses and Kubernetes, as TensorFlow reads it; errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distpad.launcher import nodelist, tfconfig
+from distpad.launcher import tfconfig
 from worlds import end
 
 pytestmark = pytest.mark.one_stack
@@ -113,85 +113,6 @@ def test_tensorflow_serves_at_such_an_address(host):
     assert process.returncode == 0 and "replicas 1" in output, output
 
 
-# -- what Slurm writes ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("node1", "node1"),
-        ("a,b,c", "a b c"),
-        ("a[1-3]", "a1 a2 a3"),
-        ("a[01-03,7],b,c[1-2]-x[5,8-9]", "a01 a02 a03 a7 b c1-x5 c1-x8 c1-x9 c2-x5 c2-x8 c2-x9"),
-        ("c[1-2]-x[5,8].dom", "c1-x5.dom c1-x8.dom c2-x5.dom c2-x8.dom"),
-        ("a[9-11],a[09-11],a[099-101]", "a9 a10 a11 a09 a10 a11 a099 a100 a101"),
-        ("a[3,1],a1", "a3 a1 a1"),
-        ("[1-2].rack-[7]-x", "1.rack-7-x 2.rack-7-x"),
-        ("a[0-1]b[0-1]c[0-1]", "a0b0c0 a0b0c1 a1b0c0 a1b0c1 a0b1c0 a0b1c1 a1b1c0 a1b1c1"),
-        (" a, b\n", "a b"),
-        (",a,,b,", "a b"),
-    ],
-)
-def test_node_lists(text, expected):
-    assert nodelist.slurm_hostnames(text) == expected.split()
-
-
-@unhurried
-@given(st.data())
-def test_node_lists_of_random_numbers(data):
-    """Numbers of one width, cut into ranges at random, are found again in their order."""
-    width = data.draw(st.integers(1, 5))
-    numbers = data.draw(st.lists(st.integers(0, 10**width - 1), min_size=1, max_size=20))
-    parts = []
-    for number in numbers:
-        more = min(data.draw(st.integers(0, 5)), 10**width - 1 - number)
-        parts.append((number, number + more))
-    written = ",".join(f"{a:0{width}}-{b:0{width}}" if a < b else f"{a:0{width}}" for a, b in parts)
-    expected = [f"n{number:0{width}}" for a, b in parts for number in range(a, b + 1)]
-    assert nodelist.slurm_hostnames(f"n[{written}]") == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "expected at least one host name. Is this inside a Slurm allocation"),
-        (" ,", "expected at least one host name"),
-        ("a[1", r"'\[' has no partner"),
-        ("a1]", r"'\]' has no partner"),
-        ("a[1[2]]", r"expected brackets in pairs, none inside another"),
-        ("a[]", "'' is neither"),
-        ("a[1,]", "'' is neither"),
-        ("a[x]", "'x' is neither"),
-        ("a[-1]", "'-1' is neither"),
-        ("a[1-2-3]", "'1-2-3' is neither"),
-        ("a[1, 2]", "' 2' is neither"),
-        ("a[٣]", "'٣' is neither"),
-        ("a[3-1]", "expected ascending ranges. '3-1' is descending"),
-        ("a[1-65537]", "expected at most 65536 hosts"),
-        ("a[1-99999999999999999999]", "expected at most 65536 hosts"),
-        ("a[1-300]b[1-300]", "alone has 90000"),
-    ],
-)
-def test_node_lists_that_are_refused(text, message):
-    with pytest.raises(ValueError, match=f"^slurm_hostnames: nodelist is .*{message}"):
-        nodelist.slurm_hostnames(text)
-
-
-@unhurried
-@given(st.lists(st.tuples(st.integers(1, 99), st.integers(1, 9)), min_size=1, max_size=9))
-def test_tasks_per_node(runs):
-    text = ",".join(f"{tasks}(x{times})" if times > 1 else str(tasks) for tasks, times in runs)
-    assert nodelist.slurm_tasks_per_node(text) == [tasks for tasks, times in runs for _ in range(times)]
-
-
-@pytest.mark.parametrize(
-    "text", ["", "2,", "0", "2(x0)", "2(3)", "2(x3", "-1", "two", "1(x65537)", "1(x40000),1(x40000)"]
-)
-def test_tasks_per_node_that_are_refused(text):
-    with pytest.raises(ValueError, match=r"^slurm_tasks_per_node: text is .*, expected numbers from 1 such as"):
-        nodelist.slurm_tasks_per_node(text)
-
-
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 ERRORS = [
@@ -268,8 +189,6 @@ def test_an_address_counts_once_however_it_is_written(same):
         lambda: tfconfig.from_indexed_job("t", 1, 0, service="s", port=None),
         lambda: tfconfig.from_indexed_job(None, 1, 0, service="s", port=1),
         lambda: tfconfig.from_jobset(None, [("a", 1, 1)], "a", 0, 0, port=1),
-        lambda: nodelist.slurm_hostnames(None),
-        lambda: nodelist.slurm_tasks_per_node(2),
     ],
 )
 def test_wrong_types_are_type_errors(call):
