@@ -110,7 +110,8 @@ class Agent:
                 elif what == "ranks":
                     self.rank_envs = message["envs"]
                 elif what == "start":
-                    await self._start(message["env"])
+                    for env in message["envs"].values():
+                        await self._start(env)
                 elif what == "signal":
                     self._send_workers(do="signal", number=message["number"])
                 elif what == "watch":

@@ -28,62 +28,48 @@ class Event(NamedTuple):
     message: dict[str, Any]
 
 
-def spawn(argv: Sequence[str], env: Mapping[str, str], *, dies_with_us: bool) -> subprocess.Popen[bytes]:
-    """Start a program in a session of its own, so that Ctrl-C reaches the launcher alone, which forwards it.
-
-    The working directory is /, since horovodrun inserts its name unquoted into a shell command.
-    """
-    tie = functools.partial(processes.die_with_parent, os.getpid()) if dies_with_us else None
-    return subprocess.Popen(
-        argv,
-        env=dict(env),
-        cwd="/",
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        preexec_fn=tie,
-    )
-
-
 class Member:
-    """One process. Threads read its output; the event ``closed`` is its last."""
+    """One process. Threads read its output; the event ``closed`` is its last.
+
+    It has a session of its own, so that Ctrl-C reaches the launcher alone, which forwards it. Its working directory is
+    /, since horovodrun inserts the directory's name unquoted into a shell command.
+    """
 
     dies_with_us = False  # an agent notices itself that the launcher is gone, and ends the job on its host
 
     def __init__(self, host: str, argv: Sequence[str], env: Mapping[str, str], events: queue.Queue[Event]) -> None:
-        self.host = host
-        self.events = events
-        self.process = spawn(argv, env, dies_with_us=self.dies_with_us)
-        self.wrote: collections.deque[str] = collections.deque(
-            maxlen=20
-        )  # lines on standard error, and lines that are no messages
+        self.host, self.events = host, events
+        self.process = subprocess.Popen(
+            argv,
+            env=dict(env),
+            cwd="/",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=functools.partial(processes.die_with_parent, os.getpid()) if self.dies_with_us else None,
+        )
+        self.wrote: collections.deque[str] = collections.deque(maxlen=20)  # lines that are no messages
         self.lock = threading.Lock()
-        self.readers = [
-            threading.Thread(target=self._read, args=(pipe, handle_output), daemon=True)
-            for pipe, handle_output in (
-                (self.process.stdout, self.handle_output),
-                (self.process.stderr, self.handle_text),
-            )
-        ]
-        for reader in self.readers:
-            reader.start()
-        threading.Thread(target=self._wait, daemon=True).start()
+        handlers = ((self.process.stdout, self.handle_output), (self.process.stderr, self.handle_text))
+        self.readers = [threading.Thread(target=self._read, args=each, daemon=True) for each in handlers]
+        for thread in (*self.readers, threading.Thread(target=self._wait, daemon=True)):
+            thread.start()
 
-    def handle_output(self, line: str) -> None:
+    def handle_output(self, line: bytes) -> None:
         """Handle a line of standard output."""
         self.handle_text(line)
 
-    def handle_text(self, line: str) -> None:
+    def handle_text(self, line: bytes) -> None:
         """Handle a line that is no message."""
-        self.wrote.append(line.encode("utf-8", "surrogateescape").decode("utf-8", "replace").rstrip("\r\n"))
+        self.wrote.append(line.decode("utf-8", "replace").rstrip("\r\n"))
 
     def emit(self, **message: Any) -> None:
         self.events.put(Event(self.host, message))
 
-    def _read(self, pipe: Any, handle_output: Callable[[str], None]) -> None:
+    def _read(self, pipe: Any, handle: Callable[[bytes], None]) -> None:
         for line in pipe:
-            handle_output(line.decode("utf-8", "surrogateescape"))
+            handle(line)
 
     def _wait(self) -> None:
         code = self.process.wait()
@@ -102,12 +88,11 @@ class Agent(Member):
 
     last_heard = 0.0  # when, by the monotonic clock
 
-    def handle_output(self, line: str) -> None:
+    def handle_output(self, line: bytes) -> None:
         self.last_heard = math.inf  # while the queue is full and its reader waits, the agent does not count as lost
         try:
-            message = json.loads(line)
-            self.events.put(Event(self.host, {"is": message["is"], **message}))
-        except (ValueError, TypeError, KeyError):
+            self.emit(**{"is": "", **json.loads(line)})
+        except (ValueError, TypeError):
             self.handle_text(line)  # such as a shell's greeting
         self.last_heard = time.monotonic()
 
@@ -124,6 +109,6 @@ class Engine(Member):
 
     dies_with_us = True
 
-    def handle_text(self, line: str) -> None:
+    def handle_text(self, line: bytes) -> None:
         super().handle_text(line)
-        self.emit(**{"is": "output"}, rank=None, stream="stderr", text=line)
+        self.emit(**{"is": "output"}, rank=None, stream="stderr", text=line.decode("utf-8", "surrogateescape"))

@@ -1,19 +1,17 @@
-"""The outcome of an attempt, and the launcher's log."""
+"""The end of an attempt, and the launcher's log."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import sys
 
 HOST, LOST, TIME = 3, 4, 124  # exit codes: a host cannot be used, a host was lost, a time limit
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """The outcome of an attempt.
+class Ended(Exception):
+    """The end of an attempt, raised from any depth.
 
-    Attributes:
+    Args:
       code: the launcher's exit code.
       why: the reason, for the summary; empty on success.
       rank: the worker that failed first, if one did. The summary shows its last lines.
@@ -21,19 +19,12 @@ class Outcome:
       may_retry: whether a restart may help.
     """
 
-    code: int
-    why: str = ""
-    rank: int | None = None
-    shows_launcher: bool = False
-    may_retry: bool = True
-
-
-class Ended(Exception):
-    """Raised to end an attempt from any depth; carries the outcome."""
-
-    def __init__(self, outcome: Outcome) -> None:
-        super().__init__(outcome.why)
-        self.outcome = outcome
+    def __init__(
+        self, code: int, why: str = "", rank: int | None = None, *, shows_launcher: bool = False, may_retry: bool = True
+    ) -> None:
+        super().__init__(why)
+        self.code, self.why, self.rank = code, why, rank
+        self.shows_launcher, self.may_retry = shows_launcher, may_retry
 
 
 def log(text: str) -> None:

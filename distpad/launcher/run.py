@@ -39,9 +39,9 @@ def run(job: spec.Job, environ: Mapping[str, str], are_ready: Callable[[list[int
             limit = None if job.timeout_s is None else began + job.timeout_s
             # The agent of a lost host may still be ending the previous attempt, which therefore has another id.
             this = dataclasses.replace(job, id=f"{job.id}-{number}")
-            outcome = attempt.Attempt(this, number, environ, secrets, mpi, received, limit).run()
+            ended = attempt.Attempt(this, number, environ, secrets, mpi, received, limit).run()
             left = job.max_restarts - number
-            if not outcome.code or not left or not outcome.may_retry or outcome.code in job.no_retry:
+            if not ended.code or not left or not ended.may_retry or ended.code in job.no_retry:
                 break
             pause = min(job.backoff_s * 2**number, times.LONGEST_BACKOFF_S)
             outcomes.log(f"starting again in {pause:g} s ({left} of {job.max_restarts} restarts left)")
@@ -50,7 +50,7 @@ def run(job: spec.Job, environ: Mapping[str, str], are_ready: Callable[[list[int
                 time.sleep(times.POLL_S)
             if received:
                 return 128 + received[0]
-    return outcome.code
+    return ended.code
 
 
 def read_secrets(files: Mapping[str, str]) -> dict[str, str]:

@@ -18,7 +18,19 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from distpad.cli import app
-from distpad.launcher import allocation, attempt, describe, discovery, hostcheck, outcomes, output, render, spec, worker
+from distpad.launcher import (
+    allocation,
+    attempt,
+    crew,
+    describe,
+    discovery,
+    hostcheck,
+    outcomes,
+    output,
+    render,
+    spec,
+    worker,
+)
 
 RECORDS = pathlib.Path(__file__).parent / "command_lines"
 ENVIRON = {
@@ -281,13 +293,20 @@ def test_a_value_where_a_secrets_file_belongs_is_refused_and_not_repeated():
     assert "Do not write a secret's value" in str(caught.value)
 
 
-def test_the_hosts_of_an_allocation(monkeypatch):
-    monkeypatch.setattr(allocation, "_ask_scontrol", lambda nodes: [])
+def test_the_hosts_of_an_allocation(monkeypatch, tmp_path):
+    """tests/cluster/test_sbatch.py asks the real scontrol."""
+    script(tmp_path / "scontrol", '[ "$3" = "n[1-3]" ] && printf "n1\\nn2\\nn3\\n" || echo "Invalid hostlist" >&2')
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
     environ = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n[1-3]", "SLURM_TASKS_PER_NODE": "2(x2),1"}
     assert allocation.hosts(environ) == spec.parse_hosts("n1:2,n2:2,n3:1")
     assert allocation.hosts(environ, 4) == spec.parse_hosts("n1:4,n2:4,n3:4")
-    with pytest.raises(ValueError, match=r"SLURM_TASKS_PER_NODE is '2', expected numbers for 3 nodes"):
-        allocation.hosts({**environ, "SLURM_TASKS_PER_NODE": "2"})
+    for changes, message in (
+        ({"SLURM_TASKS_PER_NODE": "2"}, r"SLURM_TASKS_PER_NODE is '2', expected numbers for 3 nodes"),
+        ({"SLURM_JOB_NODELIST": "n[1"}, r"are 'n\[1' .* scontrol expands: Invalid hostlist. Give the hosts with -H"),
+        ({"SLURM_JOB_NODELIST": ""}, r"are '' \(SLURM_JOB_NODELIST\), expected a list that scontrol expands"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            allocation.hosts({**environ, **changes})
 
 
 def test_ranks():
@@ -350,17 +369,12 @@ def test_no_log_file_is_lost_at_the_hard_limit_of_open_files(tmp_path):
 def test_an_elastic_job_fails_though_a_worker_was_replaced(end, code):
     job = make(backend="horovod", min_np=1)
     tried = attempt.Attempt(job, 0, ENVIRON, {}, "", [], None)
-    for _ in range(2):  # the second takes the place of the first
-        tried.take_hello("localhost", {"rank": 0, "size": 1})
-        if 0 in tried.failures:
-            break
-        tried.take_end("localhost", 0, 9)
-    if end is not None:
-        tried.take_end("localhost", 0, end)
+    messages = [{"is": "hello", "size": 1}, {"is": "exit", "code": 9}, {"is": "hello", "size": 1}]  # of its successor
+    for message in (*messages, *([] if end is None else [{"is": "exit", "code": end}])):
+        tried.take(crew.Event("localhost", {"rank": 0, **message}))
     tried.engine_code = 1
-    outcome = tried.watch()
-    assert outcome.code == code
-    tried.summarise(outcomes.Outcome(130, "ended"), 1.0)
+    assert tried.watch().code == code
+    tried.summarise(outcomes.Ended(130, "ended"), 1.0)
 
 
 def script(path, text: str) -> str:
