@@ -26,8 +26,8 @@ def check(*, has_chosen: bool = False) -> None:
     build, driver = builds.tensorflow(), gpus.driver()
     if len(seen) < expected:
         why, remedy = gpus.why_unseen(expected, build, driver, os.environ.get("CUDA_VISIBLE_DEVICES"), gpus.packages())
-        sees = f"TensorFlow sees {len(seen)} GPU{'s' * (len(seen) != 1)}, expected {expected}, set by DISTPAD_GPUS"
-        raise errors.DistpadError(f"distpad: {sees}: {why}. {remedy}")
+        sees = f"distpad: TensorFlow sees {len(seen)} GPU{'s' * (len(seen) != 1)}"
+        raise errors.DistpadError(f"{sees}, expected {expected}, set by DISTPAD_GPUS: {why}. {remedy}")
     unfit = gpus.unsupported(build, driver)
     if unfit and unfit[2]:
         raise errors.DistpadError(f"distpad: {unfit[0]}, expected code for this GPU. {unfit[1]}")
