@@ -169,7 +169,7 @@ EOF
 }
 
 # Identifies the installed build, if there is one.
-installed() { echo "$KEY $(sha256sum <"$SITE/horovod-$VERSION.dist-info/RECORD" 2>/dev/null)"; }
+installed() { echo "$KEY $(sha256sum 2>/dev/null <"$SITE/horovod-$VERSION.dist-info/RECORD")"; }
 
 main() {
   PYTHON=python3 MPI_WANTED=auto

@@ -40,7 +40,8 @@ def run(cluster):
     """Submit a script of launch/slurm and wait for its end."""
 
     def submit(name: str, *command: str, options=(), limit_s: float = 120, **env: str) -> slurm.Job:
-        settings = {"DISTPAD_PYTHON": sys.executable, "PYTHONPATH": str(slurm.ROOT), **env}
+        # Slurm's GPUs are files here, which nvidia-smi does not list
+        settings = {"DISTPAD_PYTHON": sys.executable, "PYTHONPATH": str(slurm.ROOT), "GPUS": "0", **env}
         script = slurm.ROOT / "launch" / "slurm" / f"{name}.sbatch"
         return cluster.sbatch(script, *command, options=options, env=settings, limit_s=limit_s)
 
@@ -122,6 +123,15 @@ def test_each_node_sees_the_gpus_that_slurm_gave_it(cluster, run, name, launcher
     assert found(job.output, "GPUS ") == ["GPUS node1 0,1", "GPUS node2 2,3"]
 
 
+@pytest.mark.skipif(bool(shutil.which("nvidia-smi")), reason="GPUs are here")
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_nothing_trains_on_the_cpus_of_nodes_with_gpus(run, name):
+    job = run(name, "echo", "trained", options=[*SMALL, "--gpus-per-node=2"], GPUS="")  # Slurm tells their number
+    assert (job.state, job.code) == ("FAILED", 3) and not found(job.output, "trained"), job.output
+    needed = {"horovod": 1, "multiworker": 2}[name]
+    assert f"node2 has no {needed} GPUs for its workers: TensorFlow is built for the CPU" in job.output
+
+
 TRAINS = "trap 'echo saved; exit 0' TERM; echo begun; while :; do sleep 0.1; done"
 
 
@@ -129,7 +139,7 @@ TRAINS = "trap 'echo saved; exit 0' TERM; echo begun; while :; do sleep 0.1; don
 def test_the_training_can_save_before_its_time_is_up(cluster, name):
     """Slurm's signal (--signal=B:TERM@60) reaches all workers."""
     script = slurm.ROOT / "launch" / "slurm" / f"{name}.sbatch"
-    env = {"DISTPAD_PYTHON": sys.executable, "PYTHONPATH": str(slurm.ROOT)}
+    env = {"DISTPAD_PYTHON": sys.executable, "PYTHONPATH": str(slurm.ROOT), "GPUS": "0"}
     job = cluster.submit(script, "sh", "-c", TRAINS, options=SMALL, env=env)
     limit = time.monotonic() + 120
     while len(found(cluster.output(job), "begun")) < 2:

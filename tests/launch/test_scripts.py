@@ -57,7 +57,7 @@ def with_gpus(folder: pathlib.Path, count: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("count", "visible", "gpus"), [(4, None, "0,1,2,3"), (4, "1,3", "1,3"), (4, "", ""), (0, None, ""), (0, "0", "")]
+    ("count", "visible", "gpus"), [(4, None, "0,1,2,3"), (4, "1,3", "1,3"), (4, "", ""), (0, "0", "")]
 )
 def test_a_job_of_this_machine_takes_its_gpus(tmp_path, monkeypatch, count, visible, gpus):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
