@@ -6,6 +6,7 @@ import dataclasses
 import os
 import pathlib
 import shlex
+from collections.abc import Mapping
 from typing import Any, Optional
 
 import typer
@@ -162,41 +163,7 @@ def launch(
             )
             typer.echo(kubernetes.build(wanted), nl=False)
             return
-        by_gpus = None if np and not (hosts or hostfile) else spec.slots_for_gpus(backend, gpus, gpus_per_worker)
-        if "SLURM_JOB_ID" in environ and not (hosts or hostfile):
-            by_gpus = None  # Slurm's number of tasks counts
-        job = spec.Job(
-            command=tuple(command or ()),
-            backend=backend,
-            np=np,
-            hosts=allocation.named(hosts, hostfile, slots_per_host or by_gpus, environ),
-            controller=_controller(gloo, mpi),
-            launcher=launcher,
-            launcher_args=tuple(launcher_arg),
-            ssh_args=tuple(ssh_arg),
-            network_interface=network_interface,
-            env=tuple(env),
-            secrets=spec.parse_secrets(secret),
-            log_dir=os.path.abspath(log_dir) if log_dir else "",
-            tee=tee,
-            ranks=spec.parse_ranks(ranks),
-            max_restarts=max_restarts,
-            backoff_s=backoff_s,
-            no_retry=tuple(no_retry),
-            grace_s=grace_s,
-            lost_after_s=lost_after_s,
-            start_timeout_s=start_timeout_s,
-            timeout_s=timeout_s,
-            port=port,
-            min_np=min_np,
-            max_np=max_np,
-            host_discovery_script=os.path.abspath(host_discovery_script) if host_discovery_script else "",
-            slots_per_host=slots_per_host or by_gpus,
-            gpus=gpus,
-            gpus_per_worker=gpus_per_worker,
-            python=os.path.abspath(python) if os.sep in python else python,  # agents run in another folder
-            cwd=os.path.abspath(cwd or "."),
-        )
+        job = _job(context.params, environ)
         if dry_run:
             version, hidden = run.mpi_version(job, environ), run.read_secrets(job.secrets)
             typer.echo("\n".join(describe.describe(job, environ, hidden, version, is_root=os.geteuid() == 0)))
@@ -227,10 +194,31 @@ def _environ(cwd: str) -> dict[str, str]:
     return environ
 
 
-def _controller(gloo: bool, mpi: bool) -> str:
-    if gloo and mpi:
+def _job(given: Mapping[str, Any], environ: Mapping[str, str]) -> spec.Job:
+    """The job of the parameters. Fields of spec.Job without a line here are parameters of the same name."""
+    if given["gloo"] and given["mpi"]:
         raise ValueError("launch: both --gloo and --mpi are given, expected one of them.")
-    return "gloo" if gloo else "mpi" if mpi else ""
+    hosts, hostfile, python = given["hosts"], given["hostfile"], given["python"]
+    slots = given["slots_per_host"]
+    if hosts or hostfile or not (given["np"] or "SLURM_JOB_ID" in environ):  # otherwise, the number of tasks counts
+        slots = slots or spec.slots_for_gpus(given["backend"], given["gpus"], given["gpus_per_worker"])
+    fields = {field.name: given[field.name] for field in dataclasses.fields(spec.Job) if field.name in given}
+    fields |= {name: tuple(given[name] or ()) for name in ("command", "env", "no_retry")}
+    fields |= {name: os.path.abspath(given[name]) for name in ("log_dir", "host_discovery_script") if given[name]}
+    return spec.Job(
+        **{
+            **fields,
+            "hosts": allocation.named(hosts, hostfile, slots, environ),
+            "slots_per_host": slots,
+            "controller": "gloo" if given["gloo"] else "mpi" if given["mpi"] else "",
+            "launcher_args": tuple(given["launcher_arg"]),
+            "ssh_args": tuple(given["ssh_arg"]),
+            "secrets": spec.parse_secrets(given["secret"]),
+            "ranks": spec.parse_ranks(given["ranks"]),
+            "python": os.path.abspath(python) if os.sep in python else python,  # agents run in another folder
+            "cwd": os.path.abspath(given["cwd"] or "."),
+        }
+    )
 
 
 def _given_parameters(context: typer.Context, k8s: Optional[str]) -> set[str]:

@@ -175,8 +175,12 @@ class Attempt:
         if not self.agents:
             return self.refused("no hosts were found: the output of --host-discovery-script is empty")
         silent = [host for host in self.agents if host not in self.facts] or sorted({*self.agents} - {*self.ports})
-        wrote = list(self.agents[silent[0]].wrote)
-        return self.refused(hostcheck.why_no_agent(silent[0], self.job.python, wrote, None), again=True)
+        return self.no_agent(silent[0], None)
+
+    def no_agent(self, host: str, code: int | None) -> Ended:
+        wrote, within_s = list(self.agents[host].wrote), self.job.start_timeout_s
+        why, remedy = hostcheck.why_silent(host, self.job.python, wrote, code, within_s)
+        return self.refused(f"{host} cannot be used: {why}. {remedy}", again=True)
 
     def missing_workers(self) -> Ended:
         missing = [f"{p.rank} ({p.host.name})" for p in self.job.places if p.rank not in self.started]
@@ -291,7 +295,8 @@ class Attempt:
             self.facts[host] = message
         elif what == "ports":
             if not message["ports"]:
-                raise self.refused(hostcheck.taken(host, message["taken"], message["why"]), again=True)
+                why, remedy = hostcheck.taken(message["taken"], message["why"])
+                raise self.refused(f"on {host}, {why}. {remedy}", again=True)
             self.ports[host] = message["ports"]
         elif what == "hello":
             self.take_hello(host, rank, message["size"])
@@ -325,8 +330,7 @@ class Attempt:
         if message["is"] == "broken":
             raise self.refused(f"{host} cannot be used: {message['text']}", again=True)
         if host not in self.facts:
-            wrote = list(self.agents[host].wrote)
-            raise self.refused(hostcheck.why_no_agent(host, self.job.python, wrote, message["code"]), again=True)
+            raise self.no_agent(host, message["code"])
         self.lose(host, message.get("text", "the connection to its agent ended"))
 
     def lose(self, host: str, why: str) -> None:

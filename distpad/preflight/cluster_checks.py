@@ -28,14 +28,14 @@ def names(facts: AllFacts, question: Question) -> Iterator[Finding]:
 
     Gloo resolves the name of its own host and sends the address to the other workers.
     """
-    for here, each in facts.items():
-        for name, addresses in each.get("names", {}).items():
-            own = name in (here, each["host"])
-            if not own and name not in facts:
-                continue  # a finding already reports that this host is unreachable
-            problem = hostcheck.name_problem(name, addresses, is_own=own)
-            if problem:
-                yield error(here, *problem)
+    resolved = {host: (each["host"], each["names"]) for host, each in _having(facts, "names")}
+    known = {*facts, *(each["host"] for each in facts.values())}
+    reachable = {
+        host: (itself, {name: found for name, found in names.items() if name in known})  # others have a finding already
+        for host, (itself, names) in resolved.items()
+    }
+    for here, _, problem, remedy in hostcheck.wrong_names(reachable):
+        yield error(here, problem, remedy)
 
 
 def versions(facts: AllFacts, question: Question) -> Iterator[Finding]:
@@ -44,11 +44,8 @@ def versions(facts: AllFacts, question: Question) -> Iterator[Finding]:
     rows = {name: {host: each["packages"].get(name, "") for host, each in _having(facts, "packages")} for name in names}
     rows["Python"] = {host: _minor(each["python"]["version"]) for host, each in _having(facts, "python")}
     rows["mpirun"] = {host: (each["mpi"]["mpirun"] or {}).get("version", "") for host, each in _having(facts, "mpi")}
-    for name, found in rows.items():
-        if len(set(found.values())) > 1:
-            yield error(
-                _outliers(found), f"{name} differs: {_hosts_by_value(found)}", "Install the same version everywhere."
-            )
+    for hosts, evidence in hostcheck.differing(rows):
+        yield error(hosts, evidence, "Install the same version everywhere.")
 
 
 def builds(facts: AllFacts, question: Question) -> Iterator[Finding]:
@@ -58,9 +55,8 @@ def builds(facts: AllFacts, question: Question) -> Iterator[Finding]:
         for host, each in _having(facts, "engines")
         if (each["engines"].get("horovod") or {}).get("built_with") is not None
     }
-    if len(set(found.values())) > 1:
-        remedy = "Build Horovod again on all hosts: launch/install_horovod.sh --force"
-        yield error(_outliers(found), f"Horovod's build differs: {_hosts_by_value(found)}", remedy)
+    for hosts, evidence in hostcheck.differing({"Horovod's build": found}):
+        yield error(hosts, evidence, "Build Horovod again on all hosts: launch/install_horovod.sh --force")
 
 
 def own_code(facts: AllFacts, question: Question) -> Iterator[Finding]:
@@ -89,21 +85,6 @@ def _same_files(facts: AllFacts, key: str, what: str, remedy: str) -> Iterator[F
 def _having(facts: AllFacts, key: str) -> list[tuple[str, Mapping[str, Any]]]:
     """The hosts whose facts contain ``key``."""
     return [(host, each) for host, each in facts.items() if key in each]
-
-
-def _outliers(found: Mapping[str, str]) -> str:
-    """The hosts whose value is not the most common one; among equally common values, the first host's counts."""
-    common = max(found.values(), key=list(found.values()).count)
-    return ", ".join(host for host, value in found.items() if value != common)
-
-
-def _hosts_by_value(found: Mapping[str, str]) -> str:
-    groups: dict[str, list[str]] = {}
-    for host, value in found.items():
-        groups.setdefault(value or "none", []).append(host)
-    return ", ".join(
-        f"{' '.join(hosts)} {'has' if len(hosts) == 1 else 'have'} {value}" for value, hosts in groups.items()
-    )
 
 
 def _minor(version: str) -> str:

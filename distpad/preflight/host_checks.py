@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from distpad.launcher import gpus as launcher_gpus
+from distpad.launcher import hostcheck
 from distpad.preflight.findings import Finding, Question, error, warning
 
 Facts = Mapping[str, Any]
@@ -182,11 +183,7 @@ def ports(host: str, facts: Facts, question: Question) -> Iterator[Finding]:
     """The ports in the question must be free."""
     for port, why in facts.get("ports", {}).items():
         if why:
-            yield error(
-                host,
-                f"port {port} is not free: {why.lower()}",
-                f"Find its process with ss -ltnp 'sport = :{port}', or use another port.",
-            )
+            yield error(host, *hostcheck.taken(port, why))
 
 
 # -- reading facts ----------------------------------------------------------------------------------------------------

@@ -88,25 +88,10 @@ def _run(argv: list[str], asked: str, env: Mapping[str, str], limit_s: float, ho
             facts = json.loads(line)
             if isinstance(facts, dict) and "errors" in facts:
                 return {"facts": facts, "sent": sent, "received": time.time()}
-    return _unreachable(host, python, wrote, code, limit_s)
+    why, remedy = hostcheck.why_silent(host, python, wrote.splitlines(), code, limit_s)
+    return {"unreachable": why, "remedy": remedy}
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-
-
-def _unreachable(host: str, python: str, wrote: str, code: int | None, limit_s: float = 0) -> dict[str, Any]:
-    for mark, meaning in hostcheck.MEANINGS:
-        if mark in wrote:
-            why, _, remedy = meaning.format(host=host, python=python).partition(". ")
-            return {"unreachable": why, "remedy": remedy or f"Install it there: {python} -m pip install distpad"}
-    last = wrote.strip().splitlines()[-1:] or [""]
-    if code is None:
-        why = f"it did not answer within {limit_s:g} s"
-        return {
-            "unreachable": f"{why}: {last[0]}" if last[0] else why,
-            "remedy": f"Check that this command ends: ssh {host} hostname",
-        }
-    message = last[0] or "no output"
-    return {"unreachable": f"exit code {code}: {message}", "remedy": f"Try: ssh {host} {python} -m distpad"}

@@ -245,7 +245,7 @@ def test_a_host_that_reboots_is_waited_for(pair, tmp_path):
     done = running.finish()
     assert done.code == 0, done.stderr
     assert "nothing was started. host2 cannot be used: no ssh server listens there" in done.stderr
-    assert "port 5000 on host2 cannot be used (address already in use)" in done.stderr
+    assert "on host2, port 5000 is not free: address already in use" in done.stderr
 
 
 def test_a_host_that_nobody_knows(pair):

@@ -395,7 +395,7 @@ def test_a_port_that_is_in_use():
         port = taken.getsockname()[1]
         done = launch("-np", 1, "--port", port, command=scripted("all=report"))
     assert done.code == 3
-    assert f"port {port} on localhost cannot be used (address already in use)" in done.stderr
+    assert f"on localhost, port {port} is not free: address already in use" in done.stderr
 
 
 def test_a_working_folder_that_was_deleted(tmp_path):

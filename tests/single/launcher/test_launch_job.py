@@ -465,11 +465,12 @@ def test_the_interface_that_hosts_share():
 
 
 def test_what_ssh_wrote_is_explained():
-    for mark, meaning in hostcheck.MEANINGS:
-        text = hostcheck.why_no_agent("b", "/python", [f"ssh: {mark}!"], 255)
-        assert text == f"b cannot be used: {meaning.format(host='b', python='/python')}"
-    assert hostcheck.why_no_agent("b", "p", ["what?"], 9).endswith("ended with exit code 9: what?")
-    assert "did not answer" in hostcheck.why_no_agent("b", "p", [], None)
+    for mark, meaning in hostcheck.MEANINGS.items():
+        found = hostcheck.why_silent("b", "/python", [f"ssh: {mark}!"], 255, 60)
+        assert found == tuple(part.format(host="b", python="/python") for part in meaning)
+    why, remedy = hostcheck.why_silent("b", "p", ["what?"], 9, 60)
+    assert why.endswith("ended with exit code 9: what?") and remedy == "Try: ssh b p -m distpad"
+    assert hostcheck.why_silent("b", "p", [], None, 60)[0] == "it did not answer within 60 s: no output"
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
