@@ -15,14 +15,9 @@ import yaml
 from distpad.launcher import allocation, describe, kubernetes, run, spec
 
 DEFAULT: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(spec.Job)}
-FOR_KUBERNETES = ("k8s", "image", "workers", "slots", "queue", "namespace")
-FOR_BOTH = (
-    "command",
-    "gpus",
-    "max_restarts",
-    "config",
-    "dry_run",
-)  # --k8s never starts anything, so --dry-run is redundant
+FOR_BOTH = ("command", "gpus", "env", "secret", "network_interface", "max_restarts", "timeout_s", "config", "dry_run")
+OF_KUBERNETES = {field.name for field in dataclasses.fields(kubernetes.Job)} - {"kind", "folder"}
+FOR_KUBERNETES = ("k8s", *sorted(OF_KUBERNETES - {*FOR_BOTH}))
 
 # Typer reads the annotations on Python 3.9, which does not know `X | None`.
 # ruff: noqa: UP045
@@ -101,7 +96,7 @@ def launch(
     port: Optional[int] = typer.Option(None, help="multiworker: the first worker's port on each host. Default: free ports.", rich_help_panel="Engine"),
     python: str = typer.Option(DEFAULT["python"], help="The Python that has distpad installed, on all hosts.", show_default=False, rich_help_panel="Engine"),
     env: list[str] = typer.Option([], metavar="NAME[=VALUE]", help="A further variable for all workers, or one of the login such as SSH_AUTH_SOCK. Repeatable.", rich_help_panel="Environment"),
-    secret: list[str] = typer.Option([], metavar="NAME=FILE", help="A variable whose value is read from a file. Repeatable.", rich_help_panel="Environment"),
+    secret: list[str] = typer.Option([], metavar="NAME=FILE", help="A variable whose value is read from a file; with --k8s, NAME=SECRET:KEY. Repeatable.", rich_help_panel="Environment"),
     cwd: str = typer.Option("", metavar="FOLDER", help="The command's working directory, on all hosts. Default: the current one.", rich_help_panel="Environment"),
     log_dir: str = typer.Option("", metavar="FOLDER", help="Write FOLDER/attempt-N/rank-N.stdout and .stderr instead of the terminal.", rich_help_panel="Output"),
     tee: bool = typer.Option(False, "--tee", help="With --log-dir: write to the terminal as well.", rich_help_panel="Output"),
@@ -117,7 +112,20 @@ def launch(
     image: str = typer.Option("", metavar="NAME[:TAG][@DIGEST]", help="The image of all pods.", show_default=False, rich_help_panel="Kubernetes"),
     workers: Optional[int] = typer.Option(None, help="Number of pods that train; for mpijob-elastic the maximum. Default: the value in k8s/.", rich_help_panel="Kubernetes"),
     slots: Optional[int] = typer.Option(None, help="Horovod: processes in each pod. Default: one per GPU, or one.", rich_help_panel="Kubernetes"),
+    name: Optional[str] = typer.Option(None, help="The job's name. Default: a new one, such as train-x7k2p.", show_default=False, rich_help_panel="Kubernetes"),
+    cpu: Optional[int] = typer.Option(None, help="CPUs of each pod that trains. Default: 8 per GPU, or 4.", rich_help_panel="Kubernetes"),
+    memory: Optional[str] = typer.Option(None, metavar="QUANTITY", help="Memory of each pod that trains, /dev/shm included. Default: 32Gi per GPU, or 8Gi.", rich_help_panel="Kubernetes"),
+    mount: list[str] = typer.Option([], metavar="CLAIM:PATH[:ro]", help="An existing PersistentVolumeClaim to mount. Default: checkpoints:/checkpoints. Repeatable.", rich_help_panel="Kubernetes"),
+    rdma: Optional[str] = typer.Option(None, metavar="RESOURCE[=NUMBER]", help="RDMA devices of each pod that trains, such as rdma/hca=8. See k8s/components/rdma.", rich_help_panel="Kubernetes"),
     queue: Optional[str] = typer.Option(None, metavar="NAME", help="The Kueue LocalQueue in which the job waits.", rich_help_panel="Kubernetes"),
+    topology: Optional[str] = typer.Option(None, metavar="LABEL", help="Kueue: place all pods that train on nodes with the same value of this label, such as a rack.", rich_help_panel="Kubernetes"),
+    exclusive_topology: Optional[str] = typer.Option(None, metavar="LABEL", help="JobSet: likewise, and no other JobSet there.", rich_help_panel="Kubernetes"),
+    priority_class: Optional[str] = typer.Option(None, metavar="NAME", help="The PriorityClass of all pods.", rich_help_panel="Kubernetes"),
+    node_selector: list[str] = typer.Option([], metavar="LABEL=VALUE", help="A label of the nodes of pods that train. Repeatable.", rich_help_panel="Kubernetes"),
+    toleration: list[str] = typer.Option([], metavar="KEY[=VALUE][:EFFECT]", help="A taint of nodes that pods that train tolerate. Repeatable.", rich_help_panel="Kubernetes"),
+    image_pull_secret: list[str] = typer.Option([], metavar="NAME", help="A Secret of the image's registry. Repeatable.", rich_help_panel="Kubernetes"),
+    ttl_s: Optional[int] = typer.Option(None, help="Seconds after which Kubernetes deletes the job when it has ended. Default: a week.", rich_help_panel="Kubernetes"),
+    component: list[str] = typer.Option([], metavar="NAME", help=f"{' or '.join(kubernetes.COMPONENTS)}: see k8s/components. Repeatable.", rich_help_panel="Kubernetes"),
     namespace: Optional[str] = typer.Option(None, metavar="NAME", help="Default: the namespace that kubectl applies to.", rich_help_panel="Kubernetes"),
     config: Optional[pathlib.Path] = typer.Option(None, metavar="FILE.yaml", is_eager=True, callback=_read_config, help="A file with any of these flags by name, and 'command'. The command line overrides it."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Print the exact command lines and environments, without secrets, and exit."),
@@ -150,18 +158,9 @@ def launch(
         environ = _environ(cwd)
         given = _given_parameters(context, k8s)
         if k8s is not None:
-            wanted = kubernetes.Job(
-                kind=k8s,
-                image=image,
-                command=tuple(command or ()),
-                workers=workers,
-                slots=slots,
-                gpus=gpus,
-                queue=queue,
-                namespace=namespace,
-                max_restarts=max_restarts if "max_restarts" in given else None,
-            )
-            typer.echo(kubernetes.build(wanted), nl=False)
+            fields = {name: context.params[name] for name in given & OF_KUBERNETES}
+            fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+            typer.echo(kubernetes.build(kubernetes.Job(kind=k8s, **fields)), nl=False)
             return
         job = _job(context.params, environ)
         if dry_run:

@@ -1,245 +1,161 @@
-"""A gang: pods that start together and end together.
+"""The pods of a plain Job start together and end together.
 
-TensorFlow's workers wait for one another at the start and in each collective, possibly forever if one is gone. The
-pods' entry points therefore keep a register, which pod 0 serves. Training starts when all pods are present. If one pod
-fails or is lost, all pods end. No pod succeeds before all have succeeded. A replacement pod is admitted once the other
-pods have been replaced as well. The messages are lines of JSON over TCP.
+A Job of Kubernetes replaces each failed pod on its own. A pod that has succeeded never starts again, so that a replaced
+peer would wait for it forever; and one failure, which ends all workers, would count once for each. (A JobSet restarts
+all pods itself.) Each pod therefore holds a connection to pod 0. Training starts when all are connected. When one
+closes, all end. No pod succeeds before all are done. A replaced pod is connected when pod 0 has been replaced too.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import json
+import selectors
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from distpad.launcher import times
 
-
-class Register:
-    """The register of present pods. Pod 0 serves it, and is a member like the other pods."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = names
-        self.present: dict[int, asyncio.StreamWriter] = {}
-        self.done: set[int] = set()
-        self.begun = False
-        self.over = False
-        self.reason = ""  # why the gang will end
-        self.server: asyncio.Server | None = None
-        self.beat: asyncio.Future[None]
-
-    async def open(self, port: int) -> None:
-        """Start to serve."""
-        self.server = await asyncio.start_server(self._member, port=port)
-        self.beat = asyncio.ensure_future(self._beat())
-
-    async def close(self) -> None:
-        """Stop serving, after the last messages have been forwarded, those of this pod included."""
-        if self.server is None:
-            return
-        self.server.close()
-        end = time.monotonic() + times.FLUSH_S
-        while 0 in self.present and time.monotonic() < end:
-            await asyncio.sleep(0.01)
-        self.beat.cancel()
-        await asyncio.gather(*map(close_writer, list(self.present.values())))
-
-    def missing(self) -> list[str]:
-        return [name for index, name in enumerate(self.names) if index not in self.present]
-
-    async def _member(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve one pod's connection."""
-        index: int | None = None
-        try:
-            hello = await receive(reader)
-            if hello.get("workers") != len(self.names):
-                mine = f"{self.names[0]} is configured for {len(self.names)} workers"
-                why = f"{mine}, {hello.get('name')} for {hello.get('workers')}"
-                return send(writer, {"is": "refused", "why": why})
-            number = hello.get("index")
-            if not isinstance(number, int) or not 0 <= number < len(self.names):
-                return None
-            if self.begun or number in self.present:  # pods of an earlier start are still present
-                return send(writer, {"is": "later"})
-            index = number
-            self.present[index] = writer
-            if not self.missing():
-                self.begun = True
-                self._send_all({"is": "start"})
-            while True:
-                self._learn(index, await receive(reader))
-        except (OSError, asyncio.CancelledError):  # the pod is gone, or the register closes
-            self._leave(index)
-        finally:
-            writer.close()
-
-    def _learn(self, index: int, message: dict[str, Any]) -> None:
-        what = message["is"]
-        if what == "done":
-            self.done.add(index)
-            if len(self.done) == len(self.names):
-                self.over = True
-                self._send_all({"is": "all done"})
-        elif what == "failed":
-            self._end(f"{self.names[index]} failed (exit code {message.get('code')})")
-        elif what == "term":
-            self.reason = self.reason or f"{self.names[index]} was terminated"
-            self._send_all({"is": "term", "who": self.names[index]})
-
-    def _leave(self, index: int | None) -> None:
-        if index is None:
-            return
-        self.present.pop(index).close()
-        if self.begun:
-            self._end(f"{self.names[index]} was lost")
-
-    def _end(self, why: str) -> None:
-        """End the gang. Only the first reason counts."""
-        if not self.over:
-            self.over = True
-            self._send_all({"is": "ended", "why": self.reason or why})
-
-    def _send_all(self, message: dict[str, Any]) -> None:
-        for writer in list(self.present.values()):
-            send(writer, message)
-
-    async def _beat(self) -> None:
-        while True:
-            self._send_all({"is": "beat", "missing": self.missing()})
-            await asyncio.sleep(times.here().beat_s)
+START, DONE, LOST = b"s", b"d", b"l"  # LOST and the index of the pod; a pod introduces itself by its index
+MESSAGE_BYTES = 16
 
 
-class Membership:
-    """A pod's connection to the register.
+class Gang:
+    """This pod's connections: those of pod 0 to all others, or that of another pod to pod 0.
+
+    Args:
+      names: the host names of all pods, by index.
+      index: this pod's index.
+      port: the port at which pod 0 listens.
 
     Attributes:
-      events: events of the other pods after the start: ("ended", reason), ("term", pod) or ("all done", "").
+      lost: is set when another pod has failed or is lost.
+      whom: the pods that ``join`` waits for, or the pod that is lost, as text.
     """
 
     def __init__(self, names: Sequence[str], index: int, port: int) -> None:
         self.names, self.index, self.port = names, index, port
-        self.events: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
-        self.writer: asyncio.StreamWriter | None = None
-        self.tasks: list[asyncio.Future[Any]] = []
-        self.waits_for = "all"  # text for reports
+        self.lost, self.whom = threading.Event(), ""
+        self._peers: dict[int, socket.socket] = {}
+        self._done, self._all_done = threading.Event(), threading.Event()
 
-    async def join(self, report: Callable[[str], None]) -> None:
-        """Wait until all pods are present. Periodically report the missing pods, which ``waits_for`` describes.
+    def join(self, wait_s: float, report: Callable[[str], None]) -> bool:
+        """Wait until all pods are connected. Returns False after ``wait_s`` seconds. Pod 0 reports the missing pods.
 
         Raises:
-          ValueError: pod 0 refuses this pod.
+          OSError: pod 0 cannot listen at its port.
         """
+        end = time.monotonic() + wait_s
+        if not (self._connect(end) if self.index else self._accept(end, report)):
+            return False
+        threading.Thread(target=self._listen, daemon=True).start()
+        return True
+
+    def _accept(self, end: float, report: Callable[[str], None]) -> bool:
+        """Pod 0 collects the others. It goes on listening, so that a replaced pod waits in the queue of connections."""
+        family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+        self._listener = socket.create_server(
+            ("", self.port), family=family, backlog=len(self.names), dualstack_ipv6=family == socket.AF_INET6
+        )
         reported = time.monotonic()
-        joined = asyncio.ensure_future(self._join())
-        try:
-            while not (await asyncio.wait([joined], timeout=times.JOIN_AGAIN_S))[0]:
-                if time.monotonic() > reported + times.here().report_s:
-                    reported = time.monotonic()
-                    report(f"waiting for {self.waits_for}")
-            joined.result()
-        finally:
-            joined.cancel()
+        while missing := [name for index, name in enumerate(self.names) if index and not self._is_here(index)]:
+            self.whom = few(missing)
+            if time.monotonic() > end:
+                return False
+            if time.monotonic() > reported + times.here().report_s:
+                reported = time.monotonic()
+                report(f"waiting for {self.whom}")
+            self._listener.settimeout(times.JOIN_AGAIN_S)
+            with contextlib.suppress(OSError, ValueError):  # nobody came, or a stranger
+                peer = _kept_alive(self._listener.accept()[0])
+                peer.settimeout(times.ANSWER_S)
+                index = int(peer.recv(MESSAGE_BYTES))
+                peer.setblocking(False)
+                if 0 < index < len(self.names):
+                    self._peers[index] = peer  # the latest, if a pod was replaced meanwhile
+        self._send(START)
+        return True
 
-    async def _join(self) -> None:
-        unresolved = list(self.names)
-        while unresolved := await unknown(unresolved):
-            self.waits_for = f"{few(unresolved)} (name does not resolve)"
-            await asyncio.sleep(times.JOIN_AGAIN_S)
-        first = self.names[0]
-        self.waits_for = f"{first} (no answer on port {self.port})"
-        while True:
-            with contextlib.suppress(OSError, asyncio.TimeoutError):
-                host = first if self.index else "localhost"
-                reader, writer = await asyncio.wait_for(asyncio.open_connection(host, self.port), times.here().lost_s)
-                self.writer = writer
-                if await self._wait_for_start(reader):
-                    self.tasks = [asyncio.ensure_future(task) for task in (self._listen(reader), self._beat())]
-                    return
-                writer.close()
-            await asyncio.sleep(times.JOIN_AGAIN_S)
-
-    async def _wait_for_start(self, reader: asyncio.StreamReader) -> bool:
-        hello = {"is": "hello", "index": self.index, "name": self.names[self.index], "workers": len(self.names)}
-        self.send(**hello)
-        beat = asyncio.ensure_future(self._beat())
+    def _is_here(self, index: int) -> bool:
         try:
-            while True:
-                message = await receive(reader)
-                if message["is"] == "start":
+            return index in self._peers and self._peers[index].recv(1, socket.MSG_PEEK) != b""
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
+    def _connect(self, end: float) -> bool:
+        while (left := end - time.monotonic()) > 0:
+            self.whom = f"{self.names[0]} (no answer at port {self.port})"
+            with contextlib.suppress(OSError):
+                peer = _kept_alive(socket.create_connection((self.names[0], self.port), min(left, times.ANSWER_S)))
+                peer.sendall(str(self.index).encode())
+                self.whom = f"the pods that {self.names[0]} waits for"
+                peer.settimeout(max(times.POLL_S, end - time.monotonic()))
+                if peer.recv(1) == START:
+                    self._peers[0] = peer
                     return True
-                if message["is"] == "refused":
-                    raise Refused(f"pod: {message['why']}, expected the same. Compare DISTPAD_WORKERS of both.")
-                if message["is"] == "later":
-                    self.waits_for = "the pods of an earlier start to end"
-                    return False
-                if message["is"] == "beat" and message["missing"]:
-                    self.waits_for = few(message["missing"])
-        finally:
-            beat.cancel()
+            time.sleep(times.JOIN_AGAIN_S)
+        return False
 
-    async def _listen(self, reader: asyncio.StreamReader) -> None:
-        why = f"{self.names[0]} was lost"
-        with contextlib.suppress(OSError):
-            while True:
-                message = await receive(reader)
-                if message["is"] in ("ended", "term", "all done"):
-                    self.events.put_nowait((message["is"], message.get("why") or message.get("who") or ""))
-        self.events.put_nowait(("ended", why))  # nothing reads the queue after "all done"
+    def _listen(self) -> None:
+        """Wait until all are done, or one is lost."""
+        done: set[int] = set()
+        with selectors.DefaultSelector() as selector:
+            for index, peer in self._peers.items():
+                selector.register(peer, selectors.EVENT_READ, index)
+            while not self._all_done.is_set():
+                for key, _ in selector.select(times.POLL_S):
+                    message = _receive(self._peers[key.data])
+                    if message[:1] != DONE:
+                        return self._lose(int(message[1:] or key.data))
+                    done.add(key.data)
+                if len(done) == len(self._peers) and (self.index or self._done.is_set()):
+                    if self.index == 0:
+                        self._send(DONE)
+                    self._all_done.set()
 
-    async def _beat(self) -> None:
-        while True:
-            await asyncio.sleep(times.here().beat_s)
-            self.send(**{"is": "beat"})
+    def _lose(self, index: int) -> None:
+        self.whom = self.names[index]
+        if self.index == 0:  # tell the others
+            self._send(LOST + str(index).encode())
+        for peer in self._peers.values():
+            peer.close()
+        self.lost.set()
 
-    def send(self, **message: Any) -> None:
-        assert self.writer is not None
-        send(self.writer, message)
+    def _send(self, message: bytes) -> None:
+        for peer in self._peers.values():
+            with contextlib.suppress(OSError):
+                peer.sendall(message)
 
-    async def close(self) -> None:
-        for task in self.tasks:
-            task.cancel()
-        if self.writer is not None:
-            await close_writer(self.writer)
-
-
-class Refused(ValueError):
-    """Pod 0 is configured differently from this pod."""
-
-
-async def unknown(names: Sequence[str]) -> list[str]:
-    """The names that do not resolve, such as those of pods that are not scheduled yet."""
-    loop = asyncio.get_running_loop()
-    found = await asyncio.gather(*(loop.getaddrinfo(name, None) for name in names), return_exceptions=True)
-    return [name for name, answer in zip(names, found) if isinstance(answer, socket.gaierror)]
+    def finish(self, wait_s: float) -> bool:
+        """Report that this pod is done, and wait until all are. Returns False if one is lost, or after ``wait_s``."""
+        if self.index:
+            self._send(DONE)
+        self._done.set()
+        end = time.monotonic() + wait_s
+        while not self._all_done.wait(times.POLL_S):
+            if self.lost.is_set() or time.monotonic() > end:
+                return False
+        return True
 
 
-async def receive(reader: asyncio.StreamReader) -> dict[str, Any]:
-    """Return the next message.
-
-    Raises:
-      ConnectionError: the connection is lost, or carries something other than messages.
-    """
+def _receive(peer: socket.socket) -> bytes:
+    """The next message; empty if the peer is lost."""
     try:
-        message = json.loads(await asyncio.wait_for(reader.readline(), times.here().lost_s))
-        return {"is": message["is"], **message}
-    except (asyncio.TimeoutError, ValueError, TypeError, KeyError) as error:
-        raise ConnectionError("no message") from error
+        return peer.recv(MESSAGE_BYTES)
+    except OSError:
+        return b""
 
 
-def send(writer: asyncio.StreamWriter, message: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError, RuntimeError):  # a lost peer is detected by its silence
-        writer.write(json.dumps(message).encode() + b"\n")
-
-
-async def close_writer(writer: asyncio.StreamWriter) -> None:
-    """Close a connection after its last messages have been sent."""
-    with contextlib.suppress(OSError, asyncio.TimeoutError):
-        writer.close()
-        await asyncio.wait_for(writer.wait_closed(), times.FLUSH_S)
+def _kept_alive(peer: socket.socket) -> socket.socket:
+    """Let the kernel detect a silent peer, such as a pod of a lost node."""
+    period_s = max(1, round(times.here().lost_s / 4))
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", period_s), ("TCP_KEEPINTVL", period_s), ("TCP_KEEPCNT", 3)):
+        peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    return peer
 
 
 def few(names: Sequence[str]) -> str:

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 
 from distpad import errors
 from distpad.launcher import spec, tfconfig
 
-GANGS = ("indexed-job", "jobset", "trainjob")  # each pod is a worker of MultiWorkerMirroredStrategy
+WORKERS = ("indexed-job", "jobset", "trainjob")  # each pod is a worker of MultiWorkerMirroredStrategy
 LAUNCHERS = ("mpi-launcher", "mpi-elastic-launcher")
-KINDS = (*GANGS, *LAUNCHERS, "mpi-worker")
+KINDS = (*WORKERS, *LAUNCHERS, "mpi-worker")
+INTERFACE = "eth0"  # the pods' network, by the usual plug-ins
+SECRETS = "/run/secrets/distpad"  # the mount path of secrets, one file for each variable
 HOSTFILE, DISCOVERY = "/etc/mpi/hostfile", "/etc/mpi/discover_hosts.sh"  # written by the MPI operator
 # variable | its origin
 SET_BY = {
@@ -33,7 +36,7 @@ SET_BY = {
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One pod of a gang: pods that start together and end together.
+    """One pod of a job of MultiWorkerMirroredStrategy.
 
     Attributes:
       index: the worker's index.
@@ -58,10 +61,10 @@ class Member:
 
 
 def member(kind: str, environ: Mapping[str, str], port: int) -> Member:
-    """Derive a pod's membership in its gang from its environment.
+    """Derive a pod's place among the pods of its job from its environment.
 
     Args:
-      kind: one of GANGS.
+      kind: one of WORKERS.
       environ: the pod's variables.
       port: the port of TensorFlow in each pod.
 
@@ -113,12 +116,10 @@ class Mpi:
     """The options of an MPI job's launcher pod. The defaults are the paths of the MPI operator's files."""
 
     command: tuple[str, ...]
-    port: int = 2222
-    ssh_config: str = ""
-    identity: str = ""  # the private key's file
     hostfile: str = ""
     discovery: str = DISCOVERY
-    network_interface: str = "eth0"
+    network_interface: str = ""
+    secrets: Mapping[str, str] = dataclasses.field(default_factory=dict)
     min_np: int | None = None
     max_np: int | None = None
     grace_s: float = 10.0
@@ -141,7 +142,7 @@ class Mpi:
                     "pod", "DISTPAD_WORKERS", environ["DISTPAD_WORKERS"], "the number of pods", evidence, remedy
                 )
             )
-        return self._job(environ, hosts=hosts, controller="mpi", ssh_args=("-F", self.ssh_config))
+        return self._job(environ, hosts=hosts, controller="mpi")
 
     def elastic_job(self, environ: Mapping[str, str]) -> spec.Job:
         """The job on the hosts that the operator's script prints. DISTPAD_SLOTS gives the slots of each host.
@@ -158,21 +159,33 @@ class Mpi:
             slots_per_host=slots,
             min_np=self.min_np or slots,
             max_np=most,
-            # horovodrun passes only these options to ssh; the image's /etc/ssh holds the others
-            ssh_args=("-p", str(self.port), "-i", self.identity),
         )
 
     def _job(self, environ: Mapping[str, str], **more: object) -> spec.Job:
         return spec.Job(
             command=self.command,
             backend="horovod",
-            network_interface=self.network_interface,
-            max_restarts=_number(environ, "DISTPAD_MAX_RESTARTS", 0) if environ.get("DISTPAD_MAX_RESTARTS") else 0,
+            network_interface=self.network_interface or environ.get("NCCL_SOCKET_IFNAME") or INTERFACE,
+            secrets=dict(self.secrets),
             grace_s=self.grace_s,
             cwd=self.cwd,
             python=self.python,
             **more,  # type: ignore[arg-type]
         )
+
+
+def secret_files(folder: str = SECRETS) -> dict[str, str]:
+    """The files of a folder of secrets, by the variable that each is for. Empty if the folder does not exist.
+
+    Raises:
+      ValueError: the folder cannot be read.
+    """
+    try:
+        return {name: f"{folder}/{name}" for name in os.listdir(folder) if name[0] != "."}
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise ValueError(f"pod: {folder} cannot be read: {error.strerror}.") from error
 
 
 def enough(job: spec.Job, hosts: Sequence[spec.Host]) -> bool:
@@ -187,8 +200,8 @@ def _given(environ: Mapping[str, str], name: str) -> str:
     return value
 
 
-def _number(environ: Mapping[str, str], name: str, least: int = 1) -> int:
+def _number(environ: Mapping[str, str], name: str) -> int:
     value = _given(environ, name)
-    if not value.isdecimal() or int(value) < least:
-        raise ValueError(errors.sentence("pod", name, repr(value), f"an integer from {least}"))
+    if not value.isdecimal() or int(value) < 1:
+        raise ValueError(errors.sentence("pod", name, repr(value), "an integer from 1"))
     return int(value)

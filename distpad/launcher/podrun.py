@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import contextlib
 import functools
 import os
-import pathlib
 import shutil
 import signal
 import socket
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -21,7 +21,9 @@ from distpad.launcher import agent, discovery, gang, pod, run, spec, times
 from distpad.launcher.outcomes import HOST, LOST, TIME
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+TERMINATED = 128 + signal.SIGTERM
 ASKED_AT_ONCE = 32
+SSH_PORT = 2222  # of k8s/image/ssh_config and sshd_config
 
 
 def log(text: str) -> None:
@@ -32,178 +34,121 @@ def log(text: str) -> None:
 # -- a worker of MultiWorkerMirroredStrategy --------------------------------------------------------------------------
 
 
-class Worker:
-    """The training of one worker in a gang.
+def work(
+    member: pod.Member,
+    command: Sequence[str],
+    environ: Mapping[str, str],
+    *,
+    peers: gang.Gang | None = None,
+    wait_s: float = 600.0,
+    grace_s: float = 10.0,
+    finish_s: float = 600.0,
+) -> int:
+    """Run one worker's training, and return its exit code.
 
     Args:
-      member: this pod's membership in the gang.
+      member: this pod among the others.
       command: the training command.
-      environ: the command's variables.
-      port: the port of the register in pod 0.
-      wait_s: seconds to wait for the other pods.
-      grace_s: seconds for the training to end by itself after another pod is lost, and again after SIGTERM.
-      finish_s: seconds to wait for the other workers after this one is done.
+      environ: its variables.
+      peers: the gang, for pods that Kubernetes does not restart together.
+      wait_s: seconds to wait for the other pods of the gang.
+      grace_s: seconds for the training to end by itself after another pod of the gang is lost, and again after SIGTERM.
+      finish_s: seconds to wait for the other pods of the gang after this one is done.
     """
+    training: subprocess.Popen[bytes] | None = None
+    received: list[int] = []
 
-    def __init__(
-        self,
-        member: pod.Member,
-        command: Sequence[str],
-        environ: Mapping[str, str],
-        *,
-        port: int,
-        wait_s: float,
-        grace_s: float,
-        finish_s: float,
-    ) -> None:
-        self.member, self.command, self.environ = member, command, environ
-        self.port, self.wait_s, self.grace_s, self.finish_s = port, wait_s, grace_s, finish_s
-        self.child: asyncio.subprocess.Process | None = None
-        self.received = 0  # the first signal
-        self.other_terminated = False  # whether another pod has received SIGTERM
-        self.others: gang.Membership
+    def forward(number: int, _: object) -> None:
+        received.append(number)
+        if training is None:
+            sys.exit(128 + number)
+        log(f"got {signal.Signals(number).name}: forwarding it to the training")
+        _signal(training, number)
 
-    async def run(self) -> int:
-        """Return the training's exit code, or one of this module's if the training did not start or finish."""
-        self.others = gang.Membership(self.member.names, self.member.index, self.port)
-        loop = asyncio.get_running_loop()
-        me = asyncio.current_task()
-        for number in FORWARDED:
-            loop.add_signal_handler(number, self._take_signal, number, me)
-        register = gang.Register(self.member.names)
+    for number in FORWARDED:
+        signal.signal(number, forward)
+    if peers is not None:
+        log(f"worker {member.index} of {len(member.names)} waits for the others")
         try:
-            if self.member.index == 0:
-                await register.open(self.port)
-            await asyncio.wait_for(self.others.join(log), self.wait_s)
-            return await self._train()
-        except asyncio.CancelledError:  # a signal during the wait
-            return 128 + self.received
-        except asyncio.TimeoutError:
-            log(f"missing after {self.wait_s:g} s: {self.others.waits_for}")
-            return HOST
+            if not peers.join(wait_s, log):
+                log(f"missing after {wait_s:g} s: {peers.whom}")
+                return HOST
         except OSError as error:
-            log(f"port {self.port} cannot be used: {error.strerror}")
+            log(f"port {peers.port} cannot be used: {error.strerror}")
             return HOST
-        finally:
-            await self.others.close()
-            if self.member.index == 0:
-                await register.close()
-
-    async def _train(self) -> int:
-        names = self.member.names
-        log(f"all {len(names)} workers are present: starting {self.command[0]} as worker {self.member.index}")
-        try:
-            self.child = await asyncio.create_subprocess_exec(
-                *self.command,
-                env=self.member.env(self.environ),
-                stdin=asyncio.subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        except OSError as error:
-            log(f"cannot start {self.command[0]}: {error.strerror}")
-            return self._failed(127 if isinstance(error, FileNotFoundError) else 126)
-        ended = asyncio.ensure_future(self.child.wait())
-        while True:
-            event = asyncio.ensure_future(self.others.events.get())
-            await asyncio.wait([ended, event], return_when=asyncio.FIRST_COMPLETED)
-            if ended.done():
-                if event.done():
-                    self.others.events.put_nowait(event.result())
-                event.cancel()
-                code = ended.result()
-                self._signal(signal.SIGKILL)  # leftover processes of its group
-                if self.other_terminated:
-                    self._failed(LOST)
-                    return LOST
-                return await self._done() if code == 0 else self._failed(code if code > 0 else 128 - code)
-            what, text = event.result()
-            if what == "ended":
-                return await self._end(text, ended)
-            if what == "term" and not self.received and not self.other_terminated:
-                log(f"{text} is being terminated: sending SIGTERM to the training")
-                self.other_terminated = True
-                self._signal(signal.SIGTERM)
-
-    async def _done(self) -> int:
-        """Wait for the other workers. A pod that has succeeded cannot restart, and a restart needs all pods."""
-        if self.received:  # the training stopped early
-            return self._failed(128 + self.received)
-        self.others.send(**{"is": "done"})
-        try:
-            while True:
-                what, text = await asyncio.wait_for(self.others.events.get(), self.finish_s)
-                if what == "all done":
-                    return 0
-                if what == "ended":
-                    log(f"{text}: this worker was done, but restarts with the others")
-                    return LOST
-        except asyncio.TimeoutError:
-            log(f"this worker is done, but another one is not after {self.finish_s:g} s")
-            return self._failed(TIME)
-
-    def _failed(self, code: int) -> int:
-        self.others.send(**{"is": "failed", "code": code})
+    log(f"starting {command[0]} as worker {member.index} of {len(member.names)}")
+    try:
+        training = subprocess.Popen(command, env=member.env(environ), stdin=subprocess.DEVNULL, start_new_session=True)
+    except OSError as error:
+        log(f"cannot start {command[0]}: {error.strerror}")
+        return 127 if isinstance(error, FileNotFoundError) else 126
+    if peers is not None:
+        threading.Thread(target=_end_with, args=(peers, training, grace_s), daemon=True).start()
+    code = training.wait()
+    code = 128 - code if code < 0 else code
+    _signal(training, signal.SIGKILL)  # leftover processes of its group
+    if code == 0 and received:  # the training stopped early
+        return 128 + received[0]
+    if code == TERMINATED and not received:
+        # Another pod got SIGTERM, and all workers have saved and ended together. The end of that pod restarts this one.
+        lost = peers.lost if peers is not None else threading.Event()
+        lost.wait(times.here().restart_s)
+        code = 128 + received[0] if received else 1
+    if peers is None:
         return code
+    if code == 0 and peers.finish(finish_s):
+        return 0
+    if peers.lost.is_set():
+        log(f"{peers.whom} failed or was lost: this worker ends with it")
+        return LOST
+    if code == 0:
+        log(f"this worker is done, but another one is not after {finish_s:g} s")
+        return TIME
+    return 1 if code == LOST else code  # a Job does not count LOST, which must be another pod's failure
 
-    async def _end(self, why: str, ended: asyncio.Future[int]) -> int:
-        """End the training after the loss of another pod. It usually fails by itself, but may hang."""
-        log(f"{why}: the training cannot continue")
-        own_s = min(self.grace_s, times.here().own_error_s)
-        for number, seconds in ((None, own_s), (signal.SIGTERM, self.grace_s), (signal.SIGKILL, times.KILLED_S)):
-            if number:
-                self._signal(number)
-            if (await asyncio.wait([ended], timeout=seconds))[0]:
-                break
-        self._signal(signal.SIGKILL)
-        code = 1 if number or self.other_terminated else ended.result()
-        return code if code > 1 else LOST  # an engine that loses a worker ends with 1 or by a signal
 
-    def _take_signal(self, number: signal.Signals, waiting: asyncio.Task[int] | None) -> None:
-        if self.child is None and waiting is not None:
-            self.received = self.received or number
-            waiting.cancel()
+def _end_with(peers: gang.Gang, training: subprocess.Popen[bytes], grace_s: float) -> None:
+    """End the training after the loss of another pod. It usually fails by itself, but may hang."""
+    peers.lost.wait()
+    own_s = min(grace_s, times.here().own_error_s)
+    for number, seconds in ((None, own_s), (signal.SIGTERM, grace_s), (signal.SIGKILL, times.KILLED_S)):
+        if number is not None:
+            _signal(training, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            training.wait(seconds)
             return
-        if not self.received:
-            self.received = number
-            log(f"got {number.name}: forwarding it to the training")
-            self.others.send(**{"is": "term"})  # so that all workers save a checkpoint together
-        self._signal(number)
-
-    def _signal(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.child.pid, number)  # type: ignore[union-attr]
 
 
-def work(worker: Worker) -> int:
-    """Run a worker to its end."""
-    return asyncio.run(worker.run())
+def _signal(training: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(training.pid, number)
 
 
 # -- the launcher of an MPI job ---------------------------------------------------------------------------------------
 
 
-def launch(job: spec.Job, environ: Mapping[str, str], *, port: int, wait_s: float) -> int:
+def launch(job: spec.Job, environ: Mapping[str, str], *, wait_s: float) -> int:
     """Wait for sshd in the pods, and run the job as ``distpad launch`` does."""
-    find_missing = functools.partial(_undiscovered if job.elastic else _silent, job, port)
+    find_missing = functools.partial(_undiscovered if job.elastic else _silent, job)
     return run.run(job, environ, lambda received: _until(find_missing, wait_s, received))
 
 
-def _silent(job: spec.Job, port: int) -> str:
+def _silent(job: spec.Job) -> str:
     """The pods that do not answer, as text; empty if all do."""
-    silent = _without_sshd(job.hosts, port)
-    return f"{gang.few(silent)} (no sshd answers on port {port})" if silent else ""
+    silent = _without_sshd(job.hosts)
+    return f"{gang.few(silent)} (no sshd answers on port {SSH_PORT})" if silent else ""
 
 
-def _undiscovered(job: spec.Job, port: int) -> str:
+def _undiscovered(job: spec.Job) -> str:
     """The pods that an elastic job lacks before it can start, as text; empty if it can start."""
     try:
         hosts = discovery.Discovery(job, os.devnull, lambda host: True).discover()
     except ValueError as error:
         return str(error)
-    silent = _without_sshd(hosts, port)
+    silent = _without_sshd(hosts)
     if pod.enough(job, [host for host in hosts if host.name not in silent]):
         return ""
-    more = f", and no sshd answers on port {port} of {gang.few(silent)}" if silent else ""
+    more = f", and no sshd answers on port {SSH_PORT} of {gang.few(silent)}" if silent else ""
     return f"pods for {job.min_np} workers; {job.host_discovery_script} names {len(hosts)}{more}"
 
 
@@ -224,16 +169,16 @@ def _until(find_missing: Callable[[], str], wait_s: float, received: list[int]) 
     return not received
 
 
-def _without_sshd(hosts: Sequence[spec.Host], port: int) -> list[str]:
+def _without_sshd(hosts: Sequence[spec.Host]) -> list[str]:
     names = [host.name for host in hosts]
     with concurrent.futures.ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
-        return [name for name, good in zip(names, pool.map(lambda name: answers(name, port), names)) if not good]
+        return [name for name, good in zip(names, pool.map(answers, names)) if not good]
 
 
-def answers(name: str, port: int) -> bool:
-    """Whether an ssh server answers at this address."""
+def answers(name: str) -> bool:
+    """Whether an ssh server answers on this host."""
     try:
-        with socket.create_connection((name, port), timeout=times.ANSWER_S) as connection:
+        with socket.create_connection((name, SSH_PORT), timeout=times.ANSWER_S) as connection:
             return connection.recv(4) == b"SSH-"
     except OSError:
         return False
@@ -242,14 +187,17 @@ def answers(name: str, port: int) -> bool:
 # -- a worker's pod of an MPI job -------------------------------------------------------------------------------------
 
 
-def serve(folder: pathlib.Path, port: int) -> int:
-    """Run sshd, through which the launcher starts the workers. It forwards signals to the workers first."""
+def serve() -> int:
+    """Run sshd, through which the launcher starts the workers. It forwards signals to the workers first.
+
+    The image's /etc/ssh configures it: see k8s/image/sshd_config.
+    """
     path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin"
     sshd = shutil.which("sshd", path=path)
     if sshd is None:
         log("sshd was not found. Debian: apt-get install openssh-server")
         return 127
-    argv = [sshd, "-D", "-e", "-f", str(folder / "sshd_config"), "-p", str(port)]
+    argv = [sshd, "-D", "-e"]
     with run.received_signals() as received:
         server = os.spawnv(os.P_NOWAIT, sshd, argv)
         forwarded = 0

@@ -19,7 +19,6 @@ DISCOVERY_LIMIT_S = 10.0  # one run of --host-discovery-script
 AGENT_WITHIN_S = 60.0  # for an agent to listen; in an elastic job, a host's first worker may start earlier
 ANSWER_S = 5.0  # for the greeting of an ssh server
 LEFTOVERS_S = 2.0  # for pipes that a child of the command still holds open
-FLUSH_S = 2.0  # for the last messages of a connection
 WORKERS_HEARD_S = 2.0  # for the exit messages of workers after the exit of their engine's launcher
 KILLED_S = 2.0  # for killed processes to disappear
 SIGN_OF_LIFE_S = 5.0  # between two of the launcher or an agent; less for a short --lost-after-s
@@ -34,12 +33,12 @@ LONGEST_BACKOFF_S = 60.0  # maximum pause between two attempts
 class Times:
     """Periods and time limits that scale."""
 
-    beat_s: float = 2.0  # between two signs of life of a pod
-    lost_s: float = 20.0  # a pod that sends nothing for this long is lost to the other pods
+    lost_s: float = 20.0  # a silent pod is lost to the other pods
     own_error_s: float = 10.0  # maximum for the other workers to report their own errors after a first failure
     quiet_s: float = 2.0  # less, once they write nothing for this long
     report_s: float = 15.0  # between two reports of missing pods
     discovery_s: float = 1.0  # between two runs of --host-discovery-script
+    restart_s: float = 30.0  # for Kubernetes to restart a pod because another one was terminated
     look_s: float = 0.5  # between two checks for missing pods, or for files that workers write
 
 

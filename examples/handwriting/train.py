@@ -94,7 +94,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="auto",
         help="resume from the last checkpoint in --out; auto: if one exists (for schedulers that restart the job)",
     )
-    add("--elastic", action="store_true", help="continue when workers leave or join; needs --backend horovod")
+    add(
+        "--elastic",
+        action="store_true",
+        default="HOROVOD_ELASTIC" in os.environ,
+        help="continue when workers leave or join; needs --backend horovod (default under an elastic launcher)",
+    )
     add("--commit-every", type=int, default=20, metavar="STEPS", help="steps between --elastic commits (default 20)")
     add("--checkpoint-every", type=int, default=200, metavar="STEPS", help="steps between checkpoints (default 200)")
     add("--stop-at", type=int, metavar="STEP", help="save and stop at this step (for queues with a time limit)")

@@ -24,7 +24,7 @@ from typing import Any
 from cluster import hosts
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-SSH_CONFIG = ROOT / "k8s" / "image" / "ssh_config"
+SSH = [ROOT / "k8s" / "image" / name for name in ("ssh_config", "sshd_config")]
 HOME = "/opt/distpad"  # of the project in the image
 NAMESPACE = "default"
 # The variables of an image, and the number of threads in a test.
@@ -154,17 +154,16 @@ def nodes(names: Sequence[str], *, service: str) -> Iterator[tuple[hosts.Host, .
 
 
 @contextlib.contextmanager
-def up(names: Sequence[str], *, service: str, shared: Sequence[pathlib.Path] = ()) -> Iterator[tuple[Pod, ...]]:
+def up(names: Sequence[str], *, service: str, mounts: Sequence[Mount] = ()) -> Iterator[tuple[Pod, ...]]:
     """Start pods, and end them with all their processes.
 
     Args:
         names: their host names.
         service: the headless Service.
-        shared: folders that all pods mount at the same path, like a volume.
+        mounts: further mounts of all pods.
     """
-    volumes = [Mount(str(path), path) for path in shared]
     with nodes(names, service=service) as found:
-        yield tuple(Pod(host, (*SCRATCH, *volumes)) for host in found)
+        yield tuple(Pod(host, (*SCRATCH, *mounts)) for host in found)
 
 
 def _make_root(root: str, mounts: Sequence[Mount]) -> str:
@@ -177,7 +176,7 @@ def _make_root(root: str, mounts: Sequence[Mount]) -> str:
             f"mkdir {root}",
             f"mount -t tmpfs -o mode=755 tmpfs {root}",
             f"cp -a /bin /lib* /sbin /etc {root}/",  # all except /etc are links to folders in /usr
-            f"cp {shlex.quote(str(SSH_CONFIG))} {root}/etc/ssh/ssh_config",
+            f"cp {shlex.join(map(str, SSH))} {root}/etc/ssh/",
             f"mkdir {root}/proc {root}/dev {root}/run {root}/var",
             f"mount --rbind /dev {root}/dev",
             f"mount --bind /proc {root}/proc",

@@ -109,7 +109,7 @@ def jobset(resources: Sequence[Resource]) -> Iterator[str]:
         for number, each in enumerate(spec["replicatedJobs"]):
             pods = each["template"]["spec"].get("completions") or workers(resources)
             host = f"{name}-{each['name']}-{each.get('replicas', 1) - 1}-{pods - 1}"
-            if not LABEL.fullmatch(host):
+            if not LABEL.fullmatch(f"{host}-12345"):  # the pod's name has a random suffix
                 yield f"{host} is no host name"
             earlier = set(jobs[:number])
             named = {dependency["name"] for dependency in each.get("dependsOn", ())}
@@ -184,8 +184,8 @@ def mpijob(resources: Sequence[Resource]) -> Iterator[str]:
             yield "a worker pod that failed is not replaced"
         if spec.get("runPolicy", {}).get("cleanPodPolicy") not in ("Running", "All"):
             yield "workers run forever"
-        if spec.get("runPolicy", {}).get("backoffLimit") != 0:
-            yield "the launcher's Job has no podFailurePolicy: it would start again what must not be"
+        if not spec.get("runPolicy", {}).get("backoffLimit"):
+            yield "a drained node of the launcher ends the job"
         elastic = container(roles["Launcher"]["template"])["command"][2] == "mpi-elastic-launcher"
         if spec.get("launcherCreationPolicy") != ("AtStartup" if elastic else "WaitForWorkersReady"):
             yield f"launcherCreationPolicy is {spec.get('launcherCreationPolicy')}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 import os
 import pathlib
 import re
@@ -20,10 +19,9 @@ import yaml
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "k8s"
 OVERLAYS = ("indexed-job", "jobset", "mpijob", "mpijob-elastic", "trainjob", "trainjob-mpi")
-COMPONENTS = ("gpu", "kueue")
-COMBINATIONS = tuple(
-    chosen for count in range(len(COMPONENTS) + 1) for chosen in itertools.combinations(COMPONENTS, count)
-)
+COMPONENTS = ("gpu", "kueue", "network-policy", "openshift", "rdma")
+AFTER_KIND = ("kueue",)  # the others patch the pod, before a kind copies it
+COMBINATIONS = ((), *((each,) for each in COMPONENTS), COMPONENTS)
 TOOLS = pathlib.Path(os.environ.get("DISTPAD_ENVS") or ROOT / ".envs") / "k8s-tools" / "bin"
 OLDEST_KUBECTL = (1, 27)
 
@@ -76,14 +74,18 @@ def build(folder: pathlib.Path | str) -> list[Resource]:
 
 
 def build_own(place: pathlib.Path, overlay: str, components: Sequence[str] = (), **more: Any) -> list[Resource]:
-    """Build a user's kustomization of an overlay, next to a copy of k8s/ at ``place``."""
+    """Build a user's kustomization of a kind of job, next to a copy of k8s/ at ``place``."""
     if not (place / "k8s").exists():
         shutil.copytree(FOLDER, place / "k8s")
     own = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
-        "resources": [f"../k8s/overlays/{overlay}"],
-        "components": [f"../k8s/components/{name}" for name in components],
+        "resources": ["../k8s/base"],
+        "components": [
+            *(f"../k8s/components/{name}" for name in components if name not in AFTER_KIND),
+            f"../k8s/kinds/{overlay}",
+            *(f"../k8s/components/{name}" for name in components if name in AFTER_KIND),
+        ],
         "sortOptions": {"order": "fifo"},
         **more,
     }
@@ -103,7 +105,7 @@ def _built(overlay: str, components: tuple[str, ...]) -> list[Resource]:
 
 
 def with_components(overlay: str, components: Sequence[str]) -> list[Resource]:
-    """A copy of an overlay with some of COMPONENTS, built by ``build_own``, which callers may change."""
+    """A copy of a kind with some of COMPONENTS, built by ``build_own``, which callers may change."""
     return copy.deepcopy(_built(overlay, tuple(components)))
 
 
@@ -207,7 +209,7 @@ def put(value: Any, path: str, new: Any) -> None:
 
 
 def changed(name: str, resource: str, path: str, new: Any) -> list[Resource]:
-    """An overlay with one value changed."""
-    resources = overlay(name)
+    """A kind with a network policy, and with one value changed."""
+    resources = with_components(name, ("network-policy",))
     put(find(resources, resource), path, new)
     return resources

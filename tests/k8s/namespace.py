@@ -45,10 +45,12 @@ class Namespace:
         self.files: dict[str, dict[str, bytes]] = {}
         self.pods: list[Running] = []
         self.unschedulable: set[str] = set()
-        for claim in manifests.of_kind(resources, "PersistentVolumeClaim"):
-            volume = state / "claims" / claim["metadata"]["name"]
-            volume.mkdir(parents=True)
-            volume.chmod(0o777)
+        volumes = [volume for pod in manifests.pods(resources).values() for volume in pod["spec"]["volumes"]]
+        for claim in {
+            each["persistentVolumeClaim"]["claimName"] for each in volumes if "persistentVolumeClaim" in each
+        }:
+            (state / "claims" / claim).mkdir(parents=True)
+            (state / "claims" / claim).chmod(0o777)
         (self.job,) = [CONTROLLERS[resource["kind"]](self, resource, resources) for resource in _jobs(resources)]
 
     def create(self, pod: Resource) -> Running | None:

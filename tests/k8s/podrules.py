@@ -1,4 +1,7 @@
-"""Rules for every pod of a job of any kind: references, memory, termination, security, network."""
+"""Rules for every pod of a job of any kind: references, memory, termination, security, network.
+
+The claims and the namespace's default service account exist before the job.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,7 @@ def variables(pod: Resource) -> dict[str, Any]:
 
 
 def references(resources: Sequence[Resource]) -> Iterator[str]:
-    """References of a pod resolve: volumes, claims, its service account, the variables in its arguments."""
-    there = {manifests.called(resource) for resource in resources}
+    """References of a pod resolve: volumes, and the variables in its arguments."""
     for path, pod in manifests.pods(resources).items():
         spec, only = pod["spec"], container(pod)
         volumes = [volume["name"] for volume in spec.get("volumes", ())]
@@ -37,10 +39,9 @@ def references(resources: Sequence[Resource]) -> Iterator[str]:
         yield from (f"{path}: {name} is empty" for name, value in variables(pod).items() if value == "")
         for word in (*only.get("command", ()), *only.get("args", ())):
             yield from (f"{path}: no variable {name}" for name in re.findall(r"\$\((\w+)\)", word) if name not in names)
-        wanted = [f"ServiceAccount/{spec['serviceAccountName']}"]
-        claims = [volume.get("persistentVolumeClaim") for volume in spec.get("volumes", ())]
-        wanted += [f"PersistentVolumeClaim/{claim['claimName']}" for claim in claims if claim]
-        yield from (f"{path}: there is no {name}" for name in wanted if name not in there)
+        yield from (
+            f"{path}: {where} is {value}" for where, value in manifests.walk(pod) if value == "from values.yaml"
+        )
 
 
 def shared_memory(resources: Sequence[Resource]) -> Iterator[str]:
@@ -85,6 +86,8 @@ def security(resources: Sequence[Resource]) -> Iterator[str]:
         spec, only = pod["spec"], container(pod)
         if spec.get("automountServiceAccountToken") is not False:
             yield f"{path}: gets a token"
+        if pod["metadata"]["labels"].get("sidecar.istio.io/inject") != "false":
+            yield f"{path}: gets a sidecar, which never ends"
         if only.get("securityContext", {}).get("readOnlyRootFilesystem") is not True:
             yield f"{path}: may write anywhere"
         if variables(pod).get("HOME") not in [each["mountPath"] for each in only["volumeMounts"]]:
@@ -93,16 +96,12 @@ def security(resources: Sequence[Resource]) -> Iterator[str]:
         yield from (f"{path}: a secret in a variable" for each in taken if set(each) & {"secretRef", "secretKeyRef"})
         shown = " ".join([*only.get("command", ()), *only.get("args", ()), *map(str, variables(pod).values())])
         yield from (f"{path}: {word}" for word in re.findall(r"(?i)\S*(?:password|api[_-]?key)\S*", shown))
-    for account in manifests.of_kind(resources, "ServiceAccount"):
-        if account.get("automountServiceAccountToken") is not False:
-            yield f"{manifests.called(account)}: hands out tokens"
 
 
 def network(resources: Sequence[Resource]) -> Iterator[str]:
-    """The policy selects all pods of the job, and allows TCP between them at all ports, and DNS."""
+    """A policy selects all pods of the job, and allows TCP between them at all ports, and DNS."""
     policies = manifests.of_kind(resources, "NetworkPolicy")
-    if len(policies) != 1:
-        yield f"{len(policies)} policies"
+    if not policies:
         return
     spec = policies[0]["spec"]
     chosen = spec["podSelector"].get("matchLabels", {})
@@ -117,8 +116,8 @@ def network(resources: Sequence[Resource]) -> Iterator[str]:
     inside, *others = spec.get("egress") or [None]
     if inside != {"to": own, "ports": [{"protocol": "TCP"}]}:
         yield f"egress begins with {inside}"
-    dns = [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]
-    if [rule.get("ports") for rule in others] != [dns] or not all(rule.get("to") for rule in others):
+    dns = [{"protocol": protocol, "port": port} for port in (53, 5353) for protocol in ("UDP", "TCP")]
+    if others != [{"ports": dns}]:
         yield f"egress beyond the job is {others}"
 
 

@@ -17,7 +17,7 @@ CUSTOM = {
     "JobSet": ("jobset", "JobSet/train"),
     "MPIJob": ("mpijob", "MPIJob/train"),
     "TrainJob": ("trainjob", "TrainJob/train"),
-    "TrainingRuntime": ("trainjob-mpi", "TrainingRuntime/distpad-mpi"),
+    "TrainingRuntime": ("trainjob-mpi", "TrainingRuntime/train"),
 }
 SORTS = ("unknown field", "wrong type", "not in enum", "required is missing")
 

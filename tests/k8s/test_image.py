@@ -12,6 +12,9 @@ import sys
 
 import pytest
 
+from distpad.launcher import podrun
+from k8s import manifests
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 IMAGE = ROOT / "k8s" / "image"
 STACKS = ("current", "classic", "current-gpu", "classic-gpu")
@@ -116,13 +119,15 @@ def test_the_environment_stays_where_it_was_made():
     assert "COPY --from=build /opt/envs /opt/envs" in run and "COPY --from=build /opt/distpad /opt/distpad" in run
 
 
-def test_ssh_by_hand_reads_what_distpad_pod_writes():
-    from distpad.launcher import sshfiles
-
-    (line,) = [line for line in (IMAGE / "ssh_config").read_text().splitlines() if line[:1] != "#"]
-    written = str(sshfiles.folder()).replace(f"-{os.getuid()}", "-10001")
-    assert line == f"Include {written}/ssh_config"
-    assert any(rest.endswith(" /etc/ssh/ssh_config.d/distpad.conf") for _, rest in instructions("current"))
+def test_ssh_is_configured_for_the_keys_of_the_manifests():
+    """The configured port and folder are those of the pods. test_pod.py runs ssh and sshd with these files."""
+    copied = ("COPY", "k8s/image/ssh_config k8s/image/sshd_config /etc/ssh/")
+    assert copied in instructions("current")
+    mpijob = manifests.find(manifests.overlay("mpijob"), "MPIJob/train")
+    for name in ("ssh_config", "sshd_config"):
+        text = (IMAGE / name).read_text()
+        assert set(re.findall(r"\S*/(?=id_rsa|authorized_keys)", text)) == {f"{mpijob['spec']['sshAuthMountPath']}/"}
+        assert set(re.findall(r"Port (\d+)", text)) == {str(podrun.SSH_PORT)}
 
 
 # -- system.sh --------------------------------------------------------------------------------------------------------

@@ -32,16 +32,6 @@ COMMAND = [
     "- a: #",
     "--elastic",
 ]
-# path of a changed value | the value, by the flag that sets it
-PLACES = {
-    r"metadata\.namespace": "--namespace",
-    r"metadata\.labels\.kueue\.x-k8s\.io/queue-name": "--queue",
-    r"containers\.0\.image": "--image",
-    r"completions|parallelism|Worker\.replicas|numNodes|DISTPAD_WORKERS": "--workers",
-    r"slotsPerWorker|numProcPerNode|DISTPAD_SLOTS": "--slots",
-    r"(limits|requests)\.nvidia\.com/gpu": "--gpus",
-    r"backoffLimit|maxRestarts|DISTPAD_MAX_RESTARTS": "--max-restarts",
-}
 
 
 @pytest.fixture(autouse=True)
@@ -60,34 +50,18 @@ def printed(*arguments: object) -> list[manifests.Resource]:
     return list(yaml.safe_load_all(launch(*arguments)))
 
 
-def scalars(resources: list[manifests.Resource]) -> dict[str, Any]:
-    """All values by path, without arguments; variables by name."""
-    found = {path: value for path, value in manifests.scalars(resources).items() if ".args" not in path}
-    named = {path.removesuffix("name") + "value": name for path, name in found.items() if ".env." in path}
-    return {f"{path} {named[path]}" if path in named else path: value for path, value in found.items()}
-
-
-def arguments(resources: list[manifests.Resource]) -> list[Any]:
-    return [
-        args for pod in manifests.pods(resources).values() if (args := podrules.container(pod).get("args")) is not None
-    ]
-
-
-def differences(before: list[manifests.Resource], after: list[manifests.Resource]) -> dict[str, set[str]]:
-    """The values that differ, by the flag that may set them."""
-    old, new = scalars(before), scalars(after)
-    added = {path.partition(" ")[2] for path in new.keys() - old.keys()}
-    assert old.keys() <= new.keys() and added <= {"metadata.namespace"}
-    found: dict[str, set[str]] = {}
-    for path, value in new.items():
-        if old.get(path) != value:
-            (flag,) = [flag for rule, flag in PLACES.items() if re.search(rf"(\b|_)({rule})$", path)]
-            found.setdefault(flag, set()).add(str(value))
-    return found
-
-
 def findings(resources: list[manifests.Resource]) -> list[Any]:
     return [*schemas.findings_of(resources), *controllers.findings(resources), *restricted.findings_of(resources)]
+
+
+def trains(pod: manifests.Resource) -> bool:
+    """Whether it is not the launcher of an MPI job."""
+    return "launcher" not in podrules.container(pod)["command"][2]
+
+
+def named(values: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    (found,) = [each for each in values if each["name"] == name]
+    return found
 
 
 def test_all_kinds_are_known():
@@ -95,37 +69,132 @@ def test_all_kinds_are_known():
 
 
 @pytest.mark.parametrize("kind", manifests.OVERLAYS)
-def test_with_nothing_said_it_is_the_overlay(kind):
-    before, after = manifests.overlay(kind), printed(kind, "--image", IMAGE)
-    assert differences(before, after) == {"--image": {IMAGE}}
-    assert arguments(after) == arguments(before)
-    assert not findings(after)
+def test_without_flags_it_is_the_overlay(kind):
+    """The defaults of kubernetes.py and of k8s/base are equal."""
+    resources = printed(kind, "--image", IMAGE, "--name", "train")
+    for pod in manifests.pods(resources).values():
+        container = podrules.container(pod)
+        assert (container["image"], container["imagePullPolicy"]) == (IMAGE, "IfNotPresent")
+        container.update(image="registry.example.com/distpad:current", imagePullPolicy="Always")
+    assert by_name(resources) == by_name(manifests.overlay(kind))
+
+
+def by_name(resources: list[manifests.Resource]) -> dict[str, Any]:
+    """Resources without the order of lists of volumes and mounts, which has no meaning."""
+    for pod in manifests.pods(resources).values():
+        pod["spec"]["volumes"].sort(key=lambda each: each["name"])
+        podrules.container(pod)["volumeMounts"].sort(key=lambda each: each["mountPath"])
+    return {manifests.called(resource): resource for resource in resources}
 
 
 @pytest.mark.parametrize("kind", manifests.OVERLAYS)
-def test_what_is_said_stands_where_it_belongs(kind):
-    before = manifests.with_components(kind, ("gpu", "kueue"))
-    flags = {"--image": IMAGE, "--workers": 7, "--gpus": 4, "--queue": "1e3", "--namespace": "123", "--max-restarts": 5}
-    after = printed(kind, *[word for pair in flags.items() for word in pair], "--", *COMMAND)
-    expected = {flag: {str(value)} for flag, value in flags.items()}
-    if "mpi" in kind:
-        expected["--slots"] = {"4"}
-    assert differences(before, after) == expected
-    assert arguments(after) == [COMMAND]
-    assert not findings(after)
+def test_flags_set_what_they_say(kind):
+    flags = {
+        **{
+            "--image": "me/it:7",
+            "--workers": 7,
+            "--gpus": 4,
+            "--max-restarts": 5,
+            "--namespace": "123",
+            "--name": "mine",
+        },
+        **{
+            "--env": 'A=$(HOME) "x": y',
+            "--secret": "API_KEY=wandb:key",
+            "--mount": "corpus:/data:ro",
+            "--queue": "1e3",
+        },
+        **{"--topology": "rack", "--priority-class": "high", "--node-selector": "a.b/c=d", "--timeout-s": 90},
+        **{
+            "--toleration": "team=vision:NoSchedule",
+            "--image-pull-secret": "registry",
+            "--component": "network-policy",
+        },
+    }
+    resources = printed(kind, *[word for pair in flags.items() for word in pair], "--", *COMMAND)
+    assert not findings(resources)
+    assert {each["metadata"]["namespace"] for each in resources} == {"123"}
+    assert {each["metadata"]["name"] for each in resources} == {"mine"}
+    (job,) = manifests.of_kind(resources, *kubernetes.JOBS.split("|"))
+    assert job["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "1e3"}
+    found = manifests.scalars(resources)
+    numbers = {re.sub(r".*\.", "", path): value for path, value in found.items()}
+    assert numbers["activeDeadlineSeconds"] == 90
+    assert (numbers.get("maxRestarts") or numbers["backoffLimit"]) == 5
+    assert {numbers.get(key, 7) for key in ("completions", "parallelism", "numNodes")} <= {7, 1}  # 1: a launcher
+    for pod in manifests.pods(resources).values():
+        spec, container = pod["spec"], podrules.container(pod)
+        assert container["image"] == "me/it:7" and container["imagePullPolicy"] == "Always"
+        assert spec["priorityClassName"] == "high" and spec["imagePullSecrets"] == [{"name": "registry"}]
+        assert named(container["env"], "A")["value"] == 'A=$(HOME) "x": y'[2:]
+        assert podrules.variables(pod).get("DISTPAD_WORKERS", "7") == "7"
+        assert podrules.variables(pod).get("DISTPAD_SLOTS", "4") == "4"
+        mounts = {each["mountPath"]: each for each in container["volumeMounts"]}
+        assert mounts["/data"]["readOnly"] and "readOnly" not in mounts["/checkpoints"]
+        assert named(spec["volumes"], mounts["/data"]["name"])["persistentVolumeClaim"] == {"claimName": "corpus"}
+        (source,) = named(spec["volumes"], mounts["/run/secrets/distpad"]["name"])["projected"]["sources"]
+        assert source == {"secret": {"name": "wandb", "items": [{"key": "key", "path": "API_KEY"}]}}
+        amounts = container["resources"]["limits"]
+        topology = {"kueue.x-k8s.io/podset-required-topology": "rack"}
+        if trains(pod):
+            assert amounts == {"cpu": "32", "memory": "128Gi", "nvidia.com/gpu": "4"}
+            assert named(spec["volumes"], "shm")["emptyDir"]["sizeLimit"] == "4Gi"
+            assert spec["nodeSelector"] == {"a.b/c": "d"} and len(spec["tolerations"]) == 2
+            assert pod["metadata"]["annotations"] == topology
+        else:
+            assert "nvidia.com/gpu" not in amounts and not spec.keys() & {"nodeSelector", "tolerations"}
+            assert "annotations" not in pod["metadata"]
+    commands = [podrules.container(pod).get("args") for pod in manifests.pods(resources).values()]
+    assert [each for each in commands if each is not None] == [COMMAND]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in manifests.OVERLAYS if "mpi" in kind])
-def test_slots(kind):
-    after = printed(kind, "--image", IMAGE, "--slots", 3)
-    assert differences(manifests.overlay(kind), after) == {"--image": {IMAGE}, "--slots": {"3"}}
-    assert not findings(after)
+@pytest.mark.parametrize(
+    ("component", "flags"),
+    [
+        ("gpu", ("--gpus", 1)),
+        ("kueue", ("--queue", "training")),
+        ("rdma", ("--rdma", "rdma/hca", "--network-interface", "eth0")),
+        ("network-policy", ("--component", "network-policy")),
+        ("openshift", ("--component", "openshift")),
+    ],
+)
+def test_flags_and_components_do_the_same(component, flags):
+    name = ("--image", "registry.example.com/distpad:current", "--name", "train")
+    assert by_name(printed("jobset", *name, *flags)) == by_name(manifests.with_components("jobset", (component,)))
 
 
-def test_each_component_alone():
-    for component, flags in (("gpu", ("--gpus", 1)), ("kueue", ("--queue", "training"))):
-        after = printed("jobset", "--image", IMAGE, *flags)
-        assert differences(manifests.with_components("jobset", (component,)), after) == {"--image": {IMAGE}}
+@pytest.mark.parametrize("kind", ["jobset", "trainjob", "trainjob-mpi"])
+def test_exclusive_topology_and_time_to_live(kind):
+    ttl = ("--ttl-s", 60) if kind == "jobset" else ()
+    resources = printed(kind, "--image", IMAGE, "--exclusive-topology", "rack", *ttl)
+    assert not findings(resources)
+    where = {"jobset": "metadata"}.get(kind, "spec.template.metadata")
+    found = [path for path, value in manifests.scalars(resources).items() if value == "rack"]
+    (path,) = [path.partition(" ")[2] for path in found]
+    assert path == f"{where}.annotations.alpha.jobset.sigs.k8s.io/exclusive-topology"
+    ends = [value for path, value in manifests.scalars(resources).items() if path.endswith("ttlSecondsAfterFinished")]
+    assert ends == ([60] if ttl else [])
+
+
+@pytest.mark.parametrize("kind", ["indexed-job", "trainjob-mpi"])
+def test_each_call_prints_another_name(kind):
+    """It is legal with the most pods, whose host names are the longest."""
+    names = set()
+    for _ in range(2):
+        resources = printed(kind, "--image", IMAGE, "--workers", kubernetes.MOST_PODS)
+        assert not controllers.findings(resources)
+        names |= {resource["metadata"]["name"] for resource in resources}
+    assert len(names) == 2
+
+
+@pytest.mark.parametrize("kind", manifests.OVERLAYS)
+def test_the_longest_name_is_legal(kind):
+    """A job of this name passes the rules of the operators, and a longer one does not."""
+    longest = 63 - len(kubernetes.SUFFIXES[kind].format(last=1))
+    resources = printed(kind, "--image", IMAGE, "--name", "n" * longest)
+    assert not findings(resources)
+    with pytest.raises(ValueError, match=f"expected at most {longest} characters"):
+        kubernetes.Job(kind, IMAGE, name="n" * (longest + 1))
 
 
 @pytest.mark.parametrize("kind", ["trainjob", "trainjob-mpi"])
@@ -136,11 +205,12 @@ def test_the_runtime_comes_before_its_job(kind):
 
 
 def test_a_file_says_the_same(tmp_path):
-    (tmp_path / "job.yaml").write_text(
-        yaml.safe_dump({"k8s": "mpijob", "image": IMAGE, "slots": 2, "command": COMMAND})
-    )
+    given = {"k8s": "mpijob", "image": IMAGE, "name": "n", "slots": 2, "env": {"A": "b"}, "command": COMMAND}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(given))
     done = CliRunner().invoke(app.app, ["launch", "--config", str(tmp_path / "job.yaml")])
-    assert done.stdout == launch("mpijob", "--image", IMAGE, "--slots", 2, "--", *COMMAND)
+    assert done.stdout == launch(
+        "mpijob", "--image", IMAGE, "--name", "n", "--slots", 2, "--env", "A=b", "--", *COMMAND
+    )
 
 
 def test_the_readmes_commands_print_manifests():

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from distpad.cli import app
+from distpad.cli import launch as cli_launch
 from distpad.launcher import (
     allocation,
     attempt,
@@ -519,7 +520,8 @@ def test_every_flag_can_stand_in_a_file(tmp_path):
         "port",
         "secret",
         "dry_run",
-        *("k8s", "image", "workers", "slots", "gpus", "gpus_per_worker", "queue", "namespace"),
+        *("gpus", "gpus_per_worker"),
+        *cli_launch.FOR_KUBERNETES,
     }
     assert {name.replace("-", "_") for name in values} | further == known
 

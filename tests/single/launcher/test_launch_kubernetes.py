@@ -6,7 +6,6 @@ import os
 import pathlib
 import re
 import shlex
-import shutil
 
 import pytest
 import yaml
@@ -18,7 +17,6 @@ from distpad.cli import app
 from distpad.launcher import kubernetes
 
 KINDS = ("indexed-job", "jobset", "mpijob", "mpijob-elastic", "trainjob", "trainjob-mpi")
-OF_MPI = ("mpijob", "mpijob-elastic", "trainjob-mpi")
 DIGEST = "sha256:" + "0123456789abcdef" * 4
 
 
@@ -30,102 +28,71 @@ def job(**fields) -> kubernetes.Job:
     return kubernetes.Job(**{"kind": "jobset", "image": "me/it:7", **fields})
 
 
-# -- marked lines -----------------------------------------------------------------------------------------------------
+# -- the kustomization ------------------------------------------------------------------------------------------------
 
 
 def test_kinds_are_the_folders():
     assert kubernetes.kinds() == KINDS
-    assert {kind for kind in KINDS if kubernetes.find(kubernetes.FOLDER / "overlays" / kind, "--slots")} == {*OF_MPI}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_value_has_one_line(kind):
-    overlay, components = kubernetes.FOLDER / "overlays" / kind, kubernetes.FOLDER / "components"
-    places = dict.fromkeys(("--image", "--workers", "--max-restarts"), overlay)
-    places |= {"--gpus": components / "gpu", "--queue": components / "kueue"}
-    if kind in OF_MPI:
-        places["--slots"] = overlay
-    assert places.keys() == kubernetes.MARKS.keys() - ({"--slots"} if kind not in OF_MPI else set())
-    for flag, folder in places.items():
-        assert list(kubernetes.find(folder, flag).values()) == [1], flag
-
-
-@pytest.mark.parametrize(
-    ("flag", "value", "line", "after"),
-    [
-        ("--workers", 7, "  completions: 2 # how many workers: the only place", "  completions: 7 # how"),
-        ("--workers", 7, "  replicas: 4 # pods that train at most: the only place", "  replicas: 7 # pods"),
-        ("--gpus", 8, '  each: "1" # GPUs of each pod that trains: the only place', '  each: "8" # GPUs'),
-        ("--queue", "q", 'a.b-c/d: "x" # a LocalQueue of the namespace: the only place', 'a.b-c/d: "q" # a'),
-        ("--image", "h:5/a@b", '  image: "c/d:e" # of all pods: the only place', '  image: "h:5/a@b" # of'),
-        ("--workers", 7, "  completions: 2 # how many workers", "  completions: 2 # how many"),
-        ("--workers", 7, "  slotsPerWorker: 2 # processes in each pod: the only place", "  slotsPerWorker: 2"),
-        ("--workers", 7, "# how many workers: the only place", "# how"),
-    ],
-)
-def test_a_line_is_set(tmp_path, flag, value, line, after):
-    """Or is another's, and is left."""
-    (tmp_path / "kustomization.yaml").write_text("resources: []\n")
-    (tmp_path / "it.yaml").write_text(f"a: 1\n{line}\nb: 2\n")
-    if str(value) in after:
-        kubernetes.put(tmp_path, flag, value)
-    else:
-        with pytest.raises(ValueError, match="There are 0"):
-            kubernetes.put(tmp_path, flag, value)
-    first, second, third = (tmp_path / "it.yaml").read_text().splitlines()
-    assert (first, third) == ("a: 1", "b: 2") and second.startswith(after) and second.endswith(line.split(" # ")[-1])
-
-
-def test_a_line_that_is_missing_or_there_twice(tmp_path):
-    shutil.copytree(kubernetes.FOLDER, tmp_path / "k8s")
-    overlay = tmp_path / "k8s" / "overlays" / "mpijob"
-    file = overlay / "mpijob.yaml"
-    text = file.read_text()
-    (line,) = [line for line in text.splitlines() if "pods that train" in line]
-    for changed, evidence in (
-        (text.replace(line, ""), r"0 \(in no file"),
-        (f"{text}{line}\n", r"2 \(in mpijob/mpijob.y"),
-    ):
-        file.write_text(changed)
-        with pytest.raises(ValueError, match=rf"--workers is 7, expected one line .*There are {evidence}.* Restore"):
-            kubernetes.put(overlay, "--workers", 7)
-        assert file.read_text() == changed
-    file.write_text(text)
-    (overlay / "more.yaml").write_text(f"{line}\n")
-    with pytest.raises(ValueError, match=r"There are 2 \(in mpijob/more.yaml, mpijob/mpijob.yaml\)"):
-        kubernetes.put(overlay, "--workers", 7)
-
-
-def test_an_overlays_own_line_hides_those_of_what_it_is_built_on():
-    for flag, file in (("--workers", "elastic.yaml"), ("--slots", "elastic.yaml"), ("--max-restarts", "launcher.yaml")):
-        (found,) = kubernetes.find(kubernetes.FOLDER / "overlays" / "mpijob-elastic", flag)
-        assert found.name == file
-
-
-# -- the command ------------------------------------------------------------------------------------------------------
-
-
-def resources(*arguments: list[str] | None) -> list[dict]:
-    containers = [{"name": "node", **({} if words is None else {"args": words})} for words in arguments]
-    return [{"kind": "Service", "metadata": {"name": "s"}}] + [
-        {"kind": "Job", "metadata": {"name": f"j{i}"}, "spec": {"template": {"spec": {"containers": [each]}}}}
-        for i, each in enumerate(containers)
-    ]
+    folders = {path.parent.name for path in kubernetes.FOLDER.glob("kinds/*/kustomization.yaml")}
+    assert folders == {*KINDS, "mpi-pods"}
+    for components in (kubernetes.COMPONENTS,):
+        assert all((kubernetes.FOLDER / "components" / name).is_dir() for name in components)
 
 
 @given(st.lists(st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",))), min_size=1))
-def test_a_command_replaces_the_arguments_word_for_word(words):
-    job(command=tuple(words))
-    patch = kubernetes.command_patch(words, resources(None, ["old", "words"]))
-    assert patch["target"] == {"kind": "Job", "name": "j1"}
-    path = "/spec/template/spec/containers/0/args"
-    assert yaml.safe_load(patch["patch"]) == [{"op": "replace", "path": path, "value": words}]
+def test_a_command_is_written_word_for_word(words):
+    patch = kubernetes.pod_patch(job(command=tuple(words)))
+    (container,) = yaml.safe_load(kubernetes._as_yaml(patch))["spec"]["containers"]
+    assert container["args"] == words
 
 
-@pytest.mark.parametrize("arguments", [(), (None,), (["a"], ["b"])])
-def test_arguments_in_no_or_in_several_containers(arguments):
-    with pytest.raises(ValueError, match=r"launch: [02] containers have args, expected only the training"):
-        kubernetes.command_patch(["x"], resources(*arguments))
+@pytest.mark.parametrize(
+    ("fields", "amounts", "shm"),
+    [
+        ({}, ("4", "8Gi"), "1Gi"),
+        ({"gpus": 8}, ("64", "256Gi"), "8Gi"),
+        ({"gpus": 8, "cpu": 90, "memory": "1Ti"}, ("90", "1Ti"), "8Gi"),
+        ({"memory": "2Gi"}, ("4", "2Gi"), "512Mi"),
+        ({"gpus": 1, "memory": "1001Mi"}, ("8", "1001Mi"), "250Mi"),
+    ],
+)
+def test_resources_follow_the_gpus(fields, amounts, shm):
+    """/dev/shm takes part of the memory."""
+    patch = kubernetes.pod_patch(job(**fields))["spec"]
+    found = patch["containers"][0]["resources"]
+    assert found["requests"] == found["limits"] and (found["limits"]["cpu"], found["limits"]["memory"]) == amounts
+    assert {"name": "shm", "emptyDir": {"sizeLimit": shm}} in patch["volumes"]
+
+
+@pytest.mark.parametrize(
+    ("mount", "volumes", "mounts"),
+    [
+        ((), {"checkpoints": "checkpoints"}, {"/checkpoints": "checkpoints"}),
+        (("mine:/checkpoints",), {"checkpoints": "mine"}, {"/checkpoints": "checkpoints"}),
+        (
+            ("a:/x", "a:/y:ro", "checkpoints:/z"),
+            {"claim-0": "a", "checkpoints": "checkpoints"},
+            {"/x": "claim-0", "/y": "claim-0", "/z": "checkpoints", "/checkpoints": "checkpoints"},
+        ),
+    ],
+)
+def test_each_claim_is_one_volume(mount, volumes, mounts):
+    patch = kubernetes.pod_patch(job(mount=mount))["spec"]
+    claims = [each for each in patch["volumes"] if "persistentVolumeClaim" in each]
+    assert {each["name"]: each["persistentVolumeClaim"]["claimName"] for each in claims} == volumes
+    assert {each["mountPath"]: each["name"] for each in patch["containers"][0]["volumeMounts"]} == mounts
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("spot", {"key": "spot", "operator": "Exists"}),
+        ("spot:NoExecute", {"key": "spot", "operator": "Exists", "effect": "NoExecute"}),
+        ("a.b/c=d", {"key": "a.b/c", "operator": "Equal", "value": "d"}),
+    ],
+)
+def test_tolerations(text, expected):
+    assert kubernetes.pod_patch(job(toleration=(text,)))["spec"]["tolerations"] == [expected]
 
 
 # -- jobs -------------------------------------------------------------------------------------------------------------
@@ -141,20 +108,45 @@ WRONG = {
     "restarts": ({"max_restarts": -1}, r"--max-restarts is -1, expected 0 to 2147483647\."),
     "no slots": (
         {"slots": 2},
-        r"--slots is 2, expected no --slots for jobset, .* one of mpijob, mpijob-elastic, trainjob-mpi",
+        r"--slots is 2, expected none for jobset. Use one of mpijob, mpijob-elastic, trainjob-mpi",
     ),
     "slots and gpus": (
         {"kind": "mpijob", "slots": 2, "gpus": 4},
         r"--slots is 2, expected 4, as --gpus: Horovod runs one process per GPU. Omit --slots.",
     ),
-    "queue": ({"queue": "My_Queue"}, r"--queue is 'My_Queue', expected at most 63 lower-case letters, digits and"),
+    "queue": ({"queue": "My_Queue"}, r"--queue is 'My_Queue', expected the name of a LocalQueue"),
     "no queue": ({"queue": ""}, r"--queue is '', expected"),
-    "namespace": ({"namespace": "a-"}, r"--namespace is 'a-', expected"),
+    "namespace": ({"namespace": "a-"}, r"--namespace is 'a-', expected at most 63 small letters"),
     "long": ({"namespace": "a" * 64}, r"--namespace is 'a+', expected at most 63"),
     "line": ({"namespace": "a\n"}, r"--namespace is 'a\\n', expected"),
+    "name": ({"name": "7b"}, r"--name is '7b', expected letters, digits and hyphens, with a letter first"),
+    "long name": (
+        {"name": "n" * 60},
+        r"--name is n+, expected at most 48 characters. Host names such as n+-node-0-1-12345",
+    ),
+    "longer with more": ({"name": "n" * 48, "workers": 11}, r"--name is n+, expected at most 47 characters"),
+    "cpu": ({"cpu": 0}, r"--cpu is 0, expected 1 to"),
+    "memory": ({"memory": "64GB"}, r"--memory is '64GB', expected a number of Mi, Gi or Ti, such as 64Gi"),
+    "env": ({"env": ("A",)}, r"--env is 'A', expected NAME=VALUE"),
+    "secret": ({"secret": ("A=/run/file",)}, r"--secret is 'A=/run/file', expected NAME=SECRET:KEY"),
+    "mount": ({"mount": ("data",)}, r"--mount is 'data', expected CLAIM:PATH"),
+    "relative mount": ({"mount": ("data:data",)}, r"--mount is 'data:data', expected CLAIM:PATH"),
+    "toleration": ({"toleration": ("a=b:Never",)}, r"--toleration is 'a=b:Never', expected KEY, KEY=VALUE or"),
+    "selector": ({"node_selector": ("a",)}, r"--node-selector is 'a', expected LABEL=VALUE"),
+    "topology": ({"topology": "rack"}, r"--topology is rack, expected a --queue, since it is Kueue's"),
+    "exclusive": (
+        {"kind": "mpijob", "exclusive_topology": "rack"},
+        r"--exclusive-topology is rack, expected none for mpijob. Use one of jobset, trainjob, trainjob-mpi",
+    ),
+    "ttl": ({"kind": "trainjob", "ttl_s": 5}, r"--ttl-s is 5, expected none for trainjob. Use one of indexed-job, "),
+    "component": ({"component": ("gpu",)}, r"--component is 'gpu', expected one of 'network-policy', 'openshift'"),
+    "openshift": (
+        {"kind": "mpijob", "component": ("openshift",)},
+        r"--component is openshift, expected none for mpijob",
+    ),
     "NUL": ({"command": ("a\0",)}, r"holds a NUL byte"),
     "bytes": ({"command": (os.fsdecode(b"\xff"),)}, r"invalid UTF-8"),
-    "no folder": ({"folder": pathlib.Path("/none")}, r"--k8s needs the folder k8s/, but /none has no overlays\. "),
+    "no folder": ({"folder": pathlib.Path("/none")}, r"--k8s needs the folder k8s/, but /none has no kinds\. "),
 }
 
 
@@ -181,7 +173,9 @@ def test_wrong_jobs_are_refused(name):
     ],
 )
 def test_images(image):
-    assert job(image=image).values["--image"] == image
+    """A tag may move, and a digest cannot."""
+    (container,) = kubernetes.pod_patch(job(image=image))["spec"]["containers"]
+    assert (container["image"], container["imagePullPolicy"]) == (image, "IfNotPresent" if "@" in image else "Always")
 
 
 @pytest.mark.parametrize(
@@ -211,14 +205,16 @@ def test_what_is_no_image(image):
         job(image=image)
 
 
-def test_what_is_left_out_stays_as_it_is():
-    assert job().values == {"--image": "me/it:7"}
-    own = kubernetes.kustomization(job())
-    assert own["components"] == [] and "namespace" not in own
-    assert job(max_restarts=0).values["--max-restarts"] == 0
-    assert job(kind="mpijob", slots=4, gpus=4, queue="q").values == {
-        **{"--image": "me/it:7", "--slots": 4, "--gpus": 4, "--queue": "q"}
-    }
+def test_flags_that_are_left_out_change_nothing():
+    assert kubernetes.values(job(name="n")) == {"name": "n"}
+    assert kubernetes.job_patches(job()) == []
+    chosen = job(kind="mpijob", name="n", workers=3, gpus=4, max_restarts=0)
+    assert kubernetes.values(chosen) == {"name": "n", "workers": "3", "slots": "4", "restarts": "0"}
+
+
+def test_names_are_unique():
+    names = {job().name for _ in range(50)}
+    assert len(names) == 50 and all(name.startswith("train-") and len(name) == 11 for name in names)
 
 
 # -- the command line -------------------------------------------------------------------------------------------------
@@ -231,7 +227,7 @@ def test_what_is_left_out_stays_as_it_is():
         ("--k8s nothing --image a", r"--k8s is 'nothing', expected one of 'indexed-job', "),
         (
             "--k8s jobset --image a -np 2 -H a,b --mpi",
-            r"launch: -np, -H, --mpi with --k8s, expected only --k8s, --image, ",
+            r"launch: -np, -H, --mpi with --k8s, expected only --k8s, --component, ",
         ),
         ("--k8s jobset --image a --grace-s 10", r"launch: --grace-s with --k8s"),  # though it is the default
         ("--k8s jobset --image a --workers 0 -- x", r"--workers is 0, expected 1 to"),
@@ -297,18 +293,13 @@ def test_programs_that_do(tmp_path, monkeypatch, programs):
 
 
 def test_the_folder_is_not_written_to_and_nothing_is_left(tmp_path, monkeypatch):
-    """Also where the folder belongs to somebody else."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    """kubectl gets a folder beside it, which names k8s/ by a relative path."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     monkeypatch.setattr("tempfile.tempdir", None)
-    before = {path: path.read_bytes() for path in kubernetes.FOLDER.rglob("*.yaml")}
-    folder = tmp_path / "k8s"
-    shutil.copytree(kubernetes.FOLDER, folder)
-    for path in folder.rglob("*.yaml"):
-        path.chmod(0o444)
-    (tmp_path / "bin").mkdir()
-    program(tmp_path / "bin", "kubectl", "v1.30.0", 'PATH=/usr/bin:/bin; cat "$2/../k8s/overlays/jobset/jobset.yaml"')
+    for name in ("tmp", "bin", "k8s/kinds"):
+        (tmp_path / name).mkdir(parents=True)
+    program(tmp_path / "bin", "kubectl", "v1.30.0", 'PATH=/usr/bin:/bin; cat "$2/kustomization.yaml"')
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    built = kubernetes.build(job(workers=7, folder=folder))
-    assert "completions: 7 #" in built and "completions: 2 #" in (folder / "overlays/jobset/jobset.yaml").read_text()
-    assert {path.name for path in tmp_path.iterdir()} == {"k8s", "bin"}
-    assert before == {path: path.read_bytes() for path in kubernetes.FOLDER.rglob("*.yaml")}
+    built = yaml.safe_load(kubernetes.build(job(workers=7, folder=tmp_path / "k8s")))
+    assert built["resources"] == ["../../k8s/base"] and built["components"] == ["job", "../../k8s/kinds/jobset"]
+    assert not list((tmp_path / "tmp").iterdir()) and not list((tmp_path / "k8s" / "kinds").iterdir())

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import pathlib
 
 import pytest
 
-from distpad.launcher import gang, pod, spec, sshfiles
+from distpad.launcher import gang, pod, spec
 
 JOB = {
     "JOB_COMPLETION_INDEX": "1",
@@ -26,7 +24,7 @@ JOBSET = {
 }
 
 
-# -- gangs ------------------------------------------------------------------------------------------------------------
+# -- workers ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_pod_of_an_indexed_job():
@@ -90,17 +88,15 @@ def test_numbers_that_do_not_go_together():
 @pytest.fixture
 def mpi(tmp_path):
     (tmp_path / "hostfile").write_text("t-worker-0.t.ns.svc slots=2\nt-worker-1.t.ns.svc slots=2\n")
-    return pod.Mpi(
-        ("python", "train.py"), ssh_config="/x/ssh_config", identity="/x/key", hostfile=str(tmp_path / "hostfile")
-    )
+    return pod.Mpi(("python", "train.py"), hostfile=str(tmp_path / "hostfile"), secrets={"KEY": "/run/key"})
 
 
 def test_the_job_of_an_operators_host_file(mpi):
     job = mpi.job({"DISTPAD_WORKERS": "2"})
     assert job.hosts == (spec.Host("t-worker-0.t.ns.svc", 2), spec.Host("t-worker-1.t.ns.svc", 2))
     assert (job.np, job.launcher, job.backend, job.network_interface) == (4, "mpirun", "horovod", "eth0")
-    assert job.ssh_args == ("-F", "/x/ssh_config") and job.max_restarts == 0
-    assert mpi.job({"DISTPAD_MAX_RESTARTS": "3"}).max_restarts == 3
+    assert job.secrets == {"KEY": "/run/key"} and job.max_restarts == 0  # the launcher's Job restarts its pod
+    assert mpi.job({"NCCL_SOCKET_IFNAME": "net1"}).network_interface == "net1"
 
 
 def test_the_operators_variable_tells_where_its_host_file_is(mpi):
@@ -119,54 +115,21 @@ def test_an_elastic_job(mpi):
     job = mpi.elastic_job({"DISTPAD_WORKERS": "3", "DISTPAD_SLOTS": "2"})
     assert (job.min_np, job.max_np, job.slots_per_host, job.launcher) == (2, 6, 2, "horovodrun")
     assert job.host_discovery_script == "/etc/mpi/discover_hosts.sh"
-    assert job.ssh_args == ("-p", "2222", "-i", "/x/key")
     assert not pod.enough(job, ()) and pod.enough(job, (spec.Host("a", 2),))
     with pytest.raises(ValueError, match=r"DISTPAD_SLOTS is not set: .+ which the discovery script leaves out"):
         mpi.elastic_job({"DISTPAD_WORKERS": "3"})
 
 
-# -- the files of ssh -------------------------------------------------------------------------------------------------
+# -- secrets ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def keys(tmp_path):
-    folder = tmp_path / "secret"
-    folder.mkdir()
-    for name, content in (("id_rsa", "private"), ("id_rsa.pub", "ssh-x AAAA"), ("authorized_keys", "ssh-x AAAA")):
-        (folder / name).write_text(f"{content}\n")
-        (folder / name).chmod(0o440)
-    return folder
-
-
-def test_the_files_of_ssh(keys, tmp_path):
-    place = tmp_path / "private"
-    for _ in range(2):  # the second time over the first, as where a container is started again in its pod
-        sshfiles.write(keys, place, 2222)
-    modes = {path.name: path.stat().st_mode & 0o777 for path in [place, *place.iterdir()]}
-    assert modes.pop("private") == 0o700 and set(modes.values()) == {0o600}
-    assert (place / "key").read_text() == "private\n"
-    assert (place / "known_hosts").read_text() == "* ssh-x AAAA\n"  # of all pods, and it is checked
-    assert f"HostKey {place}/key\n" in (place / "sshd_config").read_text()
-    client = (place / "ssh_config").read_text()
-    assert "Port 2222\n" in client and "StrictHostKeyChecking yes\n" in client
-
-
-def test_keys_that_are_missing(keys, tmp_path):
-    (keys / "authorized_keys").unlink()
-    with pytest.raises(ValueError, match=r"authorized_keys cannot be read \(No such file or directory\), expected"):
-        sshfiles.write(keys, tmp_path / "private", 2222)
-
-
-def test_a_folder_that_others_may_read(keys, tmp_path):
-    place = tmp_path / "open"
-    place.mkdir(mode=0o755)
-    with pytest.raises(ValueError, match="expected a private folder"):
-        sshfiles.write(keys, place, 2222)
-    assert list(place.iterdir()) == []
-
-
-def test_the_folder_is_the_users():
-    assert sshfiles.folder() == pathlib.Path(f"/tmp/distpad-ssh-{os.getuid()}")
+def test_each_file_of_a_folder_is_a_secret(tmp_path):
+    (tmp_path / "API_KEY").write_text("x")
+    (tmp_path / "..data").mkdir()  # Kubernetes's own
+    assert pod.secret_files(str(tmp_path)) == {"API_KEY": f"{tmp_path}/API_KEY"}
+    assert pod.secret_files(str(tmp_path / "none")) == {}
+    with pytest.raises(ValueError, match=r"pod: .+/API_KEY cannot be read: Not a directory"):
+        pod.secret_files(str(tmp_path / "API_KEY"))
 
 
 # -- words ------------------------------------------------------------------------------------------------------------
