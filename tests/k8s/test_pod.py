@@ -343,7 +343,11 @@ def mpi_job():
             os.chown(file, 0, hosts.USER)
             file.chmod(0o440)
         (mounted / "hostfile").write_text("".join(f"{host} slots=1\n" for host in MPI_HOSTS))
+        secrets = folder / "secrets"
+        secrets.mkdir()
+        (secrets / "API_KEY").write_text("s3cret\n")
         mounts = [pods.Mount(str(folder), folder), pods.Mount("/etc/mpi-ssh", keys, "ro")]
+        mounts.append(pods.Mount("/run/secrets/distpad", secrets, "ro"))
         with pods.up(NAMES, service="train", mounts=mounts) as up:
             yield MpiJob(up, folder)
 
@@ -359,10 +363,12 @@ def test_mpirun_over_ssh_as_an_ordinary_user(mpi_job):
     assert "2 replicas on 2 workers" in outputs[0] and "NOT PASSED" not in outputs[0]
 
 
-def test_an_mpi_worker_that_exits_with_42(mpi_job):
+def test_variables_and_secrets_reach_mpi_workers_and_an_exit_code_arrives(mpi_job):
     mpi_job.start_workers(0, 1)
-    codes, outputs = finish(mpi_job.start("mpi-launcher", *scripted("1=exit:42", "0=sleep:600")))
+    command = scripted("0=report", "1=sleep:1", "1=exit:42", "0=sleep:600")
+    codes, outputs = finish(mpi_job.start("mpi-launcher", *command, MINE="x y"))
     assert codes == [42], outputs
+    assert '"MINE": "x y"' in outputs[0] and '"API_KEY": "s3cret"' in outputs[0], outputs
 
 
 def test_an_mpi_worker_pod_that_is_killed(mpi_job):
