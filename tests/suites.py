@@ -71,7 +71,8 @@ SUITES = [
         *("cluster", "current", 1.5, 240, 35, f"{together(3)} tests/cluster"),
         under_all=f"{OPENMPI5.format('current')} && {together(3)} tests/cluster",
     ),
-    Suite("k8s", "current", 1.5, 150, 60, f"{TOOLS} && {together(2)} tests/k8s"),
+    # by file, since the manifests of a kind are built once in a process
+    Suite("k8s", "current", 1.5, 150, 60, f"{TOOLS} && {PYTEST} -n 2 --dist loadfile tests/k8s"),
     Suite("mutants", "current", 1, 0, 60, "", "python tests/mutants.py"),
     Suite(
         *(
