@@ -251,6 +251,7 @@ def pod_patch(job: Job) -> dict[str, Any]:
         mounted.append({"name": "secrets", "mountPath": pod.SECRETS, "readOnly": True})
     env = [each.partition("=") for each in job.env]
     env += [("NCCL_SOCKET_IFNAME", "=", job.network_interface)] if job.network_interface else []
+    env += [("DISTPAD_GPUS", "=", str(job.gpus))] if job.gpus else []  # a worker that does not see them ends the job
     container = {
         "name": "node",
         "image": job.image,

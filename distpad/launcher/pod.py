@@ -167,6 +167,7 @@ class Mpi:
             backend="horovod",
             network_interface=self.network_interface or environ.get("NCCL_SOCKET_IFNAME") or INTERFACE,
             secrets=dict(self.secrets),
+            gpus=_number(environ, "DISTPAD_GPUS") if environ.get("DISTPAD_GPUS") else 0,
             grace_s=self.grace_s,
             cwd=self.cwd,
             python=self.python,

@@ -128,7 +128,7 @@ def test_flags_set_what_they_say(kind):
         assert spec["priorityClassName"] == "high" and spec["imagePullSecrets"] == [{"name": "registry"}]
         assert named(container["env"], "A")["value"] == 'A=$(HOME) "x": y'[2:]
         assert podrules.variables(pod).get("DISTPAD_WORKERS", "7") == "7"
-        assert podrules.variables(pod).get("DISTPAD_SLOTS", "4") == "4"
+        assert podrules.variables(pod).get("DISTPAD_SLOTS", "4") == "4" == podrules.variables(pod)["DISTPAD_GPUS"]
         mounts = {each["mountPath"]: each for each in container["volumeMounts"]}
         assert mounts["/data"]["readOnly"] and "readOnly" not in mounts["/checkpoints"]
         assert named(spec["volumes"], mounts["/data"]["name"])["persistentVolumeClaim"] == {"claimName": "corpus"}

@@ -98,7 +98,7 @@ def test_images_have_the_pods_user(dockerfile):
 CHANGES = {
     "kueue": {r"metadata\.labels\.kueue\.x-k8s\.io/queue-name"},
     "openshift": {r"securityContext\.(runAsUser|runAsGroup|fsGroup|fsGroupChangePolicy)"},
-    "gpu": {r"resources\.\w+\.(cpu|memory|nvidia\.com/gpu)", r"spec\.tolerations\.0\.\w+"},
+    "gpu": {r"env\.\d+\.(name|value.*)", r"resources\.\w+\.(cpu|memory|nvidia\.com/gpu)", r"spec\.tolerations\.0\.\w+"},
     "rdma": {r"resources\.\w+\.rdma/hca", r"capabilities\.add\.0", r"env\.\d+\.(name|value.*)"},
 }
 

@@ -96,6 +96,7 @@ def test_the_job_of_an_operators_host_file(mpi):
     assert job.hosts == (spec.Host("t-worker-0.t.ns.svc", 2), spec.Host("t-worker-1.t.ns.svc", 2))
     assert (job.np, job.launcher, job.backend, job.network_interface) == (4, "mpirun", "horovod", "eth0")
     assert job.secrets == {"KEY": "/run/key"} and job.max_restarts == 0  # the launcher's Job restarts its pod
+    assert mpi.job({"DISTPAD_GPUS": "2"}).gpus == 2 and job.gpus == 0
     assert mpi.job({"NCCL_SOCKET_IFNAME": "net1"}).network_interface == "net1"
 
 
