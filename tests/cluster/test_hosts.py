@@ -1,11 +1,10 @@
-"""The hosts of the launchers' tests: they behave like hosts, faults can be injected, and they leave nothing behind."""
+"""The hosts of the launchers' tests are separate, and leave nothing behind. test_launch.py uses their faults."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import pathlib
-import select
 import signal
 import subprocess
 import sys
@@ -31,11 +30,6 @@ def ssh(source: hosts.Host, target: str, command: str = "hostname") -> subproces
     return source.run(["ssh", "-o", "ConnectTimeout=1", target, command], limit_s=20)
 
 
-def answer(process: subprocess.Popen[bytes], limit_s: float) -> bytes:
-    ready, _, _ = select.select([process.stdout], [], [], limit_s)
-    return os.read(process.stdout.fileno(), 100) if ready else b""
-
-
 # -- hosts ------------------------------------------------------------------------------------------------------------
 
 
@@ -48,43 +42,6 @@ def test_each_has_its_name_address_and_home(trio):
         assert seen.split() == [host.name, host.name, host.address, host.name, str(host.home)]
         interfaces = host.run(["ip", "-brief", "-4", "address"]).stdout
         assert "127.0.0.1/8" in interfaces and f"{host.address}/24" in interfaces and interfaces.count("\n") == 2
-
-
-def test_ssh_goes_from_each_to_each(trio):
-    for source in trio:
-        for target in trio:
-            done = ssh(source, target.name, "hostname; echo ~ $HOME $SSH_CONNECTION")
-            assert done.returncode == 0, done.stdout
-            name, rest = done.stdout.splitlines()
-            assert name == target.name
-            assert rest.split()[:2] == [str(target.home)] * 2
-            assert {rest.split()[2], rest.split()[4]} == {source.address, target.address}
-
-
-def test_a_name_that_nobody_has_is_refused_at_once(trio):
-    began = time.monotonic()
-    done = ssh(trio[0], "host9")
-    assert done.returncode == 255 and "host9" in done.stdout
-    assert time.monotonic() - began < 5
-
-
-def test_commands_keep_their_words_folder_environment_and_process(trio, tmp_path):
-    words = ["", "two words", "$(true)", "a\nb", "'\""]
-    code = "import os, sys; print([*sys.argv[1:], os.getcwd(), os.environ['COLOUR'], os.getpid()], end='')"
-    process = trio[1].popen(
-        [sys.executable, "-c", code, *words],
-        env={"COLOUR": "red", "PATH": os.environ["PATH"]},
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.communicate(timeout=20)[0] == str([*words, str(tmp_path), "red", process.pid])
-
-
-def test_a_command_that_does_not_end_is_killed(trio):
-    with pytest.raises(subprocess.TimeoutExpired):
-        trio[0].run(["sh", "-c", "sleep 321 & sleep 321"], limit_s=0.2)
-    assert trio[0].processes() == []
 
 
 def test_processes_are_found_on_every_host_by_what_they_carry(trio):
@@ -103,60 +60,6 @@ def test_processes_are_found_on_every_host_by_what_they_carry(trio):
         assert any(marker in line for line in hosts.command_lines().values())
         assert not any(f"JOB={marker}" in line for line in hosts.command_lines().values())
         assert len(trio[0].processes()) == 1 and trio[1].processes() and trio[2].processes() == []
-
-
-# -- faults -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_cut_link_blocks_without_a_word_until_it_is_mended(trio):
-    session = trio[0].popen(["ssh", "host2", "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-    with session:
-        session.stdin.write(b"before\n")
-        assert answer(session, limit_s=20) == b"before\n"
-        trio[1].cut()
-        try:
-            session.stdin.write(b"during\n")
-            assert answer(session, limit_s=0.5) == b"" and session.poll() is None
-            refused = ssh(trio[0], "host2")
-            assert refused.returncode == 255 and "timed out" in refused.stdout
-            assert ssh(trio[0], "host3").stdout == "host3\n"
-        finally:
-            trio[1].mend()
-        assert answer(session, limit_s=20) == b"during\n"
-        session.stdin.close()
-        assert session.wait(20) == 0
-    assert ssh(trio[0], "host2").stdout == "host2\n"
-
-
-def test_a_host_whose_sshd_is_down_refuses(trio):
-    trio[2].stop_sshd()
-    refused = ssh(trio[0], "host3")
-    assert refused.returncode == 255 and "refused" in refused.stdout
-    trio[2].start_sshd()
-    assert ssh(trio[0], "host3").stdout == "host3\n"
-
-
-def test_a_port_can_be_taken_and_freed(trio):
-    for code in ("import socket; socket.create_server(('', 5000))", "import socket; socket.socket().bind(('', 5000))"):
-        with trio[1].occupy(5000) as process:
-            assert "in use" in trio[1].run([sys.executable, "-c", code]).stdout
-            assert trio[2].run([sys.executable, "-c", code]).stdout == ""
-            process.kill()
-        assert trio[1].run([sys.executable, "-c", code]).stdout == ""
-
-
-def test_a_changed_host_key_is_refused_and_a_name_can_resolve_to_loopback():
-    with hosts.cluster(2) as (host1, host2):
-        host2.change_host_key()
-        refused = ssh(host1, "host2")
-        assert refused.returncode == 255 and "HOST IDENTIFICATION HAS CHANGED" in refused.stdout
-        assert ssh(host2, "host1").stdout == "host1\n"
-
-        host1.resolve_to_loopback()
-        host2.resolve_to_loopback("host1")
-        for host in (host1, host2):
-            assert host.run(["getent", "hosts", "host1"]).stdout.split() == ["127.0.1.1", "host1"]
-        assert host1.run(["getent", "hosts", "host2"]).stdout.split() == ["10.77.0.2", "host2"]
 
 
 # -- the end ----------------------------------------------------------------------------------------------------------
