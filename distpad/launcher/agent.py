@@ -47,7 +47,7 @@ class Agent:
         self.orders: dict[str, Any] = {}
         self.workers: dict[asyncio.StreamWriter, dict[str, Any]] = {}  # connected workers: their hello messages
         self.rank_envs: dict[str, dict[str, str]] = {}  # rank: its own variables, if an engine starts the workers
-        self.groups: set[int] = set()  # process groups of the commands on this host
+        self.daemons: set[psutil.Process] = set()
         self.seen: set[psutil.Process] = set()  # the workers' descendants, in case that a worker is killed
         self.connected: set[int | None] = set()  # the ranks of all workers that have connected so far
         self.watchers: list[asyncio.Future[None]] = []  # tasks
@@ -169,7 +169,7 @@ class Agent:
     async def _worker(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one worker's connection: send its orders, then forward its messages."""
         hello: dict[str, Any] = {}
-        ended, group = False, 0
+        ended = False
         try:
             while line := await reader.readline():
                 message = json.loads(line)
@@ -178,16 +178,11 @@ class Agent:
                     self.connected.add(message["rank"])
                     with contextlib.suppress(psutil.Error):
                         parent = psutil.Process(message["parent"])
-                        self.seen |= {parent} if parent.name() in DAEMONS else set()
+                        self.daemons |= {parent} if parent.name() in DAEMONS else set()
                     own = self.rank_envs.get(str(message["rank"]), {})
                     orders = {**self.orders, "env": {**self.orders["env"], **own}}
                     writer.write(json.dumps(orders).encode() + b"\n")
-                elif message["is"] == "started":
-                    group = message["pid"]
-                    self.groups.add(group)
-                elif message["is"] == "exit":
-                    ended = True
-                    self.groups.discard(group)  # its parent has killed it; the system may reuse the number
+                ended = message["is"] == "exit"
                 self.send(**{"rank": hello.get("rank"), **message})
                 with contextlib.suppress(OSError):  # the launcher is gone; the worker still gets its grace period
                     await self.launcher.drain()  # slow down a command that writes faster than the launcher reads
@@ -211,14 +206,13 @@ class Agent:
         deadline = clock.time() + self.orders["grace_s"]
         while self.workers and clock.time() < deadline:
             await asyncio.sleep(0.05)
-        for group in self.groups:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(group, signal.SIGKILL)
+        self._look()
+        processes.kill(self.seen)
         deadline = clock.time() + 1
         while self.workers and clock.time() < deadline:  # workers still report how their commands ended
             await asyncio.sleep(0.02)
         self._look()
-        self.send(is_="swept", left=processes.kill(self.seen | marked(self.orders["job"])))
+        self.send(is_="swept", left=processes.kill(self.seen | self.daemons | marked(self.orders["job"])))
 
     def send(self, is_: str = "", **fields: Any) -> None:
         self.launcher.write(json.dumps({"is": is_, **fields} if is_ else fields).encode() + b"\n")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import glob
-import importlib.metadata
 import re
 import shutil
 import subprocess
@@ -56,6 +55,8 @@ def _cuda_of_driver() -> str:
 
 def packages() -> dict[str, str]:
     """NVIDIA's installed wheels, and their versions."""
+    import importlib.metadata  # each worker imports this module, and few need this one
+
     every = ((each.metadata["Name"] or "", each.version) for each in importlib.metadata.distributions())
     return {name: version for name, version in every if name.startswith("nvidia-")}
 

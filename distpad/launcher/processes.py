@@ -12,12 +12,15 @@ import ctypes
 import os
 import signal
 from collections.abc import Collection, Iterable
-
-import psutil
+from typing import TYPE_CHECKING
 
 from distpad.launcher import times
 
+if TYPE_CHECKING:
+    import psutil  # at run time where it is needed: most workers leave nothing, and start faster without it
+
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+MOST_ROUNDS = 5  # of killing processes that start others
 
 
 def adopt_orphans() -> None:
@@ -27,6 +30,8 @@ def adopt_orphans() -> None:
 
 def descendants(roots: Iterable[int]) -> set[psutil.Process]:
     """The children of the processes with these ids, their children, and so on."""
+    import psutil
+
     children = collections.defaultdict(list)
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -41,6 +46,8 @@ def descendants(roots: Iterable[int]) -> set[psutil.Process]:
 
 def kill(found: Collection[psutil.Process]) -> list[str]:
     """Kill processes, wait until they have disappeared, and return their own programs and ids."""
+    import psutil
+
     killed = []
     for process in found:
         with contextlib.suppress(psutil.Error):
@@ -56,10 +63,12 @@ def kill(found: Collection[psutil.Process]) -> list[str]:
 
 
 def kill_descendants() -> list[str]:
-    """Kill the descendants of this process, and what they start meanwhile."""
+    """Kill the descendants of this process, and what they start meanwhile. The process must be a subreaper."""
     killed: list[str] = []
-    while more := kill(descendants([os.getpid()])):
-        killed += more
+    with contextlib.suppress(ChildProcessError):  # a subreaper without children has no descendants
+        for _ in range(MOST_ROUNDS):
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            killed += kill(descendants([os.getpid()]))
     return killed
 
 

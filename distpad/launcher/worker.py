@@ -85,7 +85,6 @@ class Worker:
             what = error.filename or orders["command"][0]
             self.send(is_="output", stream="stderr", text=f"distpad: cannot start {what}: {error.strerror}\n")
             return self.finish(code, orders)
-        self.send(is_="started", pid=self.child.pid)
         for number in self.pending:
             self.signal(number)
         pumps = [
