@@ -153,7 +153,8 @@ def rate(step: Callable[[Any], Any], source: Iterable[Any], times: list[Any], po
         tf.nest.map_structure(lambda leaf: np.asarray(leaf), tf.nest.flatten(value, expand_composites=True))
         now = time.perf_counter()
         data = batch.data if isinstance(batch, distpad.Batch) else batch
-        times.append((tuple(data["y"].shape), now - last))
+        here = tf.nest.flatten(data["y"], expand_composites=True)[0]  # under a strategy, a value for each replica
+        times.append((tuple(here.shape), now - last))
         last = now
     return positions / (time.perf_counter() - began)
 

@@ -88,8 +88,9 @@ def test_overhead(world):
         assert len(re.findall(f"{contender} +│ .*[0-9]", output)) == 1, output
 
 
-def test_tokens():
-    output = run("horovod:2", "tokens.py", "--rounds", 1, "--examples", 96)
+@pytest.mark.parametrize(("world", "flags"), [("horovod:2", []), ("multiworker:2", ["--mixed-precision"])])
+def test_tokens(world, flags):
+    output = run(world, "tokens.py", "--rounds", 1, "--examples", 96, *flags)
     assert "2 workers" in output
     for contender in ("per batch", "fixed length", "32 examples", "8,192 tokens"):
         assert len(re.findall(f"{contender} +│ .*[0-9]", output)) == 2, output  # in both tables
