@@ -37,6 +37,8 @@ def test_stacks_for_gpus_differ_in_tensorflow_alone(stack):
     assert {gpu["tensorflow"]} == {*cpu.values()} and not {*pins(stack)} & {*gpu, *cpu}
     assert {"nvidia-nccl-cu12", "nvidia-cudnn-cu12", "nvidia-cuda-runtime-cu12"} <= nvidia
     assert all(name.endswith("-cu12") for name in nvidia)  # TensorFlow does not load the libraries of CUDA 13
+    nccl = tuple(map(int, gpu["nvidia-nccl-cu12"].split(".")))
+    assert nccl >= {"current": (2, 27, 7), "classic": (2, 16, 5)}[stack]  # what TensorFlow asks for
 
 
 def test_the_files_are_those_of_the_groups():
