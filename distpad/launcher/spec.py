@@ -93,12 +93,9 @@ class Job:
 
     def __post_init__(self) -> None:
         _one_of("--backend", self.backend, BACKENDS)
-        if not self.command:
-            raise ValueError(
-                "launch: no command, expected one after --, as in: distpad launch -np 2 -- python train.py"
-            )
-        if any("\0" in word for word in (*self.command, self.cwd)):
-            raise ValueError("launch: the command or its folder holds a NUL byte, which a program cannot receive.")
+        _require(self.command, "no command, expected one after --, as in: distpad launch -np 2 -- python train.py")
+        no_nul = not any("\0" in word for word in (*self.command, self.cwd))
+        _require(no_nul, "the command or its folder holds a NUL byte, which a program cannot receive.")
         self._settle_launcher()
         self._settle_workers()
         self._settle_gpus()
@@ -110,108 +107,85 @@ class Job:
             ("--start-timeout-s", self.start_timeout_s, 1),
             ("--timeout-s", self.timeout_s, 0.001),
         ):
-            if value is not None and not low <= value < float("inf"):
-                raise ValueError(f"launch: {flag} is {value}, expected at least {low}.")
+            fits = value is None or low <= value < float("inf")
+            _require(fits, f"{flag} is {value}, expected at least {low}.")
         for name in (*(given.partition("=")[0] for given in self.env), *self.secrets):
-            if not _NAME.fullmatch(name):
-                raise ValueError(f"launch: variable name is {name!r}, expected letters, digits and underscores.")
-        if self.port is not None and not 1024 <= self.port <= 65535 - self.workers:
-            raise ValueError(
-                f"launch: --port is {self.port}, expected 1024 to {65535 - self.workers}: one port per worker."
-            )
+            fits = bool(_NAME.fullmatch(name))
+            _require(fits, f"variable name is {name!r}, expected letters, digits and underscores.")
+        last = 65535 - self.workers
+        fits = self.port is None or 1024 <= self.port <= last
+        _require(fits, f"--port is {self.port}, expected 1024 to {last}: one port per worker.")
+        most = self.max_np or self.workers
         for rank in self.ranks:
-            if not 0 <= rank < (self.max_np or self.workers):
-                raise ValueError(f"launch: --ranks names {rank}, expected 0 to {(self.max_np or self.workers) - 1}.")
-        if self.network_interface and not re.fullmatch(r"[A-Za-z0-9_.:@-]{1,15}", self.network_interface):
-            raise ValueError(
-                f"launch: --network-interface is {self.network_interface!r}, expected a name such as eth0."
-            )
+            _require(0 <= rank < most, f"--ranks names {rank}, expected 0 to {most - 1}.")
+        fits = bool(re.fullmatch(r"[A-Za-z0-9_.:@-]{0,15}", self.network_interface))
+        _require(fits, f"--network-interface is {self.network_interface!r}, expected a name such as eth0.")
+
+    def _set(self, **fields: object) -> None:
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
 
     def _settle_launcher(self) -> None:
         """Choose the engine's launcher if none is given, and check that it fits the other fields."""
-        if self.controller and self.backend != "horovod":
-            raise ValueError(f"launch: --{self.controller} is for --backend horovod, which is {self.backend} here.")
-        default = "ssh" if self.backend != "horovod" else "mpirun" if self.controller == "mpi" else "horovodrun"
+        is_horovod, asked = self.backend == "horovod", self.controller
+        _require(is_horovod or not asked, f"--{asked} is for --backend horovod, which is {self.backend} here.")
+        default = "ssh" if not is_horovod else "mpirun" if asked == "mpi" else "horovodrun"
         launcher = self.launcher or default
         _one_of("--launcher", launcher, LAUNCHERS)
-        controller = self.controller
-        if self.backend == "horovod":
-            controller = {"horovodrun": "gloo"}.get(launcher, "mpi")
-            if launcher == "ssh":
-                raise ValueError(
-                    "launch: --launcher is ssh, expected horovodrun, mpirun or srun for --backend horovod."
-                )
-            if self.controller and self.controller != controller:
-                fitting = "horovodrun" if self.controller == "gloo" else "mpirun or srun"
-                raise ValueError(f"launch: --launcher is {launcher}, expected {fitting} for --{self.controller}.")
-        elif launcher not in ("ssh", "srun"):
-            raise ValueError(f"launch: --launcher is {launcher}, expected ssh or srun for --backend {self.backend}.")
-        if self.launcher_args and launcher == "ssh":
-            raise ValueError("launch: --launcher-arg needs an engine's launcher. For options of ssh, use --ssh-arg.")
+        fitting = ("horovodrun", "mpirun", "srun") if is_horovod else ("ssh", "srun")
+        rule = f"{', '.join(fitting[:-1])} or {fitting[-1]} for --backend {self.backend}"
+        _require(launcher in fitting, f"--launcher is {launcher}, expected {rule}.")
+        controller = "" if not is_horovod else "gloo" if launcher == "horovodrun" else "mpi"
+        rule = f"{'horovodrun' if asked == 'gloo' else 'mpirun or srun'} for --{asked}"
+        _require(asked in ("", controller), f"--launcher is {launcher}, expected {rule}.")
+        is_ssh = launcher == "ssh" and bool(self.launcher_args)
+        _require(not is_ssh, "--launcher-arg needs an engine's launcher. For options of ssh, use --ssh-arg.")
         if launcher == "horovodrun":
             horovodrun_ssh_args(self.ssh_args)
-        if self.elastic and controller != "gloo":
-            raise ValueError("launch: elastic jobs need Horovod over Gloo, expected --backend horovod --gloo.")
-        object.__setattr__(self, "launcher", launcher)
-        object.__setattr__(self, "controller", controller)
+        fits = not self.elastic or controller == "gloo"
+        _require(fits, "elastic jobs need Horovod over Gloo, expected --backend horovod --gloo.")
+        self._set(launcher=launcher, controller=controller)
 
     def _settle_workers(self) -> None:
         """Derive the number of workers from the slots if none is given, and check that the slots suffice."""
+        np, is_mirrored = self.np, self.backend == "mirrored"
         if not self.hosts:
-            if self.np is None and self.backend != "mirrored" and not self.slots_per_host and not self.elastic:
-                raise ValueError("launch: neither -np nor hosts are given, expected one of them, such as -np 2.")
-            slots = 1 if self.backend == "mirrored" else self.slots_per_host or max(1, self.np or 1)
-            here = Host("localhost", slots)
-            object.__setattr__(self, "hosts", (here,))
+            given = np is not None or is_mirrored or self.slots_per_host or self.elastic
+            _require(given, "neither -np nor hosts are given, expected one of them, such as -np 2.")
+            self._set(hosts=(Host("localhost", 1 if is_mirrored else self.slots_per_host or max(1, np or 1)),))
         names = [host.name for host in self.hosts]
         for name in names:
-            if names.count(name) > 1:
-                raise ValueError(
-                    f"launch: the hosts name {name} twice, expected each once. Add its slots up: {name}:N."
-                )
-        slots = sum(host.slots for host in self.hosts)
-        if self.np is not None and self.np < 1:
-            raise ValueError(f"launch: -np is {self.np}, expected at least 1.")
+            once = names.count(name) == 1
+            _require(once, f"the hosts name {name} twice, expected each once. Add its slots up: {name}:N.")
+        _require(np is None or np >= 1, f"-np is {np}, expected at least 1.")
         if self.elastic:
-            low, high = self.min_np or 1, self.max_np or max(self.np or 1, self.min_np or 1)
-            if not 1 <= low <= (self.np or low) <= high:
-                raise ValueError(
-                    f"launch: --min-np {low}, -np {self.np}, --max-np {high}, expected them in this order."
-                )
-            object.__setattr__(self, "min_np", low)
-            object.__setattr__(self, "max_np", high)
-            object.__setattr__(self, "np", self.np or low)
-            return
-        if self.backend == "mirrored":
-            if len(self.hosts) > 1:
-                raise ValueError(
-                    f"launch: --backend mirrored runs in one process, expected one host and not {', '.join(names)}. "
-                    "Use --backend multiworker."
-                )
-            return
-        np = self.np or slots
-        if np > slots:
+            low, high = self.min_np or 1, self.max_np or max(np or 1, self.min_np or 1)
+            in_order = 1 <= low <= (np or low) <= high
+            _require(in_order, f"--min-np {low}, -np {np}, --max-np {high}, expected them in this order.")
+            self._set(min_np=low, max_np=high, np=np or low)
+        elif is_mirrored:
+            rule = f"one host and not {', '.join(names)}. Use --backend multiworker."
+            _require(len(names) == 1, f"--backend mirrored runs in one process, expected {rule}")
+        else:
+            slots = sum(host.slots for host in self.hosts)
             have = ", ".join(f"{host.name}:{host.slots}" for host in self.hosts)
-            raise ValueError(
-                f"launch: -np is {np}, but the hosts have {slots} slots ({have}). Give hosts more slots as host:N, or "
-                "--slots-per-host N, or name more hosts."
-            )
-        object.__setattr__(self, "np", np)
+            remedy = "Give hosts more slots as host:N, or --slots-per-host N, or name more hosts."
+            _require((np or slots) <= slots, f"-np is {np}, but the hosts have {slots} slots ({have}). {remedy}")
+            self._set(np=np or slots)
 
     def _settle_gpus(self) -> None:
         """Check that a host's GPUs suffice for its workers; the replicas of mirrored are its GPUs by default."""
         for flag, value, low in (("--gpus", self.gpus, 0), ("--gpus-per-worker", self.gpus_per_worker, 1)):
-            if value is not None and value < low:
-                raise ValueError(f"launch: {flag} is {value}, expected at least {low}.")
+            _require(value is None or value >= low, f"{flag} is {value}, expected at least {low}.")
         if self.backend == "mirrored" and self.gpus_each:
-            object.__setattr__(self, "np", self.np or self.gpus_each)
-            if self.gpus_per_worker not in (None, self.np):
-                rule = f"{self.np}, the replicas of -np"
-                raise ValueError(f"launch: --gpus-per-worker is {self.gpus_per_worker}, expected {rule}.")
-        if self.gpus and self._most_workers * self.gpus_each > self.gpus:
-            workers = f"{self._most_workers} worker{'s' * (self._most_workers > 1)} with {self.gpus_each} each"
-            needed = self._most_workers * self.gpus_each
-            raise ValueError(f"launch: --gpus is {self.gpus}, expected at least {needed}: a host has {workers}.")
+            self._set(np=self.np or self.gpus_each)
+            rule = f"{self.np}, the replicas of -np"
+            fits = self.gpus_per_worker in (None, self.np)
+            _require(fits, f"--gpus-per-worker is {self.gpus_per_worker}, expected {rule}.")
+        most, each = self._most_workers, self.gpus_each
+        workers = f"{most} worker{'s' * (most > 1)} with {each} each"
+        fits = not self.gpus or most * each <= self.gpus
+        _require(fits, f"--gpus is {self.gpus}, expected at least {most * each}: a host has {workers}.")
 
     @property
     def _most_workers(self) -> int:
@@ -366,5 +340,9 @@ def horovodrun_ssh_args(ssh_args: Sequence[str]) -> list[str]:
 
 
 def _one_of(flag: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"launch: {flag} is {value!r}, expected one of {', '.join(choices)}.")
+    _require(value in choices, f"{flag} is {value!r}, expected one of {', '.join(choices)}.")
+
+
+def _require(holds: object, why: str) -> None:
+    if not holds:
+        raise ValueError(f"launch: {why}")
