@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import signal
 import socket
 import sys
@@ -23,9 +21,8 @@ from typing import Any
 
 import psutil
 
-from distpad.launcher import gpus, processes, render, times
+from distpad.launcher import hostfacts, processes, render, times
 
-PACKAGES = ("tensorflow", "tensorflow-cpu", "tensorflow-gpu", "keras", "numpy", "horovod", "distpad")
 DAEMONS = ("orted", "prted")  # Open MPI's, which may outlive a killed launcher
 LIMIT = 1 << 22  # maximum bytes of one message
 SAVES = 1 << 20  # bytes per look_s: more than sockets and event files take, less than a checkpoint
@@ -64,7 +61,8 @@ class Agent:
                 raise OSError(f"{folder} belongs to another user, or is open to others")
             path = folder / f"{socket.gethostname()}.sock"
             server = await asyncio.start_unix_server(self._worker, path, limit=LIMIT)
-            self.send(is_="ready", **facts(self.orders["hosts"], gpus_too="DISTPAD_GPUS" in self.orders["env"]))
+            gpus_too = "DISTPAD_GPUS" in self.orders["env"]
+            self.send(is_="ready", **hostfacts.facts(self.orders["hosts"], gpus_too=gpus_too))
             beat = asyncio.ensure_future(self._beat())
             await self._listen(reader)
             beat.cancel()
@@ -106,7 +104,7 @@ class Agent:
                     self.orders["grace_s"] = message["grace_s"]
                     return
                 if what == "ports":
-                    self.send(is_="ports", **find_ports(message["count"], message["first"]))
+                    self.send(is_="ports", **hostfacts.find_ports(message["count"], message["first"]))
                 elif what == "ranks":
                     self.rank_envs = message["envs"]
                 elif what == "start":
@@ -216,52 +214,6 @@ class Agent:
 
     def send(self, is_: str = "", **fields: Any) -> None:
         self.launcher.write(json.dumps({"is": is_, **fields} if is_ else fields).encode() + b"\n")
-
-
-def facts(hosts: list[str], *, gpus_too: bool = False) -> dict[str, Any]:
-    """The facts that the launcher compares between hosts before a job starts."""
-    versions = {"Python": ".".join(platform.python_version_tuple()[:2])}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return {
-        "host": socket.gethostname(),
-        "versions": versions,
-        "interfaces": interfaces(),
-        "gpus": gpus.driver() if gpus_too else {},
-        "resolves": {name: resolve(name) for name in dict.fromkeys([*hosts, socket.gethostname()])},
-    }
-
-
-def interfaces() -> dict[str, list[str]]:
-    """The addresses of each network interface of this host."""
-    return {name: [each.address for each in found] for name, found in psutil.net_if_addrs().items()}
-
-
-def resolve(name: str) -> list[str]:
-    """The addresses to which this host resolves a name; empty if it does not resolve."""
-    with contextlib.suppress(OSError):
-        return sorted({str(found[4][0]) for found in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)})
-    return []
-
-
-def find_ports(count: int, first: int | None) -> dict[str, Any]:
-    """Find ``count`` free ports: consecutive ones from ``first``, or any. All stay bound until the last is found."""
-    wanted = [0] * count if first is None else list(range(first, first + count))
-    held, found = [], []
-    try:
-        for port in wanted:
-            held.append(socket.socket())
-            # as gRPC does: a port in TIME_WAIT counts as free
-            held[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            held[-1].bind(("", port))
-            found.append(held[-1].getsockname()[1])
-        return {"ports": found}
-    except OSError as error:
-        return {"ports": [], "taken": port, "why": error.strerror}
-    finally:
-        for each in held:
-            each.close()
 
 
 def marked(job: str) -> set[psutil.Process]:

@@ -59,7 +59,7 @@ def problems(job: spec.Job, facts: Mapping[str, Mapping[str, Any]]) -> list[str]
 
     Args:
       job: the job.
-      facts: the result of ``agent.facts`` for each host.
+      facts: the result of ``hostfacts.facts`` for each host.
     """
     rows = {name: {host: each["versions"].get(name, "") for host, each in facts.items()} for name in SAME_EVERYWHERE}
     found = [f"{evidence}. Install the same version everywhere." for _, evidence in differing(rows)]

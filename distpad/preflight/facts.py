@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from distpad.launcher import gpus, render
+from distpad.launcher import gpus, hostfacts, render
 from distpad.preflight import machine, network, software
 
 Probe = Callable[[dict[str, Any]], Any]
@@ -27,12 +27,12 @@ PROBES: dict[str, Probe] = {
     "shared_memory": lambda asked: machine.shared_memory(),
     "environment": lambda asked: machine.environment(),
     "python": lambda asked: software.python(),
-    "packages": lambda asked: software.packages(),
+    "packages": lambda asked: hostfacts.versions(software.PACKAGES),
     "engines": lambda asked: software.engines(0.8 * asked["limit_s"]),
     "mpi": lambda asked: software.mpi(),
     "distpad": lambda asked: software.own_code(),
     "code": lambda asked: software.code(asked["code"]) if asked.get("code") else None,
-    "names": lambda asked: network.names(asked.get("hosts", [])),
+    "names": lambda asked: hostfacts.names(asked.get("hosts", [])),
     "ports": lambda asked: network.ports(asked.get("ports", [])),
     "tf_config": lambda asked: network.tf_config(os.environ.get("TF_CONFIG")),
 }

@@ -1,4 +1,4 @@
-"""Probes of the network: name resolution on this host, free ports, and the cluster in TF_CONFIG."""
+"""Probes of the network: free ports, and the cluster in TF_CONFIG."""
 
 from __future__ import annotations
 
@@ -7,17 +7,12 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
-from distpad.launcher import agent
-
-
-def names(hosts: Sequence[str]) -> dict[str, list[str]]:
-    """The addresses to which this host resolves its own name and those of ``hosts``; empty for unknown names."""
-    return {name: agent.resolve(name) for name in dict.fromkeys([*hosts, socket.gethostname()])}
+from distpad.launcher import hostfacts
 
 
 def ports(wanted: Sequence[int]) -> dict[str, str]:
     """For each port, the reason why it cannot be bound here; empty if it is free."""
-    found = {port: agent.find_ports(1, port) for port in wanted}
+    found = {port: hostfacts.find_ports(1, port) for port in wanted}
     return {str(port): answer.get("why", "") for port, answer in found.items()}
 
 
@@ -50,7 +45,7 @@ def tf_config(text: str | None) -> dict[str, Any] | None:
 
 def _is_here(name: str) -> bool:
     """Whether a name resolves to an address of this machine. Only its own addresses can be bound."""
-    for address in agent.resolve(name):
+    for address in hostfacts.resolve(name):
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         with socket.socket(family) as tried:
             try:

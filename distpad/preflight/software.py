@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -31,17 +30,6 @@ print(text.value.decode())"""
 def python() -> dict[str, str]:
     """The version and path of this Python."""
     return {"version": platform.python_version(), "executable": sys.executable}
-
-
-def packages() -> dict[str, str]:
-    """The versions of the installed ones among PACKAGES."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def engines(limit_s: float = LIMIT_S) -> dict[str, Any]:
