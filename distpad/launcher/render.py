@@ -22,6 +22,8 @@ OF_THE_LOGIN = re.compile(
     r"HOME|USER|LOGNAME|SHELL|MAIL|HOSTNAME|PWD|OLDPWD|SHLVL|_|TERM|COLORTERM|LS_COLORS|DISPLAY|WAYLAND_DISPLAY|"
     r"XAUTHORITY|WINDOWID|STY|TMUX\w*|SSH_\w+|DBUS_\w+|NVIDIA_\w+|XDG_RUNTIME_DIR|XDG_SESSION_\w+|BASH_FUNC_.*"
 )
+# Numbers of a host's GPUs
+NUMBERED = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
 # The variables that the engine's launcher and ssh inherit. They might put any others onto command lines.
 NEEDED = (
     *("PATH", "HOME", "USER", "LOGNAME", "LANG", "TMPDIR", "TERM", "SSH_AUTH_SOCK"),
@@ -190,7 +192,7 @@ def worker_env(
     env = {k: v for k, v in environ.items() if not (MEMBERSHIP.fullmatch(k) or OF_THE_LOGIN.fullmatch(k))}
     if not host.is_here or "SLURM_JOB_ID" in environ:
         # Another host numbers its GPUs differently, and Slurm sets the variable for each step.
-        env.pop("CUDA_VISIBLE_DEVICES", None)
+        env = {k: v for k, v in env.items() if k not in NUMBERED}
     for given in job.env:
         name, equals, value = given.partition("=")
         if not equals and name not in environ:
