@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import functools
 import os
 import shutil
 import signal
@@ -17,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import psutil
 
-from distpad.launcher import agent, discovery, gang, pod, run, spec, times
+from distpad.launcher import agent, discovery, gang, pod, render, run, spec, times
 from distpad.launcher.outcomes import HOST, LOST, TIME
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -129,27 +128,44 @@ def _signal(training: subprocess.Popen[bytes], number: int) -> None:
 
 def launch(job: spec.Job, environ: Mapping[str, str], *, wait_s: float) -> int:
     """Wait for sshd in the pods, and run the job as ``distpad launch`` does."""
-    find_missing = functools.partial(_undiscovered if job.elastic else _silent, job)
-    return run.run(job, environ, lambda received: _until(find_missing, wait_s, received))
+    return run.run(job, environ, lambda received: _until(lambda: _missing(job, environ), wait_s, received))
 
 
-def _silent(job: spec.Job) -> str:
-    """The pods that do not answer, as text; empty if all do."""
-    silent = _without_sshd(job.hosts)
-    return f"{gang.few(silent)} (no sshd answers on port {SSH_PORT})" if silent else ""
+def _missing(job: spec.Job, environ: Mapping[str, str]) -> str:
+    """What the job lacks before it can start, as text; empty if it can start.
 
-
-def _undiscovered(job: spec.Job) -> str:
-    """The pods that an elastic job lacks before it can start, as text; empty if it can start."""
+    A Job makes a new launcher while the old one, on a drained node, still saves a checkpoint: the new one waits for it.
+    """
     try:
-        hosts = discovery.Discovery(job, os.devnull, lambda host: True).discover()
+        hosts = job.hosts or discovery.Discovery(job, os.devnull, lambda host: True).discover()
     except ValueError as error:
         return str(error)
-    silent = _without_sshd(hosts)
-    if pod.enough(job, [host for host in hosts if host.name not in silent]):
-        return ""
-    more = f", and no sshd answers on port {SSH_PORT} of {gang.few(silent)}" if silent else ""
-    return f"pods for {job.min_np} workers; {job.host_discovery_script} names {len(hosts)}{more}"
+    silent = _ask(hosts, lambda host: not answers(host.name))
+    nothing = f"no sshd answers on port {SSH_PORT}"
+    there = [host for host in hosts if host.name not in silent]
+    if job.elastic and not pod.enough(job, there):
+        more = f", and {nothing} of {gang.few(silent)}" if silent else ""
+        return f"pods for {job.min_np} workers; {job.host_discovery_script} names {len(hosts)}{more}"
+    if silent and not job.elastic:
+        return f"{gang.few(silent)} ({nothing})"
+    busy = _ask(there, lambda host: _trains(job, host, environ))
+    return f"the training of an earlier launcher to end on {gang.few(busy)}" if busy else ""
+
+
+def _ask(hosts: Sequence[spec.Host], question: Callable[[spec.Host], bool]) -> list[str]:
+    """The names of the hosts for which the answer is yes."""
+    with concurrent.futures.ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+        return [host.name for host, answer in zip(hosts, pool.map(question, hosts)) if answer]
+
+
+def _trains(job: spec.Job, host: spec.Host, environ: Mapping[str, str]) -> bool:
+    """Whether workers run on a host."""
+    program = [job.python, "-m", "distpad.launcher.podrun"]
+    argv = render.remote_argv(program, host, environ, render.ssh_args(job), by_srun=False)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=times.AGENT_WITHIN_S)
+        return done.stdout.strip() not in (b"", b"0")
+    return False  # the job's own checks report the host
 
 
 def _until(find_missing: Callable[[], str], wait_s: float, received: list[int]) -> bool:
@@ -167,12 +183,6 @@ def _until(find_missing: Callable[[], str], wait_s: float, received: list[int]) 
             log(f"waiting for {missing}")
         time.sleep(times.here().look_s)
     return not received
-
-
-def _without_sshd(hosts: Sequence[spec.Host]) -> list[str]:
-    names = [host.name for host in hosts]
-    with concurrent.futures.ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
-        return [name for name, good in zip(names, pool.map(answers, names)) if not good]
 
 
 def answers(name: str) -> bool:
@@ -235,3 +245,7 @@ def workers_here() -> list[psutil.Process]:
             if "distpad.launcher.worker" in process.cmdline() and agent.network(process.pid) == here:
                 found.append(process)
     return found
+
+
+if __name__ == "__main__":
+    print(len(workers_here()))

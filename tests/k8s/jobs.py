@@ -7,7 +7,6 @@ them.
 from __future__ import annotations
 
 import copy
-import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -150,16 +149,13 @@ class Job:
 
 
 class JobSet:
-    """jobset.x-k8s.io/v1alpha2. ``restarts`` counts all restarts, ``counted`` those that count against the limit."""
+    """jobset.x-k8s.io/v1alpha2, as far as its first failure: restarts are JobSet's own, and TensorFlow's workers end
+    by themselves. controllers.py checks the failure policy."""
 
     def __init__(self, namespace: Namespace, resource: Resource, resources: Sequence[Resource] = ()) -> None:
         self.namespace, self.spec, self.name = namespace, resource["spec"], resource["metadata"]["name"]
         self.outcome = self.reason = ""
-        self.restarts = self.counted = 0
         self.jobs: dict[str, Job] = {}
-        self.policy = self.spec["failurePolicy"]
-        assert self.policy["restartStrategy"] == "BlockingRecreate"
-        assert all(each.get("replicas", 1) == 1 for each in self.spec["replicatedJobs"])
 
     @staticmethod
     def host_names(resource: Resource, resources: Sequence[Resource] = ()) -> list[str]:
@@ -172,70 +168,26 @@ class JobSet:
     def step(self) -> None:
         for job in self.jobs.values():
             job.step()
-        if self.outcome:
+        failed = [job for job in self.jobs.values() if job.outcome == "Failed"]
+        if failed or self._succeeded():
+            self.outcome, self.reason = ("Failed", failed[0].reason) if failed else ("Complete", "")
+            for job in self.jobs.values():
+                job.delete()
             return
-        ended = [name for name, job in self.jobs.items() if job.outcome == "Failed"]
-        if ended:
-            self._fail_or_restart(self.jobs[ended[0]])
-        elif any(job.outcome == "Deleted" for job in self.jobs.values()):
-            if not any(job.active for job in self.jobs.values()):  # BlockingRecreate
-                self.jobs.clear()
-        elif self._succeeded():
-            self._end("Complete")
-        else:
-            self._create()
-
-    def _create(self) -> None:
         for each in self.spec["replicatedJobs"]:
             name = each["name"]
-            if name in self.jobs or not all(self._fulfilled(other) for other in each.get("dependsOn", ())):
-                continue
-            labels = {"jobset-name": self.name, "replicatedjob-name": name, "job-index": "0", "restart-attempt": ""}
-            labels = {f"jobset.sigs.k8s.io/{key}": value for key, value in labels.items()}
-            labels["jobset.sigs.k8s.io/restart-attempt"] = str(self.restarts)
-            resource = {"metadata": {"name": f"{self.name}-{name}-0"}, "spec": each["template"]["spec"]}
-            self.jobs[name] = Job(self.namespace, resource, labels=labels, subdomain=self.name)
+            if name not in self.jobs and all(self._fulfilled(other) for other in each.get("dependsOn", ())):
+                labels = {"jobset-name": self.name, "replicatedjob-name": name, "job-index": "0"}
+                labels = {f"jobset.sigs.k8s.io/{key}": value for key, value in labels.items()}
+                job = {"metadata": {"name": f"{self.name}-{name}-0"}, "spec": each["template"]["spec"]}
+                self.jobs[name] = Job(self.namespace, job, labels=labels, subdomain=self.name)
 
     def _fulfilled(self, dependency: Mapping[str, str]) -> bool:
-        job = self.jobs.get(dependency["name"])
-        if job is None:
-            return False
-        return job.ready if dependency["status"] == "Ready" else job.outcome == "Complete"
+        assert dependency["status"] == "Ready"
+        return dependency["name"] in self.jobs and self.jobs[dependency["name"]].ready
 
     def _succeeded(self) -> bool:
         policy = self.spec.get("successPolicy", {"operator": "All"})
         assert policy["operator"] == "All"
         wanted = policy.get("targetReplicatedJobs") or [each["name"] for each in self.spec["replicatedJobs"]]
         return all(name in self.jobs and self.jobs[name].outcome == "Complete" for name in wanted)
-
-    def _fail_or_restart(self, job: Job) -> None:
-        action = self._action(job)
-        if action == "RestartJobSet":
-            if self.counted >= self.policy.get("maxRestarts", 0):
-                self._end("Failed", "ReachedMaxRestarts")
-                return
-            self.counted += 1
-        elif action == "FailJobSet":
-            self._end("Failed", "FailJobSetAction")
-            return
-        else:
-            assert action == "RestartJobSetAndIgnoreMaxRestarts"
-        self.restarts += 1
-        for each in self.jobs.values():
-            each.delete()
-            each.outcome = "Deleted"
-
-    def _action(self, job: Job) -> str:
-        for rule in self.policy.get("rules", ()):
-            reasons, patterns = rule.get("onJobFailureReasons"), rule.get("onJobFailureMessagePatterns")
-            if reasons and job.reason not in reasons:
-                continue
-            if patterns and not any(re.search(pattern, job.message) for pattern in patterns):
-                continue
-            return rule["action"]
-        return "RestartJobSet"
-
-    def _end(self, outcome: str, reason: str = "") -> None:
-        self.outcome, self.reason = outcome, reason
-        for job in self.jobs.values():
-            job.delete()

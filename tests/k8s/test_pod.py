@@ -410,6 +410,18 @@ def test_sigterm_at_an_mpi_worker(mpi_job):
     assert "got SIGTERM: forwarding it to 1 workers" in outputs[1]
 
 
+def test_a_new_launcher_waits_for_the_training_of_the_old_one(mpi_job):
+    """A Job replaces the pod of a drained node before that pod has ended."""
+    mpi_job.start_workers(0, 1)
+    saving = "trap 'sleep 6; echo saved; exit 143' TERM; echo up; while :; do sleep 0.1; done"
+    first = mpi_job.start("mpi-launcher", "sh", "-c", saving, flags=("--grace-s", "20"))
+    wait_for(first, "[worker 1] up")
+    first.terminate()
+    codes, outputs = finish(first, mpi_job.start("mpi-launcher", "true"))
+    assert codes == [143, 0] and "saved" in outputs[0], outputs
+    assert "waiting for the training of an earlier launcher to end on" in outputs[1], outputs
+
+
 def test_an_mpi_worker_that_is_not_there_is_named(mpi_job):
     mpi_job.start_workers(0)
     codes, outputs = finish(mpi_job.start("mpi-launcher", *HOROVOD, flags=("--wait-s", "3")), limit_s=120)
