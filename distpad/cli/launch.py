@@ -121,6 +121,7 @@ def launch(
     topology: Optional[str] = typer.Option(None, metavar="LABEL", help="Kueue: place all pods that train on nodes with the same value of this label, such as a rack.", rich_help_panel="Kubernetes"),
     exclusive_topology: Optional[str] = typer.Option(None, metavar="LABEL", help="JobSet: likewise, and no other JobSet there.", rich_help_panel="Kubernetes"),
     priority_class: Optional[str] = typer.Option(None, metavar="NAME", help="The PriorityClass of all pods.", rich_help_panel="Kubernetes"),
+    service_account: Optional[str] = typer.Option(None, metavar="NAME", help="The ServiceAccount of all pods, such as for the cloud's storage. They get no token of Kubernetes's API.", rich_help_panel="Kubernetes"),
     node_selector: list[str] = typer.Option([], metavar="LABEL=VALUE", help="A label of the nodes of pods that train. Repeatable.", rich_help_panel="Kubernetes"),
     toleration: list[str] = typer.Option([], metavar="KEY[=VALUE][:EFFECT]", help="A taint of nodes that pods that train tolerate. Repeatable.", rich_help_panel="Kubernetes"),
     image_pull_secret: list[str] = typer.Option([], metavar="NAME", help="A Secret of the image's registry. Repeatable.", rich_help_panel="Kubernetes"),

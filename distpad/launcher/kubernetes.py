@@ -99,6 +99,7 @@ FORMS = {
     "--topology": ("a label of nodes", _KEY),
     "--exclusive-topology": ("a label of nodes", _KEY),
     "--priority-class": ("the name of a PriorityClass", _OBJECT),
+    "--service-account": ("the name of a ServiceAccount", _OBJECT),
     "--node-selector": ("LABEL=VALUE", f"{_KEY}={_VALUE}"),
     "--toleration": ("KEY, KEY=VALUE or KEY=VALUE:EFFECT", f"{_KEY}(={_VALUE})?(:(NoSchedule|NoExecute))?"),
     "--image-pull-secret": ("the name of a Secret", _OBJECT),
@@ -141,6 +142,7 @@ class Job:
     topology: str | None = None
     exclusive_topology: str | None = None
     priority_class: str | None = None
+    service_account: str | None = None
     node_selector: tuple[str, ...] = ()
     toleration: tuple[str, ...] = ()
     image_pull_secret: tuple[str, ...] = ()
@@ -267,6 +269,7 @@ def pod_patch(job: Job) -> dict[str, Any]:
         "tolerations": [_toleration(each) for each in tolerated],
         "nodeSelector": dict(each.split("=") for each in job.node_selector),
         "priorityClassName": job.priority_class,
+        "serviceAccountName": job.service_account,
         "imagePullSecrets": [{"name": name} for name in job.image_pull_secret],
     }
     chosen = {"containers": [container], "volumes": volumes, **{key: each for key, each in optional.items() if each}}
