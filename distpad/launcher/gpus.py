@@ -53,6 +53,11 @@ def _cuda_of_driver() -> str:
     return f"{version.value // 1000}.{version.value % 1000 // 10}" if version.value else ""
 
 
+def count(found: Mapping[str, Any]) -> int:
+    """The number of GPUs that nvidia-smi lists; of devices in /dev in a container that has no nvidia-smi."""
+    return len(found["names"]) or found["devices"]
+
+
 def packages() -> dict[str, str]:
     """NVIDIA's installed wheels, and their versions."""
     import importlib.metadata  # each worker imports this module, and few need this one
@@ -61,11 +66,11 @@ def packages() -> dict[str, str]:
     return {name: version for name, version in every if name.startswith("nvidia-")}
 
 
-def of_worker(count: int, local_rank: int, environ: Mapping[str, str]) -> str:
+def of_worker(each: int, local_rank: int, environ: Mapping[str, str]) -> str:
     """The value of CUDA_VISIBLE_DEVICES for a worker: its own GPUs, by its local rank.
 
     Args:
-      count: number of GPUs for each worker.
+      each: number of GPUs for each worker.
       local_rank: the worker's number on its host.
       environ: the host's variables. CUDA_VISIBLE_DEVICES restricts the GPUs. Slurm sets it for each task.
 
@@ -74,13 +79,13 @@ def of_worker(count: int, local_rank: int, environ: Mapping[str, str]) -> str:
     >>> of_worker(1, 1, {"CUDA_VISIBLE_DEVICES": "4,6"})
     '6'
     """
-    given, first = environ.get("CUDA_VISIBLE_DEVICES"), local_rank * count
+    given, first = environ.get("CUDA_VISIBLE_DEVICES"), local_rank * each
     if given is None:
-        return ",".join(str(first + i) for i in range(count))
+        return ",".join(str(first + i) for i in range(each))
     listed = [part.strip() for part in given.split(",")]
-    if len(listed) == count and "SLURM_LOCALID" in environ:
+    if len(listed) == each and "SLURM_LOCALID" in environ:
         return given
-    return ",".join(listed[first : first + count])
+    return ",".join(listed[first : first + each])
 
 
 def why_unseen(
@@ -104,10 +109,10 @@ def why_unseen(
     if _number(found["cuda"])[0] < _number(build["cuda"])[0]:
         newest = f"the driver {found.get('version', '')} supports CUDA up to {found['cuda']}"
         return f"{newest}, TensorFlow needs CUDA {build['cuda']}", "Install a newer driver."
-    if visible is not None and _count_visible(visible, len(found["names"]) or found["devices"]) < expected:
+    if visible is not None and _count_visible(visible, count(found)) < expected:
         return f"CUDA_VISIBLE_DEVICES is {visible!r}", "Unset it, or name the GPUs that nvidia-smi -L lists."
-    if len(found["names"]) < expected:
-        return f"nvidia-smi lists {len(found['names'])}", REQUEST
+    if count(found) < expected:
+        return f"the driver has {count(found)}", REQUEST
     needs = f"CUDA {_number(build['cuda'])[0]} and cuDNN {build['cudnn']}"
     of_13 = sorted(name for name, version in wheels.items() if name.endswith("-cu13") or _is_cuda_13(name, version))
     if of_13 and not any(name == "nvidia-cuda-runtime-cu12" for name in wheels):

@@ -77,7 +77,7 @@ def _missing_gpus(job: spec.Job, facts: Mapping[str, Mapping[str, Any]]) -> list
     for host, each in facts.items() if job.gpus_each else ():
         needed = job.gpus_each * max(1, sum(place.host.name == host for place in job.places))
         is_cpu_build = "tensorflow-cpu" in each["versions"] and "tensorflow" not in each["versions"]
-        if is_cpu_build or len(each["gpus"]["names"]) < needed:
+        if is_cpu_build or each["gpus"].get("error") or gpus.count(each["gpus"]) < needed:
             build = {"for_gpus": not is_cpu_build, "cuda": "0", "cudnn": ""}
             why, remedy = gpus.why_unseen(needed, build, each["gpus"], None, {})
             found.append(f"{host} has no {needed} GPUs for its workers: {why}. {remedy}")

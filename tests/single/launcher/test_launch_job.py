@@ -431,21 +431,26 @@ def test_hosts_that_do_not_fit(changes, message):
 
 
 def on_gpus(*names: str, **changes) -> dict:
-    return {"devices": len(names), "names": list(names), "cuda": "12.9", "version": "575.57", **changes}
+    return {"devices": len(names), "names": list(names), "cuda": "12.9", "version": "575.57"} | changes
 
 
 @pytest.mark.parametrize(
     ("driver", "package", "message"),
     [
         (on_gpus("H100", "H100"), "tensorflow", ""),
+        (on_gpus(devices=2), "tensorflow", ""),  # no nvidia-smi in this container
         (
             on_gpus("H100", "H100"),
             "tensorflow-cpu",
             "no 2 GPUs for its workers: TensorFlow is built for the CPU. launch/",
         ),
-        (on_gpus("H100"), "tensorflow", "b has no 2 GPUs for its workers: nvidia-smi lists 1."),
+        (on_gpus("H100"), "tensorflow", "b has no 2 GPUs for its workers: the driver has 1."),
         (on_gpus(cuda=""), "tensorflow", "NVIDIA's driver is missing. Install NVIDIA's driver. In a container"),
-        (on_gpus(error="version mismatch"), "tensorflow", "nvidia-smi fails: version mismatch. Check that the driver"),
+        (
+            on_gpus(devices=2, error="version mismatch"),
+            "tensorflow",
+            "nvidia-smi fails: version mismatch. Check that the driver",
+        ),
     ],
 )
 def test_hosts_without_the_gpus_of_their_workers(driver, package, message):
