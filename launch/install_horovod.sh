@@ -197,6 +197,7 @@ main() {
   [[ $(printf '2.16\n%s\n' "$TF" | sort -V | head -n 1) != 2.16 ]] ||
     PATCH=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/horovod-$VERSION-tensorflow-2.16.patch
   KEY=horovod-$VERSION-tf-$TF-$TAG-$LIBC-$COMPILER-$MPI
+  [[ ! -x $SCRIPTS/mpicxx ]] || KEY+=-own # from PyPI, in this environment: see build_wheel
   [[ -z $CUDA ]] || KEY+=-nccl$NCCL-cuda$CUDA_VERSION
   KEY+=-$({ declare -f build_wheel; cat "$PATCH"; } | sha256sum | cut -c 1-8)
   [[ -z $print_key ]] || { echo "$KEY"; exit 0; }

@@ -157,6 +157,11 @@ def test_the_key_of_a_wheel(tmp_path, changes, expected):
     assert re.fullmatch(re.escape(expected) + r"[0-9a-f]{8}\n", done.stdout), done.stdout
 
 
+def test_a_wheel_for_the_environments_own_mpi_is_another_one(tmp_path):
+    done = key(tmp_path / "bin", python=MACHINE["python"].replace("/env/bin", str(tmp_path / "bin")))
+    assert "-c++12.2.0-openmpi4.1.4-own-" in done.stdout
+
+
 def test_the_key_holds_the_patch(tmp_path):
     old = {"python": MACHINE["python"].replace("2.21.0", "2.15.1")}
     patched, plain = key(tmp_path / "a").stdout, key(tmp_path / "b", **old).stdout
