@@ -79,7 +79,8 @@ probe_tools() {
   fi
   CXX=${CXX:-c++}
   need 13 "$CXX" 'g++ make'
-  COMPILER=$(basename "$(readlink -f "$(command -v "$CXX")")" | sed 's/.*\(clang++\|g++\).*/\1/')$("$CXX" -dumpfullversion -dumpversion)
+  COMPILER=$(basename "$(readlink -f "$(command -v "$CXX")")" | sed 's/.*\(clang++\|g++\).*/\1/')
+  COMPILER+=$("$CXX" -dumpfullversion 2>/dev/null || "$CXX" -dumpversion)
 }
 
 # Sets CUDA to nvcc's folder and version, if the Python has NCCL.
@@ -138,7 +139,8 @@ build() {
     { grep -aE -m 10 '( error: |CMake Error|No space left|Killed)' "$log" || true; tail -n 25 "$log"; } | cut -c 1-300 >&2
     die 16 "the build failed (see the first errors and the last lines above). Log: $log"
   }
-  mv "$WORK"/wheel/horovod-*.whl "$STORE/" # the last step, so that a wheel in the cache is complete
+  cp "$WORK"/wheel/horovod-*.whl "$STORE/.partial" # perhaps to another disk: a wheel in the cache is always complete
+  mv "$STORE/.partial" "$STORE/$(basename "$WORK"/wheel/horovod-*.whl)"
 }
 
 # Runs an all-reduce in two processes: self_test CONTROLLER COMMAND...
