@@ -194,6 +194,17 @@ def test_a_link_that_is_cut(pair, engine):
     pair[1].mend()
 
 
+def test_a_link_that_is_cut_for_a_while(pair):
+    running = start(pair, "multiworker", "all=chatter:8")
+    running.workers(2)
+    pair[1].cut()
+    time.sleep(4)
+    pair[1].mend()
+    done = running.finish()
+    assert done.code == 0, done.stderr
+    assert done.stdout.count("[worker 1] 1 step") == 400
+
+
 @mostly_alone
 def test_a_command_that_one_host_lacks(pair, engine):
     pair[0].run(["mkdir", "/run/here"])  # each host has a /run of its own
