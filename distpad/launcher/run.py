@@ -43,7 +43,7 @@ def run(job: spec.Job, environ: Mapping[str, str], are_ready: Callable[[list[int
             left = job.max_restarts - number
             if not ended.code or not left or not ended.may_retry or ended.code in job.no_retry:
                 break
-            pause = min(job.backoff_s * 2**number, times.LONGEST_BACKOFF_S)
+            pause = min(job.backoff_s * 2 ** min(number, 30), times.LONGEST_BACKOFF_S)
             outcomes.log(f"starting again in {pause:g} s ({left} of {job.max_restarts} restarts left)")
             end = time.monotonic() + pause
             while time.monotonic() < end and not received:

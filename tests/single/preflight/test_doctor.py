@@ -462,23 +462,10 @@ def ask(tmp_path, script: str, limit_s: float = 30):
     return hosts.ask([spec.Host("far")], {}, python="/py", limit_s=limit_s, environ=environ)["far"]
 
 
-SAID = {
-    "Could not resolve hostname far": ("its name does not resolve", "spelling"),
-    "connect to host far port 22: Connection refused": ("no ssh server listens there", "systemctl status ssh"),
-    "connect to host far port 22: Connection timed out": ("it does not answer", "port 22 is open"),
-    "WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!": ("its host key has changed", "ssh-keygen -R far"),
-    "Host key verification failed.": ("its host key is not known here", "accept it: ssh far"),
-    "root@far: Permission denied (publickey).": ("accepts no key of this user", "ssh-copy-id far"),
-    "/py: No such file or directory": ("it has no Python at /py", "--python"),
-    "/py: No module named distpad.preflight": ("distpad is not installed there", "/py -m pip install distpad"),
-    "something else": ("exit code 255: something else", "ssh far /py -m distpad"),
-}
-
-
-@pytest.mark.parametrize("said", SAID)
-def test_why_a_host_cannot_be_reached(tmp_path, said):
-    answer = ask(tmp_path, f"echo '{said}' >&2; exit 255")
-    assert_says(findings.error("far", **_as_finding(answer)), *SAID[said])
+def test_why_a_host_cannot_be_reached(tmp_path):
+    """tests/single/launcher/test_launch_job.py has all that ssh may write."""
+    answer = ask(tmp_path, "echo 'connect to host far port 22: Connection refused' >&2; exit 255")
+    assert_says(findings.error("far", **_as_finding(answer)), "no ssh server listens there", "systemctl status ssh")
 
 
 def test_a_host_that_does_not_answer_ends_in_time(tmp_path):
