@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pathlib
-import signal
-import subprocess
 import threading
 from collections.abc import Callable, Iterable
 
-from distpad.launcher import outcomes, spec, times
+from distpad.launcher import outcomes, processes, spec, times
 
 
 class Discovery:
@@ -45,23 +42,12 @@ class Discovery:
             return self.job.hosts
         script = self.job.host_discovery_script
         try:
-            with subprocess.Popen(
-                [script],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                start_new_session=True,  # Ctrl-C does not reach it, and its children end with it
-            ) as process:
-                try:
-                    found, wrote = process.communicate(timeout=times.DISCOVERY_LIMIT_S)
-                finally:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(process.pid, signal.SIGKILL)
-        except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError) as error:
+            code, found, wrote = processes.run([script], limit_s=times.DISCOVERY_LIMIT_S)
+        except OSError as error:
             raise ValueError(f"launch: --host-discovery-script {script} cannot be run: {error}") from error
-        if process.returncode:
-            reason = wrote.strip() or f"exit code {process.returncode}"
+        if code != 0:
+            late = f"not done after {times.DISCOVERY_LIMIT_S:g} s"
+            reason = late if code is None else wrote.strip() or f"exit code {code}"
             raise ValueError(f"launch: --host-discovery-script {script} failed: {reason}")
         return spec.parse_hosts(found.replace("\n", ","), self.job.slots_per_host)
 

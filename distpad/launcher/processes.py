@@ -11,7 +11,8 @@ import contextlib
 import ctypes
 import os
 import signal
-from collections.abc import Collection, Iterable
+import subprocess
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from distpad.launcher import times
@@ -70,6 +71,34 @@ def kill_descendants() -> list[str]:
             os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             killed += kill(descendants([os.getpid()]))
     return killed
+
+
+def run(
+    argv: Sequence[str], *, text: str = "", env: Mapping[str, str] | None = None, limit_s: float
+) -> tuple[int | None, str, str]:
+    """Run a program to its end, in a session of its own. Its children end with it.
+
+    Returns:
+      Its exit code, or None after the time limit; its standard output and standard error.
+
+    Raises:
+      OSError: the program cannot be started.
+    """
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        argv, env=env, stdin=pipe, stdout=pipe, stderr=pipe, text=True, errors="replace", start_new_session=True
+    )
+    code = None
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            output, wrote = process.communicate(text, timeout=limit_s)
+            code = process.returncode
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    if code is None:
+        output, wrote = process.communicate()
+    return code, output, wrote
 
 
 def wait(child: int) -> int:

@@ -6,13 +6,11 @@ import concurrent.futures
 import contextlib
 import json
 import os
-import signal
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from distpad.launcher import hostcheck, render, spec
+from distpad.launcher import hostcheck, processes, render, spec
 
 AT_ONCE = 32  # hosts
 OVERHEAD = 0.15  # fraction of the limit for ssh and start-up
@@ -60,29 +58,10 @@ def ask(
 def _run(argv: list[str], asked: str, env: Mapping[str, str], limit_s: float, host: str, python: str) -> dict[str, Any]:
     sent = time.time()
     try:
-        process = subprocess.Popen(
-            argv,
-            env=env,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            start_new_session=True,  # so that its children end with it
-        )
+        code, output, wrote = processes.run(argv, text=asked, env=env, limit_s=limit_s)
     except OSError as error:
         remedy = "Choose another one with --python." if argv[0] == python else "Install it here."
         return {"unreachable": f"{argv[0]} cannot be run here: {error.strerror}", "remedy": remedy}
-    try:
-        output, wrote = process.communicate(asked, timeout=limit_s)
-        code: int | None = process.returncode
-    except subprocess.TimeoutExpired:
-        _kill(process)
-        output, wrote = process.communicate()
-        code = None
-    except BaseException:
-        _kill(process)
-        raise
     for line in output.splitlines():  # a login script may write as well
         with contextlib.suppress(json.JSONDecodeError):
             facts = json.loads(line)
@@ -90,8 +69,3 @@ def _run(argv: list[str], asked: str, env: Mapping[str, str], limit_s: float, ho
                 return {"facts": facts, "sent": sent, "received": time.time()}
     why, remedy = hostcheck.why_silent(host, python, wrote.splitlines(), code, limit_s)
     return {"unreachable": why, "remedy": remedy}
-
-
-def _kill(process: subprocess.Popen[str]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
