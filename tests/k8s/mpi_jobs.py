@@ -52,8 +52,6 @@ def make_keys() -> dict[str, bytes]:
 class MpiJob:
     """kubeflow.org/v2beta1."""
 
-    SPARE_HOSTS = 1  # further hosts, for a job that grows
-
     def __init__(self, namespace: Namespace, resource: Resource, resources: Sequence[Resource] = ()) -> None:
         self.namespace, self.spec, self.name = namespace, resource["spec"], resource["metadata"]["name"]
         assert self.spec["mpiImplementation"] == "OpenMPI"
@@ -66,28 +64,19 @@ class MpiJob:
     @staticmethod
     def host_names(resource: Resource, resources: Sequence[Resource] = ()) -> list[str]:
         name, count = resource["metadata"]["name"], resource["spec"]["mpiReplicaSpecs"]["Worker"]["replicas"]
-        return [f"{name}-launcher", *(f"{name}-worker-{index}" for index in range(count + MpiJob.SPARE_HOSTS))]
+        return [f"{name}-launcher", *(f"{name}-worker-{index}" for index in range(count))]
 
     @property
     def replicas(self) -> int:
         return self.roles["Worker"]["replicas"]
 
-    def resize(self, replicas: int) -> None:
-        """Change the number of Worker replicas."""
-        self.roles["Worker"]["replicas"] = replicas
-
     def step(self) -> None:
         if self.outcome:
             return
         self._write_config()
-        for index in range(max([self.replicas, *(index + 1 for index in self.workers)])):
+        for index in range(self.replicas):
             pod = self.workers.get(index)
-            if pod is not None and pod.ended and pod.kill_at is not None:
-                pod = self.workers[index] = None  # it was deleted, and did not just fail
-            if index >= self.replicas:
-                if pod is not None:
-                    pod.delete()
-            elif pod is None:
+            if pod is None or (pod.ended and pod.kill_at is not None):  # it was deleted, and did not just fail
                 self.workers[index] = self.namespace.create(self._pod("Worker", f"{self.name}-worker-{index}", index))
         if self.launcher is None:
             asked = [self.workers.get(index) for index in range(self.replicas)]

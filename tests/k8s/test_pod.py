@@ -98,16 +98,6 @@ def wait_for(process: subprocess.Popen, words: str, limit_s: float = 120) -> Non
 # -- the training's environment ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.wide
-@pytest.mark.parametrize("kind", ["indexed-job", "jobset"])
-def test_workers_sum(kind):
-    """TensorFlow trains as an ordinary user, who can write only to /tmp."""
-    with job(kind, 2) as (_, start):
-        codes, outputs = finish(*(start(i, sys.executable, SUMMING, 3) for i in range(2)), limit_s=TRAINING_LIMIT_S)
-    assert codes == [0, 0], outputs
-    assert [f"worker {i} of 2 sums" in outputs[i] for i in range(2)] == [True, True] and "step 2" in outputs[1]
-
-
 @pytest.mark.parametrize("kind", ["indexed-job", "jobset", pytest.param("trainjob", marks=pytest.mark.wide)])
 def test_the_training_gets_its_topology_variables_and_secrets(kind, tmp_path):
     tmp_path.chmod(0o755)
@@ -138,14 +128,6 @@ def test_a_pod_that_is_not_there_is_named():
     for words in ("waiting for", "missing after 12 s:"):
         assert f"{words} train-1.workers.default.svc\n" in outputs[0], outputs
     assert re.search(r"missing after 12 s: (the pods that )?train-0\.workers", outputs[1]), outputs
-
-
-def test_pods_that_come_late():
-    with job("indexed-job", 2) as (_, start):
-        second = start(1, *scripted("all=exit:0"))
-        time.sleep(3)
-        codes, outputs = finish(start(0, *scripted("all=exit:0")), second)
-    assert codes == [0, 0], outputs
 
 
 # -- ends -------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,6 @@ RESTARTS = 1  # instead of 3
 wide = pytest.mark.wide
 # Trainer creates pods by a JobSet, and the pods of its MPI jobs resemble the MPI operator's
 ONCE = ["indexed-job", "jobset", pytest.param("trainjob", marks=wide), pytest.param("trainjob-mpi", marks=wide)]
-MPI_ONCE = ["mpijob", pytest.param("trainjob-mpi", marks=wide)]
 pytestmark = pytest.mark.timeout(2 * LIMIT_S + 60)  # for two waits; the second one reports a timeout
 
 
@@ -212,16 +211,6 @@ def test_failures_are_retried_up_to_the_limit(overlay):
             assert cluster.named("train-launcher").exit_code == 7
 
 
-@wide  # shows that a rule of the overlay is necessary
-def test_without_its_rule_an_indexed_job_would_count_each_pod():
-    """The double follows the manifest: without a rule, exit code 4 counts."""
-    command = ["sh", "-c", "test $DISTPAD_RANK = 0 || exit 7; sleep 60"]
-    with applied("indexed-job", command=command) as cluster:
-        del cluster.job.spec["podFailurePolicy"]["rules"][1]
-        assert cluster.finish(LIMIT_S) == "Failed"
-        assert [pod.exit_code for pod in cluster.pods].count(7) == 1  # of the 2 that the rule allows
-
-
 # -- preemption -------------------------------------------------------------------------------------------------------
 
 
@@ -296,17 +285,6 @@ def test_a_missing_worker_of_an_elastic_job_is_waited_for():
         assert cluster.finish(LIMIT_S) == "Failed"
         assert cluster.named("train-launcher").exit_code == 3
         assert "missing after 4 s: pods for 1 workers" in cluster.output()
-
-
-@pytest.mark.parametrize("overlay", MPI_ONCE)
-def test_no_launcher_before_all_workers_are_ready(overlay):
-    _, absent = ALL[overlay]
-    with applied(overlay, command=["true"]) as cluster:
-        cluster.unschedulable.add(absent)
-        with pytest.raises(TimeoutError):
-            cluster.until(lambda: len(cluster.pods) > 1, 5)
-        cluster.unschedulable.clear()
-        assert cluster.finish(LIMIT_S) == "Complete", cluster.output()
 
 
 # -- elastic ----------------------------------------------------------------------------------------------------------
