@@ -33,7 +33,7 @@ LONGEST_BACKOFF_S = 60.0  # maximum pause between two attempts
 class Times:
     """Periods and time limits that scale."""
 
-    lost_s: float = 20.0  # a silent pod is lost to the other pods
+    lost_s: float = 8.0  # a silent pod of an Indexed Job is lost; TensorFlow ends its training after 10 s
     own_error_s: float = 10.0  # maximum for the other workers to report their own errors after a first failure
     quiet_s: float = 2.0  # less, once they write nothing for this long
     report_s: float = 15.0  # between two reports of missing pods
