@@ -12,7 +12,7 @@ from typing import Any, Optional
 import typer
 import yaml
 
-from distpad.launcher import allocation, describe, kubernetes, run, spec
+from distpad.launcher import allocation, describe, kubernetes, kustomize, run, spec
 
 DEFAULT: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(spec.Job)}
 FOR_BOTH = ("command", "gpus", "env", "secret", "network_interface", "max_restarts", "timeout_s", "config", "dry_run")
@@ -161,7 +161,7 @@ def launch(
         if k8s is not None:
             fields = {name: context.params[name] for name in given & OF_KUBERNETES}
             fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-            typer.echo(kubernetes.build(kubernetes.Job(kind=k8s, **fields)), nl=False)
+            typer.echo(kustomize.build(kubernetes.Job(kind=k8s, **fields)), nl=False)
             return
         job = _job(context.params, environ)
         if dry_run:

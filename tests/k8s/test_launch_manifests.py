@@ -12,7 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 from distpad.cli import app
-from distpad.launcher import kubernetes
+from distpad.launcher import kubernetes, kustomize
 from k8s import controllers, manifests, podrules, restricted, schemas
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("manifests")]  # builds are cached
@@ -116,7 +116,7 @@ def test_flags_set_what_they_say(kind):
     assert not findings(resources)
     assert {each["metadata"]["namespace"] for each in resources} == {"123"}
     assert {each["metadata"]["name"] for each in resources} == {"mine"}
-    (job,) = manifests.of_kind(resources, *kubernetes.JOBS.split("|"))
+    (job,) = manifests.of_kind(resources, *kustomize.JOBS.split("|"))
     assert job["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "1e3"}
     found = manifests.scalars(resources)
     numbers = {re.sub(r".*\.", "", path): value for path, value in found.items()}

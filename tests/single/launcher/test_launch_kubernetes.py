@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from distpad.cli import app
-from distpad.launcher import kubernetes
+from distpad.launcher import kubernetes, kustomize
 
 KINDS = ("indexed-job", "jobset", "mpijob", "mpijob-elastic", "trainjob", "trainjob-mpi")
 DIGEST = "sha256:" + "0123456789abcdef" * 4
@@ -41,8 +41,8 @@ def test_kinds_are_the_folders():
 
 @given(st.lists(st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",))), min_size=1))
 def test_a_command_is_written_word_for_word(words):
-    patch = kubernetes.pod_patch(job(command=tuple(words)))
-    (container,) = yaml.safe_load(kubernetes._as_yaml(patch))["spec"]["containers"]
+    patch = kustomize.pod_patch(job(command=tuple(words)))
+    (container,) = yaml.safe_load(kustomize._as_yaml(patch))["spec"]["containers"]
     assert container["args"] == words
 
 
@@ -58,7 +58,7 @@ def test_a_command_is_written_word_for_word(words):
 )
 def test_resources_follow_the_gpus(fields, amounts, shm):
     """/dev/shm takes part of the memory."""
-    patch = kubernetes.pod_patch(job(**fields))["spec"]
+    patch = kustomize.pod_patch(job(**fields))["spec"]
     found = patch["containers"][0]["resources"]
     assert found["requests"] == found["limits"] and (found["limits"]["cpu"], found["limits"]["memory"]) == amounts
     assert {"name": "shm", "emptyDir": {"sizeLimit": shm}} in patch["volumes"]
@@ -77,7 +77,7 @@ def test_resources_follow_the_gpus(fields, amounts, shm):
     ],
 )
 def test_each_claim_is_one_volume(mount, volumes, mounts):
-    patch = kubernetes.pod_patch(job(mount=mount))["spec"]
+    patch = kustomize.pod_patch(job(mount=mount))["spec"]
     claims = [each for each in patch["volumes"] if "persistentVolumeClaim" in each]
     assert {each["name"]: each["persistentVolumeClaim"]["claimName"] for each in claims} == volumes
     assert {each["mountPath"]: each["name"] for each in patch["containers"][0]["volumeMounts"]} == mounts
@@ -92,7 +92,7 @@ def test_each_claim_is_one_volume(mount, volumes, mounts):
     ],
 )
 def test_tolerations(text, expected):
-    assert kubernetes.pod_patch(job(toleration=(text,)))["spec"]["tolerations"] == [expected]
+    assert kustomize.pod_patch(job(toleration=(text,)))["spec"]["tolerations"] == [expected]
 
 
 # -- jobs -------------------------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def test_wrong_jobs_are_refused(name):
 )
 def test_images(image):
     """A tag may move, and a digest cannot."""
-    (container,) = kubernetes.pod_patch(job(image=image))["spec"]["containers"]
+    (container,) = kustomize.pod_patch(job(image=image))["spec"]["containers"]
     assert (container["image"], container["imagePullPolicy"]) == (image, "IfNotPresent" if "@" in image else "Always")
 
 
@@ -206,10 +206,10 @@ def test_what_is_no_image(image):
 
 
 def test_flags_that_are_left_out_change_nothing():
-    assert kubernetes.values(job(name="n")) == {"name": "n"}
-    assert kubernetes.job_patches(job()) == []
+    assert kustomize.values(job(name="n")) == {"name": "n"}
+    assert kustomize.job_patches(job()) == []
     chosen = job(kind="mpijob", name="n", workers=3, gpus=4, max_restarts=0)
-    assert kubernetes.values(chosen) == {"name": "n", "workers": "3", "slots": "4", "restarts": "0"}
+    assert kustomize.values(chosen) == {"name": "n", "workers": "3", "slots": "4", "restarts": "0"}
 
 
 def test_names_are_unique():
@@ -300,6 +300,6 @@ def test_the_folder_is_not_written_to_and_nothing_is_left(tmp_path, monkeypatch)
         (tmp_path / name).mkdir(parents=True)
     program(tmp_path / "bin", "kubectl", "v1.30.0", 'PATH=/usr/bin:/bin; cat "$2/kustomization.yaml"')
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    built = yaml.safe_load(kubernetes.build(job(workers=7, folder=tmp_path / "k8s")))
+    built = yaml.safe_load(kustomize.build(job(workers=7, folder=tmp_path / "k8s")))
     assert built["resources"] == ["../../k8s/base"] and built["components"] == ["job", "../../k8s/kinds/jobset"]
     assert not list((tmp_path / "tmp").iterdir()) and not list((tmp_path / "k8s" / "kinds").iterdir())
