@@ -46,8 +46,11 @@ find_python() {
     "elsewhere, for example: pyenv install 3.11, or: conda create -n py311 python=3.11"
 }
 
+# Whether the environment was made from this: is_of NAME DIGEST
+is_of() { [[ -f $env/.$1 && $(<"$env/.$1") == "$2" ]]; }
+
 main() {
-  local stack="" openmpi="" horovod="" tests="" here root env python arg state files device=cpu
+  local stack="" openmpi="" horovod="" tests="" here root env python arg packages project files device=cpu
   for arg; do
     case $arg in
       --openmpi5) openmpi=-openmpi5 ;;
@@ -75,22 +78,26 @@ main() {
   [[ ${files[*]} != "current.txt"*tests* ]] || files+=(tests-current.txt)
   files=("${files[@]/#/$REQUIREMENTS/}")
   # An environment breaks when it is moved. An image has the files of the project only at the end.
-  state=$({ echo "$env $root"; cat "${files[@]}"; cat "$root"/{setup.py,pyproject.toml} 2>/dev/null || true; } | sha256sum)
-  if [[ ! -f $env/.made-from || $(<"$env/.made-from") != "$state" ]] || ! "$env/bin/python" -c '' 2>/dev/null; then
+  packages=$({ echo "$env"; cat "${files[@]}"; } | sha256sum)
+  project=$({ echo "$packages $root"; cat "$root"/{setup.py,pyproject.toml} 2>/dev/null || true; } | sha256sum)
+  if ! is_of packages "$packages" || ! "$env/bin/python" -c '' 2>/dev/null; then
     [[ ! -d $env || -f $env/pyvenv.cfg || -z $(ls -A "$env") ]] ||
       die 17 "$env exists and was not made by this script. Remove it, or set DISTPAD_ENVS."
-    say "creating or updating $env"
     python=$(find_python)
+    say "creating or updating $env"
     make_environment "$python" "$env" "${files[@]}" ||
       die 17 "could not install $stack (see the output of uv and pip above). Check the network, and run this script again."
-    if [[ -f $root/setup.py ]]; then
-      "$UV" pip install --quiet --python "$env/bin/python" --no-deps --no-build-isolation -e "$root" >&2 ||
-        die 17 "the environment is complete, but distpad's own setup.py failed in it (see above)."
-    fi
     # also compiles the bytecode, which processes that start together would each do
     "$env/bin/python" -c 'import tensorflow' 2>/dev/null || die 17 "TensorFlow does not load: $env/bin/python -c 'import tensorflow'"
     [[ -z $tests ]] || touch "$env/.tests"
-    echo "$state" >"$env/.made-from"
+    rm -f "$env/.project" # which pip sync has removed
+    echo "$packages" >"$env/.packages"
+  fi
+  if [[ -f $root/setup.py ]] && ! is_of project "$project"; then
+    find_uv "$env/bin/python"
+    "$UV" pip install --quiet --python "$env/bin/python" --no-deps --no-build-isolation -e "$root" >&2 ||
+      die 17 "the environment is complete, but distpad's own setup.py failed in it (see above)."
+    echo "$project" >"$env/.project"
   fi
   if [[ -n $horovod ]]; then "$here/install_horovod.sh" --python "$env/bin/python" --if-needed >&2; fi
   say "ready: $env"
