@@ -46,7 +46,7 @@ class Agent:
         self.rank_envs: dict[str, dict[str, str]] = {}  # rank: its own variables, if an engine starts the workers
         self.daemons: set[psutil.Process] = set()
         self.seen: set[psutil.Process] = set()  # the workers' descendants, in case that a worker is killed
-        self.connected: set[int | None] = set()  # the ranks of all workers that have connected so far
+        self.connected: dict[int, int | None] = {}  # the ids and ranks of all workers that have connected so far
         self.watchers: list[asyncio.Future[None]] = []  # tasks
         self.launcher: asyncio.StreamWriter
 
@@ -127,7 +127,8 @@ class Agent:
 
     def _look(self) -> None:
         workers = [hello["pid"] for hello in self.workers.values()]
-        self.seen |= {each for each in processes.descendants([os.getpid(), *workers]) if each.pid not in workers}
+        found = processes.descendants([os.getpid(), *workers])
+        self.seen |= {each for each in found if each.pid not in self.connected}  # workers end by themselves
 
     async def _report_writes(self) -> None:
         """Report that workers write to files, perhaps a checkpoint, so that the launcher leaves them time."""
@@ -161,7 +162,7 @@ class Agent:
     async def _watch(self, process: asyncio.subprocess.Process, rank: int) -> None:
         """Report the exit of a worker that never connected. Its output has reached the launcher as the agent's own."""
         code = await process.wait()
-        if rank not in self.connected:
+        if rank not in self.connected.values():
             self.send(is_="exit", rank=rank, code=code if code >= 0 else 128 - code)
 
     async def _worker(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -173,7 +174,7 @@ class Agent:
                 message = json.loads(line)
                 if message["is"] == "hello":
                     hello = self.workers[writer] = message
-                    self.connected.add(message["rank"])
+                    self.connected[message["pid"]] = message["rank"]
                     with contextlib.suppress(psutil.Error):
                         parent = psutil.Process(message["parent"])
                         self.daemons |= {parent} if parent.name() in DAEMONS else set()
