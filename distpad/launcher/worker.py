@@ -78,12 +78,14 @@ class Worker:
         orders = json.loads(line)
         for number in orders["ignored"]:
             signal.signal(number, signal.SIG_IGN)  # the command inherits it
+        listener = threading.Thread(target=self.listen, args=(orders["grace_s"],), daemon=True)
         try:
             self.child = start(orders)
         except OSError as error:
             code = 127 if isinstance(error, FileNotFoundError) else 126
             what = error.filename or orders["command"][0]
             self.send(is_="output", stream="stderr", text=f"distpad: cannot start {what}: {error.strerror}\n")
+            listener.start()
             return self.finish(code, orders)
         for number in self.pending:
             self.signal(number)
@@ -91,10 +93,10 @@ class Worker:
             threading.Thread(target=self.pump, args=(source, name), daemon=True)
             for source, name in ((self.child.stdout, "stdout"), (self.child.stderr, "stderr"))
         ]
-        for thread in (*pumps, threading.Thread(target=self.listen, args=(orders["grace_s"],), daemon=True)):
+        for thread in (*pumps, listener):
             thread.start()
-        code = processes.wait(self.child.pid)
-        self.child.returncode = code
+        code = self.child.returncode = processes.wait(self.child.pid)
+        self.child = None  # another process may get its number
         end = time.monotonic() + times.LEFTOVERS_S
         for pump in pumps:
             pump.join(max(0, end - time.monotonic()))
@@ -136,9 +138,10 @@ class Worker:
 
     def kill(self, number: int) -> None:
         """Send a signal to the command's process group."""
-        if self.child is not None:
+        child = self.child
+        if child is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.child.pid, number)
+                os.killpg(child.pid, number)
 
     def send(self, is_: str, **fields: Any) -> None:
         # If the agent is gone, `listen` ends the command.
