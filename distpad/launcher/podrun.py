@@ -137,7 +137,7 @@ def _missing(job: spec.Job, environ: Mapping[str, str]) -> str:
     A Job makes a new launcher while the old one, on a drained node, still saves a checkpoint: the new one waits for it.
     """
     try:
-        hosts = job.hosts or discovery.Discovery(job, os.devnull, lambda host: True).discover()
+        hosts = discovery.Discovery(job, os.devnull, lambda host: True).discover() if job.elastic else job.hosts
     except ValueError as error:
         return str(error)
     silent = _ask(hosts, lambda host: not answers(host.name))
