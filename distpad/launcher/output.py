@@ -84,7 +84,9 @@ class Output:
         try:
             file = self.files.pop(name, None) or self._open(self.folder / name)
             self.files[name] = file
-            file.write(data)
+            left = memoryview(data)
+            while left:  # a disk that becomes full takes a part
+                left = left[file.write(left) :]
         except OSError as error:  # a full disk does not end the job, and may have room again later
             if name not in self.unwritable:
                 log(f"{self.folder / name} cannot be written ({error.strerror}): output continues on the terminal")
