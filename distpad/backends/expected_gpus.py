@@ -1,4 +1,4 @@
-"""The GPUs that a launcher promised to this worker."""
+"""The GPUs that the launcher expects this worker to see."""
 
 from __future__ import annotations
 

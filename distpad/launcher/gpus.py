@@ -1,6 +1,6 @@
 """GPUs: those that each worker uses, and why TensorFlow sees fewer. This module does not import TensorFlow.
 
-``doctor`` calls the pure functions with the facts of a host, and a worker that was promised GPUs with its own.
+``doctor`` calls the pure functions with the facts of a host, and a worker that expects GPUs with its own.
 """
 
 from __future__ import annotations

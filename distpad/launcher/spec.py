@@ -194,7 +194,7 @@ class Job:
 
     @property
     def gpus_each(self) -> int:
-        """The GPUs that each worker is promised; 0 for none."""
+        """The number of GPUs that each worker expects; 0 for none."""
         if not (self.gpus or self.gpus_per_worker):
             return 0
         if self.backend == "mirrored":

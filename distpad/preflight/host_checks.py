@@ -79,16 +79,16 @@ def nccl(host: str, facts: Facts, question: Question) -> Iterator[Finding]:
 
 
 def gpus(host: str, facts: Facts, question: Question) -> Iterator[Finding]:
-    """TensorFlow must see all GPUs of the host, or as many as a launcher promised, and have code for them."""
+    """TensorFlow must see all GPUs of the host, or as many as a launcher expects, and have code for them."""
     engine, driver, environment = _engine(facts, "tensorflow"), facts.get("gpus", {}), facts.get("environment", {})
     if "for_gpus" not in engine or not driver:
         return
-    promised = int(environment.get("DISTPAD_GPUS") or 0)
-    expected = promised or _gpus(facts) or (1 if driver.get("error") else 0)
+    wanted = int(environment.get("DISTPAD_GPUS") or 0)
+    expected = wanted or _gpus(facts) or (1 if driver.get("error") else 0)
     if engine["gpus"] < expected:
         visible = environment.get("CUDA_VISIBLE_DEVICES")
         why, remedy = launcher_gpus.why_unseen(expected, engine, driver, visible, driver["wheels"])
-        meant = not promised and engine["gpus"] and why.startswith("CUDA_VISIBLE_DEVICES")
+        meant = not wanted and engine["gpus"] and why.startswith("CUDA_VISIBLE_DEVICES")
         found = f"TensorFlow sees {engine['gpus']} of {expected} GPUs: {why}"
         yield warning(host, found, remedy) if meant else error(host, found, remedy)
     elif unfit := launcher_gpus.unsupported(engine, driver):

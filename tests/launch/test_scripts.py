@@ -96,8 +96,8 @@ def test_the_demonstration_takes_the_gpus(tmp_path, monkeypatch, count, argument
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "stacks").read_text() == f"{stack}\n"
     assert re.search(command, done.stdout), done.stdout
-    promised = re.search(r"^(\d*): examples", done.stdout, re.MULTILINE)  # launched jobs have --gpus instead
-    assert promised is None or promised[1] == ("2" if stack == "current-gpu" else "")
+    expected_gpus = re.search(r"^(\d*): examples", done.stdout, re.MULTILINE)  # launched jobs have --gpus instead
+    assert expected_gpus is None or expected_gpus[1] == ("2" if stack == "current-gpu" else "")
 
 
 @pytest.mark.skipif(bool(shutil.which("nvidia-smi")), reason="GPUs are here")

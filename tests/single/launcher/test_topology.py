@@ -220,7 +220,7 @@ def test_more_replicas_than_gpus(monkeypatch):
 
 GPU_BUILD = {"version": "2.21.0", "cuda": "12.5.1", "cudnn": "9", "for_gpus": True, "capabilities": ["sm_60", "sm_89"]}
 DRIVER = {"devices": 2, "names": ["RTX 5090"] * 2, "capabilities": ["12.0"] * 2, "version": "580.95", "cuda": "13.0"}
-PROMISED = "TensorFlow sees {} GPUs?, expected 2, set by DISTPAD_GPUS: "
+EXPECTED = "TensorFlow sees {} GPUs?, expected 2, set by DISTPAD_GPUS: "
 # seen GPUs, build, driver, CUDA_VISIBLE_DEVICES, message
 WITHOUT_GPUS = {
     "this TensorFlow": (
@@ -228,18 +228,18 @@ WITHOUT_GPUS = {
         None,
         None,
         "0,1",
-        PROMISED.format(0) + "TensorFlow is built for the CPU. launch/environment",
+        EXPECTED.format(0) + "TensorFlow is built for the CPU. launch/environment",
     ),
-    "no driver": (0, GPU_BUILD, {"cuda": ""}, "0,1", PROMISED.format(0) + "NVIDIA's driver is missing. Install"),
+    "no driver": (0, GPU_BUILD, {"cuda": ""}, "0,1", EXPECTED.format(0) + "NVIDIA's driver is missing. Install"),
     "one GPU": (
         1,
         GPU_BUILD,
         {"names": ["T4"], "devices": 1},
         "0,1",
-        PROMISED.format(1) + "CUDA_VISIBLE_DEVICES is '0,1'",
+        EXPECTED.format(1) + "CUDA_VISIBLE_DEVICES is '0,1'",
     ),
-    "an empty list": (0, GPU_BUILD, {}, "", PROMISED.format(0) + "CUDA_VISIBLE_DEVICES is ''. Unset it"),
-    "libraries": (0, GPU_BUILD, {}, "0,1", PROMISED.format(0) + "libraries of CUDA 12 and cuDNN 9 are missing"),
+    "an empty list": (0, GPU_BUILD, {}, "", EXPECTED.format(0) + "CUDA_VISIBLE_DEVICES is ''. Unset it"),
+    "libraries": (0, GPU_BUILD, {}, "0,1", EXPECTED.format(0) + "libraries of CUDA 12 and cuDNN 9 are missing"),
     "sm_120": (
         2,
         GPU_BUILD,
@@ -251,7 +251,7 @@ WITHOUT_GPUS = {
 
 
 @pytest.mark.parametrize("name", WITHOUT_GPUS)
-def test_a_worker_that_was_promised_gpus_does_not_train_on_the_cpu(monkeypatch, name):
+def test_a_worker_that_expects_gpus_does_not_train_on_the_cpu(monkeypatch, name):
     seen, build, driver, visible, message = WITHOUT_GPUS[name]
     monkeypatch.setenv("DISTPAD_GPUS", "2")
     monkeypatch.setenv("DISTPAD_BACKEND", "mirrored")
@@ -266,11 +266,9 @@ def test_a_worker_that_was_promised_gpus_does_not_train_on_the_cpu(monkeypatch, 
             call()
 
 
-@pytest.mark.parametrize(
-    ("visible", "promised", "rank", "own"), [(4, 1, 2, 2), (1, 1, 3, 0), (2, 2, 3, 0), (4, 0, 3, 3)]
-)
-def test_the_gpu_of_a_rank(monkeypatch, visible, promised, rank, own):
-    monkeypatch.setenv("DISTPAD_GPUS", str(promised or ""))
+@pytest.mark.parametrize(("visible", "each", "rank", "own"), [(4, 1, 2, 2), (1, 1, 3, 0), (2, 2, 3, 0), (4, 0, 3, 3)])
+def test_the_gpu_of_a_rank(monkeypatch, visible, each, rank, own):
+    monkeypatch.setenv("DISTPAD_GPUS", str(each or ""))
     assert _gpu_of(rank, list(range(visible))) == own
 
 

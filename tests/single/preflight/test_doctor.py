@@ -132,11 +132,11 @@ ON_ONE_HOST = {
         *("GPUs", "error", {**UNSEEN, "gpus.cuda": "", "gpus.names": []}),
         *("sees 0 of 4 GPUs: NVIDIA's driver is missing", "request GPUs"),
     ),
-    "GPUs that were promised to a CPU image": (
+    "GPUs that a CPU image does not use": (
         *("GPUs", "error", {**NO_GPUS, "engines.tensorflow.for_gpus": False, "environment.DISTPAD_GPUS": "8"}),
         *("sees 0 of 8 GPUs: TensorFlow is built for the CPU", "environment.sh current-gpu"),
     ),
-    "GPUs that were promised and are not there": (
+    "GPUs that are expected and not there": (
         *("GPUs", "error", {**NO_GPUS, "environment.DISTPAD_GPUS": "8"}),
         *("sees 0 of 8 GPUs: NVIDIA's driver is missing", r"nvidia.com/gpu"),
     ),
