@@ -25,7 +25,8 @@ MOST_ROUNDS = 5  # of killing processes that start others
 
 
 def adopt_orphans() -> None:
-    """Make this process the parent of its descendants whose parents end."""
+    """Make this process the parent of its descendants whose parents end, and let it learn their exit codes."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as some parents leave it, it would lose them
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 

@@ -191,6 +191,11 @@ def test_a_signal_that_was_ignored_at_the_start_stays_ignored(number, under):
     assert sorted(done.stdout.splitlines()) == [f"[worker {rank}] {number.name} True" for rank in (0, 1)]
 
 
+def test_an_ignored_sigchld_loses_no_exit_code():
+    done = launch("-np", 1, command=scripted("0=exit:7"), under=("env", "--ignore-signal=CHLD"))
+    assert done.code == 7 and "ChildProcessError" not in done.stderr
+
+
 def test_a_second_ctrl_c_does_not_wait():
     running = Launched("-np", 2, "--grace-s", 300, command=scripted("all=ignore-terms", "all=sleep:600"))
     running.workers(2)
