@@ -42,7 +42,7 @@ _PACKAGES = {
     "scale_regularization": "gradients",
     "unpad": "padding",
 }
-_MODULES = ("backends", "metrics")
+_MODULES = ("backends", "layers", "metrics")
 __all__ = sorted([*_PACKAGES, *_MODULES])
 
 
@@ -60,6 +60,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:  # the same names for editors and type checkers; a test compares the two lists
     from distpad import backends as backends
+    from distpad import layers as layers
     from distpad import metrics as metrics
     from distpad.backends import ElasticState as ElasticState
     from distpad.certification import Certificate as Certificate

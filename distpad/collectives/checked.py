@@ -38,7 +38,7 @@ class Check(NamedTuple):
 def all_gather(
     backend: backends.Backend,
     function: str,
-    payload: Sequence[Any],
+    payload: Sequence[Any] | tf.Tensor,
     checks: Sequence[Check] = (),
     argument_error: Exception | None = None,
 ) -> tf.Tensor:
@@ -47,7 +47,7 @@ def all_gather(
     Args:
       backend: the engine.
       function: the name of the public function, for messages.
-      payload: scalars, as many on all replicas. They travel as float64, which is exact for integers up to 2**53.
+      payload: scalars, or a vector, as many on all replicas. They travel as float64, exact for integers up to 2**53.
       checks: the conditions that must hold on this replica.
       argument_error: an error that this replica caught before the all-gather. The values of its payload do not matter.
 
@@ -67,7 +67,8 @@ def all_gather(
         check_locally(backend, function, [check for check in checks if isinstance(check.ok, bool)])
     report = _report(checks, argument_error, texts=not is_compiling())
     # A gradient through the collective would be a second collective, which only some replicas might run.
-    packed = tf.stop_gradient(tf.concat([[tf.cast(n, tf.float64) for n in payload], report], 0))
+    numbers = payload if isinstance(payload, tf.Tensor) else tf.stack([tf.cast(n, tf.float64) for n in payload])
+    packed = tf.stop_gradient(tf.concat([numbers, report], 0))
     try:
         table = backend.all_gather(packed)
     except Exception as error:
@@ -76,10 +77,10 @@ def all_gather(
         if "ismatched" in str(error):  # Horovod's message for different sizes, which the structure determines
             raise ValueError(
                 f"{function}: replicas gave arguments of different structure, expected nests of as many tensors on all "
-                f"({len(payload)} here)."
+                f"({numbers.shape[0]} here)."
             ) from error
         raise
-    payloads, reports = tf.split(table, [len(payload), report.shape[0]], axis=1)
+    payloads, reports = tf.split(table, [numbers.shape[0], report.shape[0]], axis=1)
     ok = tf.reduce_all(reports[:, 0] == 0)
     if tf.executing_eagerly():
         if not ok:
