@@ -23,7 +23,9 @@ _PACKAGES = {
     "DistributedOptimizer": "gradients",
     "ElasticState": "backends",
     "GradientAccumulator": "gradients",
+    "Indices": "data",
     "LengthSampler": "data",
+    "Lengths": "data",
     "Pad": "data",
     "Padded": "padding",
     "PaddedBatches": "data",
@@ -69,6 +71,8 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test compar
     from distpad.collectives import pad_to_global_max as pad_to_global_max
     from distpad.data import Batch as Batch
     from distpad.data import Columns as Columns
+    from distpad.data import Indices as Indices
+    from distpad.data import Lengths as Lengths
     from distpad.data import LengthSampler as LengthSampler
     from distpad.data import Pad as Pad
     from distpad.data import PaddedBatches as PaddedBatches

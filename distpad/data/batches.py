@@ -239,7 +239,7 @@ class PaddedBatches(tf.train.experimental.PythonState):
             key = following, sources.count_of(self._source)  # a source that grows is read again
             self._ahead.keep(key, self._make_reader(following, waits=True))
 
-    def for_keras(self, *, x: Any, y: Any, repeat: bool = False) -> Any:
+    def for_keras(self, *, x: Any, y: Any, y_true: Any = None, repeat: bool = False) -> Any:
         """Return a ``tf.data.Dataset`` of this worker's batches for ``fit``: ``(x, y, weights)``.
 
         Each iteration of the dataset is an epoch. The weights are the mask of the ``tokens`` feature, times its
@@ -253,6 +253,11 @@ class PaddedBatches(tf.train.experimental.PythonState):
           x, y: the inputs and the labels: a feature's name, or a list, tuple or dict of names. The name of a part of an
             example selects all features in that part. ``y=None`` is for ``predict``: the dataset then yields ``(x,)``,
             without filler rows, in the order of the source. ``predict`` on a dataset with ``y`` is an error.
+            ``distpad.Lengths(name)`` stands for the lengths of a padded feature, ``distpad.Indices()`` for the example
+            indices.
+          y_true: names that the loss inside ``DistributedLoss`` gets as its ``y_true``, in place of ``y``: one, or a
+            tuple or dict of them, where Keras takes one tensor a prediction. None: the loss gets ``y``, and ``CTC`` the
+            label lengths and frames too. A mapping by loss if ``tokens`` is a mapping.
           repeat: continue with the next epoch, for ``fit(..., steps_per_epoch=...)``. Keras 2 needs it with several
             workers of a MultiWorkerMirroredStrategy.
 
@@ -303,7 +308,7 @@ class PaddedBatches(tf.train.experimental.PythonState):
             remedy = "Then write fit(dataset, steps_per_epoch=...)."
             raise ValueError(errors.sentence("for_keras", "repeat", found, "True", remedy))
         self._check_engine(of_workers=True)
-        elements = keras.Elements(self._config, x, y, repeat, behaviour.leaves_apart)
+        elements = keras.Elements(self._config, x, y, y_true, repeat, behaviour.leaves_apart)
         self._requests.leave(elements)
         first = self._progress.open(elements)
         try:
@@ -319,7 +324,11 @@ class PaddedBatches(tf.train.experimental.PythonState):
         is_whole = self._config.accumulation_steps == self._backend.num_workers == 1
         feed = feeder.Feeder(self._progress, self._requests, elements, first, every)
         made = keras.dataset(feed, signature, every if is_whole or not elements.predicts else None, repeats=repeat)
-        dataset = keras.distributed(made, self._backend)
+        facts = {}
+        if not elements.predicts:
+            replicas = self._backend.num_replicas
+            facts = {loss: elements.facts(loss, features, replicas) for loss in self._config.tokens}
+        dataset = keras.distributed(made, self._backend, facts)
         elements.dataset = weakref.ref(dataset)
         return dataset
 

@@ -16,10 +16,11 @@ from distpad import backends, errors, versions
 from distpad.data import shutdown
 from distpad.data.collate import Batch
 from distpad.data.config import Config
+from distpad.data.derived import Indices, Lengths
 from distpad.data.schema import Feature, Features
-from distpad.data.structure import Name
+from distpad.data.structure import Name, as_key
 from distpad.data.sync import Channel
-from distpad.losses.counted import CountedWeights
+from distpad.losses.counted import CountedWeights, Facts
 
 _NAME = "for_keras"
 _PEEKS = "_maybe_symbolic_build"
@@ -27,10 +28,12 @@ _CHANNELS = itertools.count(1)  # one for each dataset, since threads of tf.data
 
 
 class _Counted(NamedTuple):
-    """The weights of a batch and the counts of its step in each row, of which ``distributed`` makes CountedWeights."""
+    """The weights of a batch, and what its rows carry to the loss, of which ``distributed`` makes CountedWeights."""
 
     values: Any
     counts: Any
+    lengths: Mapping[str, Any]
+    labels: Mapping[str, Any]
 
 
 class Elements:
@@ -38,6 +41,8 @@ class Elements:
 
     Args:
       x, y: names of features, or nests of names. ``y=None`` is for ``predict``: elements hold the real rows of ``x``.
+      y_true: a name, a tuple or a dict of names, which reach the loss in place of ``y``; None: ``y`` does. A mapping by
+        loss if ``tokens`` is a mapping.
       repeats: whether an iteration continues with the next epoch.
       leaves_apart: see ``FitBehaviour``.
 
@@ -50,12 +55,32 @@ class Elements:
       TypeError: not a name. ValueError: an empty nest.
     """
 
-    def __init__(self, config: Config, x: Any, y: Any, repeats: bool, leaves_apart: bool) -> None:
+    def __init__(self, config: Config, x: Any, y: Any, y_true: Any, repeats: bool, leaves_apart: bool) -> None:
         self._config, self.repeats = config, repeats
         self.channel = Channel(next(_CHANNELS), handshakes=leaves_apart)
         self.predicts = y is None
         self._given = {"x": _as_nest("x", x)} if self.predicts else {"x": _as_nest("x", x), "y": _as_nest("y", y)}
+        self._y_true = self._labels_of(y_true)
         self.dataset: Callable[[], Any] = lambda: None
+
+    def _labels_of(self, y_true: Any) -> dict[Any, Any]:
+        """``y_true`` by loss: a name, a tuple or a dict of names, or None."""
+        if y_true is None:
+            return dict.fromkeys(self._config.tokens)
+        if self.predicts:
+            raise ValueError(errors.sentence(_NAME, "y_true", repr(y_true), "None where y is None, for predict"))
+        of_losses = {None: y_true} if None in self._config.tokens else y_true
+        if not isinstance(of_losses, Mapping) or {*of_losses} - {*self._config.tokens}:
+            rule = f"a mapping from losses: {[*self._config.tokens]}"
+            raise ValueError(errors.sentence(_NAME, "y_true", repr(y_true), rule))
+        found = {
+            loss: _as_nest("y_true", of_losses[loss]) if loss in of_losses else None for loss in self._config.tokens
+        }
+        for nest in found.values():
+            parts = nest.values() if isinstance(nest, Mapping) else nest if isinstance(nest, tuple) else ()
+            if any(tf.nest.is_nested(part) for part in parts):
+                raise ValueError(errors.sentence(_NAME, "y_true", repr(nest), "a name, or one tuple or dict of names"))
+        return found
 
     def __str__(self) -> str:
         return ", ".join(f"{argument}={names!r}" for argument, names in self._given.items())
@@ -66,7 +91,8 @@ class Elements:
         for batch in batches:
             arrays = features.by_name(batch.data)
             weights = {} if self.predicts else {n: self._counted(n, features, batch) for n in self._config.tokens}
-            parts.append((*_mapped(arrays.__getitem__, names), weights.get(None, weights)))
+            value = functools.partial(_value, arrays=arrays, batch=batch)
+            parts.append((*_mapped(value, names), weights.get(None, weights)))
         joined = tf.nest.map_structure(lambda *rows: np.concatenate(rows), *parts)
         if not self.predicts:
             return joined
@@ -97,7 +123,9 @@ class Elements:
         """
         known = {feature.name: feature for feature in features.features}
 
-        def spec(name: Name) -> tf.TensorSpec:
+        def spec(name: Any) -> tf.TensorSpec:
+            if isinstance(name, (Lengths, Indices)):
+                return tf.TensorSpec([rows], tf.int32 if isinstance(name, Lengths) else tf.int64)
             feature: Feature = known[name]
             return tf.TensorSpec([rows, *feature.shape], tf.as_dtype(feature.dtype))
 
@@ -107,21 +135,47 @@ class Elements:
         weights = {}
         for loss in self._config.tokens:
             values = tf.TensorSpec([rows, *[None] * self._rank_of_weights(loss, features)], tf.float32)
-            is_counted = self._is_counted(loss, features)
-            weights[loss] = _Counted(values, tf.TensorSpec([rows, 5], tf.float64)) if is_counted else values
+            weights[loss] = values
+            if self._rank_of_weights(loss, features):
+                lengths = {str(name): tf.TensorSpec([rows], tf.int32) for name in self._config.padding}
+                labels = {key: spec(name) for key, name in self._labels(loss, features).items()}
+                weights[loss] = _Counted(values, tf.TensorSpec([rows, 5], tf.float64), lengths, labels)
         return (*_mapped(spec, self._named(features)), weights.get(None, weights))
 
     def _named(self, features: Features) -> tuple[Any, ...]:
         """``x`` and ``y`` as nests of feature names; the name of a part of an example becomes a nest."""
 
-        def named(argument: str, name: Name) -> Any:
-            try:
-                return features.named(name)
-            except KeyError:
-                rule = f"a feature of an example: {features.names}"
-                raise ValueError(errors.sentence(_NAME, argument, repr(name), rule)) from None
+        return tuple(
+            _mapped(functools.partial(self._feature, features, argument), names)
+            for argument, names in self._given.items()
+        )
 
-        return tuple(_mapped(functools.partial(named, argument), names) for argument, names in self._given.items())
+    def _feature(self, features: Features, argument: str, name: Any) -> Any:
+        """A name as the nest of the features in this part of an example."""
+        if isinstance(name, Indices):
+            return name
+        if isinstance(name, Lengths):
+            if name.feature not in self._config.padding:
+                rule = f"a feature of padding: {[*self._config.padding]}"
+                raise ValueError(errors.sentence(_NAME, argument, repr(name), rule))
+            return name
+        try:
+            return features.named(name)
+        except KeyError:
+            rule = f"a feature of an example: {features.names}, distpad.Lengths(...) or distpad.Indices()"
+            raise ValueError(errors.sentence(_NAME, argument, repr(name), rule)) from None
+
+    def _labels(self, loss: Any, features: Features) -> dict[str, Any]:
+        """The names of ``y_true`` of a loss, by their keys or places."""
+        nest = self._y_true[loss]
+        if nest is None:
+            return {}
+        parts = nest if isinstance(nest, Mapping) else dict(enumerate(nest if isinstance(nest, tuple) else [nest]))
+        named = {str(key): self._feature(features, "y_true", name) for key, name in parts.items()}
+        for name in named.values():
+            if tf.nest.is_nested(name):
+                raise ValueError(errors.sentence(_NAME, "y_true", repr(nest), "names of single features"))
+        return named
 
     def _rank_of_weights(self, loss: Any, features: Features) -> int:
         """The number of axes of a loss's weights after the axis of rows: 0 with one label per row."""
@@ -131,22 +185,35 @@ class Elements:
             return 0
         return len(self._config.counted_axes[self._config.tokens[loss]])
 
-    def _is_counted(self, loss: Any, features: Features) -> bool:
-        """Whether a step's counts are those of its weights.
-
-        With one label per row they are not: they count positions, or rows with positions. With micro-batches they count
-        a whole group, and fit averages over each micro-batch.
-        """
-        return self._config.accumulation_steps == 1 and self._rank_of_weights(loss, features) > 0
-
     def _counted(self, loss: Any, features: Features, batch: Batch) -> Any:
         """The weights, with the counts of the step in each row."""
         weights = self._weights(loss, features, batch)
-        if not self._is_counted(loss, features):
+        if not self._rank_of_weights(loss, features):
             return weights
         counts = (batch.loss_inputs if loss is None else batch.loss_inputs[loss]).counts
         numbers = np.array([counts.tokens, counts.sequences, *counts.local, len(weights)], np.float64)
-        return _Counted(weights, np.tile(numbers, [len(weights), 1]))
+        arrays = features.by_name(batch.data)
+        lengths = {str(name): _value(Lengths(name), arrays, batch) for name in self._config.padding}
+        labels = {key: _value(name, arrays, batch) for key, name in self._labels(loss, features).items()}
+        return _Counted(weights, np.tile(numbers, [len(weights), 1]), lengths, labels)
+
+    def facts(self, loss: Any, features: Features, replicas: int) -> tuple[Any, ...]:
+        """What CountedWeights of a loss hold for all batches: its replicas, dtype and facts.
+
+        Counts of micro-batches are those of a whole group, while fit averages over each micro-batch.
+        """
+        padded = [name for name in tf.nest.flatten(self._named(features)[0]) if name in self._config.padding]
+        weights, rank = self._config.weights.get(loss), 0
+        if weights is not None:
+            (rank,) = (len(each.shape) for each in features.features if each.name == weights)
+        nest = self._y_true[loss]
+        facts = Facts(
+            tokens=str(self._config.tokens[loss]),
+            inputs=str(padded[0]) if len(padded) == 1 else "",
+            weighs="" if weights is None else "positions" if rank else "rows",
+            nest="dict" if isinstance(nest, Mapping) else "tuple" if isinstance(nest, tuple) else "",
+        )
+        return (replicas if self._config.accumulation_steps == 1 else 0, tf.float32, *facts)
 
     def _weights(self, loss: Any, features: Features, batch: Batch) -> np.ndarray:
         """Weights ``[batch, *positions]``, or ``[batch]`` with one label per row; 0 on padding and filler rows."""
@@ -196,30 +263,34 @@ def behaviour_of(backend: backends.Backend) -> FitBehaviour:
     return FitBehaviour(4 if keras_3 and not several else 0, 3, several and not keras_3, several)
 
 
-def distributed(dataset: tf.data.Dataset, backend: backends.Backend) -> Any:
-    """Return a dataset of this worker's batches in the form that fit takes under the backend."""
+def distributed(dataset: tf.data.Dataset, backend: backends.Backend, facts: Mapping[Any, Any]) -> Any:
+    """Return a dataset of this worker's batches in the form that fit takes under the backend.
+
+    Args:
+      facts: of each loss, what ``Elements.facts`` returned.
+    """
     if not isinstance(backend, backends.StrategyBackend) or backend.num_workers == 1:
-        return _carrying_counts(dataset, backend.num_replicas)  # fit splits each batch between the replicas
+        return _carrying_counts(dataset, facts)  # fit splits each batch between the replicas
     # Fit would shard a tf.data.Dataset between the workers; each replica takes the next element of this one.
     here = backend.replicas_here
     if here > 1:
         dataset = dataset.flat_map(lambda *batch: split(batch, here))
-    dataset = _carrying_counts(dataset, backend.num_replicas)
+    dataset = _carrying_counts(dataset, facts)
     return backend.strategy.distribute_datasets_from_function(lambda _: dataset)
 
 
-def _carrying_counts(dataset: tf.data.Dataset, replicas: int) -> tf.data.Dataset:
+def _carrying_counts(dataset: tf.data.Dataset, facts: Mapping[Any, Any]) -> tf.data.Dataset:
     """Return the dataset with CountedWeights, whose counts reach DistributedLoss through fit."""
     if len(dataset.element_spec) < 3:  # for predict
         return dataset
 
-    def carried(part: Any) -> Any:
-        return CountedWeights(*part, replicas, tf.float32) if isinstance(part, _Counted) else part
+    def carried(part: Any, loss: Any = None) -> Any:
+        return CountedWeights(*part, *facts[loss]) if isinstance(part, _Counted) else part
 
     @tf.autograph.experimental.do_not_convert
     def element(x: Any, y: Any, weights: Any) -> Any:
         several = isinstance(weights, Mapping)
-        return x, y, {loss: carried(part) for loss, part in weights.items()} if several else carried(weights)
+        return x, y, {loss: carried(part, loss) for loss, part in weights.items()} if several else carried(weights)
 
     return dataset.map(element)
 
@@ -276,9 +347,19 @@ def _as_nest(argument: str, given: Any) -> Any:
         return tuple(_as_nest(argument, item) for item in given)
     if isinstance(given, (Mapping, list, tuple)):
         raise ValueError(errors.sentence(_NAME, argument, repr(given), "at least one feature"))
-    if isinstance(given, bool) or not isinstance(given, (str, int)):
+    if isinstance(given, bool) or not isinstance(given, (str, int, Lengths, Indices)):
         raise TypeError(errors.sentence(_NAME, argument, repr(given), "the name of a feature, or a nest of names"))
     return given
+
+
+def _value(name: Any, arrays: Mapping[Name, np.ndarray], batch: Batch) -> np.ndarray:
+    """The rows of a feature, of lengths, or of indices."""
+    if isinstance(name, Indices):
+        return batch.indices
+    if isinstance(name, Lengths):
+        real = np.arange(len(batch.indices)) < batch.rows
+        return np.where(real, batch.lengths[as_key(name.feature)], 0).astype(np.int32)
+    return arrays[name]
 
 
 def _mapped(function: Callable[[Any], Any], names: Any) -> Any:

@@ -100,7 +100,9 @@ class BatchNormalization(tf.keras.layers.BatchNormalization):
             for weight, default in ((self.gamma, 1), (self.beta, 0))
         )
         backend = backends.resolve_step(function=_NAME) if trains else None
-        valid, checks, error = None, [], None
+        valid: tf.Tensor | None = None
+        checks: list[checked.Check] = []
+        error: Exception | None = None
         try:
             valid, checks = _valid(x, mask, lengths)
         except (ValueError, TypeError) as caught:
@@ -109,8 +111,8 @@ class BatchNormalization(tf.keras.layers.BatchNormalization):
             error = caught
         if backend is None:
             checked.check_locally(backends.LocalBackend(), _NAME, checks)
-            moving = (tf.cast(each, x.dtype) for each in (self.moving_mean, self.moving_variance))
-            y = _normalized(x, gamma, beta, *moving, self.epsilon)
+            mean, variance = (tf.cast(each, x.dtype) for each in (self.moving_mean, self.moving_variance))
+            y = (x - mean) * (tf.math.rsqrt(variance + self.epsilon) * gamma) + beta
             y = y if valid is None else tf.where(valid, y, tf.zeros([], y.dtype))
         else:
             moments = _moments(backend, x, valid, checks, error)
@@ -199,10 +201,6 @@ def _moments(
     squares = tf.reduce_sum(squares + counts * tf.square(means - mean), 0)
     variance = tf.math.divide_no_nan(squares, count)
     return Moments(count, tf.cast(mean, x.dtype), tf.cast(variance, x.dtype))
-
-
-def _normalized(x: Any, gamma: Any, beta: Any, mean: Any, variance: Any, epsilon: float) -> tf.Tensor:
-    return (x - mean) * (tf.math.rsqrt(variance + tf.cast(epsilon, x.dtype)) * gamma) + beta
 
 
 def _trained(

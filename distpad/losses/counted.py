@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -13,6 +13,22 @@ from distpad.collectives.checked import Check
 from distpad.losses.averages import Sums
 
 _TOLERANCE = 1e-4  # of sums of weights: the pipeline and the loss add them in different orders and precisions
+
+
+class Facts(NamedTuple):
+    """What CountedWeights hold for all batches of a dataset.
+
+    Attributes:
+      tokens: the counted feature.
+      inputs: the padded feature of the model's inputs, "" if there is none or several.
+      weighs: "" without sample weights, else what they weigh: "rows" or "positions".
+      nest: the kind of nest of the loss's own labels: "tuple", "dict", or "" for one tensor.
+    """
+
+    tokens: str
+    inputs: str
+    weighs: str
+    nest: str
 
 
 class CountedWeights(tf.experimental.BatchableExtensionType):
@@ -25,10 +41,14 @@ class CountedWeights(tf.experimental.BatchableExtensionType):
       values: ``[rows, *positions]`` float32, the weights.
       counts: ``[rows, 5]`` float64: the tokens and sequences of all replicas, and the tokens, sequences and rows of
         this replica. All rows of a replica hold the same numbers, since strategies split a batch by rows.
-      replicas: the number of replicas that were counted.
+      lengths: of each padded feature ``[rows]`` int32, 0 in filler rows.
+      labels: features that the loss gets as its ``y_true``, by key or place; empty: it gets Keras's.
+      replicas: the number of replicas that were counted; 0 for counts of other rows, which the loss does not use.
       dtype: the dtype in which operations see the weights.
+      tokens, inputs, weighs, nest: see ``Facts``.
 
-    >>> weights = CountedWeights([[1.0, 0.0]], tf.constant([[1.0, 1, 1, 1, 1]], tf.float64), 1, tf.float32)
+    >>> counts = tf.constant([[1.0, 1, 1, 1, 1]], tf.float64)
+    >>> weights = CountedWeights([[1.0, 0.0]], counts, {"y": [1]}, {}, 1, tf.float32)
     >>> float(tf.reduce_sum(weights)), (weights * 2).numpy().tolist()
     (1.0, [[2.0, 0.0]])
     """
@@ -37,8 +57,14 @@ class CountedWeights(tf.experimental.BatchableExtensionType):
 
     values: tf.Tensor
     counts: tf.Tensor
+    lengths: Mapping[str, tf.Tensor]
+    labels: Mapping[str, tf.Tensor]
     replicas: int
     dtype: tf.DType
+    tokens: str = ""
+    inputs: str = ""
+    weighs: str = ""
+    nest: str = ""
 
     class Spec:  # TensorFlow adds the specs of the attributes
         @property
@@ -50,10 +76,13 @@ class CountedWeights(tf.experimental.BatchableExtensionType):
 
             It has the rows that TensorFlow gives other features there, so that static shapes stay known.
             """
-            specs = self.values, self.counts  # type: ignore[attr-defined]
             rows = 0 if self.shape.is_fully_defined() else self.shape[0] or 0
-            values, counts = (tf.zeros([rows, *[size or 0 for size in spec.shape[1:]]], spec.dtype) for spec in specs)
-            return CountedWeights(values, counts, self.replicas, self.dtype)  # type: ignore[attr-defined]
+            of = lambda spec: tf.zeros([rows, *[size or 0 for size in spec.shape[1:]]], spec.dtype)
+            parts = (
+                tf.nest.map_structure(of, getattr(self, name)) for name in ("values", "counts", "lengths", "labels")
+            )
+            facts = (getattr(self, name) for name in ("replicas", "dtype", *Facts._fields))
+            return CountedWeights(*parts, *facts)
 
     @property
     def shape(self) -> tf.TensorShape:
@@ -103,13 +132,33 @@ class CountedWeights(tf.experimental.BatchableExtensionType):
         found = highest[2], highest[4], sums.tokens, rows
         return Check(text, found, tf.logical_and(is_whole, tf.reduce_all(is_close)))
 
+    def labels_of(self, y_true: Any, y_pred: Any, loss: Any) -> Any:
+        """Return the ``y_true`` of the loss: the labels that ``for_keras`` names, or those that the loss makes."""
+        if self.labels:
+            parts = dict(self.labels)
+            places = tuple(parts.get(str(place)) for place in range(len(parts)))
+            return parts if self.nest == "dict" else places if self.nest else parts["0"]
+        return loss.labels_in_fit(y_true, y_pred, self) if hasattr(loss, "labels_in_fit") else y_true
+
+    def sources(self, per: str) -> dict[str, Any]:
+        """Return the arguments of the loss that tell which positions, or sequences, count."""
+        if per == "position":
+            return {"sample_weight": self.values}
+        if self.weighs == "positions":
+            raise ValueError(
+                "DistributedLoss: sample_weight weighs positions, expected one weight an example: the loss has one "
+                "value a sequence."
+            )
+        weight = tf.reduce_max(self.values, axis=range(1, self.values.shape.rank)) if self.weighs else None
+        return {"lengths": self.lengths[self.tokens], "sample_weight": weight}
+
     def has_counts(self, backend: backends.Backend, sources: dict[str, Any], loss: Any) -> bool:
-        """Return whether the counts are those of a call with these sources, which is known when a step is traced.
+        """Return whether the counts are those of a call with these further sources; known when a step is traced.
 
         Counts do not include what another mask or the loss itself drops. They are for a fixed number of
         replicas.
         """
-        others = [source for name, source in sources.items() if name != "sample_weight" and source is not None]
+        others = [name for name, source in sources.items() if source is not None]
         is_same_engine = not backend.is_elastic and backend.num_replicas == self.replicas
         return is_same_engine and not others and not getattr(loss, "drops_invalid", False)
 
@@ -130,4 +179,5 @@ for _name in tf.Tensor.OVERLOADABLE_OPERATORS:
 @tf.experimental.dispatch_for_api(tf.cast, {"x": CountedWeights})
 def _cast(x: CountedWeights, dtype: Any, name: str | None = None) -> CountedWeights:
     """Keep the counts: Keras 2 casts all weights to the dtype of the predictions. The values keep their precision."""
-    return CountedWeights(x.values, x.counts, x.replicas, tf.as_dtype(dtype))
+    facts = (getattr(x, name) for name in Facts._fields)
+    return CountedWeights(x.values, x.counts, x.lengths, x.labels, x.replicas, tf.as_dtype(dtype), *facts)

@@ -11,6 +11,7 @@ from distpad import backends, errors
 from distpad.backends.variables import replica_variable
 from distpad.collectives import shapes
 from distpad.collectives.checked import Check
+from distpad.losses.weights import keras_mask
 
 _NAME = "CTC"
 _ZERO = -1e30  # the logarithm of 0; -inf - -inf would be NaN
@@ -33,9 +34,14 @@ class CTC:
       too_long: "error": a label that needs more frames than its row has is an error on all replicas, which shows the
         replica, the row and both numbers. "leave_out": the row counts neither in the numerator nor in the count, and
         ``left_out`` counts it. The count then depends on the model's output, so that ``Counts`` are an argument error.
+      frames_per_step: in Keras's ``fit``, the frames of the input for one frame of the logits: the product of the
+        model's strides. A row then has ``ceil(length / frames_per_step)`` frames. None: the frames that Keras's mask
+        tells, or else all frames of the logits.
+      inputs: in ``fit``, the feature whose lengths are meant; None: the only padded feature of the model's inputs.
 
     Raises:
-      ValueError: an unknown ``too_long``; ``blank_index`` below -1. TypeError: ``blank_index`` is no integer.
+      ValueError: an unknown ``too_long``; ``blank_index`` below -1; ``frames_per_step`` below 1.
+      TypeError: ``blank_index`` or ``frames_per_step`` is no integer.
 
     >>> import distpad
     >>> ctc = CTC(blank_index=0, too_long="leave_out")
@@ -48,10 +54,16 @@ class CTC:
     Source: A. Graves et al., Connectionist temporal classification, 2006. XLA compiles the operations.
     """
 
-    def __init__(self, *, blank_index: int, too_long: str = "error") -> None:
+    def __init__(
+        self, *, blank_index: int, too_long: str = "error", frames_per_step: int | None = None, inputs: Any = None
+    ) -> None:
         errors.choice(_NAME, "too_long", too_long, ("error", "leave_out"))
         self.blank_index = errors.integer(_NAME, "blank_index", blank_index, least=-1)
         self.too_long = too_long
+        self.frames_per_step = (
+            None if frames_per_step is None else errors.integer(_NAME, "frames_per_step", frames_per_step, least=1)
+        )
+        self.inputs = inputs
         self.drops_invalid = too_long == "leave_out"
         self._left_out: tf.Variable | None = None
 
@@ -79,16 +91,22 @@ class CTC:
         losses = _negative_log_likelihood(log_odds, *(_int32(x) for x in (labels, lengths, batch.frames, batch.blank)))
         return tf.where(_passed(batch.failed[:-1]) if self.drops_invalid else passed, losses, np.nan)
 
+    def labels_in_fit(self, y_true: Any, y_pred: Any, weights: Any) -> tuple[Any, Any, tf.Tensor]:
+        """Return ``(labels, label lengths, frames)`` of a batch of ``for_keras``, for DistributedLoss.
+
+        Args:
+          weights: the sample weights of ``for_keras``, which carry the lengths.
+        """
+        frames = frames_in_fit(_NAME, y_pred, weights, self.frames_per_step, self.inputs)
+        return y_true, weights.lengths[weights.tokens], frames
+
     @tf.autograph.experimental.do_not_convert
-    def filter_invalid(
-        self, y_true: Any, y_pred: Any, rows: tf.Tensor | None, *, counting: bool
-    ) -> tuple[tf.Tensor | None, list[Check]]:
+    def filter_invalid(self, y_true: Any, y_pred: Any, rows: tf.Tensor | None) -> tuple[tf.Tensor | None, list[Check]]:
         """Return the rows that the loss can compute, and the checks of this batch, for DistributedLoss.
 
         Args:
           y_true, y_pred: as in a call.
           rows: bool ``[batch]``, the rows that count; None: all rows.
-          counting: whether ``left_out`` counts the rows that are left out.
 
         Returns: bool ``[batch]``, None for all rows; and the checks, each with the first row that fails it.
         """
@@ -103,8 +121,7 @@ class CTC:
         if self.drops_invalid:
             short = failed[-1]
             kept = tf.logical_not(short.rows)
-            if counting:
-                self._count(tf.math.count_nonzero(short.rows))
+            self._count(tf.math.count_nonzero(short.rows))
             failed = [*failed[:-1], short._replace(rows=tf.zeros_like(short.rows))]
         checks += [(tf.logical_not(tf.reduce_any(each.rows)), _first(each)) for each in failed]
         return kept, [Check(text, found, ok) for text, (ok, found) in zip(_TEXTS, checks)]
@@ -131,11 +148,35 @@ class CTC:
 
     def get_config(self) -> dict[str, Any]:
         """As in Keras."""
-        return {"blank_index": self.blank_index, "too_long": self.too_long}
+        names = ("blank_index", "too_long", "frames_per_step", "inputs")
+        return {name: getattr(self, name) for name in names}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> CTC:
         return cls(**config)
+
+
+def frames_in_fit(function: str, y_pred: Any, weights: Any, frames_per_step: int | None, inputs: Any) -> tf.Tensor:
+    """Return the frames of each row of the logits, ``[batch]``.
+
+    Args:
+      weights: the sample weights of ``for_keras``, which carry the lengths; other weights tell none.
+      frames_per_step, inputs: see ``CTC``.
+
+    Raises: ValueError: no lengths, or those of several features.
+    """
+    if frames_per_step is None:
+        mask = keras_mask(y_pred)
+        if mask is not None:
+            return tf.math.count_nonzero(mask, axis=1, dtype=tf.int32)
+        return tf.fill([tf.shape(y_pred)[0]], tf.shape(y_pred)[1])
+    lengths = getattr(weights, "lengths", {})
+    name = str(inputs) if inputs is not None else getattr(weights, "inputs", "")
+    if name not in lengths:
+        remedy = f"Write inputs=, one of {sorted(lengths)}." if lengths else "Give the weights of for_keras."
+        found = f"{frames_per_step} without the lengths of {'the inputs' if inputs is None else repr(inputs)}"
+        raise ValueError(errors.sentence(function, "frames_per_step", found, "those of one padded feature", remedy))
+    return -(-lengths[name] // frames_per_step)
 
 
 # -- the checks -------------------------------------------------------------------------------------------------------

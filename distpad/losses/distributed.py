@@ -140,17 +140,21 @@ class DistributedLoss(tf.keras.losses.Loss):
         if not backends.is_alone():  # a certificate's reference device is alone
             self._ran_on = backend
         carrier = sample_weight if isinstance(sample_weight, counted.CountedWeights) else None
-        sample_weight = sample_weight if carrier is None else carrier.values
-        sources = {"sample_weight": sample_weight, "lengths": lengths, "mask": mask}
+        sources = {"sample_weight": sample_weight if carrier is None else None, "lengths": lengths, "mask": mask}
         if batch is not None:
             sources, batch_counts = counts.read_batch(batch, sources, denominator)
             denominator = batch_counts if isinstance(self.average, str) else None
         sources.update(keras_mask=weights.keras_mask(y_pred), padding_value=self.padding_value)
+        if carrier is not None:
+            is_counted = carrier.has_counts(backend, sources, self.loss)
+            y_true = carrier.labels_of(y_true, y_pred, self.loss)
+            given = carrier.sources(self.per)
+            sources.update({name: value for name, value in given.items() if sources[name] is None})
         if denominator is not None:
             return self._average_locally(backend, y_true, y_pred, sources, denominator)
         if not backend.in_replica() and not tf.executing_eagerly():
-            return self._rehearse(y_true, y_pred, sources)
-        if carrier is None or self.per == "sequence" or not carrier.has_counts(backend, sources, self.loss):
+            return self._rehearse(y_pred)
+        if carrier is None or not is_counted:
             return self._average_globally(backend, y_true, y_pred, sources)
         if backend.num_workers > 1:  # errors reach the other workers, and each rank of Horovod has its own history
             return self._average_globally(backend, y_true, y_pred, sources, carrier)
@@ -243,20 +247,19 @@ class DistributedLoss(tf.keras.losses.Loss):
         count = count if gate.ok is True else tf.where(gate.ok, count, tf.constant(np.nan, tf.float64))
         return averages.local_contribution(backend, sums, count)
 
-    def _rehearse(self, y_true: Any, y_pred: Any, sources: dict) -> tf.Tensor:
+    def _rehearse(self, y_pred: Any) -> tf.Tensor:
         """Return NaN of the right shape and dtype for Keras 3, which traces a model once outside any replica.
 
-        Keras never runs that trace. A run raises an error, or inside XLA gives NaN and NaN gradients.
+        That trace has plain tensors in place of the weights of ``for_keras``. Keras never runs it. A run raises an
+        error, or inside XLA gives NaN.
         """
-        gate = weights.Gate()
-        sums, _ = self._sums(y_true, y_pred, sources, gate, counting=False)
-        gate.ok = tf.constant(False)
+        dtypes = [leaf.dtype for leaf in tf.nest.flatten(precision.as_tensor(y_pred, nests=True))]
         text = f"{_NAME}: called outside strategy.run, expected inside it, where a replica's code runs."
         with tf.control_dependencies([tf.debugging.Assert(False, [text])]):
-            return tf.cast(sums.total * np.nan, sums.dtype)
+            return tf.constant(np.nan, max(dtypes, key=lambda dtype: dtype.size))
 
     def _sums(
-        self, y_true: Any, y_pred: Any, sources: dict, gate: weights.Gate, counting: bool = True
+        self, y_true: Any, y_pred: Any, sources: dict, gate: weights.Gate
     ) -> tuple[averages.Sums, list[checked.Check]]:
         """This replica's sums, and the checks of its arguments."""
         y_true, y_pred = precision.as_tensor(y_true), precision.as_tensor(y_pred, nests=True)
@@ -265,7 +268,7 @@ class DistributedLoss(tf.keras.losses.Loss):
                 raise TypeError(f"{_NAME}: {name} is a RaggedTensor, expected a padded tensor. Use distpad.pad.")
         try:
             if self.per == "sequence":
-                w, positions, checks = self._of_sequences(y_true, y_pred, sources, counting)
+                w, positions, checks = self._of_sequences(y_true, y_pred, sources)
                 rows = w.effective_mask
             else:
                 w, checks = weights.of_positions(y_true, y_pred, **sources)
@@ -288,14 +291,14 @@ class DistributedLoss(tf.keras.losses.Loss):
         return averages.sum_up(losses, w, average, gate), [*checks, check]
 
     def _of_sequences(
-        self, y_true: Any, y_pred: Any, sources: dict, counting: bool
+        self, y_true: Any, y_pred: Any, sources: dict
     ) -> tuple[weights.Weights, tf.Tensor | None, list[checked.Check]]:
         """As ``weights.of_sequences``, without the sequences that the loss itself drops."""
         w, positions, checks = weights.of_sequences(y_true, y_pred, **sources)
         if w.tokens is None and self.average == "token":
             raise ValueError("lengths are missing, expected [batch]: average='token' divides by their sum")
         if hasattr(self.loss, "filter_invalid"):
-            kept, own_checks = self.loss.filter_invalid(y_true, y_pred, w.effective_mask, counting=counting)
+            kept, own_checks = self.loss.filter_invalid(y_true, y_pred, w.effective_mask)
             w, checks = w.restrict(kept), checks + own_checks
         return w, positions, checks
 

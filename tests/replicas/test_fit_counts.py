@@ -300,7 +300,7 @@ def test_weights_are_a_tensor_for_metrics_losses_and_train_steps(world):
 @pytest.mark.worlds("local")
 def test_weights_as_a_tensor():
     values = np.array([[1.0, 0.25], [3.0, 0.0]], np.float32)
-    weights = CountedWeights(values, np.ones([2, 5]), 1, tf.float32)
+    weights = CountedWeights(values, np.ones([2, 5]), {"y": [2, 1]}, {}, 1, tf.float32)
     assert weights.shape == (2, 2) and weights.dtype == tf.float32 and len(weights) == 2 and weights.ndim == 2
     np.testing.assert_array_equal(weights.numpy(), values)
     np.testing.assert_array_equal(np.asarray(weights), values)
@@ -328,7 +328,7 @@ def test_counts_of_other_rows_in_a_graph(world):
         counts = tf.concat([counts, tf.fill([2, 1], tf.cast(rows, tf.float64))], axis=1)
         with tf.GradientTape() as tape:
             tape.watch(y_pred)
-            value = loss(y_true, y_pred, CountedWeights(tf.constant([[1.0, 1], [1, 0]]), counts, 1, tf.float32))
+            value = loss(y_true, y_pred, CountedWeights(tf.constant([[1.0, 1], [1, 0]]), counts, {}, {}, 1, tf.float32))
         return value, tape.gradient(value, y_pred)
 
     wanted = loss(y_true, y_pred, lengths=[2, 1])
