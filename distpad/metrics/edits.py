@@ -9,18 +9,28 @@ import tensorflow as tf
 
 from distpad import errors, precision
 from distpad.collectives import checked, shapes
-from distpad.losses import averages, weights
+from distpad.losses import averages, ctc, weights
+from distpad.losses.counted import CountedWeights
 from distpad.metrics import classes, ratio
 
 
 class ErrorRate(ratio.Ratio):
     """Insertions, deletions and substitutions of the whole data set, divided by the length of its references."""
 
-    def __init__(self, *, decode: Callable[[Any], Any] | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        decode: Callable[[Any], Any] | str | None = None,
+        blank_index: int = 0,
+        frames_per_step: int | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
-        if decode is not None and not callable(decode):
-            raise TypeError(errors.sentence(self._kind, "decode", repr(decode), "a callable (y_pred)"))
+        if not (decode is None or decode == "ctc" or callable(decode)):
+            raise TypeError(errors.sentence(self._kind, "decode", repr(decode), "'ctc' or a callable (y_pred)"))
         self.decode = decode
+        self.blank_index = errors.integer(self._kind, "blank_index", blank_index, least=-1)
+        self.frames_per_step = frames_per_step
 
     def _split(self, text: tf.Tensor) -> tf.RaggedTensor:
         """Split strings ``[batch]`` into characters or words."""
@@ -66,7 +76,11 @@ class ErrorRate(ratio.Ratio):
         prediction_lengths = sources.pop("prediction_lengths")
         sources["keras_mask"] = weights.keras_mask(y_pred)
         y_true = self._tensor("y_true", y_true)
-        y_pred = precision.as_tensor(y_pred if self.decode is None else self.decode(y_pred), widen=False)
+        carrier = sources["sample_weight"] if isinstance(sources["sample_weight"], CountedWeights) else None
+        y_pred = precision.as_tensor(self._decoded(y_pred, carrier), widen=False)
+        if carrier is not None and carrier.weighs != "positions":
+            given = carrier.sources("sequence")
+            sources.update(given if sources["lengths"] is None else {"sample_weight": given["sample_weight"]})
         try:
             valid, positions, checks = self._rows(y_true, y_pred, sources)
             predicted, more = self._predicted(y_pred, prediction_lengths)
@@ -89,6 +103,19 @@ class ErrorRate(ratio.Ratio):
         edits = tf.cast(edits, tf.float64)
         valid, check = weights.broadcast_to(self._kind, edits, valid)
         return averages.sum_up(edits, valid, "token"), [*checks, *more, check]
+
+    def _decoded(self, y_pred: Any, carrier: CountedWeights | None) -> Any:
+        """What the model read: its prediction, decoded."""
+        if not isinstance(self.decode, str):
+            return y_pred if self.decode is None else self.decode(y_pred)
+        logits = precision.as_tensor(y_pred)
+        if not _is_scores(logits) or logits.shape.rank != 3:
+            found = f"of shape {tuple(logits.shape)} and dtype {logits.dtype.name}"
+            raise ValueError(errors.sentence(self._kind, "y_pred", found, "logits [batch, frames, classes]"))
+        frames = ctc.frames_in_fit(self._kind, y_pred, carrier, self.frames_per_step, None)
+        blank = self.blank_index % (logits.shape[2] or 1)
+        frames = tf.minimum(tf.cast(frames, tf.int32), tf.shape(logits)[1])
+        return tf.nn.ctc_greedy_decoder(tf.transpose(logits, [1, 0, 2]), frames, blank_index=blank)[0][0]
 
     def _rows(
         self, y_true: tf.Tensor, y_pred: Any, sources: dict[str, Any]
@@ -132,13 +159,18 @@ class ErrorRate(ratio.Ratio):
 
     def get_config(self) -> dict[str, Any]:
         """As in Keras."""
-        decode = None if self.decode is None else tf.keras.utils.serialize_keras_object(self.decode)
-        return {**super().get_config(), "decode": decode}
+        decode = self.decode
+        if callable(decode):
+            decode = tf.keras.utils.serialize_keras_object(decode)
+        options = {"decode": decode, "blank_index": self.blank_index, "frames_per_step": self.frames_per_step}
+        return {**super().get_config(), **options}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ErrorRate:
         decode = config["decode"]
-        return cls(**{**config, "decode": decode and tf.keras.utils.deserialize_keras_object(decode)})
+        if decode and decode != "ctc":
+            decode = tf.keras.utils.deserialize_keras_object(decode)
+        return cls(**{**config, "decode": decode})
 
 
 @tf.keras.utils.register_keras_serializable("distpad")
@@ -149,7 +181,11 @@ class CharacterErrorRate(ErrorRate):
     sequences. ``tf.edit_distance`` counts edits. XLA does not compile it: ``model.compile(..., jit_compile=False)``.
 
     Args:
-      decode: ``y_pred -> ids``, called first, such as a decoder of a CTC model's output.
+      decode: ``y_pred -> ids``, called first; or "ctc", a greedy decoder of a CTC model's logits
+        ``[batch, frames, classes]``.
+      blank_index: for "ctc", the class of the blank; -1 is the last class.
+      frames_per_step: for "ctc" in Keras's ``weighted_metrics``, as in ``distpad.CTC``: with the weights of
+        ``for_keras`` it tells the frames of each row. None: Keras's mask tells them, or else all frames count.
       padding_value, backend, name: see ``distpad.metrics``.
 
     Source: V. I. Levenshtein, Binary codes capable of correcting deletions, insertions and reversals, 1966.
@@ -172,7 +208,7 @@ class WordErrorRate(ErrorRate):
     Edits are divided as in ``CharacterErrorRate``.
 
     Args:
-      decode, padding_value, backend, name: as in ``CharacterErrorRate``.
+      decode, blank_index, frames_per_step, padding_value, backend, name: as in ``CharacterErrorRate``.
 
     >>> metric = WordErrorRate()
     >>> metric.update_state(["the cat sat", "yes"], ["the bat  sat", "yes"])

@@ -69,12 +69,23 @@ class Ratio(tf.keras.metrics.Metric):
                 f"{self._kind}: made for {self._engine.name}, expected {here.name}, where it is updated. Make it "
                 "inside `with strategy.scope():`, or after hvd.init()."
             )
+        if not here.in_replica() and not tf.executing_eagerly():
+            return self._rehearse()
         sums, checks = self._sums(y_true, y_pred, sources)
         ok = checked.check_locally(here, self._kind, checks)
         parts = tf.stack([tf.cast(part, tf.float64) for part in (sums.total, sums.tokens)])
         if ok is not True:  # XLA drops assertions
             parts = tf.where(ok, parts, tf.constant(np.nan, tf.float64))
         self._parts.assign_add(parts)
+
+    def _rehearse(self) -> None:
+        """Stand for an update in the trace that Keras 3 makes once outside any replica, and never runs.
+
+        That trace has plain tensors in place of the weights of ``for_keras``.
+        """
+        text = f"{self._kind}: updated outside strategy.run, expected inside it, where a replica's code runs."
+        with tf.control_dependencies([tf.debugging.Assert(False, [text])]):
+            self._parts.assign_add(tf.constant([np.nan, np.nan], tf.float64))
 
     def _sums(self, y_true: Any, y_pred: Any, sources: dict[str, Any]) -> tuple[averages.Sums, list[checked.Check]]:
         raise NotImplementedError
