@@ -9,6 +9,7 @@ tokens      | horovod multiworker | tokens.py --set lognormal
 docstrings  | horovod             | tokens.py --set docstrings
 wrapper     | horovod             | wrapper.py
 mirrored    | local               | wrapper.py --replicas 4
+batchnorm   | local horovod       | normalization.py
 drift       | local               | drift.py
 shapes      | local horovod       | shapes.py --count
 planning    | local               | planning.py
@@ -25,8 +26,8 @@ one process, and the benchmark prints ratios of their times. All benchmarks take
 output is also written to runs/benchmarks.
 
 Usage: benchmarks/run.sh [--stack current|classic] [NAME...]
-  NAME        overhead, tokens, docstrings, wrapper, mirrored, drift, shapes, planning, padding, pipeline, waiting,
-              convergence (default: all)
+  NAME        overhead, tokens, docstrings, wrapper, mirrored, batchnorm, drift, shapes, planning, padding, pipeline,
+              waiting, convergence (default: all)
   --stack     environment (default: current)
   -h, --help  print this text
 

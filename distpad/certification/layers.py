@@ -7,6 +7,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from distpad import layers
+
 _MIXING, _RANDOM = "rows depend on each other in training", "random in training"
 # Attributes that make a layer random where they are above 0, and the class names that the first two belong to.
 _RATES = {"rate": "Dropout", "stddev": "Noise", "dropout": "", "recurrent_dropout": ""}
@@ -22,6 +24,20 @@ def notes_on(model: Any) -> list[str]:
     ['layer drop (Dropout): random in training']
     """
     return [f"layer {layer.name} ({type(layer).__name__}): {effect}" for layer, effect in _effects(model, set())]
+
+
+def normalizes_batches(model: Any) -> bool:
+    """Whether a layer of ``model`` has moments of the whole batch, so that micro-batches are another training."""
+    return any(isinstance(part, layers.BatchNormalization) and part.trainable for part in _within(model, set()))
+
+
+def _within(holder: Any, seen: set[int]) -> Iterator[Any]:
+    """``holder`` and the layers and collections inside, each once."""
+    if id(holder) not in seen:
+        seen.add(id(holder))
+        yield holder
+        for part in _parts(holder):
+            yield from _within(part, seen)
 
 
 def _effects(holder: Any, seen: set[int]) -> Iterator[tuple[Any, str]]:
@@ -56,7 +72,8 @@ def _effect_of(layer: Any) -> str:
     """The effect of this layer alone, or an empty string."""
     class_names = _class_names(layer)
     if "BatchNormalization" in class_names or "BatchNormalizationBase" in class_names:
-        return _MIXING if layer.trainable else ""  # a frozen one uses its moving averages
+        is_exact = isinstance(layer, layers.BatchNormalization)
+        return _MIXING if layer.trainable and not is_exact else ""  # a frozen one uses its moving averages
     if type(layer).__name__.startswith("Random") and type(layer).__module__.split(".")[0] in ("keras", "tf_keras"):
         return _RANDOM
     for name, owner in _RATES.items():

@@ -31,6 +31,9 @@ def subject(model: Any, loss: Any, step: Any, batch: Any, backend: backends.Back
 
     is_exact = isinstance(loss, losses.DistributedLoss)
     accumulates = step is None and is_exact
+    if accumulates and training and model is not None and layers.normalizes_batches(model):
+        accumulates = False
+        notes.append("accumulation is not compared: batch normalisation has the moments of each micro-batch")
     compared = comparison.Comparison(
         draw,
         on_replicas,

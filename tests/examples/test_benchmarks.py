@@ -200,3 +200,14 @@ def test_drift():
             assert one <= 1e-5 and two <= 1e-5, output
         else:
             assert one > 1e-2 or two > 1e-2, output
+
+
+@pytest.mark.parametrize("world", ["local", "horovod:2"])
+def test_normalization(world):
+    """distpad's layer is that of one device in all cases; Keras's own in none."""
+    output = run(
+        world, "normalization.py", "--rounds", 1, "--steps", 2, *(["--replicas", 2] if world == "local" else [])
+    )
+    found = re.findall(r"│ (Keras|distpad) +│ (\de[-+]\d\d) +│ (\de[-+]\d\d) +│ (\de[-+]\d\d) +│", output)
+    assert [name for name, *_ in found] == ["Keras", "distpad"], output
+    assert all(float(error) > 1e-2 for error in found[0][1:]) and all(float(error) < 1e-5 for error in found[1][1:])
