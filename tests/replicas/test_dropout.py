@@ -47,7 +47,10 @@ def layer_in(world, kind=None, **options):
 
 
 @pytest.mark.parametrize("graph", [True, False])
-@pytest.mark.parametrize(("kind", "shared"), [("Dropout", ()), ("SpatialDropout1D", (1,))])
+@pytest.mark.parametrize(
+    ("kind", "shared"),
+    [("Dropout", ()), pytest.param("SpatialDropout1D", (1,), marks=pytest.mark.worlds("mirrored:2"))],
+)
 def test_an_example_is_dropped_alike_on_any_number_of_replicas(world, graph, kind, shared):
     """Replicas have other numbers of rows, and each step drops others."""
     layer = layer_in(world, getattr(distpad.layers, kind))
@@ -64,7 +67,7 @@ def test_an_example_is_dropped_alike_on_any_number_of_replicas(world, graph, kin
     assert all(int(step) == 3 for step in layer.get_weights())
 
 
-@pytest.mark.worlds("local")
+@pytest.mark.worlds("mirrored:2")
 @alone
 def test_numbers_are_uniform_and_independent():
     """Of many rows, steps and positions: frequencies, and correlations of neighbours, within 5 standard errors."""
@@ -79,7 +82,7 @@ def test_numbers_are_uniform_and_independent():
         assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 5 / np.sqrt(one.size)
 
 
-@pytest.mark.worlds("local")
+@pytest.mark.worlds("mirrored:2")
 @alone
 def test_saved_models_continue_where_they_stopped(tmp_path):
     def model_of():
@@ -95,7 +98,7 @@ def test_saved_models_continue_where_they_stopped(tmp_path):
     np.testing.assert_array_equal(loaded.predict(batch, verbose=0), batch[0])
 
 
-@pytest.mark.worlds("local")
+@pytest.mark.worlds("mirrored:2")
 @alone
 def test_a_drop_in_and_its_errors():
     x = tf.ones([2, 3])

@@ -12,7 +12,7 @@ import distpad
 from keras_world import KERAS, around_model, fit_optimizer, model_class
 from replica_world import alone
 
-WORLDS = ("local", "mirrored:2", "mirrored:4", "multiworker:2", "horovod:2")
+WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2")
 HEIGHT, CLASSES, STRIDE, RATE, STEPS = 3, 5, 2, 0.3, 3
 PADDING = {"image": distpad.Pad(), "text": distpad.Pad()}
 
@@ -98,7 +98,11 @@ def check(model, history, wanted, weights):
 
 @pytest.mark.parametrize(
     ("average", "weighted"),
-    [("sequence_sum", False), ("token", True), pytest.param("token", False, marks=pytest.mark.wide)],
+    [
+        ("token", True),
+        pytest.param("sequence_sum", False, marks=pytest.mark.worlds("mirrored:2")),
+        pytest.param("token", False, marks=pytest.mark.wide),
+    ],
 )
 def test_history_and_weights_are_those_of_one_device(world, average, weighted):
     """Five lines: for_keras names a picture and a text, and compile a loss with the model's stride."""
@@ -120,11 +124,15 @@ def own_loss(y_true, y_pred):
 @pytest.mark.parametrize(
     ("loss", "y_true"),
     [
-        (distpad.CTC(blank_index=0), ("text", distpad.Lengths("text"), "frames")),
+        pytest.param(
+            distpad.CTC(blank_index=0),
+            ("text", distpad.Lengths("text"), "frames"),
+            marks=pytest.mark.worlds("horovod:2"),
+        ),
         pytest.param(
             own_loss,
             {"text": "text", "lengths": distpad.Lengths("text"), "frames": "frames"},
-            marks=pytest.mark.worlds("local", "mirrored:2"),
+            marks=pytest.mark.wide,
         ),
     ],
 )
@@ -146,6 +154,7 @@ def distance(read, text):
     return row[-1]
 
 
+@pytest.mark.worlds("mirrored:2")
 def test_error_rate_in_fit_and_evaluate(world):
     """A character error rate decodes real frames alone; the history of a model that stays as it is."""
     ctc = distpad.CTC(blank_index=0, frames_per_step=STRIDE)
@@ -172,7 +181,7 @@ def test_error_rate_in_fit_and_evaluate(world):
         np.testing.assert_allclose(each["loss"], wanted, rtol=1e-5)
 
 
-@pytest.mark.worlds("local")
+@pytest.mark.worlds("mirrored:2")
 @alone
 def test_saved_with_the_model(tmp_path):
     loss = distpad.DistributedLoss(distpad.CTC(blank_index=0, frames_per_step=2, inputs="image"), per="sequence")
@@ -185,7 +194,7 @@ def test_saved_with_the_model(tmp_path):
     assert distpad.metrics.CharacterErrorRate.from_config(rate.get_config()).get_config() == rate.get_config()
 
 
-@pytest.mark.worlds("local")
+@pytest.mark.worlds("mirrored:2")
 @alone
 def test_what_cannot_be_known_is_refused():
     examples = data_of(4)
@@ -216,7 +225,7 @@ def test_what_cannot_be_known_is_refused():
         batches.for_keras(x=distpad.Lengths("no"), y="text")
 
 
-@pytest.mark.worlds("local")
+@pytest.mark.worlds("mirrored:2")
 @alone
 def test_lengths_and_indices_as_inputs():
     """Filler rows have length 0 and index -1."""

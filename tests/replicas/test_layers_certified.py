@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import tensorflow as tf
 
 import distpad
@@ -12,6 +13,7 @@ from replica_world import alone
 WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2")
 
 
+@pytest.mark.wide
 def test_certify_with_batch_normalization(world):
     """No layer is noted, so that the certificate is of a training step; Keras's own layer is noted."""
     with world.scope():
