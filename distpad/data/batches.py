@@ -243,8 +243,8 @@ class PaddedBatches(tf.train.experimental.PythonState):
         """Return a ``tf.data.Dataset`` of this worker's batches for ``fit``: ``(x, y, weights)``.
 
         Each iteration of the dataset is an epoch. The weights are the mask of the ``tokens`` feature, times its
-        ``weights``: ``DistributedLoss`` averages over the valid positions, and plain losses and weighted metrics ignore
-        padding. The weights also carry the step's counts to ``DistributedLoss``, whose step then has no collective.
+        ``weights``: plain losses and weighted metrics ignore padding. They also carry the step's counts and lengths to
+        ``DistributedLoss``.
 
             model.compile(loss=distpad.DistributedLoss(...), ...)
             model.fit(batches.for_keras(x="image", y="text"), epochs=3)
@@ -253,8 +253,7 @@ class PaddedBatches(tf.train.experimental.PythonState):
           x, y: the inputs and the labels: a feature's name, or a list, tuple or dict of names. The name of a part of an
             example selects all features in that part. ``y=None`` is for ``predict``: the dataset then yields ``(x,)``,
             without filler rows, in the order of the source. ``predict`` on a dataset with ``y`` is an error.
-            ``distpad.Lengths(name)`` stands for the lengths of a padded feature, ``distpad.Indices()`` for the example
-            indices.
+            ``distpad.Lengths(name)`` and ``distpad.Indices()`` stand for lengths of a feature and example indices.
           y_true: names that the loss inside ``DistributedLoss`` gets as its ``y_true``, in place of ``y``: one, or a
             tuple or dict of them, where Keras takes one tensor a prediction. None: the loss gets ``y``, and ``CTC`` the
             label lengths and frames too. A mapping by loss if ``tokens`` is a mapping.
@@ -280,7 +279,6 @@ class PaddedBatches(tf.train.experimental.PythonState):
         trained on, and workers may differ: save the state of one worker, and load it on all. With other backends they
         are exactly the batches that fit consumed. If fit requested no more than these batches of an epoch, the next
         call of ``fit`` begins the epoch again.
-
         Under Horovod, do not add ``prefetch``: workers that leave an epoch must have requested the same batches.
 
         ``fit`` raises an error of the source as a ``tf.errors.OpError`` with the original message.
@@ -324,11 +322,7 @@ class PaddedBatches(tf.train.experimental.PythonState):
         is_whole = self._config.accumulation_steps == self._backend.num_workers == 1
         feed = feeder.Feeder(self._progress, self._requests, elements, first, every)
         made = keras.dataset(feed, signature, every if is_whole or not elements.predicts else None, repeats=repeat)
-        facts = {}
-        if not elements.predicts:
-            replicas = self._backend.num_replicas
-            facts = {loss: elements.facts(loss, features, replicas) for loss in self._config.tokens}
-        dataset = keras.distributed(made, self._backend, facts)
+        dataset = keras.distributed(made, self._backend, elements.facts(features, self._backend.num_replicas))
         elements.dataset = weakref.ref(dataset)
         return dataset
 

@@ -197,23 +197,22 @@ class Elements:
         labels = {key: _value(name, arrays, batch) for key, name in self._labels(loss, features).items()}
         return _Counted(weights, np.tile(numbers, [len(weights), 1]), lengths, labels)
 
-    def facts(self, loss: Any, features: Features, replicas: int) -> tuple[Any, ...]:
-        """What CountedWeights of a loss hold for all batches: its replicas, dtype and facts.
-
-        Counts of micro-batches are those of a whole group, while fit averages over each micro-batch.
-        """
+    def facts(self, features: Features, replicas: int) -> dict[Any, tuple[Any, ...]]:
+        """What the CountedWeights of each loss hold for all batches: their replicas, dtype and facts."""
+        if self.predicts:
+            return {}
+        # counts of micro-batches are those of a whole group, while fit averages over each micro-batch
+        counted = replicas if self._config.accumulation_steps == 1 else 0
         padded = [name for name in tf.nest.flatten(self._named(features)[0]) if name in self._config.padding]
-        weights, rank = self._config.weights.get(loss), 0
-        if weights is not None:
-            (rank,) = (len(each.shape) for each in features.features if each.name == weights)
-        nest = self._y_true[loss]
-        facts = Facts(
-            tokens=str(self._config.tokens[loss]),
-            inputs=str(padded[0]) if len(padded) == 1 else "",
-            weighs="" if weights is None else "positions" if rank else "rows",
-            nest="dict" if isinstance(nest, Mapping) else "tuple" if isinstance(nest, tuple) else "",
-        )
-        return (replicas if self._config.accumulation_steps == 1 else 0, tf.float32, *facts)
+        inputs = str(padded[0]) if len(padded) == 1 else ""
+        ranks = {feature.name: len(feature.shape) for feature in features.features}
+        found = {}
+        for loss, tokens in self._config.tokens.items():
+            weights, nest = self._config.weights.get(loss), self._y_true[loss]
+            weighs = "" if weights is None else "positions" if ranks[weights] else "rows"
+            kind = "dict" if isinstance(nest, Mapping) else "tuple" if isinstance(nest, tuple) else ""
+            found[loss] = (counted, tf.float32, *Facts(str(tokens), inputs, weighs, kind))
+        return found
 
     def _weights(self, loss: Any, features: Features, batch: Batch) -> np.ndarray:
         """Weights ``[batch, *positions]``, or ``[batch]`` with one label per row; 0 on padding and filler rows."""

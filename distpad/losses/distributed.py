@@ -251,12 +251,13 @@ class DistributedLoss(tf.keras.losses.Loss):
         """Return NaN of the right shape and dtype for Keras 3, which traces a model once outside any replica.
 
         That trace has plain tensors in place of the weights of ``for_keras``. Keras never runs it. A run raises an
-        error, or inside XLA gives NaN.
+        error, or inside XLA gives NaN and NaN gradients.
         """
-        dtypes = [leaf.dtype for leaf in tf.nest.flatten(precision.as_tensor(y_pred, nests=True))]
+        leaves = tf.nest.flatten(precision.as_tensor(y_pred, nests=True))
+        dtype = max((leaf.dtype for leaf in leaves), key=lambda dtype: dtype.size)
         text = f"{_NAME}: called outside strategy.run, expected inside it, where a replica's code runs."
         with tf.control_dependencies([tf.debugging.Assert(False, [text])]):
-            return tf.constant(np.nan, max(dtypes, key=lambda dtype: dtype.size))
+            return tf.add_n([tf.reduce_sum(tf.cast(leaf, dtype)) for leaf in leaves]) * np.nan
 
     def _sums(
         self, y_true: Any, y_pred: Any, sources: dict, gate: weights.Gate

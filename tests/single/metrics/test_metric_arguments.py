@@ -88,7 +88,7 @@ def test_a_chance_of_nothing():
     ("make", "message"),
     [
         (lambda: metrics.MaskedMean("mae"), "MaskedMean: function is 'mae', expected a callable"),
-        (lambda: metrics.WordErrorRate(decode=3), "WordErrorRate: decode is 3, expected a callable"),
+        (lambda: metrics.WordErrorRate(decode=3), "WordErrorRate: decode is 3, expected 'ctc' or a callable"),
         (lambda: metrics.TokenAccuracy(padding_value=[1]), "TokenAccuracy: padding_value is .*, expected one number"),
         (lambda: metrics.TokenAccuracy(backend="mpi"), "TokenAccuracy: backend is 'mpi', expected one of"),
         (lambda: value(metrics.TokenAccuracy(), LABELS, SCORES, lengths=[4, 1]), "TokenAccuracy: lengths hold a value"),
@@ -145,7 +145,7 @@ def test_configurations(make):
     if make is metrics.MaskedMean:
         options["function"] = tf.keras.losses.sparse_categorical_crossentropy
     if issubclass(make, (metrics.CharacterErrorRate, metrics.WordErrorRate)):
-        options["decode"] = best_path
+        options |= {"decode": best_path, "blank_index": 2, "frames_per_step": 4}
     if make is metrics.Perplexity:
         options["from_logits"] = True
     if make in (metrics.TokenAccuracy, metrics.SequenceAccuracy):
