@@ -247,7 +247,9 @@ def run(options: argparse.Namespace) -> None:
     where = options.out / "checkpoints"
     if options.certify and not options.elastic:
         engines.certify(engine)
-    resumes = options.resume == "must" or (options.resume == "auto" and checkpoints.exist(engine, where))
+    resumes = False
+    if not options.elastic:  # a worker that joins an elastic job runs no collective before the others' sync
+        resumes = options.resume == "must" or (options.resume == "auto" and checkpoints.exist(engine, where))
     if options.drift and engine.replicas > 1 and not (resumes or options.elastic):
         measured = drift.measure(engine, data, config, options.batch // engine.replicas * engine.replicas)
         if engine.worker == 0:
