@@ -228,7 +228,7 @@ def test_without_a_mask_it_is_keras_layer(shape, axis):
             [y, *tape.gradient(loss, [x, *map(held, layer.trainable_weights)]), *layer.get_weights(), layer(x)]
         )
     for found, expected in zip(*results):
-        np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-12)
+        np.testing.assert_allclose(found, expected, rtol=1e-7, atol=2e-7)  # Keras 2 rounds 1 - momentum to float32
 
 
 @pytest.mark.worlds("mirrored:2")
