@@ -180,7 +180,7 @@ def test_gradients_do_not_wait_for_the_collective_of_the_value(world):
         assert waiting(counting) and len(collectives_of(counting)[0]) == len(collectives_of(ours)[0])
 
 
-@pytest.mark.parametrize("fails", ["while traced", "in a step"])
+@pytest.mark.parametrize("fails", ["while traced", pytest.param("in a step", marks=pytest.mark.wide)])
 @pytest.mark.worlds("multiworker:2", "horovod:2")
 def test_an_error_of_the_loss_on_one_worker_ends_the_step_on_all(world, monkeypatch, fails):
     """Also where the counts are known, so that no gradient waits for the loss of another worker."""

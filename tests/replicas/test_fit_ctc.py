@@ -100,10 +100,11 @@ def check(model, history, wanted, weights):
     ("average", "weighted"),
     [
         ("token", True),
-        pytest.param("sequence_sum", False, marks=pytest.mark.worlds("mirrored:2")),
+        pytest.param("sequence_sum", False, marks=pytest.mark.wide),
         pytest.param("token", False, marks=pytest.mark.wide),
     ],
 )
+@pytest.mark.worlds("mirrored:2", "multiworker:2")  # Horovod: the next test
 def test_history_and_weights_are_those_of_one_device(world, average, weighted):
     """Five lines: for_keras names a picture and a text, and compile a loss with the model's stride."""
     ctc = distpad.CTC(blank_index=0, frames_per_step=STRIDE)

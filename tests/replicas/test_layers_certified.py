@@ -99,6 +99,7 @@ def held(variable):
     return variable if isinstance(variable, tf.Variable) else variable.value
 
 
+@pytest.mark.worlds("mirrored:2", "horovod:2")
 def test_fit_with_batch_normalization_and_dropout(world):
     """The weights after an epoch, whose last step is uneven, are those of one device."""
     assert world.num_replicas == world.backend.num_replicas
