@@ -70,7 +70,7 @@ class _KeyedDropout(tf.keras.layers.Layer):
         self.step.assign_add(1)
         seed = zlib.crc32(self.name.encode()) if self.seed is None else self.seed
         bits = random_bits(seed, step, indices, x, self._shared_axes)
-        kept = bits >= np.uint32(round(self.rate * 2**32))
+        kept = bits >= np.uint32(min(round(self.rate * 2**32), 2**32 - 1))
         wide = precision.widened(x.dtype)
         return tf.where(kept, tf.cast(tf.cast(x, wide) / (1 - self.rate), x.dtype), tf.zeros([], x.dtype))
 

@@ -30,7 +30,9 @@ class ErrorRate(ratio.Ratio):
             raise TypeError(errors.sentence(self._kind, "decode", repr(decode), "'ctc' or a callable (y_pred)"))
         self.decode = decode
         self.blank_index = errors.integer(self._kind, "blank_index", blank_index, least=-1)
-        self.frames_per_step = frames_per_step
+        self.frames_per_step = (
+            None if frames_per_step is None else errors.integer(self._kind, "frames_per_step", frames_per_step, least=1)
+        )
 
     def _split(self, text: tf.Tensor) -> tf.RaggedTensor:
         """Split strings ``[batch]`` into characters or words."""
@@ -77,7 +79,8 @@ class ErrorRate(ratio.Ratio):
         sources["keras_mask"] = weights.keras_mask(y_pred)
         y_true = self._tensor("y_true", y_true)
         carrier = sources["sample_weight"] if isinstance(sources["sample_weight"], CountedWeights) else None
-        y_pred = precision.as_tensor(self._decoded(y_pred, carrier), widen=False)
+        decoded, own_checks = self._decoded(y_pred, carrier)
+        y_pred = precision.as_tensor(decoded, widen=False)
         if carrier is not None and carrier.weighs != "positions":
             given = carrier.sources("sequence")
             sources.update(given if sources["lengths"] is None else {"sample_weight": given["sample_weight"]})
@@ -102,20 +105,23 @@ class ErrorRate(ratio.Ratio):
         valid = valid._replace(tokens=tf.cast(reference.row_lengths(), tf.float64))
         edits = tf.cast(edits, tf.float64)
         valid, check = weights.broadcast_to(self._kind, edits, valid)
-        return averages.sum_up(edits, valid, "token"), [*checks, *more, check]
+        return averages.sum_up(edits, valid, "token"), [*own_checks, *checks, *more, check]
 
-    def _decoded(self, y_pred: Any, carrier: CountedWeights | None) -> Any:
-        """What the model read: its prediction, decoded."""
+    def _decoded(self, y_pred: Any, carrier: CountedWeights | None) -> tuple[Any, list[checked.Check]]:
+        """What the model read: its prediction, decoded; and the check of its frames."""
         if not isinstance(self.decode, str):
-            return y_pred if self.decode is None else self.decode(y_pred)
+            return (y_pred if self.decode is None else self.decode(y_pred)), []
         logits = precision.as_tensor(y_pred)
         if not _is_scores(logits) or logits.shape.rank != 3:
             found = f"of shape {tuple(logits.shape)} and dtype {logits.dtype.name}"
             raise ValueError(errors.sentence(self._kind, "y_pred", found, "logits [batch, frames, classes]"))
         frames = ctc.frames_in_fit(self._kind, y_pred, carrier, self.frames_per_step, None)
         blank = self.blank_index % (logits.shape[2] or 1)
-        frames = tf.minimum(tf.cast(frames, tf.int32), tf.shape(logits)[1])
-        return tf.nn.ctc_greedy_decoder(tf.transpose(logits, [1, 0, 2]), frames, blank_index=blank)[0][0]
+        most, limit = tf.reduce_max(frames), tf.shape(logits)[1]
+        text = "frames_per_step gives more frames than y_pred has, expected at most those (found: both)"
+        frames = tf.minimum(frames, limit)
+        decoded = tf.nn.ctc_greedy_decoder(tf.transpose(logits, [1, 0, 2]), frames, blank_index=blank)[0][0]
+        return decoded, [checked.Check(text, (most, limit), most <= limit)]
 
     def _rows(
         self, y_true: tf.Tensor, y_pred: Any, sources: dict[str, Any]

@@ -42,7 +42,7 @@ def test_stacks_for_gpus_differ_in_tensorflow_alone(stack):
 
 
 def test_the_files_are_those_of_the_groups():
-    """Whoever changes a version in pyproject.toml runs lock.sh."""
+    """The requirements hold the versions of pyproject.toml: after a change there, run lock.sh."""
     groups = tomllib.loads((LAUNCH / "requirements" / "pyproject.toml").read_text())["dependency-groups"]
     for group, lines in groups.items():
         for line in lines:

@@ -107,6 +107,7 @@ def test_a_drop_in_and_its_errors():
     half = distpad.layers.Dropout(0.5, seed=0, dtype="mixed_float16")(x, training=True)
     assert half.dtype == tf.float16 and set(np.unique(half)) <= {0.0, 2.0}
     np.testing.assert_array_equal(distpad.layers.Dropout(0.0)(x, training=True), x)
+    assert not np.any(distpad.layers.Dropout(1 - 1e-13)(x, training=True))  # not rounded to a number above 32 bits
     for rate, kind in ((1.0, ValueError), (-0.1, ValueError), ("a", TypeError)):
         with pytest.raises(kind, match="rate is"):
             distpad.layers.Dropout(rate)

@@ -202,8 +202,12 @@ def test_what_cannot_be_known_is_refused():
     both = [{**each, "other": each["image"][:3]} for each in examples]
     batches = distpad.PaddedBatches(both, 2, padding={**PADDING, "other": distpad.Pad()}, tokens="text")
     _, text, weights = next(iter(batches.for_keras(x=("image", "other"), y="text")))
+    one_input = next(iter(batches.for_keras(x="image", y="text")))[2]
     logits = tf.zeros([2, 40, CLASSES])
     loss = distpad.DistributedLoss(distpad.CTC(blank_index=0, frames_per_step=2), per="sequence")
+    rate = distpad.metrics.CharacterErrorRate(decode="ctc", frames_per_step=1)
+    with pytest.raises(ValueError, match="frames_per_step gives more frames than y_pred has"):
+        rate.update_state(text, logits[:, :2], one_input)
     with pytest.raises(ValueError, match=r"frames_per_step is 2 without .*Write inputs=, one of \['image', 'other'"):
         loss(text, logits, weights)
     named = distpad.DistributedLoss(distpad.CTC(blank_index=0, frames_per_step=2, inputs="image"), per="sequence")
