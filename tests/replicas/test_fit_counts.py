@@ -297,6 +297,7 @@ def test_weights_are_a_tensor_for_metrics_losses_and_train_steps(world):
         np.testing.assert_allclose(results[0][name], results[-1][name], rtol=1e-6)
 
 
+@pytest.mark.core  # of which the suite of one device runs all
 @pytest.mark.worlds("local")
 def test_weights_as_a_tensor():
     values = np.array([[1.0, 0.25], [3.0, 0.0]], np.float32)
@@ -315,6 +316,7 @@ def test_weights_as_a_tensor():
     assert rows == values.tolist()
 
 
+@pytest.mark.core  # of which the suite of one device runs all
 @pytest.mark.worlds("local")
 def test_counts_of_other_rows_in_a_graph(world):
     """An error, and inside XLA, which drops assertions, NaN: never the mean of other rows."""
