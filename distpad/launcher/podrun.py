@@ -55,14 +55,23 @@ def work(
       finish_s: seconds to wait for the other pods of the gang after this one is done.
     """
     training: subprocess.Popen[bytes] | None = None
+    starting = False
     received: list[int] = []
+    pending: list[int] = []
 
     def forward(number: int, _: object) -> None:
         received.append(number)
-        if training is None:
+        if not starting:
             sys.exit(128 + number)
-        log(f"got {signal.Signals(number).name}: forwarding it to the training")
-        _signal(training, number)
+        pending.append(number)  # an exit while the training starts would leave it behind
+        if training is not None:
+            forward_pending(training)
+
+    def forward_pending(training: subprocess.Popen[bytes]) -> None:
+        while pending:
+            number = pending.pop(0)
+            log(f"got {signal.Signals(number).name}: forwarding it to the training")
+            _signal(training, number)
 
     for number in FORWARDED:
         signal.signal(number, forward)
@@ -76,11 +85,13 @@ def work(
             log(f"port {peers.port} cannot be used: {error.strerror}")
             return HOST
     log(f"starting {command[0]} as worker {member.index} of {len(member.names)}")
+    starting = True
     try:
         training = subprocess.Popen(command, env=member.env(environ), stdin=subprocess.DEVNULL, start_new_session=True)
     except OSError as error:
         log(f"cannot start {command[0]}: {error.strerror}")
         return 127 if isinstance(error, FileNotFoundError) else 126
+    forward_pending(training)
     if peers is not None:
         threading.Thread(target=_end_with, args=(peers, training, grace_s), daemon=True).start()
     code = training.wait()

@@ -241,6 +241,24 @@ def test_sigterm_reaches_the_training(code, expected):
         assert finish(running)[0] == [expected]
 
 
+def test_sigterm_while_the_training_starts():
+    """The signal arrives when the training runs already, but its start has not returned."""
+    program = """
+import os, signal, subprocess
+from distpad.launcher import pod, podrun
+
+class Interrupted(subprocess.Popen):
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+subprocess.Popen = Interrupted
+print(podrun.work(pod.Member(0, ("train",), "{}"), ["sleep", "100"], {}))
+"""
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == (0, "143\n")
+
+
 def test_sigterm_while_it_waits():
     with job("indexed-job", 2) as (_, start):
         waiting = start(0, *scripted("all=exit:0"))
