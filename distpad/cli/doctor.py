@@ -14,13 +14,13 @@ import rich.box
 import rich.console
 import rich.table
 import typer
+from rich import markup
 
 import distpad
-from distpad.launcher import allocation, spec
-from distpad.preflight import checks, findings, hosts
+from distpad.launcher import allocation, checks, hosts, render, spec
 
 WIDTH = 100  # columns, if the terminal does not report its width
-MARKS = {findings.ERROR: "[bold red]✗[/]", findings.WARNING: "[yellow]![/]"}
+MARKS = {checks.ERROR: "[bold red]✗[/]", checks.WARNING: "[yellow]![/]"}
 # row of the summary | function that reads its value from the facts
 ROWS = {
     "Python": lambda facts: facts["python"]["version"],
@@ -72,13 +72,16 @@ def doctor(
         raise typer.Exit(2) from error
     named = tuple({each.name: each for each in named}.values())
     slots_given = ":" in host or bool(hostfile)
-    question = findings.Question(
+    question = checks.Question(
         slots={each.name: each.slots for each in named},
         slots_given=slots_given,
         ports=tuple(port),
         code=os.path.abspath(code) if code else "",
     )
-    answers = _ask(named, question, python, tuple(ssh_arg), timeout_s)
+    python = os.path.abspath(python) if os.sep in python else python  # agents run in another folder
+    environ = render.absolute_paths(os.environ)
+    with rich.console.Console(stderr=True).status(f"asking {', '.join(question.slots)} ..."):  # on a terminal alone
+        answers = hosts.ask(named, question, python=python, ssh_args=ssh_arg, limit_s=timeout_s, environ=environ)
     found = checks.check(answers, question)
     if as_json:
         report = {
@@ -90,66 +93,34 @@ def doctor(
         typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
     else:
         _show(answers, found)
-    raise typer.Exit(int(any(finding.state == findings.ERROR for finding in found)))
+    raise typer.Exit(int(any(finding.state == checks.ERROR for finding in found)))
 
 
-def _ask(
-    named: tuple[spec.Host, ...], question: findings.Question, python: str, ssh_args: tuple[str, ...], timeout_s: float
-) -> dict[str, dict[str, Any]]:
-    several = [each.name for each in named] if question.several else []
-    asked = {"hosts": several, "ports": list(question.ports), "code": question.code}
-    waiting = [each.name for each in named]
-
-    def waiting_for() -> str:
-        more = f" and {len(waiting) - 3} more" if len(waiting) > 3 else ""
-        return f"waiting for {', '.join(waiting[:3])}{more} ..."
-
-    console = rich.console.Console(stderr=True)  # rich shows the status only on a terminal
-    with console.status(waiting_for()) as status:
-
-        def answered(name: str) -> None:
-            waiting.remove(name)
-            status.update(waiting_for())
-
-        return hosts.ask(
-            named, asked, python=python, ssh_args=ssh_args, limit_s=timeout_s, environ=os.environ, on_answer=answered
-        )
-
-
-def _show(answers: Mapping[str, Mapping[str, Any]], found: list[findings.Finding]) -> None:
-    console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else _columns())
+def _show(answers: Mapping[str, Mapping[str, Any]], found: list[checks.Finding]) -> None:
+    knows_width = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal()
+    console = rich.console.Console(highlight=False, width=None if knows_width else WIDTH)
     facts = {host: answer["facts"] for host, answer in answers.items() if "facts" in answer}
     if facts:
         console.print(_summary(facts))
-    wrong = _merged([finding for finding in found if finding.state != findings.OK])
+    wrong = _merged([finding for finding in found if finding.state != checks.OK])
     if wrong:
         console.print(_table(wrong))
     console.print(_verdict(found, len(answers)))
 
 
-def _columns() -> int:
-    text = os.environ.get("COLUMNS", "")
-    return int(text) if text.isdecimal() and int(text) > 0 else WIDTH
-
-
 def _summary(facts: Mapping[str, Mapping[str, Any]]) -> rich.table.Table:
     """The facts as a table. Hosts with equal facts share a column."""
-    columns: dict[str, dict[str, str]] = {
-        host: {name: _cell(name, each) for name in ROWS} for host, each in facts.items()
-    }
-    groups: dict[str, list[str]] = {}
-    for host, cells in columns.items():
-        groups.setdefault(json.dumps(cells), []).append(host)
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for host, each in facts.items():
+        groups.setdefault(tuple(_cell(name, each) for name in ROWS), []).append(host)
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
     table.add_column()
     for names in groups.values():
         shown = ", ".join(names) if len(names) < 4 else f"{names[0]} ... {names[-1]} ({len(names)})"
         table.add_column(shown, overflow="fold")
-    kinds = [json.loads(group) for group in groups]
-    for name in ROWS:
-        if any(cells[name] for cells in kinds):
-            differs = len({cells[name] for cells in kinds}) > 1
-            table.add_row(f"[bold]{name}[/]" if differs else name, *(_plain(cells[name]) for cells in kinds))
+    for name, cells in zip(ROWS, zip(*groups)):
+        if any(cells):
+            table.add_row(f"[bold]{name}[/]" if len(set(cells)) > 1 else name, *map(markup.escape, cells))
     return table
 
 
@@ -179,30 +150,28 @@ def _horovod(facts: Mapping[str, Any]) -> str:
     return f"{version}, " + (f"with {', '.join(engine['built_with'])}" if "built_with" in engine else "does not load")
 
 
-def _merged(wrong: list[findings.Finding]) -> list[findings.Finding]:
+def _merged(wrong: list[checks.Finding]) -> list[checks.Finding]:
     """Merge equal findings of several hosts into one row."""
-    rows: dict[findings.Finding, list[str]] = {}
+    rows: dict[checks.Finding, list[str]] = {}
     for finding in wrong:
         rows.setdefault(dataclasses.replace(finding, host=""), []).append(finding.host)
     return [dataclasses.replace(row, host=", ".join(names)) for row, names in rows.items()]
 
 
-def _table(wrong: list[findings.Finding]) -> rich.table.Table:
+def _table(wrong: list[checks.Finding]) -> rich.table.Table:
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, leading=1)
     table.add_column("")
     table.add_column("host", overflow="fold", max_width=24)
     table.add_column("problem", ratio=5, overflow="fold")
     table.add_column("remedy", ratio=4, overflow="fold")
     for finding in wrong:
-        evidence = f"[bold]{finding.what}[/]: {_plain(finding.evidence)}"
-        table.add_row(MARKS[finding.state], _plain(finding.host), evidence, _plain(finding.remedy))
+        evidence = f"[bold]{finding.what}[/]: {markup.escape(finding.evidence)}"
+        table.add_row(MARKS[finding.state], markup.escape(finding.host), evidence, markup.escape(finding.remedy))
     return table
 
 
-def _verdict(found: list[findings.Finding], number: int) -> str:
-    errors, warnings, passed = (
-        sum(f.state == s for f in found) for s in (findings.ERROR, findings.WARNING, findings.OK)
-    )
+def _verdict(found: list[checks.Finding], number: int) -> str:
+    errors, warnings, passed = (sum(f.state == s for f in found) for s in (checks.ERROR, checks.WARNING, checks.OK))
     where = f"{number} host{'s' * (number != 1)}, {passed} of {len(found)} checks passed"
     if errors:
         more = f", {warnings} warning{'s' * (warnings != 1)}" if warnings else ""
@@ -210,7 +179,3 @@ def _verdict(found: list[findings.Finding], number: int) -> str:
     if warnings:
         return f"[yellow]{warnings} warning{'s' * (warnings != 1)}[/], no error ({where})"
     return f"[green]no problems[/] ({where})"
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", "\\[")  # rich would read brackets as styles

@@ -12,7 +12,7 @@ from typing import Any, Optional
 import typer
 import yaml
 
-from distpad.launcher import allocation, describe, kubernetes, kustomize, run, spec
+from distpad.launcher import allocation, describe, kubernetes, kustomize, render, run, spec
 
 DEFAULT: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(spec.Job)}
 FOR_BOTH = ("command", "gpus", "env", "secret", "network_interface", "max_restarts", "timeout_s", "config", "dry_run")
@@ -176,7 +176,7 @@ def launch(
 
 
 def _environ(cwd: str) -> dict[str, str]:
-    """Return the variables, with absolute paths in PYTHONPATH, since agents and engines start in other folders.
+    """Return the variables, with absolute paths.
 
     Raises:
       ValueError: this process has no working folder, although paths are relative to it.
@@ -188,10 +188,7 @@ def _environ(cwd: str) -> dict[str, str]:
             why = "the working folder was deleted, expected one that exists. cd to it, or give --cwd FOLDER."
             raise ValueError(f"launch: {why}") from error
         os.chdir("/")
-    environ = dict(os.environ)
-    if environ.get("PYTHONPATH"):
-        environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, environ["PYTHONPATH"].split(os.pathsep)))
-    return environ
+    return render.absolute_paths(os.environ)
 
 
 def _job(given: Mapping[str, Any], environ: Mapping[str, str]) -> spec.Job:

@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from distpad.launcher import hostfacts, processes, render, times
+from distpad.launcher import facts, processes, render, times
 
 DAEMONS = ("orted", "prted")  # Open MPI's, which may outlive a killed launcher
 LIMIT = 1 << 22  # maximum bytes of one message
@@ -61,8 +61,7 @@ class Agent:
                 raise OSError(f"{folder} belongs to another user, or is open to others")
             path = folder / f"{socket.gethostname()}.sock"
             server = await asyncio.start_unix_server(self._worker, path, limit=LIMIT)
-            gpus_too = "DISTPAD_GPUS" in self.orders["env"]
-            self.send(is_="ready", **hostfacts.facts(self.orders["hosts"], gpus_too=gpus_too))
+            self.send(is_="ready", facts=facts.collect(self.orders["ask"]))
             beat = asyncio.ensure_future(self._beat())
             await self._listen(reader)
             beat.cancel()
@@ -104,7 +103,7 @@ class Agent:
                     self.orders["grace_s"] = message["grace_s"]
                     return
                 if what == "ports":
-                    self.send(is_="ports", **hostfacts.find_ports(message["count"], message["first"]))
+                    self.send(is_="ports", **facts.find_ports(message["count"], message["first"]))
                 elif what == "ranks":
                     self.rank_envs = message["envs"]
                 elif what == "start":

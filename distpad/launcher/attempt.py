@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from distpad.launcher import crew, discovery, hostcheck, output, render, spec, times, worker
+from distpad.launcher import checks, crew, discovery, hosts, output, render, spec, times, worker
 from distpad.launcher.outcomes import HOST, LOST, TIME, Ended, log
 
 EVENTS = 4096  # capacity of the queue; a full queue slows the workers down
@@ -94,7 +94,7 @@ class Attempt:
             for host in job.used_hosts:
                 self.add_agent(host)
             self.until(lambda: len(self.facts) == len(self.agents), job.start_timeout_s, self.silent_hosts)
-            if wrong := hostcheck.problems(job, self.facts):
+            if wrong := checks.problems(job, self.facts):
                 raise self.refused(" ".join(wrong))
         if job.controller == "gloo" and not job.network_interface:
             job = self.job = dataclasses.replace(job, network_interface=self.find_interface())
@@ -133,14 +133,19 @@ class Attempt:
         # an agent ignores some signals itself, so that workers cannot inherit what the launcher ignores
         ignored = [number for number in worker.FORWARDED if signal.getsignal(number) is signal.SIG_IGN]
         orders = render.orders(self.job, host, self.environ, self.secrets, self.number)
-        agent.send(**orders, ignored=ignored)
+        ask = {
+            "probes": [*checks.OF_A_JOB, *["gpus"] * (self.job.gpus_each > 0)],
+            "limit_s": 0.8 * self.job.start_timeout_s,
+        }
+        known = [] if self.job.elastic else [each.name for each in self.job.used_hosts]
+        agent.send(**orders, ignored=ignored, ask={**ask, "hosts": known})
 
     def find_interface(self) -> str:
         """Find the interface of a job over Gloo. An elastic job assumes that later hosts resemble its first ones."""
         elsewhere = {name: each for name, each in list(self.facts.items()) if name not in spec.LOCAL}
         if not (elsewhere if self.job.elastic else self.job.crosses_hosts):
             return "lo"
-        found, wrong = hostcheck.interface(elsewhere)
+        found, wrong = checks.interface(elsewhere)
         if wrong:
             raise self.refused(wrong)
         return found
@@ -178,9 +183,8 @@ class Attempt:
         return self.no_agent(silent[0], None)
 
     def no_agent(self, host: str, code: int | None) -> Ended:
-        wrote, within_s = list(self.agents[host].wrote), self.job.start_timeout_s
-        why, remedy = hostcheck.why_silent(host, self.job.python, wrote, code, within_s)
-        return self.refused(f"{host} cannot be used: {why}. {remedy}", again=True)
+        why = hosts.unreachable(self.agents[host], self.job.python, code, self.job.start_timeout_s)
+        return self.refused(f"{host} cannot be used: {why['unreachable']}. {why['remedy']}", again=True)
 
     def missing_workers(self) -> Ended:
         missing = [f"{p.rank} ({p.host.name})" for p in self.job.places if p.rank not in self.started]
@@ -292,10 +296,10 @@ class Attempt:
         if what == "output":
             self.output.write(rank, message["stream"], message["text"].encode("utf-8", "surrogateescape"))
         elif what == "ready":
-            self.facts[host] = message
+            self.facts[host] = message["facts"]
         elif what == "ports":
             if not message["ports"]:
-                why, remedy = hostcheck.taken(message["taken"], message["why"])
+                why, remedy = checks.taken(message["taken"], message["why"])
                 raise self.refused(f"on {host}, {why}. {remedy}", again=True)
             self.ports[host] = message["ports"]
         elif what == "hello":

@@ -55,7 +55,7 @@ def _cuda_of_driver() -> str:
 
 def count(found: Mapping[str, Any]) -> int:
     """The number of GPUs that nvidia-smi lists; of devices in /dev in a container that has no nvidia-smi."""
-    return len(found["names"]) or found["devices"]
+    return len(found.get("names", [])) or found.get("devices", 0)
 
 
 def packages() -> dict[str, str]:

@@ -88,6 +88,13 @@ def remote_argv(
     return [*SSH, *ssh_args, host.name, shlex.join(remote)]
 
 
+def absolute_paths(environ: Mapping[str, str]) -> dict[str, str]:
+    """Variables with absolute paths in PYTHONPATH, since agents and engines start in other folders."""
+    paths = environ.get("PYTHONPATH")
+    absolute = os.pathsep.join(map(os.path.abspath, paths.split(os.pathsep))) if paths else ""
+    return {**environ, **({"PYTHONPATH": absolute} if paths else {})}
+
+
 def worker_argv(job: spec.Job) -> list[str]:
     """The command line of one worker: the parent process that receives its orders from its host's agent."""
     return [job.python, "-m", "distpad.launcher.worker", folder(job)]
@@ -119,7 +126,7 @@ def _horovodrun(job: spec.Job) -> list[str]:
         argv += ELASTIC_ARGS
     else:
         argv += _hosts(job)
-    # without this option, horovodrun starts servers with their key on a command line: see hostcheck.interface
+    # without this option, horovodrun starts servers with their key on a command line: see checks.interface
     argv += [
         "--network-interface",
         job.network_interface or ("FOUND-AT-START" if job.elastic or job.crosses_hosts else "lo"),
@@ -229,7 +236,6 @@ def orders(
         "grace_s": job.grace_s,
         "lost_after_s": job.lost_after_s,
         "holds_failures": not job.elastic,
-        "hosts": [] if job.elastic else [each.name for each in job.used_hosts],
     }
 
 

@@ -36,7 +36,6 @@ PACKAGES = (
     "gradients layers preemption",
     "collectives",
     "backends padding",
-    "preflight",
     "launcher precision versions",
     "errors",
 )

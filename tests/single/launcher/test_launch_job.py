@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import yaml
@@ -22,10 +23,11 @@ from distpad.cli import launch as cli_launch
 from distpad.launcher import (
     allocation,
     attempt,
+    checks,
     crew,
     describe,
     discovery,
-    hostcheck,
+    hosts,
     outcomes,
     output,
     render,
@@ -404,29 +406,30 @@ def test_a_script_that_finds_hosts(tmp_path, monkeypatch):
 
 
 def found_on(name: str, **changes) -> dict:
-    facts = {"host": name, "versions": {"tensorflow-cpu": "2.21.0"}, "resolves": {"a": ["10.0.0.1"], "b": ["10.0.0.2"]}}
-    facts["interfaces"] = {"lo": ["127.0.0.1"], "eth0": [facts["resolves"][name][0]], "eth1": ["10.1.0.1"]}
-    return {**facts, **changes}
+    facts = {"host": name, "packages": {"tensorflow-cpu": "2.21.0"}, "names": {"a": ["10.0.0.1"], "b": ["10.0.0.2"]}}
+    facts["interfaces"] = {"lo": ["127.0.0.1"], "eth0": [facts["names"][name][0]], "eth1": ["10.1.0.1"]}
+    return {**facts, "errors": {}, **changes}
 
 
 def test_hosts_that_fit():
-    assert hostcheck.problems(make(hosts=spec.parse_hosts("a,b")), {"a": found_on("a"), "b": found_on("b")}) == []
+    assert checks.problems(make(hosts=spec.parse_hosts("a,b")), {"a": found_on("a"), "b": found_on("b")}) == []
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"versions": {"tensorflow-cpu": "2.15.1"}}, "tensorflow-cpu differs: a has 2.21.0, b has 2.15.1"),
-        ({"versions": {}}, "a has 2.21.0, b has none"),
-        ({"resolves": {"a": [], "b": ["10.0.0.2"]}}, "on b, the name a does not resolve"),
-        ({"resolves": {"a": ["10.0.0.1"], "b": []}}, "on b, its own name b does not resolve"),
-        ({"resolves": {"a": ["127.0.1.1"], "b": ["10.0.0.2"]}}, "on b, the name a resolves to 127.0.1.1, the loopback"),
-        ({"resolves": {"a": ["10.0.0.1"], "b": ["::1"]}}, "on b, its own name b resolves to ::1, the loopback"),
+        ({"packages": {"tensorflow-cpu": "2.15.1"}}, "tensorflow-cpu differs: a has 2.21.0, b has 2.15.1"),
+        ({"packages": {}}, "a has 2.21.0, b has none"),
+        ({"errors": {"names": "not done after 48 s"}}, "names of b: not done after 48 s"),
+        ({"names": {"a": [], "b": ["10.0.0.2"]}}, "on b, the name a does not resolve"),
+        ({"names": {"a": ["10.0.0.1"], "b": []}}, "on b, its own name b does not resolve"),
+        ({"names": {"a": ["127.0.1.1"], "b": ["10.0.0.2"]}}, "on b, the name a resolves to 127.0.1.1, the loopback"),
+        ({"names": {"a": ["10.0.0.1"], "b": ["::1"]}}, "on b, its own name b resolves to ::1, the loopback"),
     ],
 )
 def test_hosts_that_do_not_fit(changes, message):
     job = make(hosts=spec.parse_hosts("a,b"), backend="horovod")
-    problems = hostcheck.problems(job, {"a": found_on("a"), "b": found_on("b", **changes)})
+    problems = checks.problems(job, {"a": found_on("a"), "b": found_on("b", **changes)})
     assert len(problems) == 1 and message in problems[0]
 
 
@@ -455,28 +458,33 @@ def on_gpus(*names: str, **changes) -> dict:
 )
 def test_hosts_without_the_gpus_of_their_workers(driver, package, message):
     job = make(hosts=spec.parse_hosts("a:2,b:2"), gpus=2)
-    fine = {"versions": {package: "2.21.0"}, "gpus": on_gpus("H100", "H100")}
-    problems = hostcheck.problems(job, {"a": found_on("a", **fine), "b": found_on("b", **{**fine, "gpus": driver})})
+    fine = {"packages": {package: "2.21.0"}, "gpus": on_gpus("H100", "H100")}
+    problems = checks.problems(job, {"a": found_on("a", **fine), "b": found_on("b", **{**fine, "gpus": driver})})
     assert len([problem for problem in problems if problem.startswith("b ")]) == bool(message)
     assert message in " ".join(problems)
-    assert hostcheck.problems(make(hosts=spec.parse_hosts("a:2,b:2")), {"a": found_on("a", gpus={})}) == []
+    assert checks.problems(make(hosts=spec.parse_hosts("a:2,b:2")), {"a": found_on("a", gpus={})}) == []
 
 
 def test_the_interface_that_hosts_share():
     both = {"a": found_on("a"), "b": found_on("b")}
-    assert hostcheck.interface(both) == ("eth0", "")
+    assert checks.interface(both) == ("eth0", "")
     both["b"]["interfaces"] = {"ens3": ["10.0.0.2"]}
-    name, wrong = hostcheck.interface(both)
+    name, wrong = checks.interface(both)
     assert name == "" and "(a has eth0, b has ens3). Choose one with --network-interface" in wrong
 
 
+def unreachable(wrote: list[str], code: int | None, python: str = "p") -> tuple[str, str]:
+    agent = types.SimpleNamespace(host="b", wrote=wrote)
+    return tuple(hosts.unreachable(agent, python, code, 60).values())
+
+
 def test_what_ssh_wrote_is_explained():
-    for mark, meaning in hostcheck.MEANINGS.items():
-        found = hostcheck.why_silent("b", "/python", [f"ssh: {mark}!"], 255, 60)
+    for mark, meaning in hosts.MEANINGS.items():
+        found = unreachable([f"ssh: {mark}!"], 255, "/python")
         assert found == tuple(part.format(host="b", python="/python") for part in meaning)
-    why, remedy = hostcheck.why_silent("b", "p", ["what?"], 9, 60)
+    why, remedy = unreachable(["what?"], 9)
     assert why.endswith("ended with exit code 9: what?") and remedy == "Try: ssh b p -m distpad"
-    assert hostcheck.why_silent("b", "p", [], None, 60)[0] == "it did not answer within 60 s: no output"
+    assert unreachable([], None)[0] == "it did not answer within 60 s: no output"
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
