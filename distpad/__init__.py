@@ -26,10 +26,12 @@ _PACKAGES = {
     "Indices": "data",
     "LengthSampler": "data",
     "Lengths": "data",
+    "Mask": "data",
     "Pad": "data",
     "Padded": "padding",
     "PaddedBatches": "data",
     "PeerError": "errors",
+    "PreLengths": "collectives",
     "Preemption": "preemption",
     "WeightedCounts": "losses",
     "broadcast_variables": "gradients",
@@ -67,6 +69,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test compar
     from distpad.backends import ElasticState as ElasticState
     from distpad.certification import Certificate as Certificate
     from distpad.certification import certify as certify
+    from distpad.collectives import PreLengths as PreLengths
     from distpad.collectives import gather as gather
     from distpad.collectives import pad_to_global_max as pad_to_global_max
     from distpad.data import Batch as Batch
@@ -74,6 +77,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test compar
     from distpad.data import Indices as Indices
     from distpad.data import Lengths as Lengths
     from distpad.data import LengthSampler as LengthSampler
+    from distpad.data import Mask as Mask
     from distpad.data import Pad as Pad
     from distpad.data import PaddedBatches as PaddedBatches
     from distpad.errors import DistpadError as DistpadError

@@ -109,6 +109,9 @@ def _read_pipeline(batch: Any, needed: Sequence[str]) -> Given:
     if type(counts) is not Counts:
         kind = type(counts).__name__
         raise TypeError(errors.sentence("certify", "batch.counts", f"a {kind}", "Counts", "Give a mapping of arrays."))
+    if any(isinstance(value, shapes.PreLengths) for value in batch.lengths.values()):
+        remedy = 'Give {"x": ..., "y": ..., "mask": ...}.'
+        raise TypeError(errors.sentence("certify", "batch", "with pre-padded features", "post-padded ones", remedy))
     data = {name: _arrays(str(name), value) for name, value in dict(batch.data).items()}
     lengths = {name: np.asarray(value) for name, value in batch.lengths.items()}
     counted_features = [

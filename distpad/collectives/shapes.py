@@ -1,4 +1,4 @@
-"""Masks broadcast to one shape, with static and dynamic shapes alike."""
+"""Lengths and their masks; and masks broadcast to one shape, with static and dynamic shapes alike."""
 
 from __future__ import annotations
 
@@ -9,6 +9,48 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from distpad.collectives.checked import Check
+
+_MISUSED = (
+    "lengths are those of a pre-padded feature, Pad(side='pre'), expected those of post-padded rows, since the real "
+    "positions stand at the end. lengths.mask(size) is their mask, lengths.values are the numbers."
+)
+
+
+class PreLengths(NamedTuple):
+    """The lengths of a pre-padded feature, ``Pad(side="pre")``, whose rows end with their real positions.
+
+    ``DistributedLoss``, metrics and ``layers.BatchNormalization`` take them as ``lengths``. They are no tensor, and
+    TensorFlow and NumPy refuse them: ``tf.sequence_mask`` would mark the padding as real.
+
+    Attributes:
+      values: ``[batch]`` int32, the numbers.
+
+    >>> lengths = PreLengths(tf.constant([1, 3]))
+    >>> lengths.mask(3).numpy().astype(int).tolist()
+    [[0, 0, 1], [1, 1, 1]]
+    """
+
+    values: Any
+
+    def mask(self, size: Any) -> tf.Tensor:
+        """Return bool ``[batch, size]``, true on the real positions."""
+        lengths = tf.cast(self.values, tf.int64)[:, tf.newaxis]
+        size = tf.cast(size, tf.int64)
+        return tf.range(size) >= size - lengths
+
+    def numpy(self) -> Any:
+        """Return the numbers as an array, outside of graphs."""
+        return self.values.numpy()
+
+    def __array__(self, *args: Any, **options: Any) -> Any:
+        raise TypeError(_MISUSED)
+
+
+def _refuse(*args: Any, **options: Any) -> Any:
+    raise TypeError(_MISUSED)
+
+
+tf.register_tensor_conversion_function(PreLengths, _refuse, priority=50)  # before those of tuples
 
 
 class Source(NamedTuple):
@@ -115,8 +157,20 @@ def _largest(tensors: Sequence[tf.Tensor], rank: int) -> Sizes:
     return Sizes(static, dynamic)
 
 
+def read_lengths(lengths: Any) -> tuple[tf.Tensor, Callable[[Any], tf.Tensor]]:
+    """Return lengths as a tensor, and the function from a size to their mask ``[batch, size]``.
+
+    Raises: TypeError, ValueError.
+    """
+    if isinstance(lengths, PreLengths):
+        values = check_lengths(lengths.values)
+        return values, PreLengths(values).mask
+    values = check_lengths(lengths)
+    return values, functools.partial(tf.sequence_mask, values)
+
+
 def check_lengths(lengths: Any) -> tf.Tensor:
-    """Return lengths as a tensor, ``[batch]`` integers. Raises: TypeError, ValueError."""
+    """Return post-padded lengths as a tensor, ``[batch]`` integers. Raises: TypeError, ValueError."""
     if isinstance(lengths, (tf.RaggedTensor, tf.SparseTensor)):
         raise TypeError(f"lengths are a {type(lengths).__name__}, expected [batch] integers")
     lengths = tf.convert_to_tensor(lengths, tf.int32 if is_empty(lengths) else None)

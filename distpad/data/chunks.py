@@ -12,7 +12,7 @@ from distpad import errors
 from distpad.data import schema, structure
 from distpad.data.schema import Feature, Features, Pad
 from distpad.data.structure import Name
-from distpad.padding import columns
+from distpad.padding import columns, reading
 from distpad.padding.columns import Column
 
 _NAME = "PaddedBatches"
@@ -85,8 +85,8 @@ def columns_of(features: Features, rows: Rows, indices: np.ndarray) -> list[Colu
     known = [column for column in fast if column is not None]
     if known and len(known) == len(fast):
         return known
-    arrays = [_arrays(features, example, int(index)) for example, index in zip(rows, indices)]
-    return [columns.of_arrays([row[i] for row in arrays], feature.depth) for i, feature in enumerate(features.features)]
+    single = [_columns_of_one(features, example, int(index)) for example, index in zip(rows, indices)]
+    return [columns.concatenate(each) for each in zip(*single)]
 
 
 def _fast(feature: Feature, items: Sequence[Any]) -> Column | None:
@@ -104,6 +104,12 @@ def _fast(feature: Feature, items: Sequence[Any]) -> Column | None:
             leaves = [*itertools.chain.from_iterable(items)]
             array = _numbers(feature, leaves, set(map(type, leaves)))
             return None if array is None else Column(array, (columns.offsets([*map(len, items)]),))
+        if kind is list and feature.depth > 1:
+            regular = reading.read_regular([*items])
+            if regular is None or not isinstance(regular[0], Column) or regular[1] != feature.dtype:
+                return None
+            values = regular[0].values.astype(feature.dtype, copy=False)
+            return _fitted(feature, regular[0]._replace(values=values), np.arange(len(items)))
         if feature.shape == ():
             array = _numbers(feature, items, kinds)
             return None if array is None else Column(array)
@@ -179,30 +185,43 @@ def shape_error(feature: Feature, shape: tuple[int, ...], index: int) -> ValueEr
     return ValueError(errors.sentence(_NAME, where, f"of shape {shape}", wanted, remedy))
 
 
-def _arrays(features: Features, example: Any, index: int) -> list[np.ndarray]:
-    """An example's arrays. ValueError names the example index and a feature that differs from the others."""
+def _columns_of_one(features: Features, example: Any, index: int) -> list[Column]:
+    """An example's columns. ValueError names the example index and a feature that differs from the others."""
     skeleton = structure.skeleton_of(example)
     if skeleton != features.skeleton:
         found = f"with {structure.names_of(skeleton)}"
         raise ValueError(
             errors.sentence(_NAME, f"example {index}", found, f"the same features as the others, {features.names}")
         )
-    arrays = []
-    for feature, item in zip(features.features, structure.leaves_of(example, skeleton)):
-        where = f"{feature.name!r} of example {index}"
-        array = schema.as_array(item, where)
-        if schema.is_untyped(item):
-            rest = tuple(size or 0 for size in feature.shape[array.ndim :])
-            array = np.zeros(array.shape + rest, feature.dtype)
-        if array.dtype == np.int64 and feature.dtype == np.float64 and schema.is_python(item):
-            array = array.astype(np.float64)
-        if array.dtype != feature.dtype:
-            remedy = "Write 1.0 for 1, or np.float32 arrays." if schema.is_python(item) else "Cast one of them."
-            found = f"of dtype {array.dtype}"
-            raise ValueError(errors.sentence(_NAME, where, found, f"{feature.dtype}, as in the first example", remedy))
-        if array.ndim != len(feature.shape) or any(
-            want not in (None, have) for want, have in zip(feature.shape, array.shape)
-        ):
+    leaves = structure.leaves_of(example, skeleton)
+    return [_column_of_one(feature, item, index) for feature, item in zip(features.features, leaves)]
+
+
+def _column_of_one(feature: Feature, item: Any, index: int) -> Column:
+    where, shape = f"{feature.name!r} of example {index}", feature.shape
+    if not schema.is_uneven(item, feature.pad):
+        array = _typed(feature, item, shape, where)
+        if array.ndim != len(shape) or any(want not in (None, have) for want, have in zip(shape, array.shape)):
             raise shape_error(feature, array.shape, index)
-        arrays.append(array)
-    return arrays
+        return columns.of_arrays([array], feature.depth)
+    splits, rows = schema.rows_of(item, feature.depth - 1, where)
+    arrays = [_typed(feature, row, shape[feature.depth - 1 :], where) for row in rows]
+    wrong = next((array for array in arrays if array.ndim != len(shape) - feature.depth + 1), None)
+    if wrong is not None:
+        raise shape_error(feature, (*(int(each[1]) for each in splits), *wrong.shape), index)
+    last = columns.of_arrays(arrays, 1)
+    return _fitted(feature, Column(last.values, (*splits, *last.splits)), np.array([index]))
+
+
+def _typed(feature: Feature, item: Any, shape: tuple[int | None, ...], where: str) -> np.ndarray:
+    """An item as an array of the feature's dtype; of an empty list, with the inner ``shape``. Raises: ValueError."""
+    array = schema.as_array(item, where)
+    if schema.is_untyped(item):
+        array = np.zeros(array.shape + tuple(size or 0 for size in shape[array.ndim :]), feature.dtype)
+    if array.dtype == np.int64 and feature.dtype == np.float64 and schema.is_python(item):
+        array = array.astype(np.float64)
+    if array.dtype != feature.dtype:
+        remedy = "Write 1.0 for 1, or np.float32 arrays." if schema.is_python(item) else "Cast one of them."
+        found = f"of dtype {array.dtype}"
+        raise ValueError(errors.sentence(_NAME, where, found, f"{feature.dtype}, as in the first example", remedy))
+    return array

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from distpad import backends, errors
+from distpad.collectives.shapes import PreLengths
 from distpad.data import plan, reader
 from distpad.data.config import Config
-from distpad.data.schema import Feature, Features
+from distpad.data.schema import Feature, Features, Pad
 from distpad.data.stats import PaddingStats
 from distpad.data.structure import Name, as_key
 from distpad.losses.counts import Counts, LossInputs, WeightedCounts
@@ -31,7 +32,8 @@ class Batch(NamedTuple):
 
     Attributes:
       data: the features in the structure of an example, each ``[batch_size, *shape]``, padded on ragged axes.
-      lengths: for each padded feature ``[batch_size]`` int32, along its first ragged axis.
+      lengths: for each padded feature ``[batch_size]`` int32, along its first ragged axis; of a pre-padded feature
+        ``PreLengths``.
       rows: int32 scalar, the number of real rows; the rows after them are filler rows.
       counts: ``Counts`` over all replicas and all micro-batches of the optimiser step, float64 scalars: the loss's
         ``denominator``. A mapping by loss if ``tokens`` is a mapping.
@@ -126,6 +128,8 @@ class Padder:
                 self._made.put(error)
 
     def _make(self, order: Order) -> Any:
+        if order.micro:
+            self._stats.add_truncated(order.micro.lost)
         return self._to_device(order.features, [self._batch(order, r) for r in range(self._backend.replicas_here)])
 
     def _batch(self, order: Order, replica: int) -> Batch:
@@ -185,27 +189,35 @@ class Padder:
         given = None if weights is None else arrays[weights]
         shape = [len(arrays[name]), *(arrays[name].shape[1 + axis] for axis in axes)]
         if given is not None and given.ndim > 1:
-            given = _resized(given, shape)
+            given = _resized(given, shape, self._config.padding[name])
         if len(axes) == 1:
             return () if given is None else given
         mask = np.zeros(shape, np.float32)
         if counted is not None:
-            positions = Column(np.zeros(0), counted.splits[: len(axes)])
-            mask[: counted.num_examples] = columns.mask(positions, [counted.num_examples, *shape[1:]])
+            pad = self._config.padding[name]
+            positions, at_end = pad.placed(Column(np.zeros(0), counted.splits[: len(axes)]), shape[1 + pad.axes[0]])
+            mask[: counted.num_examples] = columns.mask(positions, [counted.num_examples, *shape[1:]], at_end=at_end)
         if given is None:
             return mask
         given = given.reshape([len(given), *[1] * (len(shape) - given.ndim), *given.shape[1:]])
         return np.where(mask > 0, given, 0).astype(np.float32)  # not a product: padding may be NaN
 
 
-def _resized(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+def _resized(array: np.ndarray, shape: Sequence[int], pad: Pad) -> np.ndarray:
     """The array cut, or padded with zeros, to a shape: weights may have another boundary than their feature."""
     if list(array.shape) == list(shape):
         return array
     resized = np.zeros(shape, array.dtype)
-    common = tuple(map(slice, np.minimum(array.shape, shape)))
-    resized[common] = array[common]
+    kept = np.minimum(array.shape[1:], shape[1:]).tolist()
+    resized[_box(kept, shape[1:], pad)] = array[_box(kept, array.shape[1:], pad)]
     return resized
+
+
+def _box(sizes: Sequence[int], shape: Sequence[int], pad: Pad | None) -> tuple[slice, ...]:
+    """Where elements of these sizes stand in rows of a shape."""
+    at_end = pad.axes[0] if pad and pad.side == "pre" else None
+    each = enumerate(zip(sizes, shape))
+    return slice(None), *(slice(size - n, None) if axis == at_end else slice(n) for axis, (n, size) in each)
 
 
 def collate(
@@ -217,7 +229,7 @@ def collate(
     last: Sequence[Column],
     emptied: Set[Name],
     arena: memory.Arena,
-) -> tuple[list[np.ndarray], dict[Name, np.ndarray]]:
+) -> tuple[list[np.ndarray], dict[Name, Any]]:
     """Pad rows to a batch of static shape.
 
     Args:
@@ -231,9 +243,11 @@ def collate(
       arena: memory of the lengths.
 
     Returns:
-      For each feature ``[rows, *shape]``, and for each padded feature its lengths ``[rows]`` int32.
+      For each feature ``[rows, *shape]``, and for each padded feature its lengths ``[rows]`` int32, or
+      ``PreLengths`` of them.
     """
-    values, lengths = [], {}
+    values: list[np.ndarray] = []
+    lengths: dict[Name, Any] = {}
     real, size = rows
     for i, feature in enumerate(features):
         shape = [sizes.get((feature.name, axis), fixed or 0) for axis, fixed in enumerate(feature.shape)]
@@ -242,21 +256,27 @@ def collate(
             continue
         batch = columns.blank(size, shape, feature.padding_value, feature.dtype)
         if real:
-            columns.fill(batch, given[i])
+            _fill(batch, given[i], feature.pad)
         is_emptied = feature.name in emptied
         if real < size and not is_emptied:
             one = columns.blank(1, _shape(last[i]), feature.padding_value, feature.dtype)
-            columns.fill(one, last[i])
-            common = (slice(None), *(slice(min(pair)) for pair in zip(shape, one.shape[1:])))
-            batch[real:][common] = one[common]
+            columns.fill(one, last[i])  # of its own size: without padding along the first ragged axis
+            kept = [*map(min, shape, one.shape[1:])]
+            batch[real:][_box(kept, shape, feature.pad)] = one[_box(kept, kept, None)]
         values.append(batch)
         if feature.pad:
             axis = feature.pad.axes[0]
             found = arena.zeros([size], np.int32)
             found[:real] = tables[feature.name][:, 0]
             found[real:] = 0 if is_emptied else min(shape[axis], int(last[i].sizes()[0, axis]))
-            lengths[feature.name] = found
+            lengths[feature.name] = PreLengths(found) if feature.pad.side == "pre" else found
     return values, {as_key(name): found for name, found in lengths.items()}
+
+
+def _fill(batch: np.ndarray, column: Column, pad: Pad | None) -> None:
+    """Copy the examples of a column to their side of the first rows of ``batch``."""
+    column, at_end = pad.placed(column, batch.shape[1 + pad.axes[0]]) if pad else (column, False)
+    columns.fill(batch, column, at_end=at_end)
 
 
 def _shape(column: Column) -> list[int]:

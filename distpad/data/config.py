@@ -58,6 +58,11 @@ class Config:
         """The axes of an example that span the positions of each counted feature."""
         return {name: sorted(self.padding[name].axes) for name in self.tokens.values()}
 
+    @functools.cached_property
+    def limits(self) -> list[int | None]:
+        """The longest allowed size of each ragged axis."""
+        return [pad.max_length if axis == pad.axes[0] else None for pad in self.padding.values() for axis in pad.axes]
+
     def window(self, number: int) -> tuple[int, int]:
         """The first step of a window, and its number of steps: 1, 2, 4 ... groups, up to ``lookahead`` steps.
 
@@ -73,13 +78,17 @@ class Config:
 
         With given buckets, all axes use the highest boundary index that one of them needs: there are as many shapes as
         boundaries. With "auto", axes share a boundary only if theirs are near: texts are not padded to the length of
-        their recordings.
+        their recordings. No axis is padded beyond the ``max_length`` of its ``Pad``.
 
         Args:
           agreed: the longest size of each axis over all replicas.
           sampled: with "auto", the buckets for the lengths of a sampler.
           longest: the longest sampled length of the step.
         """
+        sizes = self._boundaries(agreed, sampled, longest)
+        return tuple(min(size, limit or size) for size, limit in zip(sizes, self.limits))
+
+    def _boundaries(self, agreed: tuple[int, ...], sampled: Buckets | None, longest: int | None) -> tuple[int, ...]:
         if self.buckets is None:
             return agreed
         given = self.axis_buckets
@@ -105,7 +114,11 @@ class Config:
         """The configuration that is compared between workers."""
         return {
             "batch_size": self.batch_size,
-            "padding": {str(n): {"axis": list(pad.axes), "value": str(pad.value)} for n, pad in self.padding.items()},
+            "padding": {
+                str(name): {"axis": list(pad.axes), "value": str(pad.value), "side": pad.side}
+                | {"max_length": str(pad.max_length), "truncating": pad.truncating}
+                for name, pad in self.padding.items()
+            },
             "tokens": {str(loss): str(name) for loss, name in self.tokens.items()},
             "weights": {str(loss): str(name) for loss, name in self.weights.items()},
             "buckets": {str(name): repr(buckets) for name, buckets in self.buckets.items()}
@@ -147,7 +160,7 @@ def checked(
         batch_size=batch_size,
         padding=padding,
         tokens=tokens,
-        weights=_checked_weights(weights, tokens),
+        weights=_checked_weights(weights, tokens, padding),
         buckets=_checked_buckets(buckets, padding),
         lookahead=-(-lookahead // accumulation_steps) * accumulation_steps,
         accumulation_steps=accumulation_steps,
@@ -185,17 +198,23 @@ def _checked_tokens(tokens: Any, padding: Mapping[Name, Pad]) -> dict[Any, Name]
     return losses
 
 
-def _checked_weights(weights: Any, tokens: Mapping[Any, Name]) -> dict[Any, Name]:
+def _checked_weights(weights: Any, tokens: Mapping[Any, Name], padding: Mapping[Name, Pad]) -> dict[Any, Name]:
     if weights is None:
         return {}
-    for name in weights.values() if isinstance(weights, Mapping) else [weights]:
-        _check_name("weights", name)
-    if not isinstance(weights, Mapping):
-        return dict.fromkeys(tokens, weights)
+    weights = dict(weights) if isinstance(weights, Mapping) else dict.fromkeys(tokens, weights)
     unknown = [loss for loss in weights if loss not in tokens]
     if unknown:
         raise ValueError(errors.sentence(_NAME, "weights", f"for {unknown}", f"losses of tokens: {list(tokens)}"))
-    return dict(weights)
+    for loss, name in weights.items():
+        _check_name("weights", name)
+        counted = padding[tokens[loss]]
+        same = ("side", "max_length", "truncating") + ("axes",) * (counted.side == "pre")
+        for option in same if name in padding else ():
+            given, wanted = getattr(padding[name], option), getattr(counted, option)
+            if given != wanted:
+                where, rule = f"{option} of weights {name!r}", f"{wanted!r}, as of {tokens[loss]!r}"
+                raise ValueError(errors.sentence(_NAME, where, repr(given), rule))
+    return weights
 
 
 def _check_name(argument: str, name: Any) -> None:

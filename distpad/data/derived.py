@@ -1,4 +1,4 @@
-"""Lengths and Indices: what a batch knows of its rows, as inputs and labels of ``for_keras``."""
+"""Lengths, Mask and Indices: what a batch knows of its rows, as inputs and labels of ``for_keras``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,19 @@ class Lengths:
 
     >>> Lengths("image")
     Lengths(feature='image')
+    """
+
+    feature: Name
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """The mask of a padded feature along its first ragged axis, ``[rows, length]`` bool, for padding on either side.
+
+    It is true on real positions, and false in filler rows.
+
+    >>> Mask("image")
+    Mask(feature='image')
     """
 
     feature: Name

@@ -13,14 +13,16 @@ import numpy as np
 import tensorflow as tf
 
 from distpad import backends, errors, versions
+from distpad.collectives.shapes import PreLengths
 from distpad.data import shutdown
 from distpad.data.collate import Batch
 from distpad.data.config import Config
-from distpad.data.derived import Indices, Lengths
+from distpad.data.derived import Indices, Lengths, Mask
 from distpad.data.schema import Feature, Features
 from distpad.data.structure import Name, as_key
 from distpad.data.sync import Channel
 from distpad.losses.counted import CountedWeights, Facts
+from distpad.padding import columns
 
 _NAME = "for_keras"
 _PEEKS = "_maybe_symbolic_build"
@@ -91,7 +93,7 @@ class Elements:
         for batch in batches:
             arrays = features.by_name(batch.data)
             weights = {} if self.predicts else {n: self._counted(n, features, batch) for n in self._config.tokens}
-            value = functools.partial(_value, arrays=arrays, batch=batch)
+            value = functools.partial(_value, arrays=arrays, batch=batch, config=self._config)
             parts.append((*_mapped(value, names), weights.get(None, weights)))
         joined = tf.nest.map_structure(lambda *rows: np.concatenate(rows), *parts)
         if not self.predicts:
@@ -124,6 +126,8 @@ class Elements:
         known = {feature.name: feature for feature in features.features}
 
         def spec(name: Any) -> tf.TensorSpec:
+            if isinstance(name, Mask):
+                return tf.TensorSpec([rows, None], tf.bool)
             if isinstance(name, (Lengths, Indices)):
                 return tf.TensorSpec([rows], tf.int32 if isinstance(name, Lengths) else tf.int64)
             feature: Feature = known[name]
@@ -154,15 +158,18 @@ class Elements:
         """A name as the nest of the features in this part of an example."""
         if isinstance(name, Indices):
             return name
-        if isinstance(name, Lengths):
+        if isinstance(name, (Lengths, Mask)):
             if name.feature not in self._config.padding:
                 rule = f"a feature of padding: {[*self._config.padding]}"
                 raise ValueError(errors.sentence(_NAME, argument, repr(name), rule))
+            if isinstance(name, Lengths) and self._config.padding[name.feature].side == "pre":
+                remedy = f"Write distpad.Mask({name.feature!r})."
+                raise ValueError(errors.sentence(_NAME, argument, repr(name), "a post-padded feature", remedy))
             return name
         try:
             return features.named(name)
         except KeyError:
-            rule = f"a feature of an example: {features.names}, distpad.Lengths(...) or distpad.Indices()"
+            rule = f"a feature of an example: {features.names}, distpad.Lengths(...), Mask(...) or Indices()"
             raise ValueError(errors.sentence(_NAME, argument, repr(name), rule)) from None
 
     def _labels(self, loss: Any, features: Features) -> dict[str, Any]:
@@ -193,8 +200,9 @@ class Elements:
         counts = (batch.loss_inputs if loss is None else batch.loss_inputs[loss]).counts
         numbers = np.array([counts.tokens, counts.sequences, *counts.local, len(weights)], np.float64)
         arrays = features.by_name(batch.data)
-        lengths = {str(name): _value(Lengths(name), arrays, batch) for name in self._config.padding}
-        labels = {key: _value(name, arrays, batch) for key, name in self._labels(loss, features).items()}
+        lengths = {str(name): _lengths(name, batch) for name in self._config.padding}
+        named = self._labels(loss, features).items()
+        labels = {key: _value(name, arrays, batch, self._config) for key, name in named}
         return _Counted(weights, np.tile(numbers, [len(weights), 1]), lengths, labels)
 
     def facts(self, features: Features, replicas: int) -> dict[Any, tuple[Any, ...]]:
@@ -205,13 +213,14 @@ class Elements:
         counted = replicas if self._config.accumulation_steps == 1 else 0
         padded = [name for name in tf.nest.flatten(self._named(features)[0]) if name in self._config.padding]
         inputs = str(padded[0]) if len(padded) == 1 else ""
+        pre = tuple(str(name) for name, pad in self._config.padding.items() if pad.side == "pre")
         ranks = {feature.name: len(feature.shape) for feature in features.features}
         found = {}
         for loss, tokens in self._config.tokens.items():
             weights, nest = self._config.weights.get(loss), self._y_true[loss]
             weighs = "" if weights is None else "positions" if ranks[weights] else "rows"
             kind = "dict" if isinstance(nest, Mapping) else "tuple" if isinstance(nest, tuple) else ""
-            found[loss] = (counted, tf.float32, *Facts(str(tokens), inputs, weighs, kind))
+            found[loss] = (counted, tf.float32, *Facts(str(tokens), inputs, weighs, kind, pre))
         return found
 
     def _weights(self, loss: Any, features: Features, batch: Batch) -> np.ndarray:
@@ -229,7 +238,8 @@ class Elements:
             return given
         tokens = self._config.tokens[loss]
         length = features.by_name(batch.data)[tokens].shape[1 + self._config.counted_axes[tokens][0]]
-        mask = np.arange(length) < inputs.lengths[:, np.newaxis]
+        is_pre = isinstance(inputs.lengths, PreLengths)
+        mask = columns.real(inputs.lengths.values if is_pre else inputs.lengths, length, at_end=is_pre)
         weights = given if isinstance(given, np.ndarray) else np.ones([])
         weights = weights[:, np.newaxis] if weights.ndim == 1 else weights
         return np.where(mask, weights, 0).astype(np.float32)  # not a product: the padding of weights may be NaN
@@ -346,18 +356,27 @@ def _as_nest(argument: str, given: Any) -> Any:
         return tuple(_as_nest(argument, item) for item in given)
     if isinstance(given, (Mapping, list, tuple)):
         raise ValueError(errors.sentence(_NAME, argument, repr(given), "at least one feature"))
-    if isinstance(given, bool) or not isinstance(given, (str, int, Lengths, Indices)):
+    if isinstance(given, bool) or not isinstance(given, (str, int, Lengths, Mask, Indices)):
         raise TypeError(errors.sentence(_NAME, argument, repr(given), "the name of a feature, or a nest of names"))
     return given
 
 
-def _value(name: Any, arrays: Mapping[Name, np.ndarray], batch: Batch) -> np.ndarray:
-    """The rows of a feature, of lengths, or of indices."""
+def _lengths(name: Name, batch: Batch) -> np.ndarray:
+    """The lengths of a padded feature, 0 in filler rows."""
+    real, lengths = np.arange(len(batch.indices)) < batch.rows, batch.lengths[as_key(name)]
+    return np.where(real, getattr(lengths, "values", lengths), 0).astype(np.int32)
+
+
+def _value(name: Any, arrays: Mapping[Name, np.ndarray], batch: Batch, config: Config) -> np.ndarray:
+    """The rows of a feature, of lengths, of a mask, or of indices."""
     if isinstance(name, Indices):
         return batch.indices
     if isinstance(name, Lengths):
-        real = np.arange(len(batch.indices)) < batch.rows
-        return np.where(real, batch.lengths[as_key(name.feature)], 0).astype(np.int32)
+        return _lengths(name.feature, batch)
+    if isinstance(name, Mask):
+        pad = config.padding[name.feature]
+        size = arrays[name.feature].shape[1 + pad.axes[0]]
+        return columns.real(_lengths(name.feature, batch), size, at_end=pad.side == "pre")
     return arrays[name]
 
 

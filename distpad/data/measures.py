@@ -15,6 +15,34 @@ from distpad.padding.columns import Column
 _NAME = "PaddedBatches"
 
 
+def truncated(features: Features, given: list[Column], indices: np.ndarray) -> tuple[list[Column], np.ndarray]:
+    """Cut the examples that are longer than the ``max_length`` of their feature.
+
+    Returns: the columns, and the positions that each example lost, ``[rows]``.
+
+    Raises: ValueError: a longer example where ``truncating`` is "error", with the example index.
+    """
+    found, lost = [*given], np.zeros(len(indices), np.int64)
+    for i, feature in enumerate(features.features if given else ()):
+        pad = feature.pad
+        if pad is None or pad.max_length is None:
+            continue
+        axis = pad.axes[0]
+        longer = np.maximum(given[i].sizes()[:, axis] - pad.max_length, 0)
+        if not longer.any():
+            continue
+        if pad.truncating == "error":
+            row = int(np.flatnonzero(longer)[0])
+            where = f"the length of {feature.name!r} of example {indices[row]}"
+            remedy = "Write Pad(..., truncating='pre' or 'post') to cut, or filter the examples."
+            size, rule = longer[row] + pad.max_length, f"at most max_length={pad.max_length}"
+            raise ValueError(errors.sentence(_NAME, where, size, rule, remedy))
+        begins = longer if pad.truncating == "pre" else np.zeros_like(longer)
+        found[i] = given[i].cut(axis, begins, pad.max_length)
+        lost += longer
+    return found, lost
+
+
 def sizes_of(config: Config, columns: Mapping[Name, Column], indices: np.ndarray) -> dict[Name, np.ndarray]:
     """Return the sizes of each padded feature's ragged axes, ``[rows, axes]``.
 

@@ -36,6 +36,7 @@ class MicroBatch(NamedTuple):
       indices: the example indices of each replica.
       sizes: of the ragged axes of each padded feature, ``[rows, axes]``.
       local: the replica's tokens and sequences, ``[replicas, losses, 2]``.
+      lost: the positions that each example lost by truncation, ``[rows]``.
     """
 
     batch_size: int
@@ -44,6 +45,7 @@ class MicroBatch(NamedTuple):
     indices: list[np.ndarray]
     sizes: dict[Name, np.ndarray]
     local: np.ndarray
+    lost: np.ndarray
 
 
 class Window(NamedTuple):
@@ -284,10 +286,11 @@ class _Reading:
 
     def _take(self, step: Step) -> None:
         indices = step.indices[0] if len(step.indices) == 1 else np.concatenate(step.indices)
-        columns: list[Column] = []
+        columns, lost = [], np.zeros(0, np.int64)
         if len(indices):
             assert self.features is not None, "learned from the examples"
             columns = chunks.columns_of(self.features, step.rows, indices)
+            columns, lost = measures.truncated(self.features, columns, indices)
         if step.is_check:
             self.beginning.add(columns, indices)
             self.compared = self.beginning.fingerprints[-1]
@@ -304,7 +307,7 @@ class _Reading:
         self.report.longest[at] = measures.longest(sizes)
         self.report.tokens[at], self.report.sequences[at] = local.sum(axis=0).T
         self.report.rows[at] = len(indices)
-        self.batches.append(MicroBatch(step.batch_size, columns, bounds, step.indices, sizes, local))
+        self.batches.append(MicroBatch(step.batch_size, columns, bounds, step.indices, sizes, local, lost))
 
     def window(self) -> Window:
         self.report.begins[:] = [self.beginning.at(self._begin + i) for i in range(self.size)]

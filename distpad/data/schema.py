@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections.abc
 import functools
+import itertools
 import json
 import operator
 from collections.abc import Mapping, Sequence
@@ -16,22 +17,31 @@ import tensorflow as tf
 from distpad import errors
 from distpad.data import structure
 from distpad.data.structure import Name
+from distpad.padding import columns
+from distpad.padding.columns import Column
 
 _NAME = "PaddedBatches"
 
 
 @dataclass(frozen=True)
 class Pad:
-    """The ragged axes of a feature, and the value of its padding.
+    """The ragged axes of a feature, the value and the side of its padding, and the longest example.
 
     Args:
-      axis: one axis of an example (not counting the batch axis), or several; positions lie along the first.
+      axis: one axis of an example (not counting the batch axis), or several; positions lie along the first. Rows along
+        further axes may differ within an example too, as the characters of words: ``[[1, 2], [3]]``.
       value: the padding value: a number that the feature's dtype can hold, or a string; for strings, 0 is the empty
         string.
+      side: "post" pads after the positions, "pre" before them; along further axes padding always follows. Lengths of a
+        pre-padded feature are ``PreLengths``.
+      max_length: the largest number of positions; a batch is padded to no more.
+      truncating: for longer examples: "error" raises and names the example, "pre" cuts positions at the front, "post"
+        at the end. ``PaddedBatches.stats`` counts what is cut. A feature of ``weights`` is cut as the one it weighs.
 
     Raises:
-      ValueError: no axes, a negative axis, or an axis twice.
-      TypeError: an axis that is not an integer, or a ``value`` that is not a scalar.
+      ValueError: no axes, a negative axis, or an axis twice; an unknown ``side`` or ``truncating``; ``max_length``
+        below 1, or missing beside ``truncating``.
+      TypeError: an axis or a ``max_length`` that is not an integer, or a ``value`` that is not a scalar.
 
     >>> Pad(axis=(0, 1)).axes, Pad(value=-1).axes
     ((0, 1), (0,))
@@ -39,6 +49,9 @@ class Pad:
 
     axis: int | Sequence[int] = 0
     value: Any = 0
+    side: str = "post"
+    max_length: int | None = None
+    truncating: str = "error"
 
     def __post_init__(self) -> None:
         for axis in self._given:
@@ -47,6 +60,23 @@ class Pad:
             raise ValueError(errors.sentence("Pad", "axis", self.axis, "one axis or several different ones"))
         if not np.isscalar(self.value):
             raise TypeError(errors.sentence("Pad", "value", repr(self.value), "one number or string"))
+        errors.choice("Pad", "side", self.side, ("pre", "post"))
+        errors.choice("Pad", "truncating", self.truncating, ("error", "pre", "post"))
+        if self.max_length is not None:
+            errors.integer("Pad", "max_length", self.max_length, least=1)
+        elif self.truncating != "error":
+            raise ValueError(errors.sentence("Pad", "max_length", None, "a length to which truncating cuts"))
+
+    def placed(self, column: Column, size: int) -> tuple[Column, bool]:
+        """A column as ``columns.fill`` and ``columns.mask`` take it, and their argument ``at_end``.
+
+        Args:
+          size: the padded size along the first ragged axis.
+        """
+        first = self.axes[0]
+        if self.side == "pre" and first < len(column.splits) - 1:
+            return column.moved_to_end(first, size), False
+        return column, self.side == "pre"
 
     @functools.cached_property
     def axes(self) -> tuple[int, ...]:
@@ -102,10 +132,10 @@ class Features:
             typed = next((item for item in items if not is_untyped(item)), None)
             if typed is None and not guess:
                 return None
-            array = as_array(items[0] if typed is None else typed, repr(name))
-            if array.dtype == np.int64 and is_python(typed):
-                array = next((np.array(item, np.float64) for item in items if _is_float(item)), array)
-            arrays.append((array.dtype, array.shape))
+            dtype, shape = _shown(items[0] if typed is None else typed, padding.get(name), repr(name))
+            if dtype == np.int64 and is_python(typed) and any(map(_is_float, items)):
+                dtype = np.dtype(np.float64)
+            arrays.append((dtype, shape))
         return cls.of_shapes(skeleton, arrays, padding)
 
     @classmethod
@@ -163,6 +193,43 @@ class Features:
         return cls(read["structure"], features)
 
 
+def _shown(item: Any, pad: Pad | None, where: str) -> tuple[np.dtype, tuple[int, ...]]:
+    """The dtype and the shape that an example shows; of rows of different sizes, the first one's."""
+    if not is_uneven(item, pad):
+        array = as_array(item, where)
+        return array.dtype, array.shape
+    splits, rows = rows_of(item, max(pad.axes) if pad else 0, where)
+    typed: Any = next((row for row in rows if not is_untyped(row)), [])
+    array = as_array(typed, where)
+    return array.dtype, (*(int(each[1]) for each in splits), *array.shape)
+
+
+def is_uneven(item: Any, pad: Pad | None) -> bool:
+    """Whether an item of several ragged axes is a list with rows of different sizes: a text of words of characters."""
+    if pad is None or max(pad.axes) == 0 or not isinstance(item, (list, np.ndarray)):
+        return False
+    if isinstance(item, np.ndarray):
+        return item.dtype == object and item.ndim == 1 and any(isinstance(row, (list, np.ndarray)) for row in item)
+    try:
+        np.asarray(item)
+    except ValueError:
+        return True
+    return False
+
+
+def rows_of(item: Any, axes: int, where: str) -> tuple[list[np.ndarray], list[Any]]:
+    """The splits of the first ``axes`` axes of an example, and the rows after them. Raises: ValueError."""
+    rows, splits = [item], []
+    for axis in range(axes):
+        scalar = next((row for row in rows if not (isinstance(row, list) or np.ndim(row))), None)
+        if scalar is not None:
+            rule = f"lists of {axes + 1} axes, as padding says"
+            raise ValueError(errors.sentence(_NAME, where, f"a list with {scalar!r} on axis {axis}", rule))
+        splits.append(columns.offsets([*map(len, rows)]))
+        rows = [*itertools.chain.from_iterable(rows)]
+    return splits, rows
+
+
 def is_untyped(item: Any) -> bool:
     """Whether an item is an empty list, or a list of empty lists, which have no dtype."""
     return isinstance(item, list) and all(map(is_untyped, item))
@@ -189,7 +256,7 @@ def as_array(item: Any, where: str) -> np.ndarray:
         if array.dtype.kind in "US":  # objects, since NumPy's strings have a fixed length and lose trailing zeros
             array = array.astype(object) if isinstance(item, np.ndarray) else np.array(item, object)
     except ValueError as error:
-        remedy = "Pad it first, or make it an array of equal rows."
+        remedy = "Ragged? Write Pad(axis=(0, 1)), or make it an array of equal rows."
         raise ValueError(
             errors.sentence(_NAME, where, f"a list with rows of different sizes ({error})", "an array", remedy)
         ) from None

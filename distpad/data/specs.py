@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from distpad.collectives.shapes import PreLengths
 from distpad.data import chunks, readers, structure
 from distpad.data.collate import Batch
 from distpad.data.config import Config
@@ -51,7 +52,10 @@ def of_batch(config: Config, features: Features, rows: int | None) -> Batch:
         return tf.TensorSpec([rows, *feature.shape], tf.as_dtype(feature.dtype))
 
     scalar = tf.TensorSpec([], tf.float64)
-    lengths = {structure.as_key(name): tf.TensorSpec([rows], tf.int32) for name in config.padding}
+    lengths: dict[Any, Any] = {}
+    for name, pad in config.padding.items():
+        of_rows = tf.TensorSpec([rows], tf.int32)
+        lengths[structure.as_key(name)] = PreLengths(of_rows) if pad.side == "pre" else of_rows
     by_name = {feature.name: feature for feature in features.features}
     counts, inputs = {}, {}
     for loss, name in config.tokens.items():

@@ -13,7 +13,8 @@ class PaddingStats:
 
     A position is an element of a feature's ragged axes. Each padded position counts under the first of four causes:
     ``own_batch``, up to the longest row of the replica; ``global_maximum``, from there to the longest row of all
-    replicas; ``buckets``, from there to the boundary; ``filler_rows``, at the end of an epoch.
+    replicas; ``buckets``, from there to the boundary; ``filler_rows``, at the end of an epoch. Positions that
+    ``Pad(max_length=...)`` cuts are no positions of the batch: they count as ``truncated_positions``.
 
     >>> import numpy as np
     >>> stats = PaddingStats()
@@ -25,7 +26,7 @@ class PaddingStats:
     def __init__(self) -> None:
         self.real = 0
         self.padding = dict.fromkeys(_CAUSES, 0)
-        self.steps = 0
+        self.steps = self.truncated_examples = self.truncated_positions = 0
         self.shapes: set[tuple[int, ...]] = set()
         self.plan_seconds = self.source_seconds = self.padding_seconds = 0.0
         self._counts = [0.0, 0.0, 0.0]  # number of groups, mean of their counts, sum of squared distances from the mean
@@ -51,6 +52,11 @@ class PaddingStats:
             steps = (own - real, together - own, boundary - together, batch_size * math.prod(sizes[here]) - boundary)
             for cause, count in zip(_CAUSES, steps):
                 self.padding[cause] += count
+
+    def add_truncated(self, lost: Any) -> None:
+        """Add a step's examples, by the positions that each lost to the ``max_length`` of its features."""
+        self.truncated_examples += int((lost > 0).sum())
+        self.truncated_positions += int(lost.sum())
 
     def add_group(self, tokens: float) -> None:
         """Add the global count of one optimiser step."""
@@ -78,6 +84,8 @@ class PaddingStats:
             **self.padding,
             "real_fraction": self.real / total if total else 1.0,
             "shapes": len(self.shapes),
+            "truncated_examples": self.truncated_examples,
+            "truncated_positions": self.truncated_positions,
             "count_variation": self.count_variation,
             "plan_seconds": self.plan_seconds,
             "source_seconds": self.source_seconds,
@@ -98,6 +106,8 @@ class PaddingStats:
         lines = [f"{text:<46}{found[key]:>14,}{found[key] / total:>8.1%}" for key, text in names.items()]
         lines.append(f"{'steps':<46}{self.steps:>14,}")
         lines.append(f"{'distinct shapes':<46}{len(self.shapes):>14,}")
+        lines.append(f"{'truncated examples':<46}{self.truncated_examples:>14,}")
+        lines.append(f"{'positions that they lost':<46}{self.truncated_positions:>14,}")
         lines.append(f"{'variation of the global count':<46}{self.count_variation:>14.1%}")
         for key, text in (("plan", "the plan"), ("source", "the source"), ("padding", "padding")):
             lines.append(f"{'waited for ' + text:<46}{getattr(self, key + '_seconds'):>12.2f} s")

@@ -140,14 +140,14 @@ def _valid(x: tf.Tensor, mask: Any, lengths: Any) -> tuple[tf.Tensor | None, lis
     sources, checks = [], []
     sizes = shapes.sizes_of(x, x.shape.rank - 1)
     if lengths is not None:
-        lengths = shapes.check_lengths(lengths)
+        lengths, mask_of = shapes.read_lengths(lengths)
         if x.shape.rank < 3:
             found = f"given for inputs of rank {x.shape.rank}"
             raise ValueError(
                 errors.sentence(_NAME, "lengths", found, "inputs with an axis of positions after the batch")
             )
         checks = shapes.length_checks(lengths, tf.shape(x)[1])
-        sources.append(shapes.Source("lengths", tf.sequence_mask(lengths, tf.shape(x)[1])))
+        sources.append(shapes.Source("lengths", mask_of(tf.shape(x)[1])))
     if mask is not None:
         mask = tf.convert_to_tensor(mask)
         if mask.dtype != tf.bool or not 0 < (mask.shape.rank or 0) < x.shape.rank:

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from distpad import backends
 from distpad.collectives.checked import Check
+from distpad.collectives.shapes import PreLengths
 from distpad.losses.averages import Sums
 
 _TOLERANCE = 1e-4  # of sums of weights: the pipeline and the loss add them in different orders and precisions
@@ -23,12 +24,14 @@ class Facts(NamedTuple):
       inputs: the padded feature of the model's inputs, "" if there is none or several.
       weighs: "" without sample weights, else what they weigh: "rows" or "positions".
       nest: the kind of nest of the loss's own labels: "tuple", "dict", or "" for one tensor.
+      pre: the pre-padded features.
     """
 
     tokens: str
     inputs: str
     weighs: str
     nest: str
+    pre: tuple[str, ...]
 
 
 class CountedWeights(tf.experimental.BatchableExtensionType):
@@ -45,7 +48,7 @@ class CountedWeights(tf.experimental.BatchableExtensionType):
       labels: features that the loss gets as its ``y_true``, by key or place; empty: it gets Keras's.
       replicas: the number of replicas that were counted; 0 for counts of other rows, which the loss does not use.
       dtype: the dtype in which operations see the weights.
-      tokens, inputs, weighs, nest: see ``Facts``.
+      tokens, inputs, weighs, nest, pre: see ``Facts``.
 
     >>> counts = tf.constant([[1.0, 1, 1, 1, 1]], tf.float64)
     >>> weights = CountedWeights([[1.0, 0.0]], counts, {"y": [1]}, {}, 1, tf.float32)
@@ -65,6 +68,7 @@ class CountedWeights(tf.experimental.BatchableExtensionType):
     inputs: str = ""
     weighs: str = ""
     nest: str = ""
+    pre: tuple[str, ...] = ()
 
     class Spec:  # TensorFlow adds the specs of the attributes
         @property
@@ -150,7 +154,11 @@ class CountedWeights(tf.experimental.BatchableExtensionType):
                 "value a sequence."
             )
         weight = tf.reduce_max(self.values, axis=range(1, self.values.shape.rank)) if self.weighs else None
-        return {"lengths": self.lengths[self.tokens], "sample_weight": weight}
+        return {"lengths": self.lengths_of(self.tokens), "sample_weight": weight}
+
+    def lengths_of(self, feature: str) -> Any:
+        """Return the lengths of a feature, ``[rows]``, or ``PreLengths``."""
+        return PreLengths(self.lengths[feature]) if feature in self.pre else self.lengths[feature]
 
     def has_counts(self, backend: backends.Backend, sources: dict[str, Any], loss: Any) -> bool:
         """Return whether the counts are those of a call with these further sources; known when a step is traced.

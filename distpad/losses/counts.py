@@ -52,7 +52,7 @@ class LossInputs(NamedTuple):
     """The arguments that a batch of ``PaddedBatches`` carries for one loss: ``loss_fn(y_true, y_pred, batch=batch)``.
 
     Attributes:
-      lengths: ``[batch]`` int32, the valid positions of each row.
+      lengths: ``[batch]`` int32, the valid positions of each row; of a pre-padded feature ``PreLengths``.
       sample_weight: ``[batch]`` or ``[batch, length, ...]``; ``()``, an empty nest, without weights.
       counts: ``Counts``, the loss's denominator.
 

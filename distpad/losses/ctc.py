@@ -98,7 +98,7 @@ class CTC:
           weights: the sample weights of ``for_keras``, which carry the lengths.
         """
         frames = frames_in_fit(_NAME, y_pred, weights, self.frames_per_step, self.inputs)
-        return y_true, weights.lengths[weights.tokens], frames
+        return y_true, weights.lengths_of(weights.tokens), frames
 
     @tf.autograph.experimental.do_not_convert
     def filter_invalid(self, y_true: Any, y_pred: Any, rows: tf.Tensor | None) -> tuple[tf.Tensor | None, list[Check]]:
@@ -165,13 +165,17 @@ def frames_in_fit(function: str, y_pred: Any, weights: Any, frames_per_step: int
 
     Raises: ValueError: no lengths, or those of several features.
     """
+    lengths = getattr(weights, "lengths", {})
+    name = str(inputs) if inputs is not None else getattr(weights, "inputs", "")
+    mask = keras_mask(y_pred) if frames_per_step is None else None
+    pre = getattr(weights, "pre", ())
+    if pre and (name in pre or not name) and (mask is not None or frames_per_step is not None):
+        rule = "side='post': the first frames of a row are those of its input"
+        raise ValueError(errors.sentence(function, "the padding of the inputs", f"Pad(side='pre') of {pre}", rule))
     if frames_per_step is None:
-        mask = keras_mask(y_pred)
         if mask is not None:
             return tf.math.count_nonzero(mask, axis=1, dtype=tf.int32)
         return tf.fill([tf.shape(y_pred)[0]], tf.shape(y_pred)[1])
-    lengths = getattr(weights, "lengths", {})
-    name = str(inputs) if inputs is not None else getattr(weights, "inputs", "")
     if name not in lengths:
         remedy = f"Write inputs=, one of {sorted(lengths)}." if lengths else "Give the weights of for_keras."
         found = f"{frames_per_step} without the lengths of {'the inputs' if inputs is None else repr(inputs)}"

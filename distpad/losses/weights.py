@@ -64,22 +64,23 @@ def of_positions(
 
     Raises: ValueError or TypeError: a source of wrong rank, dtype or static shape.
     """
-    lengths = None if lengths is None else shapes.check_lengths(lengths)
+    read = None if lengths is None else shapes.read_lengths(lengths)
     mask = None if mask is None else check_mask(mask)
     weight = None if sample_weight is None else check_weight(sample_weight)
     rows = y_pred.shape[:1] if isinstance(y_pred, tf.Tensor) and y_pred.shape.rank else tf.TensorShape(None)
-    for name, given in (("lengths", lengths), ("mask", mask), ("sample_weight", weight)):
+    for name, given in (("lengths", read and read[0]), ("mask", mask), ("sample_weight", weight)):
         if given is not None and not rows.is_compatible_with(given.shape[:1]):
             raise ValueError(f"{name} has shape {tuple(given.shape)}, expected {rows[0]} rows, as y_pred has")
     checks: list[Check] = []
     sources = []
-    if lengths is not None:
+    if read is not None:
+        lengths, mask_of = read
         leaves = [leaf for leaf in tf.nest.flatten([y_pred, y_true]) if isinstance(leaf, tf.Tensor)]
         limit = next((tf.shape(leaf)[1] for leaf in leaves if (leaf.shape.rank or 0) > 1), None)
         if limit is None:
             raise ValueError("lengths were given, but y_pred has no axis 1")
         checks = shapes.length_checks(lengths, limit)
-        sources.append(shapes.Source("lengths", tf.sequence_mask(lengths, limit)))
+        sources.append(shapes.Source("lengths", mask_of(limit)))
     sources.append(shapes.Source("mask", mask))
     if padding_value is not None:
         sources.append(shapes.Source("padding_value", _not_padding(y_true, y_pred, padding_value)))
@@ -110,11 +111,11 @@ def of_sequences(
     mask = None if mask is None else check_mask(mask)
     is_of_rows = mask is not None and mask.shape.rank == 1  # then the mask alone decides which rows count
     if lengths is not None:
-        lengths = shapes.check_lengths(lengths)
+        lengths, mask_of = shapes.read_lengths(lengths)
         checks = shapes.length_checks(lengths, width)
         rows += [] if is_of_rows else [shapes.Source("lengths", lengths > 0)]
         tokens = tf.cast(lengths, tf.float64)
-        positions += [] if width is None else [shapes.Source("lengths", tf.sequence_mask(lengths, width))]
+        positions += [] if width is None else [shapes.Source("lengths", mask_of(width))]
     if mask is not None:
         (rows if is_of_rows else positions).append(shapes.Source("mask", mask))
     if padding_value is not None:
