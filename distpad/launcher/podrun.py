@@ -54,27 +54,7 @@ def work(
       grace_s: seconds for the training to end by itself after another pod of the gang is lost, and again after SIGTERM.
       finish_s: seconds to wait for the other pods of the gang after this one is done.
     """
-    training: subprocess.Popen[bytes] | None = None
-    starting = False
-    received: list[int] = []
-    pending: list[int] = []
-
-    def forward(number: int, _: object) -> None:
-        received.append(number)
-        if not starting:
-            sys.exit(128 + number)
-        pending.append(number)  # an exit while the training starts would leave it behind
-        if training is not None:
-            forward_pending(training)
-
-    def forward_pending(training: subprocess.Popen[bytes]) -> None:
-        while pending:
-            number = pending.pop(0)
-            log(f"got {signal.Signals(number).name}: forwarding it to the training")
-            _signal(training, number)
-
-    for number in FORWARDED:
-        signal.signal(number, forward)
+    signals = _Signals()
     if peers is not None:
         log(f"worker {member.index} of {len(member.names)} waits for the others")
         try:
@@ -85,25 +65,23 @@ def work(
             log(f"port {peers.port} cannot be used: {error.strerror}")
             return HOST
     log(f"starting {command[0]} as worker {member.index} of {len(member.names)}")
-    starting = True
     try:
-        training = subprocess.Popen(command, env=member.env(environ), stdin=subprocess.DEVNULL, start_new_session=True)
+        training = signals.start(command, member.env(environ))
     except OSError as error:
         log(f"cannot start {command[0]}: {error.strerror}")
         return 127 if isinstance(error, FileNotFoundError) else 126
-    forward_pending(training)
     if peers is not None:
         threading.Thread(target=_end_with, args=(peers, training, grace_s), daemon=True).start()
     code = training.wait()
     code = 128 - code if code < 0 else code
     _signal(training, signal.SIGKILL)  # leftover processes of its group
-    if code == 0 and received:  # the training stopped early
-        return 128 + received[0]
-    if code == TERMINATED and not received:
+    if code == 0 and signals.received:  # the training stopped early
+        return 128 + signals.received[0]
+    if code == TERMINATED and not signals.received:
         # Another pod got SIGTERM, and all workers have saved and ended together. The end of that pod restarts this one.
         lost = peers.lost if peers is not None else threading.Event()
         lost.wait(times.here().restart_s)
-        code = 128 + received[0] if received else 1
+        code = 128 + signals.received[0] if signals.received else 1
     if peers is None:
         return code
     if code == 0 and peers.finish(finish_s):
@@ -115,6 +93,38 @@ def work(
         log(f"this worker is done, but another one is not after {finish_s:g} s")
         return TIME
     return 1 if code == LOST else code  # a Job does not count LOST, which must be another pod's failure
+
+
+class _Signals:
+    """The signals to this pod: they end a pod that waits, and reach its training."""
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._pending: list[int] = []
+        self._is_starting = False
+        self._training: subprocess.Popen[bytes] | None = None
+        for number in FORWARDED:
+            signal.signal(number, self._receive)
+
+    def start(self, command: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        """Start the training. A signal waits meanwhile, since an exit would leave the training behind."""
+        self._is_starting = True
+        self._training = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
+        self._forward()
+        return self._training
+
+    def _receive(self, number: int, _: object) -> None:
+        self.received.append(number)
+        if not self._is_starting:
+            sys.exit(128 + number)
+        self._pending.append(number)
+        self._forward()
+
+    def _forward(self) -> None:
+        while self._pending and self._training is not None:
+            number = self._pending.pop(0)
+            log(f"got {signal.Signals(number).name}: forwarding it to the training")
+            _signal(self._training, number)
 
 
 def _end_with(peers: gang.Gang, training: subprocess.Popen[bytes], grace_s: float) -> None:
