@@ -313,9 +313,16 @@ MUTANTS = (
     Mutant(
         name="pipeline-filling-counted",
         file="data/collate.py",
-        old="is_emptied = feature.name in emptied",
-        new="is_emptied = False",
+        old="0 if feature.name in counted else min(",
+        new="min(",
         selection="test_every_example_once and uneven-32-list",
+    ),
+    Mutant(
+        name="pipeline-labels-of-filling",
+        file="data/collate.py",
+        old="arrays[feature.name][batch.rows :] = feature.padding_value",
+        new="pass",
+        selection="test_filler_rows_repeat_inputs_but_not_labels",
     ),
     Mutant(
         name="pipeline-empty-sequences-counted",

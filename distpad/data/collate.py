@@ -227,7 +227,7 @@ def collate(
     sizes: Mapping[tuple[Name, int], int],
     rows: tuple[int, int],
     last: Sequence[Column],
-    emptied: Set[Name],
+    counted: Set[Name],
     arena: memory.Arena,
 ) -> tuple[list[np.ndarray], dict[Name, Any]]:
     """Pad rows to a batch of static shape.
@@ -239,7 +239,7 @@ def collate(
       sizes: the padded sizes of the ragged axes.
       rows: the real rows, and the rows of the batch.
       last: the row that filler rows repeat, cut to ``sizes``.
-      emptied: features whose length is 0 in filler rows.
+      counted: features whose length is 0 in filler rows.
       arena: memory of the lengths.
 
     Returns:
@@ -257,8 +257,7 @@ def collate(
         batch = columns.blank(size, shape, feature.padding_value, feature.dtype)
         if real:
             _fill(batch, given[i], feature.pad)
-        is_emptied = feature.name in emptied
-        if real < size and not is_emptied:
+        if real < size:
             one = columns.blank(1, _shape(last[i]), feature.padding_value, feature.dtype)
             columns.fill(one, last[i])  # of its own size: without padding along the first ragged axis
             kept = [*map(min, shape, one.shape[1:])]
@@ -268,7 +267,7 @@ def collate(
             axis = feature.pad.axes[0]
             found = arena.zeros([size], np.int32)
             found[:real] = tables[feature.name][:, 0]
-            found[real:] = 0 if is_emptied else min(shape[axis], int(last[i].sizes()[0, axis]))
+            found[real:] = 0 if feature.name in counted else min(shape[axis], int(last[i].sizes()[0, axis]))
             lengths[feature.name] = PreLengths(found) if feature.pad.side == "pre" else found
     return values, {as_key(name): found for name, found in lengths.items()}
 
@@ -285,10 +284,20 @@ def _shape(column: Column) -> list[int]:
     return [*sizes, *column.values.shape[1:]]
 
 
+def blank_filler(features: Features, batch: Batch, counted: Set[Name]) -> None:
+    """Write padding to the filler rows of counted features, in place: a loss may take its mask from the labels."""
+    if batch.rows == len(batch.indices):
+        return
+    arrays = features.by_name(batch.data)
+    for feature in features.features:
+        if feature.name in counted:
+            arrays[feature.name][batch.rows :] = feature.padding_value
+
+
 def blank_row(features: Sequence[Feature]) -> list[Column]:
-    """Zeros (or empty strings) of length 1, for a replica that never had an example."""
+    """Ones (or empty strings) of length 1, for a replica that never had an example: zeros may be a model's padding."""
     rows = [
-        np.full([1 if size is None else size for size in f.shape], b"" if f.dtype == object else 0, f.dtype)
+        np.full([1 if size is None else size for size in f.shape], b"" if f.dtype == object else 1, f.dtype)
         for f in features
     ]
     return [columns.of_arrays([row], feature.depth) for row, feature in zip(rows, features)]

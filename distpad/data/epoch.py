@@ -83,7 +83,7 @@ class Epoch:
         self._sync = sync.WindowSync(backend, config.warn_after_s, config.timeout_s, channel)
         self._reader = epoch_reader
         self._reader.begin()
-        self._padder = collate.Padder(backend, config, stats, to_device or _to_device(backend))
+        self._padder = collate.Padder(backend, config, stats, to_device or _to_device(backend, config))
         self._read: reader.Window | None = None  # the window that was read last, until it is planned
         self._windows = itertools.count()
         self._planned = self._seen = 0  # steps that were planned, and their examples over all workers
@@ -287,5 +287,10 @@ def _is_end(window: plan.Merged) -> bool:
     return not window.steps and window.is_last and not window.failure
 
 
-def _to_device(backend: backends.Backend) -> Callable[[Features, Sequence[collate.Batch]], Any]:
-    return lambda _, batches: backend.to_device(batches)
+def _to_device(backend: backends.Backend, config: Config) -> Callable[[Features, Sequence[collate.Batch]], Any]:
+    def moved(features: Features, batches: Sequence[collate.Batch]) -> Any:
+        for batch in batches:
+            collate.blank_filler(features, batch, {*config.tokens.values()})
+        return backend.to_device(batches)
+
+    return moved

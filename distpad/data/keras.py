@@ -15,7 +15,7 @@ import tensorflow as tf
 from distpad import backends, errors, versions
 from distpad.collectives.shapes import PreLengths
 from distpad.data import shutdown
-from distpad.data.collate import Batch
+from distpad.data.collate import Batch, blank_filler
 from distpad.data.config import Config
 from distpad.data.derived import Indices, Lengths, Mask
 from distpad.data.schema import Feature, Features
@@ -89,12 +89,17 @@ class Elements:
 
     def of(self, features: Features, batches: Sequence[Batch]) -> Any:
         """Return one element in NumPy: the rows of this worker's replicas, one after the other."""
-        parts, names = [], self._named(features)
+        parts, (x, *labels) = [], self._named(features)
+        counted = {*self._config.tokens.values()}
         for batch in batches:
-            arrays = features.by_name(batch.data)
+            value = functools.partial(_value, arrays=features.by_name(batch.data), batch=batch, config=self._config)
+            inputs = _mapped(value, x)
+            if batch.rows < len(batch.indices):
+                # inputs keep a real row in filler rows: a mean over the positions of an empty row would be 0 / 0
+                inputs = tf.nest.map_structure(np.copy, inputs)
+                blank_filler(features, batch, counted)
             weights = {} if self.predicts else {n: self._counted(n, features, batch) for n in self._config.tokens}
-            value = functools.partial(_value, arrays=arrays, batch=batch, config=self._config)
-            parts.append((*_mapped(value, names), weights.get(None, weights)))
+            parts.append((inputs, *_mapped(value, labels), weights.get(None, weights)))
         joined = tf.nest.map_structure(lambda *rows: np.concatenate(rows), *parts)
         if not self.predicts:
             return joined

@@ -357,3 +357,14 @@ def test_reading_ahead_is_bounded():
 def test_the_default_host_merge_uses_sum_and_maximum():
     """A new engine needs only these two for the pipeline."""
     assert base.Backend.host_merge(local.LocalBackend(), np.ones(2), np.ones(3), 1.0)[1].tolist() == [1, 1, 1]
+
+
+def test_filler_rows_repeat_inputs_but_not_labels():
+    """A mean over the positions of an empty row would be 0 / 0; a loss may take its mask from padded labels."""
+    source = [{"y": [1, 2]}, {"y": [3]}, {"y": [4, 5]}]
+    batches = distpad.PaddedBatches(source, 2, padding={"y": distpad.Pad(value=9)}, tokens="y", buckets=None)
+    *_, (x, y, weights) = batches.for_keras(x="y", y="y")
+    assert x.numpy().tolist() == [[4, 5], [4, 5]] and y.numpy().tolist() == [[4, 5], [9, 9]]
+    assert tf.convert_to_tensor(weights).numpy().tolist() == [[1, 1], [0, 0]]
+    *_, batch = batches
+    assert batch.data["y"].numpy().tolist() == [[4, 5], [9, 9]] and batch.lengths["y"].numpy().tolist() == [2, 0]
