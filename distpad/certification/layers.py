@@ -12,6 +12,8 @@ from distpad import layers
 _MIXING, _RANDOM = "rows depend on each other in training", "random in training"
 # Attributes that make a layer random where they are above 0, and the class names that the first two belong to.
 _RATES = {"rate": "Dropout", "stddev": "Noise", "dropout": "", "recurrent_dropout": ""}
+# Layers that are alike on any number of replicas.
+_EXACT = (layers.BatchNormalization, layers.Dropout, layers.SpatialDropout1D)
 # Keras layers that contain others: the note names the outer layer, which the user made.
 _OUTER = ("Wrapper", "Bidirectional", "RNN", "MultiHeadAttention", "GroupQueryAttention")
 
@@ -26,9 +28,13 @@ def notes_on(model: Any) -> list[str]:
     return [f"layer {layer.name} ({type(layer).__name__}): {effect}" for layer, effect in _effects(model, set())]
 
 
-def normalizes_batches(model: Any) -> bool:
-    """Whether a layer of ``model`` has moments of the whole batch, so that micro-batches are another training."""
-    return any(isinstance(part, layers.BatchNormalization) and part.trainable for part in _within(model, set()))
+def depend_on_the_batch(model: Any) -> list[str]:
+    """The names of the layers of distpad in ``model`` for which micro-batches are another training than one batch.
+
+    Batch normalisation has the moments of a batch, and dropout draws anew in each call.
+    """
+    found = [part for part in _within(model, set()) if isinstance(part, _EXACT)]
+    return [part.name for part in found if (part.rate if hasattr(part, "rate") else part.trainable)]
 
 
 def _within(holder: Any, seen: set[int]) -> Iterator[Any]:
@@ -71,9 +77,10 @@ def _parts(holder: Any) -> list[Any]:
 def _effect_of(layer: Any) -> str:
     """The effect of this layer alone, or an empty string."""
     class_names = _class_names(layer)
+    if isinstance(layer, _EXACT):
+        return ""
     if "BatchNormalization" in class_names or "BatchNormalizationBase" in class_names:
-        is_exact = isinstance(layer, layers.BatchNormalization)
-        return _MIXING if layer.trainable and not is_exact else ""  # a frozen one uses its moving averages
+        return _MIXING if layer.trainable else ""  # a frozen one uses its moving averages
     if type(layer).__name__.startswith("Random") and type(layer).__module__.split(".")[0] in ("keras", "tf_keras"):
         return _RANDOM
     for name, owner in _RATES.items():

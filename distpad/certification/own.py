@@ -21,7 +21,8 @@ def subject(model: Any, loss: Any, step: Any, batch: Any, backend: backends.Back
         notes.append("compared with training=False, which makes these layers deterministic and rows independent")
     if model is not None:
         notes += _equalize(model, backend)
-    on_replicas, on_one_device = _both_sides(model, loss, step, given, training, backend)
+    sides = _both_sides(model, loss, step, given, training, backend)
+    on_replicas, on_one_device = sides if model is None else (steps.restoring(side, model) for side in sides)
     takes_no_rows = _takes_no_rows(given, on_one_device)
     mask_rank = 0 if step is not None else rows.rank_of_mask(given.fields, loss)
 
@@ -31,9 +32,11 @@ def subject(model: Any, loss: Any, step: Any, batch: Any, backend: backends.Back
 
     is_exact = isinstance(loss, losses.DistributedLoss)
     accumulates = step is None and is_exact
-    if accumulates and training and model is not None and layers.normalizes_batches(model):
+    per_batch = layers.depend_on_the_batch(model) if accumulates and training and model is not None else []
+    if per_batch:
         accumulates = False
-        notes.append("accumulation is not compared: batch normalisation has the moments of each micro-batch")
+        what = "which have moments or random numbers of each micro-batch"
+        notes.append(f"accumulation is not compared because of {', '.join(per_batch)}, {what}")
     compared = comparison.Comparison(
         draw,
         on_replicas,

@@ -101,6 +101,24 @@ def _alone(step: Callable[[rows.Fields], tuple[Any, ...]], model: Any) -> OneDev
     return run
 
 
+def restoring(side: Callable[..., Any], model: Any) -> Callable[..., Any]:
+    """The same step, after which moving averages and counters of ``model`` are what they were before.
+
+    Otherwise a layer whose numbers depend on a counter, such as dropout, would draw others on each side.
+    """
+
+    def run(*given: Any) -> Any:
+        variables = [backends.tensorflow_variable(variable, "certify") for variable in model.non_trainable_variables]
+        before = [variable.numpy() for variable in variables]
+        try:
+            return side(*given)
+        finally:
+            for variable, value in zip(variables, before):
+                variable.assign(value)
+
+    return run
+
+
 def predict(model: Any, x: Any, training: bool) -> Any:
     """Call the model, with ``training`` where it has that argument."""
     parameters = inspect.signature(getattr(model, "call", model)).parameters

@@ -7,6 +7,7 @@ import pytest
 import tensorflow as tf
 
 import distpad
+from distpad import backends
 from keras_world import around_model, fit_optimizer, model_class
 from replica_world import alone
 
@@ -34,6 +35,28 @@ def test_certify_with_batch_normalization(world):
     assert not any("rows depend on each other" in note or "training=False" in note for note in certificate.notes)
     assert any("accumulation is not compared" in note for note in certificate.notes)
     assert certificate.max_relative_error < 1e-5
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("indexed", [True, False])
+def test_certify_with_dropout(world, indexed):
+    """Keyed by example, dropout is no different on several replicas; keyed by row, the certificate says so."""
+    with world.scope():
+        inputs = x, indices = tf.keras.Input([None, 3]), tf.keras.Input([], dtype="int64")
+        keys = {"indices": indices} if indexed else {}
+        hidden = distpad.layers.Dropout(0.5, seed=5)(tf.keras.layers.Dense(4)(x), **keys)
+        hidden = distpad.layers.SpatialDropout1D(0.5, seed=6)(hidden, **keys)
+        model = tf.keras.Model(inputs, tf.keras.layers.Dense(2)(hidden))
+    random = np.random.default_rng(0)
+    features = random.normal(size=[8, 5, 3]).astype("float32"), np.arange(8)
+    batch = {"x": features, "y": random.normal(size=[8, 5, 2]).astype("float32"), "lengths": random.integers(1, 6, 8)}
+    certificate = distpad.certify(
+        model, distpad.DistributedLoss("mse", backend=world.backend), batch=batch, cases=4, backend=world.backend
+    )
+    assert certificate.passed == (indexed or world.num_replicas == 1), str(certificate)
+    assert not any("training=False" in note for note in certificate.notes)
+    assert any("accumulation is not compared" in note for note in certificate.notes)
+    assert all(backends.tensorflow_variable(v, "test").numpy() == 0 for v in model.non_trainable_variables)
 
 
 TIME = 4
