@@ -5,6 +5,8 @@ Each contender trains the same model on the same global batches, by plain gradie
 MirroredStrategy. Two errors are possible. On one replica, the loss may differ from the mean over valid positions. On
 several replicas, the loss may differ from the loss on one. Sums and means over rows use a proportionally smaller
 learning rate.
+
+A second table has a model with batch normalisation and dropout under one exact loss, with Keras's layers and distpad's.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ examples:
 ROWS, FEATURES, UNITS, CLASSES = 16, 8, 16, 5  # rows of the global batch, sizes of the model
 RATE, POSITIONS = 0.5, 190  # learning rate; approximate number of valid positions in a batch
 TARGET = "the mean over valid positions"
+START, PADDED = ", before training", ", padded further"
 
 
 def main() -> None:
@@ -53,10 +56,11 @@ def main() -> None:
         options.one.write_text(json.dumps(train_all(options.replicas[-1], options.steps)))
         return
     found = {n: in_a_process(n, options.steps) for n in tqdm(options.replicas, unit="run", desc="replicas")}
-    show(found, options.steps)
+    show({n: each["losses"] for n, each in found.items()}, options.steps)
+    show_layers({n: each["layers"] for n, each in found.items()}, options.steps)
 
 
-def in_a_process(replicas: int, steps: int) -> dict[str, list[float]]:
+def in_a_process(replicas: int, steps: int) -> dict[str, Any]:
     """Train in a subprocess, because a process has one fixed number of devices."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "weights.json"
@@ -87,10 +91,26 @@ def show(found: dict[int, dict[str, list[float]]], steps: int) -> None:
     Console(width=120).print(table)
 
 
+def show_layers(found: dict[int, dict[str, list[float]]], steps: int) -> None:
+    """Print the distances of weights and moving averages, relative to the distance that one replica moves them."""
+    several = [n for n in found if n != 1]
+    title = f"Distance of the weights and moving averages after {steps} steps, with distpad.DistributedLoss"
+    table = Table(title=title, title_justify="left")
+    table.add_column("layers")
+    for heading in ("50 % more padding", *(f"{n} to 1 replica" for n in several)):
+        table.add_column(heading, justify="right")
+    for name in (name for name in found[1] if not name.endswith((START, PADDED))):
+        own = np.array(found[1][name])
+        moved = np.linalg.norm(own - np.array(found[1][name + START]))
+        gaps = [np.array(found[1][name + PADDED]) - own, *(np.array(found[n][name]) - own for n in several)]
+        table.add_row(name, *(f"{np.linalg.norm(gap) / moved:.1e}" for gap in gaps))
+    Console(width=120).print(table)
+
+
 # -- one number of replicas -------------------------------------------------------------------------------------------
 
 
-def train_all(replicas: int, steps: int) -> dict[str, list[float]]:
+def train_all(replicas: int, steps: int) -> dict[str, dict[str, list[float]]]:
     """Return the flat weights of each contender after training, and the common start weights."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -108,7 +128,64 @@ def train_all(replicas: int, steps: int) -> dict[str, list[float]]:
             model = build("Keras mask" in name)
         train(model, list(batches(steps)))
         results[name] = flat(model)
-    return results
+    return {"losses": results, "layers": train_layers(strategy, steps)}
+
+
+def train_layers(strategy: Any, steps: int) -> dict[str, list[float]]:
+    """Return the flat weights and moving averages of a model with each kind of layers."""
+    import tensorflow as tf
+
+    import distpad
+
+    def train(normalization: type, dropout: type, options: dict[str, Any], further: int) -> tuple[list, list]:
+        with strategy.scope():
+            x, mask = tf.keras.Input([None, FEATURES]), tf.keras.Input([None], dtype="bool")
+            inputs = [x, mask, tf.keras.Input([], dtype="int64")]
+            keys = {"indices": inputs[-1]} if dropout is distpad.layers.Dropout else {}
+            hidden = tf.keras.layers.Dense(UNITS, activation="tanh", kernel_initializer=fixed(FEATURES, UNITS))(x)
+            hidden = normalization(momentum=0.9, **options)(hidden, mask=mask)
+            hidden = dropout(0.3, seed=1)(hidden, **keys)
+            outputs = tf.keras.layers.Dense(CLASSES, kernel_initializer=fixed(UNITS, CLASSES))(hidden)
+            model, optimizer = tf.keras.Model(inputs, outputs), tf.keras.optimizers.SGD(RATE)
+            optimizer.build(model.trainable_variables)
+            entropy = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
+            loss_fn = distpad.DistributedLoss(entropy)
+
+        def step(x: Any, y: Any, mask: Any, indices: Any) -> None:
+            with tf.GradientTape() as tape:
+                loss = loss_fn(y, model([x, mask, indices], training=True), mask=mask)
+            gradients = distpad.gradient(tape, loss, model.trainable_variables)
+            optimizer.apply_gradients(zip(gradients, model.trainable_variables))
+
+        # the layer's counter of steps is no weight that training moves
+        flat = lambda: np.concatenate([np.ravel(w) for w in model.get_weights() if np.ndim(w)]).astype(float).tolist()
+        start, run = flat(), tf.function(lambda *batch: strategy.run(step, args=batch))
+        columns = [np.concatenate(column) for column in zip(*batches(steps))]
+        columns = [np.pad(c, [(0, 0), (0, further), *[(0, 0)] * (c.ndim - 2)]) for c in columns]
+        columns = [*columns[:2], columns[2] > 0, np.arange(ROWS * steps)]
+        data = tf.data.Dataset.from_tensor_slices(tuple(columns)).batch(ROWS)
+        for batch in strategy.experimental_distribute_dataset(data):
+            run(*batch)
+        return start, flat()
+
+    keras, found = tf.keras.layers, {}
+    kinds: dict[str, tuple[type, type, dict[str, Any]]] = {
+        "Keras's": (keras.BatchNormalization, keras.Dropout, {}),
+        "Keras's, synchronized=True": (keras.BatchNormalization, keras.Dropout, {"synchronized": True}),
+        "distpad.layers": (distpad.layers.BatchNormalization, distpad.layers.Dropout, {}),
+    }
+    for name, (normalization, dropout, options) in kinds.items():
+        found[name + START], found[name] = train(normalization, dropout, options, 0)
+        if strategy.num_replicas_in_sync == 1:
+            found[name + PADDED] = train(normalization, dropout, options, 32)[1]
+    return found
+
+
+def fixed(rows: int, columns: int) -> Any:
+    """An initializer with the same values in each run."""
+    import tensorflow as tf
+
+    return tf.keras.initializers.Constant(np.random.default_rng(columns).normal(size=[rows, columns]) / 2)
 
 
 def build(masked: bool) -> Any:

@@ -24,10 +24,10 @@ from distpad import backends
 logging.getLogger("tensorflow").setLevel(logging.ERROR)
 
 
-def start(*, mixed_precision: bool = False) -> backends.Backend:
-    """Start the engine of horovodrun, mpirun or TF_CONFIG. Without a launcher, start one device."""
+def start(*, mixed_precision: bool = False, replicas: int | None = None) -> backends.Backend:
+    """Start the engine of horovodrun, mpirun or TF_CONFIG. Without a launcher, start devices, by default one."""
     tf.keras.mixed_precision.set_global_policy("mixed_float16" if mixed_precision else "float32")
-    return backends.start()
+    return backends.start(replicas=replicas)
 
 
 class Trainer:

@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--units", type=int, default=448, metavar="N", help="units of the model, to set the step time")
     options = parser.parse_args()
 
-    backend = backends.start("mirrored", options.replicas) if options.replicas else engine.start()
+    backend = engine.start(replicas=options.replicas)
     batch = backend.to_device([drawn(r, options.batch_size) for r in range(backend.replicas_here)])
     contenders = {
         name: functools.partial(run, trainer, batch, options.steps)

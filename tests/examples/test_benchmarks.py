@@ -200,6 +200,21 @@ def test_drift():
             assert one <= 1e-5 and two <= 1e-5, output
         else:
             assert one > 1e-2 or two > 1e-2, output
+    layers = {
+        name.strip(): (float(padded), float(two))
+        for name, padded, two in re.findall(r"│ (Keras's.*?|distpad.layers) +│ +(\d\S+) │ +(\d\S+) │", output)
+    }
+    assert len(layers) == 3 and max(layers.pop("distpad.layers")) < 1e-5, output
+    assert all(two > 1e-2 for _, two in layers.values()), output
+
+
+@pytest.mark.parametrize("world", ["local", "horovod:2"])
+def test_fit(world):
+    replicas = ["--replicas", 2] if world == "local" else []
+    output = run(world, "fit.py", "--rounds", 1, "--steps", 3, "--units", 8, *replicas)
+    assert "2 replicas" in output
+    for contender in ("fit with for_keras", "a loop by hand", "fit, plain Keras with padded_batch"):
+        assert len(re.findall(rf"│ {contender} +│ +\d", output)) == 1, output
 
 
 @pytest.mark.parametrize("world", ["local", "horovod:2"])
