@@ -87,7 +87,8 @@ class Learner:
 
     def _loss(self, batch: distpad.Batch) -> tf.Tensor:
         width, label, length = batch.lengths["image"], batch.data["label"], batch.lengths["label"]
-        logits = self.model({"image": batch.data["image"], "width": width, "positions": tf.shape(label)[1]})
+        inputs = {"image": batch.data["image"], "width": width, "positions": tf.shape(label)[1]}
+        logits = self.model({**inputs, "counts": batch.indices >= 0}, training=True)
         if self.config.head == "ctc":
             label = {"label": label, "length": length, "columns": model.columns(width)}
         if not self.naive:

@@ -7,6 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
+import distpad
 from handwriting import recurrent
 
 keras = tf.keras
@@ -25,6 +26,7 @@ class Config:
         height: height of the pictures in pixels, a multiple of 4.
         filters: number of filters in the three convolutions.
         units: units of the recurrent network in each direction.
+        batch_normalization: whether batch normalisation follows each convolution.
     """
 
     alphabet: str
@@ -33,6 +35,7 @@ class Config:
     height: int = 16
     filters: tuple[int, int, int] = (16, 32, 48)
     units: int = 64
+    batch_normalization: bool = False
 
 
 def columns(width: Any) -> Any:
@@ -43,17 +46,20 @@ def columns(width: Any) -> Any:
 class Reader(keras.Model):
     """Reads pictures of text.
 
-    The result of a row does not depend on other rows (no batch normalisation) or on its padding: the model sets the
-    padding to zero after each convolution, and masks it in all later layers. So a step on several replicas equals a
-    step on one device. The model is also smooth (no ReLU, no maximum). At a kink, a difference in the last bit changes
-    the gradient, and several replicas sum in another order than one device.
+    The result of a row does not depend on its padding: the model sets the padding to zero after each convolution, and
+    masks it in all later layers. It does not depend on other rows either, or, with batch normalisation, on the rows of
+    all replicas alike. So a step on several replicas equals a step on one device. The model is also smooth (no ReLU, no
+    maximum). At a kink, a difference in the last bit changes the gradient, and several replicas sum in another order
+    than one device.
     """
 
     def __init__(self, config: Config):
         super().__init__(name="reader")
         self.config = config
         layers = keras.layers
-        self.convolutions = [layers.Conv2D(n, 3, padding="same", activation="elu") for n in config.filters]
+        self.convolutions = [layers.Conv2D(n, 3, padding="same") for n in config.filters]
+        normalized = config.filters if config.batch_normalization else ()
+        self.normalizations = [distpad.layers.BatchNormalization() for _ in normalized]
         self.halve = layers.AveragePooling2D(2)
         self.project = layers.Dense(config.units, activation="elu")
         self.recurrent = recurrent.BidirectionalGRU(config.units)
@@ -63,28 +69,36 @@ class Reader(keras.Model):
             # A character has three or four columns, so the pen starts at this pace.
             self.advance = layers.Dense(1, activation="sigmoid", bias_initializer=keras.initializers.Constant(-1.0))
 
-    def call(self, inputs: dict[str, tf.Tensor]) -> tf.Tensor:
+    def call(self, inputs: dict[str, tf.Tensor], training: bool = False) -> tf.Tensor:
         """Compute the logits of each column or each position.
 
         Args:
-            inputs: "image" ``[batch, width, height, 1]``, "width" ``[batch]`` int32, and for the "position" head
-                "positions", a scalar int32: the number of positions to output.
+            inputs: "image" ``[batch, width, height, 1]``, "width" ``[batch]`` int32; to train, "counts" ``[batch]``
+                bool, False for filler rows; and for the "position" head "positions", a scalar int32: the number of
+                positions to output.
+            training: whether batch normalisation takes the moments of the batch.
 
         Returns:
             ``[batch, columns(width), classes]`` or ``[batch, positions, classes]``.
         """
-        states, mask = self._encode(inputs["image"], inputs["width"])
+        states, mask = self._encode(inputs["image"], inputs["width"], inputs.get("counts"), training)
         if self.config.head == "position":
             states = self._attend(states, mask, inputs["positions"])
         return self.classify(states)
 
-    def _encode(self, x: tf.Tensor, width: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def _encode(
+        self, x: tf.Tensor, width: tf.Tensor, counts: tf.Tensor | None, training: bool
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         """Return the states ``[batch, columns, 2 * units]`` and the mask ``[batch, columns]`` of valid columns."""
         # Round up to full columns: otherwise the padded width decides whether the last column of a picture exists.
         x = tf.pad(x, [[0, 0], [0, -tf.shape(x)[1] % STRIDE], [0, 0], [0, 0]])
         width = columns(width) * STRIDE
         for place, convolve in enumerate(self.convolutions):
             x = convolve(x)
+            if self.normalizations:
+                valid = width if counts is None else tf.where(counts, width, 0)
+                x = self.normalizations[place](x, training=training, lengths=valid)
+            x = tf.nn.elu(x)
             if place < 2:
                 x = self.halve(x)
                 width //= 2

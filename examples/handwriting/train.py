@@ -84,6 +84,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="X",
         help="average of the loss: sequence_sum (default), token, ... or a number",
     )
+    add("--batch-normalization", action="store_true", help="normalise after each convolution, over all replicas")
     add("--learning-rate", type=float, default=6e-3, metavar="X", help="peak learning rate (default 0.006)")
     add("--seed", type=int, default=0, metavar="N", help="seed of weights and data (default 0)")
     add(
@@ -129,7 +130,13 @@ def load(options: argparse.Namespace) -> tuple[rows.Rows, list[Example], model.C
         source = folder.FolderStrings(options.data, "train", options.height)
         test = folder.FolderStrings(options.data, "test", options.height).examples[: options.eval_strings]
         folder.check(source, options.loss)
-    config = model.Config(source.alphabet, options.loss, source.max_length, source.height)
+    config = model.Config(
+        source.alphabet,
+        options.loss,
+        source.max_length,
+        source.height,
+        batch_normalization=options.batch_normalization,
+    )
     return rows.Rows(source, end=options.loss == "position"), test, config
 
 

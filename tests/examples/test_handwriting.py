@@ -337,13 +337,17 @@ ENGINES = {
 
 @pytest.mark.one_stack
 @pytest.mark.parametrize(
-    "world",  # tests/cluster and tests/launch train small in the others
-    ["mirrored:2", *[pytest.param(world, marks=pytest.mark.wide) for world in ENGINES if world != "mirrored:2"]],
+    ("world", "more"),  # tests/cluster and tests/launch train small in the others
+    [
+        ("mirrored:2", []),
+        *[pytest.param(world, [], marks=pytest.mark.wide) for world in ENGINES if world != "mirrored:2"],
+        *[pytest.param(world, ["--batch-normalization"], marks=pytest.mark.wide) for world in ENGINES],
+    ],
 )
-def test_train_under_each_engine(tmp_path, world):
+def test_train_under_each_engine(tmp_path, world, more):
     backend, replicas = ENGINES[world]
     arguments = ("--backend", backend, "--replicas", replicas, "--out", tmp_path, "--resume=auto", "--certify")
-    code, output = start(world, "train.py", *arguments, *SHORT)
+    code, output = start(world, "train.py", *arguments, *SHORT, *more)
     assert code == 0 and output.count("distpad certificate:") == 1, output
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["backend"], summary["replicas"], summary["steps"]) == (backend, replicas, 4), output
