@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-import sys
 from typing import Optional
 
 import typer
 
 from distpad import errors
-from distpad.launcher import gang, podrun, run
 from distpad.launcher import pod as pods
+from distpad.launcher import podrun, run
 
 # Typer reads the annotations on Python 3.9, which does not know `X | None`.
 # ruff: noqa: UP045
@@ -62,13 +62,14 @@ def pod(
             code = podrun.serve()
         elif kind in pods.WORKERS:
             member = pods.member(kind, os.environ, port)
-            alone = kind != "indexed-job"
-            peers = None if alone else gang.Gang(member.names, member.index, port + GANG)
             environ = {**os.environ, **run.read_secrets(secrets)}
+            gang_port = port + GANG if kind == "indexed-job" else None
             limits = {"wait_s": wait_s, "grace_s": grace_s, "finish_s": finish_s}
-            code = podrun.work(member, command or (), environ, peers=peers, **limits)
+            working = podrun.work(member, command or (), environ, gang_port=gang_port, **limits)
+            code = asyncio.new_event_loop().run_until_complete(working)  # asyncio.run would wait for a slow DNS
         else:
-            mpi = pods.Mpi(
+            job = pods.mpi_job(
+                *(kind, os.environ),
                 command=tuple(command or ()),
                 hostfile=hostfile,
                 discovery=host_discovery_script,
@@ -77,11 +78,11 @@ def pod(
                 min_np=min_np,
                 max_np=max_np,
                 grace_s=grace_s,
+                start_timeout_s=wait_s,
+                waits=True,
                 cwd=os.getcwd(),
-                python=sys.executable,
             )
-            job = mpi.job(os.environ) if kind == "mpi-launcher" else mpi.elastic_job(os.environ)
-            code = podrun.launch(job, os.environ, wait_s=wait_s)
+            code = run.run(job, os.environ)
     except ValueError as error:
         typer.echo(f"distpad {error}", err=True)
         raise typer.Exit(2) from error

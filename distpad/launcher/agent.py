@@ -61,6 +61,9 @@ class Agent:
                 raise OSError(f"{folder} belongs to another user, or is open to others")
             path = folder / f"{socket.gethostname()}.sock"
             server = await asyncio.start_unix_server(self._worker, path, limit=LIMIT)
+            while self.orders["waits"] and not reader.at_eof() and processes.workers_here():
+                self.send(is_="busy", text="the training of an earlier launcher")
+                await asyncio.sleep(times.here().look_s)
             self.send(is_="ready", facts=facts.collect(self.orders["ask"]))
             beat = asyncio.ensure_future(self._beat())
             await self._listen(reader)
@@ -219,20 +222,13 @@ class Agent:
 def marked(job: str) -> set[psutil.Process]:
     """The processes on this host that carry the job's id, such as those of a worker that its engine has killed."""
     kept = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
-    here, found = network("self"), set()
+    here, found = processes.network("self"), set()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.pid not in kept and process.environ().get("DISTPAD_JOB") == job and network(process.pid) == here:
+            mine = process.pid not in kept and processes.network(process.pid) == here
+            if mine and process.environ().get("DISTPAD_JOB") == job:
                 found.add(process)
     return found
-
-
-def network(pid: int | str) -> str:
-    """The network namespace of a process. In tests, hosts are network namespaces of one machine."""
-    try:
-        return os.readlink(f"/proc/{pid}/ns/net")
-    except OSError:
-        return ""
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from distpad.launcher import checks, crew, discovery, hosts, output, render, spec, times, worker
+from distpad.launcher import checks, crew, discovery, gang, hosts, output, render, spec, times, worker
 from distpad.launcher.outcomes import HOST, LOST, TIME, Ended, log
 
 EVENTS = 4096  # capacity of the queue; a full queue slows the workers down
@@ -54,12 +54,14 @@ class Attempt:
         self.facts: dict[str, dict[str, Any]] = {}  # of each host whose agent is ready
         self.ports: dict[str, list[int]] = {}
         self.lost: dict[str, str] = {}  # host: the reason
+        self.busy: set[str] = set()  # hosts on which an earlier job still runs
         self.swept: set[str] = set()  # hosts whose agent has killed what was left, or has ended
         self.started: dict[int, str] = {}  # rank: host
         self.ends: dict[int, int] = {}  # rank: exit code
         self.failures: list[int] = []  # ranks, in the order of their ends
         self.ending = False  # from then on, exit codes and lost hosts are no failures
-        self.looked = self.active = time.monotonic()  # the last check of all hosts, the last sign that workers work
+        # the last check of all hosts, the last sign that workers work, the last report of missing hosts
+        self.looked = self.active = self.reported = time.monotonic()
         self.over = threading.Event()
 
     def run(self) -> Ended:
@@ -91,9 +93,7 @@ class Attempt:
         if job.elastic:
             self.discover()
         else:
-            for host in job.used_hosts:
-                self.add_agent(host)
-            self.until(lambda: len(self.facts) == len(self.agents), job.start_timeout_s, self.silent_hosts)
+            self.until(self.all_ready, job.start_timeout_s, self.silent_hosts)
             if wrong := checks.problems(job, self.facts):
                 raise self.refused(" ".join(wrong))
         if job.controller == "gloo" and not job.network_interface:
@@ -124,11 +124,11 @@ class Attempt:
     def add_agent(self, host: spec.Host) -> None:
         argv = render.agent_argv(self.job, host, self.environ)
         try:
-            agent = crew.Agent(host.name, argv, render.agent_env(self.environ), self.events)
+            agent = crew.Agent(host.name, argv, render.agent_env(self.environ), self.events, host.slots)
         except OSError as error:
             why = f"{host.name} cannot be used: {argv[0]} cannot be started here: {error.strerror}"
             raise self.refused(why) from error
-        agent.last_heard = time.monotonic() + self.job.start_timeout_s
+        agent.last_heard = agent.began + self.job.start_timeout_s
         self.agents[host.name] = agent
         # an agent ignores some signals itself, so that workers cannot inherit what the launcher ignores
         ignored = [number for number in worker.FORWARDED if signal.getsignal(number) is signal.SIG_IGN]
@@ -158,17 +158,30 @@ class Attempt:
             self.discovery.start()
         except ValueError as error:
             raise self.refused(str(error)) from error
-        self.until(lambda: bool(self.facts), self.job.start_timeout_s, self.silent_hosts)
+        least = (self.job.min_np or 1) if self.job.waits else 1
+        self.until(
+            lambda: sum(self.agents[host].slots for host in [*self.facts]) >= least,
+            *(self.job.start_timeout_s, self.silent_hosts),
+        )
+
+    def all_ready(self) -> bool:
+        """Start an agent on each host that has none, and return whether all are ready."""
+        silent = [host.name for host in self.job.used_hosts if not self.is_ready(host)]
+        if silent and time.monotonic() > self.reported + times.here().report_s:
+            self.reported = time.monotonic()
+            log(f"waiting for {gang.few(silent)}")
+        return not silent
 
     def is_ready(self, host: spec.Host) -> bool:
         """Start an agent on a host unless it has one, and return whether it is ready. Called by another thread."""
-        name = "localhost" if host.is_here else host.name
+        name = "localhost" if self.job.elastic and host.is_here else host.name
         agent = self.agents.get(name)
-        if not self.ending and (agent is None or agent.process.poll() is not None):
+        if not self.ending and (agent is None or agent.has_ended(times.here().discovery_s)):
             self.facts.pop(name, None)
             self.lost.pop(name, None)
             self.swept.discard(name)
             self.add_agent(spec.Host(name, host.slots))
+            self.agents[name].wrote.extend(agent.wrote if agent else ())  # perhaps why it is not ready
         return name in self.facts
 
     def refused(self, why: str, *, again: bool = False) -> Ended:
@@ -179,8 +192,12 @@ class Attempt:
     def silent_hosts(self) -> Ended:
         if not self.agents:
             return self.refused("no hosts were found: the output of --host-discovery-script is empty")
-        silent = [host for host in self.agents if host not in self.facts] or sorted({*self.agents} - {*self.ports})
-        return self.no_agent(silent[0], None)
+        silent = [host for host in self.agents if host not in self.facts]
+        if self.job.elastic and not silent:
+            return self.refused(
+                f"the hosts are {', '.join(self.agents)}, expected slots for {self.job.min_np} workers."
+            )
+        return self.no_agent([*silent, *sorted({*self.agents} - {*self.ports})][0], None)
 
     def no_agent(self, host: str, code: int | None) -> Ended:
         why = hosts.unreachable(self.agents[host], self.job.python, code, self.job.start_timeout_s)
@@ -297,6 +314,9 @@ class Attempt:
             self.output.write(rank, message["stream"], message["text"].encode("utf-8", "surrogateescape"))
         elif what == "ready":
             self.facts[host] = message["facts"]
+        elif what == "busy" and host not in self.busy:
+            self.busy.add(host)
+            log(f"waiting for {message['text']} to end on {host}")
         elif what == "ports":
             if not message["ports"]:
                 why, remedy = checks.taken(message["taken"], message["why"])
@@ -329,8 +349,8 @@ class Attempt:
     def take_close(self, host: str, message: Mapping[str, Any]) -> None:
         """Handle the end of an agent, which is an error before the job ends."""
         self.swept.add(host)
-        if self.ending or self.job.elastic:
-            return  # a host may leave an elastic job
+        if self.ending or self.job.elastic or (self.job.waits and host not in self.facts):
+            return  # a host may leave an elastic job, or may not have started yet
         if message["is"] == "broken":
             raise self.refused(f"{host} cannot be used: {message['text']}", again=True)
         if host not in self.facts:

@@ -37,8 +37,11 @@ class Member:
 
     dies_with_us = False  # an agent notices itself that the launcher is gone, and ends the job on its host
 
-    def __init__(self, host: str, argv: Sequence[str], env: Mapping[str, str], events: queue.Queue[Event]) -> None:
-        self.host, self.events = host, events
+    def __init__(
+        self, host: str, argv: Sequence[str], env: Mapping[str, str], events: queue.Queue[Event], slots: int = 0
+    ) -> None:
+        self.host, self.events, self.slots = host, events, slots
+        self.began = time.monotonic()
         self.process = subprocess.Popen(
             argv,
             env=dict(env),
@@ -76,6 +79,10 @@ class Member:
         for reader in self.readers:
             reader.join(1)  # a child of the process may hold the pipe
         self.emit(**{"is": "closed"}, code=code)
+
+    def has_ended(self, after_s: float) -> bool:
+        """Whether the process has ended, and was started at least so many seconds ago."""
+        return self.process.poll() is not None and time.monotonic() > self.began + after_s
 
     def kill(self, number: int) -> None:
         """Send a signal to the process and its children."""

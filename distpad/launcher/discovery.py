@@ -28,12 +28,12 @@ class Discovery:
         self.thread = threading.Thread(target=self._repeat, daemon=True)
 
     def start(self) -> None:
-        """Discover the hosts once, and start the thread that repeats it.
+        """Discover the hosts once, unless the job waits for hosts, and start the thread that repeats it.
 
         Raises:
           ValueError: the script cannot be run, or its output is malformed.
         """
-        self._write(self.discover())
+        self._write([] if self.job.waits else self.discover())
         self.thread.start()
 
     def discover(self) -> tuple[spec.Host, ...]:

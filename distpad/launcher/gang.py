@@ -8,17 +8,14 @@ closes, all end. No pod succeeds before all are done. A replaced pod is connecte
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import selectors
 import socket
-import threading
-import time
 from collections.abc import Callable, Sequence
 
 from distpad.launcher import times
 
-START, DONE, LOST = b"s", b"d", b"l"  # LOST and the index of the pod; a pod introduces itself by its index
-MESSAGE_BYTES = 16
+START, DONE, LOST = b"start\n", b"done\n", b"lost "  # LOST and the index of the pod
 
 
 class Gang:
@@ -30,132 +27,118 @@ class Gang:
       port: the port at which pod 0 listens.
 
     Attributes:
+      all_done: is set when all pods are done.
       lost: is set when another pod has failed or is lost.
       whom: the pods that ``join`` waits for, or the pod that is lost, as text.
     """
 
     def __init__(self, names: Sequence[str], index: int, port: int) -> None:
         self.names, self.index, self.port = names, index, port
-        self.lost, self.whom = threading.Event(), ""
-        self._peers: dict[int, socket.socket] = {}
-        self._done, self._all_done = threading.Event(), threading.Event()
+        self.all_done, self.lost, self.whom = asyncio.Event(), asyncio.Event(), ""
+        self._started = False
+        self._done: set[int] = set()
+        self._peers: dict[int, asyncio.StreamWriter] = {}
+        self._listening: set[asyncio.Future[None]] = set()
 
-    def join(self, wait_s: float, report: Callable[[str], None]) -> bool:
-        """Wait until all pods are connected. Returns False after ``wait_s`` seconds. Pod 0 reports the missing pods.
+    async def join(self, report: Callable[[str], None]) -> None:
+        """Wait until all pods are connected. Pod 0 reports the missing pods.
 
         Raises:
           OSError: pod 0 cannot listen at its port.
         """
-        end = time.monotonic() + wait_s
-        if not (self._connect(end) if self.index else self._accept(end, report)):
-            return False
-        threading.Thread(target=self._listen, daemon=True).start()
-        return True
-
-    def _accept(self, end: float, report: Callable[[str], None]) -> bool:
-        """Pod 0 collects the others. It goes on listening, so that a replaced pod waits in the queue of connections."""
-        family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-        self._listener = socket.create_server(
-            ("", self.port), family=family, backlog=len(self.names), dualstack_ipv6=family == socket.AF_INET6
-        )
-        reported = time.monotonic()
-        while missing := [name for index, name in enumerate(self.names) if index and not self._is_here(index)]:
+        if self.index:
+            return await self._connect()
+        # It goes on listening, so that a replaced pod waits for the end of this one.
+        await asyncio.start_server(self._serve, port=self.port, backlog=len(self.names))
+        clock = asyncio.get_running_loop().time
+        reported = clock()
+        while missing := [name for index, name in enumerate(self.names) if index and index not in self._peers]:
             self.whom = few(missing)
-            if time.monotonic() > end:
-                return False
-            if time.monotonic() > reported + times.here().report_s:
-                reported = time.monotonic()
+            if clock() > reported + times.here().report_s:
+                reported = clock()
                 report(f"waiting for {self.whom}")
-            self._listener.settimeout(times.JOIN_AGAIN_S)
-            with contextlib.suppress(OSError, ValueError):  # nobody came, or a stranger
-                peer = _kept_alive(self._listener.accept()[0])
-                peer.settimeout(times.ANSWER_S)
-                index = int(peer.recv(MESSAGE_BYTES))
-                peer.setblocking(False)
-                if 0 < index < len(self.names):
-                    self._peers[index] = peer  # the latest, if a pod was replaced meanwhile
+            await asyncio.sleep(times.POLL_S)
+        self._started = True
         self._send(START)
-        return True
 
-    def _is_here(self, index: int) -> bool:
-        try:
-            return index in self._peers and self._peers[index].recv(1, socket.MSG_PEEK) != b""
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Pod 0's connection to another pod, which introduces itself by its index."""
+        _keep_alive(writer)
+        line = await _line(reader)
+        index = int(line) if line.strip().isdigit() else 0
+        if not 0 < index < len(self.names):
+            return writer.close()  # a stranger
+        if not self._started:
+            self._peers[index] = writer  # the latest, if a pod was replaced meanwhile
+        while await _line(reader) == DONE:
+            self._note(index)
+        if self._peers.get(index) is not writer:
+            return
+        if not self._started:
+            del self._peers[index]
+        elif not self.all_done.is_set():
+            self._lose(index)
+            self._send(LOST + b"%d\n" % index)
 
-    def _connect(self, end: float) -> bool:
-        while (left := end - time.monotonic()) > 0:
+    async def _connect(self) -> None:
+        while True:
             self.whom = f"{self.names[0]} (no answer at port {self.port})"
-            with contextlib.suppress(OSError):
-                peer = _kept_alive(socket.create_connection((self.names[0], self.port), min(left, times.ANSWER_S)))
-                peer.sendall(str(self.index).encode())
+            with contextlib.suppress(OSError, asyncio.TimeoutError):
+                connecting = asyncio.open_connection(self.names[0], self.port)
+                reader, writer = await asyncio.wait_for(connecting, times.ANSWER_S)
+                _keep_alive(writer)
+                writer.write(b"%d\n" % self.index)
                 self.whom = f"the pods that {self.names[0]} waits for"
-                peer.settimeout(max(times.POLL_S, end - time.monotonic()))
-                if peer.recv(1) == START:
-                    self._peers[0] = peer
-                    return True
-            time.sleep(times.JOIN_AGAIN_S)
-        return False
+                if await _line(reader) == START:
+                    self._peers[0] = writer
+                    return self._listening.add(asyncio.ensure_future(self._listen(reader)))
+            await asyncio.sleep(times.JOIN_AGAIN_S)
 
-    def _listen(self) -> None:
-        """Wait until all are done, or one is lost."""
-        done: set[int] = set()
-        with selectors.DefaultSelector() as selector:
-            for index, peer in self._peers.items():
-                selector.register(peer, selectors.EVENT_READ, index)
-            while not self._all_done.is_set():
-                for key, _ in selector.select(times.POLL_S):
-                    message = _receive(self._peers[key.data])
-                    if message[:1] != DONE:
-                        return self._lose(int(message[1:] or key.data))
-                    done.add(key.data)
-                if len(done) == len(self._peers) and (self.index or self._done.is_set()):
-                    if self.index == 0:
-                        self._send(DONE)
-                    self._all_done.set()
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        """Wait for pod 0 to send that all are done, or that one is lost, or for its end."""
+        line = await _line(reader)
+        if line == DONE:
+            self.all_done.set()
+        else:
+            self._lose(int(line[len(LOST) :] or 0))
 
     def _lose(self, index: int) -> None:
-        self.whom = self.names[index]
-        if self.index == 0:  # tell the others
-            self._send(LOST + str(index).encode())
-        for peer in self._peers.values():
-            peer.close()
-        self.lost.set()
+        if not self.lost.is_set():
+            self.whom = self.names[index]
+            self.lost.set()
+
+    def _note(self, index: int) -> None:
+        self._done.add(index)
+        if len(self._done) == len(self.names):
+            self._send(DONE)
+            self.all_done.set()
 
     def _send(self, message: bytes) -> None:
         for peer in self._peers.values():
-            with contextlib.suppress(OSError):
-                peer.sendall(message)
+            peer.write(message)
 
-    def finish(self, wait_s: float) -> bool:
-        """Report that this pod is done, and wait until all are. Returns False if one is lost, or after ``wait_s``."""
+    def finish(self) -> None:
+        """Report that this pod is done. It succeeds when all are."""
         if self.index:
             self._send(DONE)
-        self._done.set()
-        end = time.monotonic() + wait_s
-        while not self._all_done.wait(times.POLL_S):
-            if self.lost.is_set() or time.monotonic() > end:
-                return False
-        return True
+        else:
+            self._note(0)
 
 
-def _receive(peer: socket.socket) -> bytes:
+async def _line(reader: asyncio.StreamReader) -> bytes:
     """The next message; empty if the peer is lost."""
     try:
-        return peer.recv(MESSAGE_BYTES)
-    except OSError:
+        return await reader.readline()
+    except (OSError, ValueError):
         return b""
 
 
-def _kept_alive(peer: socket.socket) -> socket.socket:
+def _keep_alive(writer: asyncio.StreamWriter) -> None:
     """Let the kernel detect a silent peer, such as a pod of a lost node."""
-    period_s = max(1, round(times.here().lost_s / 4))
+    peer, period_s = writer.get_extra_info("socket"), max(1, round(times.here().lost_s / 4))
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", period_s), ("TCP_KEEPINTVL", period_s), ("TCP_KEEPCNT", 3)):
         peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-    return peer
 
 
 def few(names: Sequence[str]) -> str:

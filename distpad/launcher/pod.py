@@ -7,13 +7,12 @@ module derives the names of all pods and the configuration of the engine from th
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 from distpad import errors
-from distpad.launcher import spec, tfconfig
+from distpad.launcher import render, spec
 
 WORKERS = ("indexed-job", "jobset", "trainjob")  # each pod is a worker of MultiWorkerMirroredStrategy
 LAUNCHERS = ("mpi-launcher", "mpi-elastic-launcher")
@@ -41,27 +40,26 @@ class Member:
     Attributes:
       index: the worker's index.
       names: the host names of all pods, in the order of their indices.
-      tf_config: the value of TF_CONFIG.
+      port: the port of TensorFlow in each pod.
     """
 
     index: int
     names: tuple[str, ...]
-    tf_config: str
-
-    @property
-    def name(self) -> str:
-        return self.names[self.index]
+    port: int = 2222
 
     def env(self, environ: Mapping[str, str]) -> dict[str, str]:
         """The training's environment: TF_CONFIG, and the expected topology, which the library checks."""
         count = str(len(self.names))
         topology = {"BACKEND": "multiworker", "WORKERS": count, "HOSTS": count, "RANK": str(self.index)}
         expected = {f"DISTPAD_{name}": value for name, value in topology.items()}
-        return {**environ, **expected, "TF_CONFIG": self.tf_config, "PYTHONUNBUFFERED": "1"}
+        config = render.tf_config([f"{name}:{self.port}" for name in self.names], self.index)
+        return {**environ, **expected, "TF_CONFIG": config, "PYTHONUNBUFFERED": "1"}
 
 
 def member(kind: str, environ: Mapping[str, str], port: int) -> Member:
     """Derive a pod's place among the pods of its job from its environment.
+
+    A TrainJob's pods are those of a JobSet, since Kubeflow Trainer makes one.
 
     Args:
       kind: one of WORKERS.
@@ -72,107 +70,69 @@ def member(kind: str, environ: Mapping[str, str], port: int) -> Member:
       ValueError: a variable is missing or wrong. The message names the variable's origin.
 
     >>> environ = {"DISTPAD_JOB_NAME": "train", "DISTPAD_SERVICE": "w", "DISTPAD_WORKERS": "2"}
-    >>> member("indexed-job", {**environ, "JOB_COMPLETION_INDEX": "1"}, 2222).names
-    ('train-0.w', 'train-1.w')
+    >>> member("indexed-job", {**environ, "JOB_COMPLETION_INDEX": "1"}, 2222)
+    Member(index=1, names=('train-0.w', 'train-1.w'), port=2222)
     """
-    config = _of_indexed_job(environ, port) if kind == "indexed-job" else _of_jobset(environ, port)
-    parsed = json.loads(config)
-    names = tuple(address.rpartition(":")[0] for address in parsed["cluster"]["worker"])
-    return Member(parsed["task"]["index"], names, config)
+    workers, index = _number(environ, "DISTPAD_WORKERS"), _given(environ, "JOB_COMPLETION_INDEX")
+    if kind == "indexed-job":
+        job, domain = _given(environ, "DISTPAD_JOB_NAME"), _given(environ, "DISTPAD_SERVICE")
+        if environ.get("POD_NAMESPACE"):
+            domain = f"{domain}.{environ['POD_NAMESPACE']}.svc"
+        own, names = f"{job}-{index}.{domain}", [f"{job}-{i}.{domain}" for i in range(workers)]
+    else:
+        jobset, name = _given(environ, "DISTPAD_JOBSET_NAME"), _given(environ, "DISTPAD_REPLICATED_JOB")
+        # the label jobset.sigs.k8s.io/replicatedjob-replicas
+        jobs = _number(environ, "DISTPAD_JOBS") if environ.get("DISTPAD_JOBS") else 1
+        if workers % jobs:
+            raise ValueError(errors.sentence("pod", "DISTPAD_WORKERS", workers, f"a multiple of DISTPAD_JOBS, {jobs}"))
+        domain = environ.get("DISTPAD_SERVICE") or jobset
+        pods = [(job, i) for job in range(jobs) for i in range(workers // jobs)]
+        own = f"{jobset}-{name}-{_given(environ, 'DISTPAD_JOB_INDEX')}-{index}.{domain}"
+        names = [f"{jobset}-{name}-{job}-{i}.{domain}" for job, i in pods]
+    if own not in names:
+        rule = f"one of the {workers} of DISTPAD_WORKERS, {names[0]} to {names[-1]}"
+        raise ValueError(errors.sentence("pod", "this pod's name", own, rule))
+    return Member(names.index(own), tuple(names), port)
 
 
-def _of_indexed_job(environ: Mapping[str, str], port: int) -> str:
-    return tfconfig.from_indexed_job(
-        _given(environ, "DISTPAD_JOB_NAME"),
-        _number(environ, "DISTPAD_WORKERS"),
-        _given(environ, "JOB_COMPLETION_INDEX"),
-        service=_given(environ, "DISTPAD_SERVICE"),
-        port=port,
-        namespace=environ.get("POD_NAMESPACE") or None,
-    )
+def mpi_job(
+    kind: str,
+    environ: Mapping[str, str],
+    *,
+    hostfile: str = "",
+    discovery: str = DISCOVERY,
+    min_np: int | None = None,
+    max_np: int | None = None,
+    network_interface: str = "",
+    **fields: Any,
+) -> spec.Job:
+    """The Horovod job of an MPI job's launcher pod: on the hosts of the operator's host file, or of its script.
 
+    Args:
+      kind: one of LAUNCHERS.
+      environ: the pod's variables. DISTPAD_SLOTS gives the slots of each host to an elastic job.
+      hostfile, discovery: by default those of the MPI operator.
+      min_np, max_np: the limits of an elastic job: by default the slots of one pod, and of all.
+      network_interface: by default NCCL_SOCKET_IFNAME, or INTERFACE.
+      fields: further fields of the job.
 
-def _of_jobset(environ: Mapping[str, str], port: int) -> str:
-    """TF_CONFIG of a JobSet's pod, or of a TrainJob's, since Kubeflow Trainer turns a TrainJob into a JobSet."""
-    workers, jobs = _number(environ, "DISTPAD_WORKERS"), 1
-    if environ.get("DISTPAD_JOBS"):  # the label jobset.sigs.k8s.io/replicatedjob-replicas
-        jobs = _number(environ, "DISTPAD_JOBS")
-    if workers % jobs:
-        raise ValueError(errors.sentence("pod", "DISTPAD_WORKERS", workers, f"a multiple of DISTPAD_JOBS, {jobs}"))
-    name = _given(environ, "DISTPAD_REPLICATED_JOB")
-    return tfconfig.from_jobset(
-        _given(environ, "DISTPAD_JOBSET_NAME"),
-        [(name, jobs, workers // jobs)],
-        name,
-        _given(environ, "DISTPAD_JOB_INDEX"),
-        _given(environ, "JOB_COMPLETION_INDEX"),
-        port=port,
-        subdomain=environ.get("DISTPAD_SERVICE") or None,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Mpi:
-    """The options of an MPI job's launcher pod. The defaults are the paths of the MPI operator's files."""
-
-    command: tuple[str, ...]
-    hostfile: str = ""
-    discovery: str = DISCOVERY
-    network_interface: str = ""
-    secrets: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    min_np: int | None = None
-    max_np: int | None = None
-    grace_s: float = 10.0
-    cwd: str = "."
-    python: str = sys.executable
-
-    def job(self, environ: Mapping[str, str]) -> spec.Job:
-        """The job on the hosts of the operator's host file.
-
-        Raises:
-          ValueError: the file cannot be read, or the number of its pods differs from DISTPAD_WORKERS.
-        """
-        file = self.hostfile or environ.get("OMPI_MCA_orte_default_hostfile") or HOSTFILE
-        hosts = spec.read_hostfile(file)
-        if environ.get("DISTPAD_WORKERS") and _number(environ, "DISTPAD_WORKERS") != len(hosts):
-            evidence = f"{file} names {len(hosts)}: {', '.join(host.name for host in hosts)}."
-            remedy = "Set it to the number of Worker replicas."
-            raise ValueError(
-                errors.sentence(
-                    "pod", "DISTPAD_WORKERS", environ["DISTPAD_WORKERS"], "the number of pods", evidence, remedy
-                )
-            )
-        return self._job(environ, hosts=hosts, controller="mpi")
-
-    def elastic_job(self, environ: Mapping[str, str]) -> spec.Job:
-        """The job on the hosts that the operator's script prints. DISTPAD_SLOTS gives the slots of each host.
-
-        Raises:
-          ValueError: a variable is missing or wrong, or the limits contradict each other.
-        """
+    Raises:
+      ValueError: a variable is missing or wrong, the host file cannot be read, or names another number of pods.
+    """
+    fields["network_interface"] = network_interface or environ.get("NCCL_SOCKET_IFNAME") or INTERFACE
+    fields["gpus"] = _number(environ, "DISTPAD_GPUS") if environ.get("DISTPAD_GPUS") else 0
+    if kind == "mpi-elastic-launcher":
         slots = _number(environ, "DISTPAD_SLOTS")
-        most = self.max_np or _number(environ, "DISTPAD_WORKERS") * slots
-        return self._job(
-            environ,
-            controller="gloo",
-            host_discovery_script=self.discovery,
-            slots_per_host=slots,
-            min_np=self.min_np or slots,
-            max_np=most,
-        )
-
-    def _job(self, environ: Mapping[str, str], **more: object) -> spec.Job:
-        return spec.Job(
-            command=self.command,
-            backend="horovod",
-            network_interface=self.network_interface or environ.get("NCCL_SOCKET_IFNAME") or INTERFACE,
-            secrets=dict(self.secrets),
-            gpus=_number(environ, "DISTPAD_GPUS") if environ.get("DISTPAD_GPUS") else 0,
-            grace_s=self.grace_s,
-            cwd=self.cwd,
-            python=self.python,
-            **more,  # type: ignore[arg-type]
-        )
+        fields |= {"host_discovery_script": discovery, "slots_per_host": slots, "min_np": min_np or slots}
+        fields["max_np"] = max_np or _number(environ, "DISTPAD_WORKERS") * slots
+        return spec.Job(backend="horovod", controller="gloo", **fields)
+    file = hostfile or environ.get("OMPI_MCA_orte_default_hostfile") or HOSTFILE
+    hosts = spec.read_hostfile(file)
+    if environ.get("DISTPAD_WORKERS") and _number(environ, "DISTPAD_WORKERS") != len(hosts):
+        evidence = f"{file} names {len(hosts)}: {', '.join(host.name for host in hosts)}."
+        wrong = environ["DISTPAD_WORKERS"], "the number of pods", evidence, "Set it to the number of Worker replicas."
+        raise ValueError(errors.sentence("pod", "DISTPAD_WORKERS", *wrong))
+    return spec.Job(backend="horovod", controller="mpi", hosts=hosts, **fields)
 
 
 def secret_files(folder: str = SECRETS) -> dict[str, str]:
@@ -187,11 +147,6 @@ def secret_files(folder: str = SECRETS) -> dict[str, str]:
         return {}
     except OSError as error:
         raise ValueError(f"pod: {folder} cannot be read: {error.strerror}.") from error
-
-
-def enough(job: spec.Job, hosts: Sequence[spec.Host]) -> bool:
-    """Whether an elastic job can start on these hosts."""
-    return sum(host.slots for host in hosts) >= (job.min_np or 1)
 
 
 def _given(environ: Mapping[str, str], name: str) -> str:

@@ -6,13 +6,14 @@ and secrets reach the agents over standard input.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distpad.launcher import spec, tfconfig, times
+from distpad.launcher import spec, times
 
 FOLDER = "/tmp"  # of sockets; the same on all hosts, and short, since the limit for a socket's path is 107 bytes
 SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "LogLevel=ERROR")
@@ -236,6 +237,7 @@ def orders(
         "grace_s": job.grace_s,
         "lost_after_s": job.lost_after_s,
         "holds_failures": not job.elastic,
+        "waits": job.waits,
     }
 
 
@@ -245,13 +247,27 @@ def addresses(job: spec.Job, ports: Mapping[str, Sequence[int]]) -> list[str]:
     return [f"{names[place.host.name]}:{ports[place.host.name][place.local_rank]}" for place in job.places]
 
 
+def tf_config(addresses: Sequence[str], index: int) -> str:
+    """TF_CONFIG of a worker. It is equal on all workers of a job, except for the index.
+
+    Args:
+      addresses: ``host:port`` of each worker, in the order of their indices. The server of the first one also runs the
+        coordination service.
+      index: the worker's index.
+
+    >>> tf_config(["node1:2222", "node2:2222"], 1)
+    '{"cluster": {"worker": ["node1:2222", "node2:2222"]}, "task": {"type": "worker", "index": 1}}'
+    """
+    return json.dumps({"cluster": {"worker": [*addresses]}, "task": {"type": "worker", "index": index}})
+
+
 def rank_env(job: spec.Job, place: spec.Place, ports: Mapping[str, Sequence[int]]) -> dict[str, str]:
     """The variables of one worker that its agent starts."""
     env = {"DISTPAD_RANK": str(place.rank)}
     if job.hides_gpus:
         env["DISTPAD_LOCAL_RANK"] = str(place.local_rank)  # which GPUs it uses
     if job.backend == "multiworker":
-        env["TF_CONFIG"] = tfconfig.cluster(addresses(job, ports), place.rank)
+        env["TF_CONFIG"] = tf_config(addresses(job, ports), place.rank)
     return env
 
 

@@ -8,18 +8,17 @@ import pathlib
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from distpad.launcher import attempt, outcomes, output, render, spec, times
 
 
-def run(job: spec.Job, environ: Mapping[str, str], are_ready: Callable[[list[int]], bool] | None = None) -> int:
+def run(job: spec.Job, environ: Mapping[str, str]) -> int:
     """Run a job to its end, with restarts, and return the exit code of the worker that failed first.
 
     Args:
       job: the job.
       environ: the launcher's variables.
-      are_ready: waits for the hosts before each start, until the list of received signals is no longer empty.
 
     Raises:
       ValueError: a secret's file cannot be read, a variable of ``--env`` is not set, or the log folder is not writable.
@@ -34,8 +33,6 @@ def run(job: spec.Job, environ: Mapping[str, str], are_ready: Callable[[list[int
     output.allow_open_files(job)
     with received_signals() as received:
         for number in range(job.max_restarts + 1):
-            if are_ready is not None and not are_ready(received):
-                return 128 + received[0] if received else outcomes.HOST
             limit = None if job.timeout_s is None else began + job.timeout_s
             # The agent of a lost host may still be ending the previous attempt, which therefore has another id.
             this = dataclasses.replace(job, id=f"{job.id}-{number}")

@@ -79,6 +79,7 @@ class Job:
     grace_s: float = 10.0
     lost_after_s: float = 120.0
     start_timeout_s: float = 60.0
+    waits: bool = False  # within this time, for hosts that start, and for the end of other jobs there
     timeout_s: Optional[float] = None  # noqa: UP045
     port: Optional[int] = None  # noqa: UP045
     min_np: Optional[int] = None  # noqa: UP045

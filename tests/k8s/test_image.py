@@ -12,7 +12,6 @@ import sys
 
 import pytest
 
-from distpad.launcher import podrun
 from k8s import manifests
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -127,7 +126,7 @@ def test_ssh_is_configured_for_the_keys_of_the_manifests():
     for name in ("ssh_config", "sshd_config"):
         text = (IMAGE / name).read_text()
         assert set(re.findall(r"\S*/(?=id_rsa|authorized_keys)", text)) == {f"{mpijob['spec']['sshAuthMountPath']}/"}
-        assert set(re.findall(r"Port (\d+)", text)) == {str(podrun.SSH_PORT)}
+        assert set(re.findall(r"Port (\d+)", text)) == {"2222"}
 
 
 # -- system.sh --------------------------------------------------------------------------------------------------------

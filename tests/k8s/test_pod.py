@@ -244,7 +244,7 @@ def test_sigterm_reaches_the_training(code, expected):
 def test_sigterm_while_the_training_starts():
     """The signal arrives when the training runs already, but its start has not returned."""
     program = """
-import os, signal, subprocess
+import asyncio, os, signal, subprocess
 from distpad.launcher import pod, podrun
 
 class Interrupted(subprocess.Popen):
@@ -253,7 +253,7 @@ class Interrupted(subprocess.Popen):
         os.kill(os.getpid(), signal.SIGTERM)
 
 subprocess.Popen = Interrupted
-print(podrun.work(pod.Member(0, ("train",), "{}"), ["sleep", "100"], {}))
+print(asyncio.run(podrun.work(pod.Member(0, ("train",)), ["sleep", "100"], dict(os.environ))))
 """
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=30)
     assert (done.returncode, done.stdout) == (0, "143\n")
@@ -425,7 +425,7 @@ def test_a_new_launcher_waits_for_the_training_of_the_old_one(mpi_job):
 def test_an_mpi_worker_that_is_not_there_is_named(mpi_job):
     mpi_job.start_workers(0)
     codes, outputs = finish(mpi_job.start("mpi-launcher", *HOROVOD, flags=("--wait-s", "3")), limit_s=120)
-    assert codes == [3] and f"missing after 3 s: {MPI_HOSTS[1]} (no sshd answers on port 2222)" in outputs[0]
+    assert codes == [3] and f"{MPI_HOSTS[1]} cannot be used: no ssh server listens there" in outputs[0], outputs
 
 
 def test_a_hostfile_with_other_pods_than_promised(mpi_job):
@@ -449,4 +449,4 @@ def test_an_elastic_job_by_the_operators_script(mpi_job):
 def test_an_elastic_job_without_pods(mpi_job):
     mpi_job.discover()
     codes, outputs = finish(mpi_job.start("mpi-elastic-launcher", *HOROVOD, flags=("--wait-s", "2"), DISTPAD_SLOTS="1"))
-    assert codes == [3] and re.search("pods for 1 workers; .* names 0", outputs[0]), outputs
+    assert codes == [3] and "no hosts were found" in outputs[0], outputs

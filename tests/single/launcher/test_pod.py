@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import functools
 
 import pytest
+import tensorflow as tf
 
 from distpad.launcher import gang, pod, spec
 
@@ -29,20 +30,19 @@ JOBSET = {
 
 def test_a_pod_of_an_indexed_job():
     found = pod.member("indexed-job", JOB, 2222)
-    assert (found.index, found.name) == (1, "train-1.workers")
+    assert (found.index, found.port) == (1, 2222)
     assert found.names == ("train-0.workers", "train-1.workers", "train-2.workers")
-    assert json.loads(found.tf_config)["cluster"]["worker"][2] == "train-2.workers:2222"
 
 
 def test_the_namespace_is_part_of_the_names():
-    assert pod.member("indexed-job", {**JOB, "POD_NAMESPACE": "team"}, 2222).name == "train-1.workers.team.svc"
+    assert pod.member("indexed-job", {**JOB, "POD_NAMESPACE": "team"}, 2222).names[1] == "train-1.workers.team.svc"
 
 
 @pytest.mark.parametrize("kind", ["jobset", "trainjob"])
 def test_a_pod_of_a_jobset(kind):
     found = pod.member(kind, JOBSET, 3000)
     assert found.names == tuple(f"train-node-{job}-{each}.train" for job in range(2) for each in range(2))
-    assert found.index == 3 and json.loads(found.tf_config)["cluster"]["worker"][0].endswith(":3000")
+    assert (found.index, found.port) == (3, 3000)
 
 
 def test_a_jobset_of_one_job_in_a_subdomain_of_its_own():
@@ -50,9 +50,13 @@ def test_a_jobset_of_one_job_in_a_subdomain_of_its_own():
     assert pod.member("jobset", told, 2222).names[3] == "train-node-0-3.mesh"
 
 
-def test_what_a_training_gets():
+def test_what_a_training_gets(monkeypatch):
     env = pod.member("indexed-job", JOB, 2222).env({"MINE": "x", "TF_CONFIG": "old"})
-    assert env["MINE"] == "x" and json.loads(env["TF_CONFIG"])["task"] == {"type": "worker", "index": 1}
+    monkeypatch.setenv("TF_CONFIG", env["TF_CONFIG"])
+    read = tf.distribute.cluster_resolver.TFConfigClusterResolver()
+    assert (read.task_type, read.task_id, read.cluster_spec().jobs) == ("worker", 1, ["worker"])
+    assert read.cluster_spec().job_tasks("worker") == [f"train-{i}.workers:2222" for i in range(3)]
+    assert env["MINE"] == "x"
     expected = {name: env[f"DISTPAD_{name}"] for name in ("BACKEND", "WORKERS", "HOSTS", "RANK")}
     assert expected == {"BACKEND": "multiworker", "WORKERS": "3", "HOSTS": "3", "RANK": "1"}
 
@@ -78,47 +82,52 @@ def test_a_number_that_is_none(workers):
 def test_numbers_that_do_not_go_together():
     with pytest.raises(ValueError, match="DISTPAD_WORKERS is 3, expected a multiple of DISTPAD_JOBS, 2"):
         pod.member("jobset", {**JOBSET, "DISTPAD_WORKERS": "3"}, 2222)
-    with pytest.raises(ValueError, match="from 0 to 2"):
-        pod.member("indexed-job", {**JOB, "JOB_COMPLETION_INDEX": "3"}, 2222)
+    for index in ("3", "-1", "x"):
+        with pytest.raises(ValueError, match=rf"train-{index}.workers, expected one of the 3 .* to train-2.workers\."):
+            pod.member("indexed-job", {**JOB, "JOB_COMPLETION_INDEX": index}, 2222)
+    with pytest.raises(ValueError, match=r"this pod's name is train-node-2-1.train, expected one of the 4"):
+        pod.member("jobset", {**JOBSET, "DISTPAD_JOB_INDEX": "2"}, 2222)
 
 
 # -- MPI --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def mpi(tmp_path):
+def hostfile(tmp_path):
     (tmp_path / "hostfile").write_text("t-worker-0.t.ns.svc slots=2\nt-worker-1.t.ns.svc slots=2\n")
-    return pod.Mpi(("python", "train.py"), hostfile=str(tmp_path / "hostfile"), secrets={"KEY": "/run/key"})
+    return str(tmp_path / "hostfile")
 
 
-def test_the_job_of_an_operators_host_file(mpi):
-    job = mpi.job({"DISTPAD_WORKERS": "2"})
+launcher = functools.partial(pod.mpi_job, "mpi-launcher", command=("train",))
+elastic = functools.partial(pod.mpi_job, "mpi-elastic-launcher", command=("train",))
+
+
+def test_the_job_of_an_operators_host_file(hostfile):
+    job = launcher({"DISTPAD_WORKERS": "2"}, hostfile=hostfile, secrets={"KEY": "/run/key"})
     assert job.hosts == (spec.Host("t-worker-0.t.ns.svc", 2), spec.Host("t-worker-1.t.ns.svc", 2))
     assert (job.np, job.launcher, job.backend, job.network_interface) == (4, "mpirun", "horovod", "eth0")
     assert job.secrets == {"KEY": "/run/key"} and job.max_restarts == 0  # the launcher's Job restarts its pod
-    assert mpi.job({"DISTPAD_GPUS": "2"}).gpus == 2 and job.gpus == 0
-    assert mpi.job({"NCCL_SOCKET_IFNAME": "net1"}).network_interface == "net1"
+    assert launcher({"DISTPAD_GPUS": "2"}, hostfile=hostfile).gpus == 2 and job.gpus == 0
+    assert launcher({"NCCL_SOCKET_IFNAME": "net1"}, hostfile=hostfile).network_interface == "net1"
 
 
-def test_the_operators_variable_tells_where_its_host_file_is(mpi):
-    told = {"OMPI_MCA_orte_default_hostfile": mpi.hostfile}
-    assert pod.Mpi(("train",)).job(told).np == 4
+def test_the_operators_variable_tells_where_its_host_file_is(hostfile):
+    assert launcher({"OMPI_MCA_orte_default_hostfile": hostfile}).np == 4
     with pytest.raises(ValueError, match="/etc/mpi/hostfile cannot be read"):
-        pod.Mpi(("train",)).job({})
+        launcher({})
 
 
-def test_a_host_file_with_another_number_of_pods(mpi):
+def test_a_host_file_with_another_number_of_pods(hostfile):
     with pytest.raises(ValueError, match=r"DISTPAD_WORKERS is 3, expected .+ names 2: t-worker-0\.t\.ns\.svc, "):
-        mpi.job({"DISTPAD_WORKERS": "3"})
+        launcher({"DISTPAD_WORKERS": "3"}, hostfile=hostfile)
 
 
-def test_an_elastic_job(mpi):
-    job = mpi.elastic_job({"DISTPAD_WORKERS": "3", "DISTPAD_SLOTS": "2"})
+def test_an_elastic_job():
+    job = elastic({"DISTPAD_WORKERS": "3", "DISTPAD_SLOTS": "2"})
     assert (job.min_np, job.max_np, job.slots_per_host, job.launcher) == (2, 6, 2, "horovodrun")
     assert job.host_discovery_script == "/etc/mpi/discover_hosts.sh"
-    assert not pod.enough(job, ()) and pod.enough(job, (spec.Host("a", 2),))
     with pytest.raises(ValueError, match=r"DISTPAD_SLOTS is not set: .+ which the discovery script leaves out"):
-        mpi.elastic_job({"DISTPAD_WORKERS": "3"})
+        elastic({"DISTPAD_WORKERS": "3"})
 
 
 # -- secrets ----------------------------------------------------------------------------------------------------------
