@@ -64,7 +64,7 @@ class Agent:
             while self.orders["waits"] and not reader.at_eof() and processes.workers_here():
                 self.send(is_="busy", text="the training of an earlier launcher")
                 await asyncio.sleep(times.here().look_s)
-            self.send(is_="ready", facts=facts.collect(self.orders["ask"]))
+            self.send(is_="ready", facts=facts.collect(self.orders["asked"]))
             beat = asyncio.ensure_future(self._beat())
             await self._listen(reader)
             beat.cancel()
@@ -105,9 +105,7 @@ class Agent:
                 if what == "end":
                     self.orders["grace_s"] = message["grace_s"]
                     return
-                if what == "ports":
-                    self.send(is_="ports", **facts.find_ports(message["count"], message["first"]))
-                elif what == "ranks":
+                if what == "ranks":
                     self.rank_envs = message["envs"]
                 elif what == "start":
                     for env in message["envs"].values():

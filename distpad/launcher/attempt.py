@@ -11,7 +11,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from distpad.launcher import checks, crew, discovery, gang, hosts, output, render, spec, times, worker
@@ -46,13 +46,13 @@ class Attempt:
         self.received, self.limit = received, math.inf if limit is None else limit
         self.output = output.Output(job, number)
         self.events: queue.Queue[crew.Event] = queue.Queue(EVENTS)
-        self.agents: dict[str, crew.Agent] = {}
-        self.engine: crew.Engine | None = None
+        self.agents: dict[str, crew.Member] = {}
+        self.engine: crew.Member | None = None
         self.engine_code: int | None = None
         self.engine_ended = 0.0
-        self.discovery: discovery.Discovery | None = None
+        self.discovering: threading.Thread | None = None
+        self.slots = 0  # of an elastic job's hosts that are ready
         self.facts: dict[str, dict[str, Any]] = {}  # of each host whose agent is ready
-        self.ports: dict[str, list[int]] = {}
         self.lost: dict[str, str] = {}  # host: the reason
         self.busy: set[str] = set()  # hosts on which an earlier job still runs
         self.swept: set[str] = set()  # hosts whose agent has killed what was left, or has ended
@@ -91,18 +91,16 @@ class Attempt:
             count = f"{job.min_np} to {job.max_np} workers on discovered hosts"
         log(f"starting {job.command[0]} on {count}{by}")
         if job.elastic:
-            self.discover()
+            self.start_discovery()
         else:
-            self.until(self.all_ready, job.start_timeout_s, self.silent_hosts)
+            self.until(lambda: self.are_ready(job.used_hosts), job.start_timeout_s, self.silent_hosts)
             if wrong := checks.problems(job, self.facts):
                 raise self.refused(" ".join(wrong))
+            for host, found in self.facts.items():
+                for taken in checks.ports(found):
+                    raise self.refused(f"on {host}, {taken.evidence}. {taken.remedy}", again=True)
         if job.controller == "gloo" and not job.network_interface:
             job = self.job = dataclasses.replace(job, network_interface=self.find_interface())
-        if job.backend == "multiworker":
-            for host in job.used_hosts:
-                count_here = sum(place.host == host for place in job.places)
-                self.agents[host.name].send(do="ports", count=count_here, first=job.port)
-            self.until(lambda: len(self.ports) == len(self.agents), job.start_timeout_s, self.silent_hosts)
         self.start_workers()
         if not job.elastic:  # after a failure, other workers may never start
             self.until(
@@ -112,33 +110,47 @@ class Attempt:
     def start_workers(self) -> None:
         """Start the engine's launcher, or let the agents start the workers."""
         job, argv = self.job, render.engine_argv(self.job, self.mpi, is_root=os.geteuid() == 0)
+        ports = {host: found["ports"]["found"] for host, found in self.facts.items()}
         for host in () if job.elastic else job.used_hosts:  # an elastic job's ranks change
-            mine = {p.rank: render.rank_env(job, p, self.ports) for p in job.places if p.host == host}
+            mine = {p.rank: render.rank_env(job, p, ports) for p in job.places if p.host == host}
             self.agents[host.name].send(do="ranks" if argv else "start", envs=mine)
         if argv:
             try:
-                self.engine = crew.Engine("", argv, render.engine_env(job, self.environ), self.events)
+                self.engine = crew.Member("", argv, render.engine_env(job, self.environ), self.events)
             except OSError as error:
                 raise Ended(127, f"{argv[0]} cannot be started: {error.strerror}") from error
 
-    def add_agent(self, host: spec.Host) -> None:
+    def are_ready(self, found: Sequence[spec.Host]) -> bool:
+        """Start an agent on each host that has none, and return whether all are ready."""
+        silent = [host.name for host in found if not self.is_ready(host)]
+        if silent and time.monotonic() > self.reported + times.here().report_s:
+            self.reported = time.monotonic()
+            log(f"waiting for {gang.few(silent)}")
+        return not silent
+
+    def is_ready(self, host: spec.Host) -> bool:
+        """Start an agent on a host unless it has one, and return whether it is ready. Called by another thread."""
+        name = "localhost" if self.job.elastic and host.is_here else host.name
+        before = self.agents.get(name)
+        gone = before is not None and before.process.poll() is not None
+        if self.ending or not (before is None or (gone and time.monotonic() > before.began + times.here().discovery_s)):
+            return name in self.facts
+        self.facts.pop(name, None)
+        self.lost.pop(name, None)
+        self.swept.discard(name)
         argv = render.agent_argv(self.job, host, self.environ)
         try:
-            agent = crew.Agent(host.name, argv, render.agent_env(self.environ), self.events, host.slots)
+            agent = crew.Member(name, argv, render.agent_env(self.environ), self.events)
         except OSError as error:
-            why = f"{host.name} cannot be used: {argv[0]} cannot be started here: {error.strerror}"
+            why = f"{name} cannot be used: {argv[0]} cannot be started here: {error.strerror}"
             raise self.refused(why) from error
+        agent.wrote.extend(before.wrote if before else ())  # perhaps why it is not ready
         agent.last_heard = agent.began + self.job.start_timeout_s
-        self.agents[host.name] = agent
+        self.agents[name] = agent
         # an agent ignores some signals itself, so that workers cannot inherit what the launcher ignores
         ignored = [number for number in worker.FORWARDED if signal.getsignal(number) is signal.SIG_IGN]
-        orders = render.orders(self.job, host, self.environ, self.secrets, self.number)
-        ask = {
-            "probes": [*checks.OF_A_JOB, *["gpus"] * (self.job.gpus_each > 0)],
-            "limit_s": 0.8 * self.job.start_timeout_s,
-        }
-        known = [] if self.job.elastic else [each.name for each in self.job.used_hosts]
-        agent.send(**orders, ignored=ignored, ask={**ask, "hosts": known})
+        agent.send(**render.orders(self.job, host, self.environ, self.secrets, self.number), ignored=ignored)
+        return False
 
     def find_interface(self) -> str:
         """Find the interface of a job over Gloo. An elastic job assumes that later hosts resemble its first ones."""
@@ -150,39 +162,30 @@ class Attempt:
             raise self.refused(wrong)
         return found
 
-    def discover(self) -> None:
-        """Start the discovery of an elastic job's hosts, which adds an agent for each new host."""
-        pathlib.Path(render.folder(self.job)).mkdir(mode=0o700)
-        self.discovery = discovery.Discovery(self.job, render.hosts_file(self.job), self.is_ready)
+    def start_discovery(self) -> None:
+        """Discover an elastic job's hosts once, unless it waits for hosts, and start the thread that repeats it."""
+        file = pathlib.Path(render.hosts_file(self.job))
+        file.parent.mkdir(mode=0o700)
         try:
-            self.discovery.start()
+            self.slots = self.write_hosts(file) if not self.job.waits else 0
         except ValueError as error:
             raise self.refused(str(error)) from error
+        self.discovering = threading.Thread(target=self.keep_discovering, args=[file], daemon=True)
+        self.discovering.start()
         least = (self.job.min_np or 1) if self.job.waits else 1
-        self.until(
-            lambda: sum(self.agents[host].slots for host in [*self.facts]) >= least,
-            *(self.job.start_timeout_s, self.silent_hosts),
-        )
+        self.until(lambda: self.slots >= least, self.job.start_timeout_s, self.silent_hosts)
 
-    def all_ready(self) -> bool:
-        """Start an agent on each host that has none, and return whether all are ready."""
-        silent = [host.name for host in self.job.used_hosts if not self.is_ready(host)]
-        if silent and time.monotonic() > self.reported + times.here().report_s:
-            self.reported = time.monotonic()
-            log(f"waiting for {gang.few(silent)}")
-        return not silent
+    def write_hosts(self, file: pathlib.Path) -> int:
+        """Write the file of the discovered hosts whose agents are ready, and return the number of their slots."""
+        ready = [host for host in discovery.discover(self.job) if self.is_ready(host)]
+        discovery.write(file, ready)
+        return sum(host.slots for host in ready)
 
-    def is_ready(self, host: spec.Host) -> bool:
-        """Start an agent on a host unless it has one, and return whether it is ready. Called by another thread."""
-        name = "localhost" if self.job.elastic and host.is_here else host.name
-        agent = self.agents.get(name)
-        if not self.ending and (agent is None or agent.has_ended(times.here().discovery_s)):
-            self.facts.pop(name, None)
-            self.lost.pop(name, None)
-            self.swept.discard(name)
-            self.add_agent(spec.Host(name, host.slots))
-            self.agents[name].wrote.extend(agent.wrote if agent else ())  # perhaps why it is not ready
-        return name in self.facts
+    def keep_discovering(self, file: pathlib.Path) -> None:
+        while not self.ending:
+            with contextlib.suppress(ValueError, OSError, Ended):  # keep the last known hosts
+                self.slots = self.write_hosts(file)
+            time.sleep(times.here().discovery_s)
 
     def refused(self, why: str, *, again: bool = False) -> Ended:
         """The end of an attempt that cannot start. With ``again``, attempts after the first may be repeated: a host
@@ -192,12 +195,11 @@ class Attempt:
     def silent_hosts(self) -> Ended:
         if not self.agents:
             return self.refused("no hosts were found: the output of --host-discovery-script is empty")
-        silent = [host for host in self.agents if host not in self.facts]
-        if self.job.elastic and not silent:
-            return self.refused(
-                f"the hosts are {', '.join(self.agents)}, expected slots for {self.job.min_np} workers."
-            )
-        return self.no_agent([*silent, *sorted({*self.agents} - {*self.ports})][0], None)
+        for host in self.agents:
+            if host not in self.facts:
+                return self.no_agent(host, None)
+        rule = f"expected slots for {self.job.min_np} workers"
+        return self.refused(f"the hosts are {', '.join(self.agents)}, {rule}.")
 
     def no_agent(self, host: str, code: int | None) -> Ended:
         why = hosts.unreachable(self.agents[host], self.job.python, code, self.job.start_timeout_s)
@@ -317,11 +319,6 @@ class Attempt:
         elif what == "busy" and host not in self.busy:
             self.busy.add(host)
             log(f"waiting for {message['text']} to end on {host}")
-        elif what == "ports":
-            if not message["ports"]:
-                why, remedy = checks.taken(message["taken"], message["why"])
-                raise self.refused(f"on {host}, {why}. {remedy}", again=True)
-            self.ports[host] = message["ports"]
         elif what == "hello":
             self.take_hello(host, rank, message["size"])
         elif what in ("exit", "gone") and rank is not None and rank not in self.ends:
@@ -372,8 +369,8 @@ class Attempt:
     def end(self) -> None:
         """End all processes: SIGTERM and SIGKILL for the workers, then the engine's launcher, then the agents."""
         self.ending = True
-        if self.discovery is not None:
-            self.discovery.end()
+        if self.discovering is not None:
+            self.discovering.join(times.DISCOVERY_LIMIT_S)
         self.send_all(do="leave")
         self.send_all(do="signal", number=signal.SIGTERM)
         grace_s = 0 if self.received else self.job.grace_s  # it has passed already, unless a second signal cut it short
@@ -401,6 +398,7 @@ class Attempt:
         for _, agent in agents:
             agent.kill(signal.SIGKILL)
         with contextlib.suppress(OSError):
+            pathlib.Path(render.hosts_file(self.job)).unlink(missing_ok=True)
             os.rmdir(render.folder(self.job))
 
     def running(self) -> set[int]:

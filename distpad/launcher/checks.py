@@ -19,7 +19,6 @@ SKEW_S = 5.0
 INSTALL_HOROVOD = "launch/install_horovod.sh"
 SHM = "docker run --shm-size=8g, or in Kubernetes an emptyDir with medium: Memory at /dev/shm"
 HOSTFILE = "OMPI_MCA_orte_default_hostfile"
-OF_A_JOB = ("python", "packages", "names", "interfaces")  # the probes that `problems` needs, besides "gpus"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,9 +196,9 @@ def tf_config(facts: Facts) -> Iterator[Finding]:
 
 def ports(facts: Facts) -> Iterator[Finding]:
     """The ports in the question must be free."""
-    for port, why in facts.get("ports", {}).items():
-        if why:
-            yield Finding(ERROR, *taken(port, why))
+    for port, why in facts.get("ports", {}).get("taken", {}).items():
+        find = f"Find its process with ss -ltnp 'sport = :{port}', or use another port."
+        yield Finding(ERROR, f"port {port} is not free: {why.lower()}", find)
 
 
 def clock(facts: Facts) -> Iterator[Finding]:
@@ -401,12 +400,6 @@ def interface(facts: AllFacts) -> tuple[str, str]:
         return common[0], ""
     listed = ", ".join(f"{host} has {' and '.join(names) or 'none'}" for host, names in on.items())
     return "", f"no network interface holds the addresses on all hosts ({listed}). Choose one with --network-interface."
-
-
-def taken(port: int | str, why: str) -> tuple[str, str]:
-    """The problem of a port that another process holds, and its remedy."""
-    find = f"Find its process with ss -ltnp 'sport = :{port}', or use another port."
-    return f"port {port} is not free: {why.lower()}", find
 
 
 # -- reading facts ----------------------------------------------------------------------------------------------------

@@ -130,10 +130,14 @@ def names(hosts: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def find_ports(count: int, first: int | None) -> dict[str, Any]:
-    """Find ``count`` free ports: consecutive ones from ``first``, or any. All stay bound until the last is found."""
-    wanted = [0] * count if first is None else list(range(first, first + count))
+def ports(wanted: Sequence[int]) -> dict[str, Any]:
+    """Find free ports: 0 stands for any. All stay bound until the last is found.
+
+    Returns:
+      ``found``: the free ports; ``taken``: the others, and the reason for each.
+    """
     found: list[int] = []
+    taken: dict[str, str] = {}
     with contextlib.ExitStack() as held:
         for port in wanted:
             each = held.enter_context(socket.socket())
@@ -141,10 +145,10 @@ def find_ports(count: int, first: int | None) -> dict[str, Any]:
             each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 each.bind(("", port))
+                found.append(each.getsockname()[1])
             except OSError as error:
-                return {"ports": [], "taken": port, "why": error.strerror}
-            found.append(each.getsockname()[1])
-        return {"ports": found}
+                taken[str(port)] = error.strerror or str(error)
+    return {"found": found, "taken": taken}
 
 
 def tf_config(text: str | None) -> dict[str, Any] | None:
@@ -267,6 +271,6 @@ PROBES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "code": lambda asked: code(asked["code"]) if asked["code"] else None,
     "names": lambda asked: names(asked["hosts"]),
     "interfaces": lambda asked: interfaces(),
-    "ports": lambda asked: {str(port): find_ports(1, port).get("why", "") for port in asked["ports"]},
+    "ports": lambda asked: ports(asked["ports"]),
     "tf_config": lambda asked: tf_config(os.environ.get("TF_CONFIG")),
 }

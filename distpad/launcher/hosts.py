@@ -61,20 +61,20 @@ def ask(
     several = [host.name for host in hosts] if len(hosts) > 1 else []
     asked = {"probes": [*facts.PROBES], "hosts": several, "ports": question.ports, "code": question.code}
     answers: dict[str, dict[str, Any]] = {host.name: {} for host in hosts}
-    agents: dict[str, crew.Agent] = {}
+    agents: dict[str, crew.Member] = {}
     events: queue.Queue[crew.Event] = queue.Queue()
     sent, until = time.time(), time.monotonic() + limit_s
     for host in hosts:
         argv = render.agent_argv(job, host, environ)
         try:
             env = environ if host.is_here else render.agent_env(environ)
-            agents[host.name] = crew.Agent(host.name, argv, env, events)
+            agents[host.name] = crew.Member(host.name, argv, env, events)
         except OSError as error:
             remedy = "Choose another one with --python." if argv[0] == python else "Install it here."
             answers[host.name] = {"unreachable": f"{argv[0]} cannot be run here: {error.strerror}", "remedy": remedy}
             continue
         orders = render.orders(job, host, {}, {}, 0)
-        agents[host.name].send(**orders, ask={**asked, "limit_s": limit_s * (1 - OVERHEAD)})
+        agents[host.name].send(**{**orders, "asked": {**asked, "limit_s": limit_s * (1 - OVERHEAD)}})
     running = {*agents}
     while running and time.monotonic() < until:
         with contextlib.suppress(queue.Empty):
@@ -94,7 +94,7 @@ def ask(
     return answers
 
 
-def unreachable(agent: crew.Agent, python: str, code: int | None, within_s: float) -> dict[str, str]:
+def unreachable(agent: crew.Member, python: str, code: int | None, within_s: float) -> dict[str, str]:
     """Why an agent did not answer, with a remedy, derived from the output of the command that starts it.
 
     Args:

@@ -226,6 +226,14 @@ def orders(
     job: spec.Job, host: spec.Host, environ: Mapping[str, str], secrets: Mapping[str, str], attempt: int
 ) -> dict:
     """The first message to a host's agent, sent as JSON over its standard input."""
+    count = sum(place.host == host for place in job.places) if job.backend == "multiworker" else 0
+    probes = ["python", "packages", "names", "interfaces", "ports", *["gpus"] * (job.gpus_each > 0)]
+    asked = {
+        "probes": probes,
+        "limit_s": 0.8 * job.start_timeout_s,
+        "hosts": [] if job.elastic else [each.name for each in job.used_hosts],
+        "ports": [0] * count if job.port is None else list(range(job.port, job.port + count)),
+    }
     return {
         "job": job.id,
         "folder": folder(job),
@@ -238,6 +246,7 @@ def orders(
         "lost_after_s": job.lost_after_s,
         "holds_failures": not job.elastic,
         "waits": job.waits,
+        "asked": asked,
     }
 
 

@@ -53,7 +53,7 @@ WELL = {
     "distpad": {"losses.py": "aaa", "nests.py": "bbb"},
     "code": {"train.py": "ccc"},
     "names": {"a": ["10.0.0.1"], "b": ["10.0.0.2"]},
-    "ports": {"2222": ""},
+    "ports": {"found": [2222], "taken": {}},
     "tf_config": None,
     "errors": {},
 }
@@ -235,7 +235,7 @@ ON_ONE_HOST = {
         *("says that this host is c:1", "Unset it"),
     ),
     "a port that is taken": (
-        *("ports", "error", {"ports": {"2222": "Address already in use"}}),
+        *("ports", "error", {"ports.taken": {"2222": "Address already in use"}}),
         *("port 2222 is not free: address already in use", r"ss -ltnp 'sport = :2222'"),
     ),
 }
@@ -379,7 +379,9 @@ def test_a_host_that_cannot_be_reached_is_named_once():
 
 
 def test_errors_come_first():
-    states = [finding.state for finding in checks.check(answers(a={"time": 1060.5, "ports": {"1": "Taken"}}), ALONE)]
+    states = [
+        finding.state for finding in checks.check(answers(a={"time": 1060.5, "ports.taken": {"1": "Taken"}}), ALONE)
+    ]
     assert states == sorted(states, key=["error", "warning", "ok"].index) and set(states) == {"error", "warning", "ok"}
 
 
