@@ -29,7 +29,7 @@ ROWS = {
     "Addons": lambda facts: facts["packages"].get("tensorflow-addons", ""),
     "NumPy": lambda facts: facts["packages"].get("numpy", ""),
     "Horovod": lambda facts: _horovod(facts),
-    "MPI": lambda facts: (facts["mpi"]["mpirun"] or {}).get("version", ""),
+    "MPI": lambda facts: (facts["mpirun"] or {}).get("version", ""),
     "NCCL": lambda facts: next((v for name, v in facts["packages"].items() if "nccl" in name), ""),
     "distpad": lambda facts: facts["packages"].get("distpad", ""),
     "GPUs": lambda facts: _gpus(facts["gpus"]),

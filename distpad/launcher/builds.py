@@ -8,8 +8,11 @@ other processes.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import json
+import pathlib
+import re
 from typing import Any
 
 import tensorflow as tf
@@ -36,7 +39,7 @@ def tensorflow() -> dict[str, Any]:
 
 
 def _horovod() -> dict[str, Any] | None:
-    """Horovod's operations, or the error of loading it; None if it is not installed."""
+    """Horovod's operations and MPI, or the error of loading it; None if it is not installed."""
     try:
         importlib.metadata.version("horovod")
     except importlib.metadata.PackageNotFoundError:
@@ -45,9 +48,20 @@ def _horovod() -> dict[str, Any] | None:
         import horovod.tensorflow as hvd
 
         operations = {"gloo": hvd.gloo_built, "mpi": hvd.mpi_built, "nccl": hvd.nccl_built, "ccl": hvd.ccl_built}
-        return {"built_with": [name for name, built in operations.items() if built()]}
+        return {"built_with": [name for name, built in operations.items() if built()], "mpi": _mpi_library()}
     except Exception as error:  # any error means that it does not load
         return {"error": str(error).strip() or type(error).__name__}
+
+
+def _mpi_library() -> str:
+    """The version of the MPI that Horovod has loaded, which MPI reports before MPI_Init as well; empty without MPI."""
+    maps = pathlib.Path("/proc/self/maps").read_text(encoding="utf-8")
+    loaded = re.search(r"/\S*/libmpi\.so\S*", maps)
+    if not loaded:
+        return ""
+    text, size = ctypes.create_string_buffer(8192), ctypes.c_int()
+    ctypes.CDLL(loaded[0]).MPI_Get_library_version(text, ctypes.byref(size))
+    return text.value.decode(errors="replace").splitlines()[0][:200]
 
 
 if __name__ == "__main__":

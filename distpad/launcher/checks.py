@@ -133,26 +133,22 @@ def slots(facts: Facts) -> Iterator[Finding]:
 
 def mpi(facts: Facts) -> Iterator[Finding]:
     """mpirun must belong to the MPI library that Horovod loads. Another mpirun starts N jobs of one, or fails."""
-    found = facts.get("mpi", {})
-    missing = [name for name, path in found.get("links", {}).items() if not path and name.startswith("libmpi")]
-    rebuild = f"{INSTALL_HOROVOD} --force builds it for the MPI on PATH."
-    mpirun, library = ((found.get(name) or {}).get("version", "") for name in ("mpirun", "library"))
-    if missing:
-        here = f"; {mpirun} is here" if mpirun else ""
-        evidence = f"Horovod was built for an MPI with {', '.join(missing)}, which is not found{here}"
-        yield Finding(ERROR, evidence, rebuild)
-    elif library and not mpirun:
+    library, mpirun = _engine(facts, "horovod").get("mpi", ""), _mpirun(facts)
+    if "mpirun" not in facts or not library:
+        return
+    if not mpirun:
         evidence = f"Horovod has MPI ({_mpi(library)}), but no mpirun is on PATH"
         yield Finding(WARNING, evidence, "Add it to PATH, or launch with --gloo.")
-    elif library and _family(library) != _family(mpirun):
+    elif _family(library) != _family(mpirun):
         evidence = f"Horovod loads {_mpi(library)}, but mpirun is {_mpi(mpirun)}"
-        yield Finding(ERROR, evidence, f"Change PATH, or: {rebuild}")
+        remedy = f"Change PATH, or: {INSTALL_HOROVOD} --force builds it for the MPI on PATH."
+        yield Finding(ERROR, evidence, remedy)
 
 
 def operator(facts: Facts) -> Iterator[Finding]:
     """Open MPI 5 ignores the hosts that an operator sets for version 4, and runs all workers on one host."""
     environment = facts.get("environment", {})
-    mpirun, file = (facts.get("mpi", {}).get("mpirun") or {}).get("version", ""), environment.get(HOSTFILE)
+    mpirun, file = _mpirun(facts), environment.get(HOSTFILE)
     obeyed = environment.get("PRTE_MCA_prte_default_hostfile") == file
     if file is not None and not obeyed and _family(mpirun) >= ("Open MPI", 5):
         remedy = f"Set PRTE_MCA_prte_default_hostfile={file}, or call mpirun --hostfile {file}"
@@ -229,7 +225,7 @@ def versions(facts: AllFacts) -> Iterator[Finding]:
     }
     minor = r"\d+\.\d+"
     rows["Python"] = {host: re.findall(minor, each["python"]["version"])[0] for host, each in _having(facts, "python")}
-    rows["mpirun"] = {host: (each["mpi"]["mpirun"] or {}).get("version", "") for host, each in _having(facts, "mpi")}
+    rows["mpirun"] = {host: _mpirun(each) for host, each in _having(facts, "mpirun")}
     for hosts, evidence in differing(rows):
         yield Finding(ERROR, evidence, "Install the same version everywhere.", hosts)
 
@@ -412,6 +408,10 @@ def _having(facts: AllFacts, key: str) -> list[tuple[str, Facts]]:
 
 def _engine(facts: Facts, name: str) -> Facts:
     return facts.get("engines", {}).get(name) or {}
+
+
+def _mpirun(facts: Facts) -> str:
+    return (facts.get("mpirun") or {}).get("version", "")
 
 
 def _tensorflow(facts: Facts) -> tuple[str, tuple[int, ...]]:

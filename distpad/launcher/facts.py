@@ -8,13 +8,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
-import importlib.util
 import ipaddress
 import json
 import os
 import pathlib
 import platform
-import re
 import resource
 import shutil
 import socket
@@ -51,11 +49,6 @@ MANAGERS = {
     "an Indexed Job": "JOB_COMPLETION_INDEX",
 }
 MOST_FILES = 5000  # in a folder of code; a folder with more holds something else
-# Runs in a process of its own, which a wrong library may crash. MPI reports its version before MPI_Init as well.
-ASK_LIBRARY = """import ctypes, sys
-text, size = ctypes.create_string_buffer(8192), ctypes.c_int()
-ctypes.CDLL(sys.argv[1]).MPI_Get_library_version(text, ctypes.byref(size))
-print(text.value.decode())"""
 
 
 def collect(asked: dict[str, Any]) -> dict[str, Any]:
@@ -214,28 +207,14 @@ def engines(limit_s: float = LIMIT_S) -> dict[str, Any]:
     return found
 
 
-def mpi() -> dict[str, Any]:
-    """The ``mpirun`` on PATH, and the MPI, NCCL and CUDA libraries that Horovod's library links to."""
-    found: dict[str, Any] = {"mpirun": None, "links": {}, "library": None}
+def mpirun() -> dict[str, str] | None:
+    """The ``mpirun`` on PATH."""
     program = shutil.which("mpirun")
-    if program:
-        found["mpirun"] = {"path": program, "version": _first_line([program, "--version"])}
-    horovod = importlib.util.find_spec("horovod")
-    folder = pathlib.Path(horovod.origin).parent if horovod and horovod.origin else None
-    libraries = sorted(folder.glob("tensorflow/mpi_lib*.so")) if folder else []
-    if libraries and shutil.which("ldd"):
-        done = subprocess.run(["ldd", str(libraries[0])], capture_output=True, text=True, timeout=LIMIT_S)
-        links = re.findall(r"^\s*(lib(?:mpi|nccl|cuda)[\w.+-]*) => (not found|\S+)", done.stdout, re.MULTILINE)
-        found["links"] = {name: "" if path == "not found" else path for name, path in links}
-    path = next((path for name, path in found["links"].items() if re.match(r"libmpi\.so", name) and path), "")
-    if path:
-        found["library"] = {"path": path, "version": _first_line([sys.executable, "-S", "-c", ASK_LIBRARY, path])}
-    return found
-
-
-def _first_line(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=LIMIT_S)
-    return (done.stdout.strip() or done.stderr.strip() or f"exit code {done.returncode}").splitlines()[0][:200]
+    if program is None:
+        return None
+    done = subprocess.run([program, "--version"], capture_output=True, text=True, errors="replace", timeout=LIMIT_S)
+    printed = done.stdout.strip() or done.stderr.strip() or f"exit code {done.returncode}"
+    return {"path": program, "version": printed.splitlines()[0][:200]}
 
 
 def code(folder: str) -> dict[str, str]:
@@ -266,7 +245,7 @@ PROBES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "python": lambda asked: {"version": platform.python_version(), "executable": sys.executable},
     "packages": lambda asked: packages(),
     "engines": lambda asked: engines(0.8 * asked["limit_s"]),
-    "mpi": lambda asked: mpi(),
+    "mpirun": lambda asked: mpirun(),
     "distpad": lambda asked: code(str(pathlib.Path(__file__).resolve().parents[1])),
     "code": lambda asked: code(asked["code"]) if asked["code"] else None,
     "names": lambda asked: names(asked["hosts"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import getopt
 import pathlib
 import re
 import secrets
@@ -10,6 +11,8 @@ import socket
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Optional
+
+from distpad import errors
 
 BACKENDS = ("mirrored", "multiworker", "horovod")
 LAUNCHERS = ("horovodrun", "mpirun", "srun", "ssh")
@@ -93,7 +96,7 @@ class Job:
     id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8))
 
     def __post_init__(self) -> None:
-        _one_of("--backend", self.backend, BACKENDS)
+        errors.choice("launch", "--backend", self.backend, BACKENDS)
         _require(self.command, "no command, expected one after --, as in: distpad launch -np 2 -- python train.py")
         no_nul = not any("\0" in word for word in (*self.command, self.cwd))
         _require(no_nul, "the command or its folder holds a NUL byte, which a program cannot receive.")
@@ -132,7 +135,7 @@ class Job:
         _require(is_horovod or not asked, f"--{asked} is for --backend horovod, which is {self.backend} here.")
         default = "ssh" if not is_horovod else "mpirun" if asked == "mpi" else "horovodrun"
         launcher = self.launcher or default
-        _one_of("--launcher", launcher, LAUNCHERS)
+        errors.choice("launch", "--launcher", launcher, LAUNCHERS)
         fitting = ("horovodrun", "mpirun", "srun") if is_horovod else ("ssh", "srun")
         rule = f"{', '.join(fitting[:-1])} or {fitting[-1]} for --backend {self.backend}"
         _require(launcher in fitting, f"--launcher is {launcher}, expected {rule}.")
@@ -250,26 +253,19 @@ def read_hostfile(path: str | pathlib.Path, slots_per_host: int | None = None) -
         text = pathlib.Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"launch: --hostfile {path} cannot be read: {error.strerror}.") from error
-    found = []
-    for number, line in enumerate(text.splitlines(), 1):
-        words = line.partition("#")[0].split()
-        slots = [word.partition("=")[2] for word in words[1:] if word.partition("=")[0] == "slots"]
-        unknown = [word for word in words[1:] if word.partition("=")[0] not in ("slots", "max_slots", "max-slots")]
-        if unknown or len(slots) > 1:
-            raise ValueError(f"launch: line {number} of {path} is {line!r}, expected: name slots=N.")
-        if words:
-            where = f"line {number} of {path}"
-            found.append(_host(f"{words[0]}:{slots[0]}" if slots else words[0], slots_per_host, where))
+    lines = [re.sub(r"#.*|\smax[_-]slots=\d+", "", line).strip() for line in text.splitlines()]
+    found = [_host(line, slots_per_host, f"line {i} of {path}") for i, line in enumerate(lines, 1) if line]
     if not found:
         raise ValueError(f"launch: --hostfile {path} names no host, expected lines such as: name slots=2.")
     return tuple(found)
 
 
 def _host(text: str, slots_per_host: int | None, where: str) -> Host:
-    name, colon, slots = text.partition(":")
-    if colon and not slots.isdecimal():
-        raise ValueError(f"launch: {where} holds {text!r}, expected HOST or HOST:SLOTS with a number of slots.")
-    return Host(name, int(slots) if colon else slots_per_host or 1)
+    match = re.fullmatch(r"([^\s:]*)(?:(?::|\s+slots=)(\d+))?", text)
+    if not match:
+        rule = "HOST, HOST:SLOTS or HOST slots=SLOTS with a number of slots"
+        raise ValueError(f"launch: {where} holds {text!r}, expected {rule}.")
+    return Host(match[1], int(match[2] or slots_per_host or 1))
 
 
 def slots_for_gpus(backend: str, gpus: int, gpus_per_worker: int | None) -> int | None:
@@ -322,26 +318,19 @@ def horovodrun_ssh_args(ssh_args: Sequence[str]) -> list[str]:
     >>> horovodrun_ssh_args(["-p2222", "-i", "/keys/mine"])
     ['--ssh-port', '2222', '--ssh-identity-file', '/keys/mine']
     """
-    found, words = [], list(ssh_args)
-    while words:
-        flag, value = words[0][:2], words[0][2:]
-        used = 1 if value else 2
-        value = value or "".join(words[1:2])
-        # only digits and a plain path, since horovodrun inserts both unquoted into a shell command
-        known = {"-p": ("--ssh-port", "[0-9]+"), "-i": ("--ssh-identity-file", "[A-Za-z0-9_./-]+")}
-        name, rule = known.get(flag, ("", ""))
-        if not name or not re.fullmatch(rule, value):
-            raise ValueError(
-                f"launch: --ssh-arg is {words[0]!r}, expected -pPORT or -iFILE (a plain path): horovodrun passes no "
-                "other option to ssh. Write further options into ~/.ssh/config."
-            )
-        found += [name, value]
-        del words[:used]
-    return found
-
-
-def _one_of(flag: str, value: str, choices: Sequence[str]) -> None:
-    _require(value in choices, f"{flag} is {value!r}, expected one of {', '.join(choices)}.")
+    # only digits and a plain path, since horovodrun inserts both unquoted into a shell command
+    known = {"-p": ("--ssh-port", "[0-9]+"), "-i": ("--ssh-identity-file", "[A-Za-z0-9_./-]+")}
+    try:
+        given, others = getopt.getopt(list(ssh_args), "p:i:")
+    except getopt.GetoptError:
+        given, others = [], list(ssh_args)
+    wrong = [*others, *(flag + value for flag, value in given if not re.fullmatch(known[flag][1], value))]
+    _require(
+        not wrong,
+        f"--ssh-arg is {' '.join(wrong)!r}, expected -pPORT or -iFILE (a plain path): horovodrun passes no other "
+        "option to ssh. Write further options into ~/.ssh/config.",
+    )
+    return [word for flag, value in given for word in (known[flag][0], value)]
 
 
 def _require(holds: object, why: str) -> None:

@@ -168,7 +168,10 @@ def test_the_environment_of_a_worker():
 
 WRONG = {
     "no command": ({"command": ()}, r"no command, expected one after --"),
-    "backend": ({"backend": "pytorch"}, r"--backend is 'pytorch', expected one of mirrored, multiworker, horovod"),
+    "backend": (
+        {"backend": "pytorch"},
+        r"--backend is 'pytorch', expected one of 'mirrored', 'multiworker', 'horovod'",
+    ),
     "np": ({"np": 0}, r"-np is 0, expected at least 1"),
     "neither": ({"np": None}, r"neither -np nor hosts are given, expected one of them"),
     "counted slots": ({"np": 4, "hosts": spec.parse_hosts("localhost:1")}, r"-np is 4, but the hosts have 1 slots"),
