@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import tensorflow as tf
@@ -10,31 +9,6 @@ import tensorflow as tf
 import distpad
 from distpad.versions import KERAS as KERAS
 from replica_world import World
-
-
-def needs_help(world: World) -> bool:
-    """Whether Keras's own fit fails there (keras#20585)."""
-    return world.kind == "multiworker" and KERAS >= 3
-
-
-def model_class(world: World) -> type[tf.keras.Model]:
-    """The class of models that fit works with. A new one each time: Keras makes a functional class of what is once
-    used so."""
-
-    class Fit(tf.keras.Model):  # as README.md tells: Keras reduces what a step returns along an axis
-        def train_step(self, data: Any) -> dict[str, tf.Tensor]:
-            return {name: value[tf.newaxis] for name, value in super().train_step(data).items()}
-
-        def test_step(self, data: Any) -> dict[str, tf.Tensor]:
-            return {name: value[tf.newaxis] for name, value in super().test_step(data).items()}
-
-    return Fit if needs_help(world) else tf.keras.Model
-
-
-def around_model(world: World) -> Any:
-    """The scope to make the model object in. Its layers are made in the strategy's; so that Keras 3 does not look at a
-    batch beforehand, which fails there, the object itself is made outside."""
-    return contextlib.nullcontext() if needs_help(world) else world.scope()
 
 
 def fit_optimizer(world: World, optimizer: Any) -> Any:

@@ -5,6 +5,7 @@ from distpad.backends.base import Backend
 from distpad.backends.detection import resolve, resolve_step
 from distpad.backends.elastic import ElasticState
 from distpad.backends.horovod import HorovodBackend
+from distpad.backends.keras_fit import enable as enable_keras_fit
 from distpad.backends.local import LocalBackend
 from distpad.backends.start import start
 from distpad.backends.strategy import StrategyBackend
@@ -17,6 +18,7 @@ __all__ = [
     "LocalBackend",
     "StrategyBackend",
     "check_alike",
+    "enable_keras_fit",
     "is_alone",
     "resolve",
     "resolve_step",

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from distpad import errors
-from distpad.backends import base, expected_gpus, tensors
+from distpad.backends import base, expected_gpus, keras_fit, tensors
 from distpad.launcher import topology
 
 # dtypes that the collectives do not support, and the dtypes to which they are cast for the transfer
@@ -58,6 +58,7 @@ class StrategyBackend(base.Backend):
         self.num_replicas = strategy.num_replicas_in_sync
         self.num_workers, self.worker_index, hosts = _workers(strategy)
         _check_topology(strategy, self.num_workers, hosts)
+        keras_fit.enable()
         self._sums: dict[float | None, Callable[[Any], Any]] = {}  # by time limit
 
     def in_replica(self) -> bool:

@@ -70,6 +70,7 @@ class DistributedLoss(tf.keras.losses.Loss):
     ) -> None:
         # Keras divides neither a loss of reduction "sum" nor its history by the number of replicas.
         super().__init__(reduction="sum", name=name)
+        backends.enable_keras_fit()  # the loss's own backend is detected in the step, which Keras would not reach
         loss = arguments.unreduced(loss)
         arguments.check_ignored(loss, padding_value)
         if isinstance(average, bool) or not isinstance(average, (str, numbers.Real)):

@@ -15,7 +15,7 @@ import distpad
 import oracle
 from distpad.collectives.checked import Check
 from distpad.losses.counted import CountedWeights
-from keras_world import around_model, fit_optimizer, model_class
+from keras_world import fit_optimizer
 
 WORLDS = ("local", "mirrored:2", "mirrored:4", "multiworker:2", "horovod:2")
 RATE, STEPS = 0.5, 3
@@ -31,9 +31,7 @@ def model_in(world, loss, front=None, kind=None, **options):
         inputs = tf.keras.Input([None, oracle.FEATURES])
         dense = tf.keras.layers.Dense(oracle.CLASSES)
         outputs = dense(front(inputs) if front else inputs)
-    with around_model(world):
-        model = (kind or model_class(world))(inputs, outputs)
-    with world.scope():
+        model = (kind or tf.keras.Model)(inputs, outputs)
         dense.set_weights(oracle.weights())
         model.compile(loss=loss, optimizer=fit_optimizer(world, tf.keras.optimizers.SGD(RATE)), **options)
     return model
@@ -121,7 +119,7 @@ def graph_of_fit(world, loss, change=lambda dataset: dataset):
     """The graph in which the replicas here take a step."""
     graphs = []
 
-    class Traced(model_class(world)):
+    class Traced(tf.keras.Model):
         def train_step(self, data):
             graphs.append(tf.compat.v1.get_default_graph())
             return super().train_step(data)
@@ -271,7 +269,7 @@ def test_weights_are_a_tensor_for_metrics_losses_and_train_steps(world):
             continue
         seen = []
 
-        class Own(model_class(world)):
+        class Own(tf.keras.Model):
             def train_step(self, data, seen=seen):
                 _, y, weights = data
                 assert tf.reduce_sum(weights * 2).shape == (weights + 1)[0, 0].shape == ()

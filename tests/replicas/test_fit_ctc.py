@@ -9,7 +9,7 @@ import test_for_keras as feeding
 from test_for_keras import collected  # noqa: F401 (the fixture collects the iterators of fit)
 
 import distpad
-from keras_world import KERAS, around_model, fit_optimizer, model_class
+from keras_world import KERAS, fit_optimizer
 from replica_world import alone
 
 WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2")
@@ -40,9 +40,7 @@ def model_in(world, loss, rate=RATE, **options):
         inputs = tf.keras.Input([None, HEIGHT])
         convolution = tf.keras.layers.Conv1D(CLASSES, STRIDE, strides=STRIDE, padding="same")
         outputs = convolution(inputs)
-    with around_model(world):
-        model = model_class(world)(inputs, outputs)
-    with world.scope():
+        model = tf.keras.Model(inputs, outputs)
         random = np.random.default_rng(7)
         convolution.set_weights([random.normal(size=[STRIDE, HEIGHT, CLASSES]), random.normal(size=[CLASSES])])
         model.compile(loss=loss, optimizer=fit_optimizer(world, tf.keras.optimizers.SGD(rate)), **options)

@@ -14,7 +14,7 @@ import tensorflow as tf
 import distpad
 import oracle
 from distpad.data import keras
-from keras_world import KERAS, around_model, fit_optimizer, model_class
+from keras_world import KERAS, fit_optimizer
 from replica_world import HANG_S
 
 WORLDS = ("local", "mirrored:2", "mirrored:4", "multiworker:2", "horovod:2")
@@ -77,9 +77,7 @@ def model_in(world, graph=False):
         inputs = tf.keras.Input([None, oracle.FEATURES])
         dense = tf.keras.layers.Dense(oracle.CLASSES)
         outputs = dense(inputs)
-    with around_model(world):
-        model = model_class(world)(inputs, outputs)
-    with world.scope():
+        model = tf.keras.Model(inputs, outputs)
         dense.set_weights(oracle.weights())
         entropy = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
         optimizer = fit_optimizer(world, tf.keras.optimizers.SGD(RATE))
@@ -253,9 +251,7 @@ def test_fit_and_evaluate_with_a_loss_for_each_output(world):
         heads = {name: tf.keras.layers.Dense(oracle.CLASSES, name=name) for name in parts}
         every_second = tf.keras.layers.Lambda(lambda x: x[:, ::2])(inputs)
         outputs = {"y": heads["y"](inputs), "z": heads["z"](every_second)}
-    with around_model(world):
-        model = model_class(world)(inputs, outputs)
-    with world.scope():
+        model = tf.keras.Model(inputs, outputs)
         for name, head in heads.items():
             head.set_weights(starts[name])
         entropy = lambda: tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")

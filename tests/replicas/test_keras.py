@@ -8,7 +8,7 @@ import tensorflow as tf
 
 import distpad
 import oracle
-from keras_world import around_model, fit_optimizer, model_class, steps_dataset
+from keras_world import fit_optimizer, steps_dataset
 
 WORLDS = ("local", "mirrored:1", "mirrored:2", "mirrored:4", "multiworker:2", "horovod:2")
 
@@ -44,7 +44,7 @@ def padded(rows, names):
 
 
 def subclassed(world, layers, call):
-    class Subclassed(model_class(world)):
+    class Subclassed(tf.keras.Model):
         def __init__(self):
             super().__init__()
             self.parts = layers
@@ -59,9 +59,8 @@ def model_of(world, style, mask_by, dense):
     """A linear model; what masks comes in front of its one trained layer."""
     with world.scope():
         inputs, front, outputs = layers_of(mask_by, dense)
-    with around_model(world):
         if style == "functional":
-            return model_class(world)(inputs, outputs)
+            return tf.keras.Model(inputs, outputs)
         return subclassed(world, [front, dense], lambda given: dense(front(given)))
 
 
@@ -148,12 +147,10 @@ def test_several_outputs_each_over_its_own_positions(world, style):
         heads = {name: tf.keras.layers.Dense(oracle.CLASSES, name=name) for name in starts}
         inputs = tf.keras.Input([None, oracle.FEATURES])
         outputs = {name: head(inputs) for name, head in heads.items()}
-    with around_model(world):
         if style == "functional":
-            model = model_class(world)(inputs, outputs)
+            model = tf.keras.Model(inputs, outputs)
         else:
             model = subclassed(world, list(heads.values()), lambda given: {n: head(given) for n, head in heads.items()})
-    with world.scope():
         for name, head in heads.items():
             head.set_weights(starts[name])
         losses = {

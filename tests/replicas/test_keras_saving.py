@@ -8,7 +8,7 @@ import tensorflow as tf
 
 import distpad
 import oracle
-from keras_world import KERAS, around_model, fit_optimizer, model_class, needs_help, steps_dataset
+from keras_world import KERAS, fit_optimizer, steps_dataset
 
 WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2")
 
@@ -44,16 +44,13 @@ def test_a_loaded_model_trains_on(world, tmp_path, suffix, kind):
     data = steps_dataset(world, [(X, Y)])
 
     def fitted(model):
-        with world.scope():  # as Keras 3 needs it with several workers of a strategy
-            model.fit(data, epochs=2, verbose=0)
+        model.fit(data, epochs=2, verbose=0)
         return model
 
     with world.scope():
         inputs = tf.keras.Input([None, oracle.FEATURES])
         outputs = tf.keras.layers.Dense(oracle.CLASSES)(inputs)
-    with around_model(world):
-        model = model_class(world)(inputs, outputs)
-    with world.scope():
+        model = tf.keras.Model(inputs, outputs)
         model.set_weights(oracle.weights())
         momentum = 0.9 if suffix == ".keras" else 0.0  # the folder of Keras 2 loses it, with any loss
         optimizer = fit_optimizer(world, tf.keras.optimizers.SGD(0.5, momentum=momentum))
@@ -62,23 +59,15 @@ def test_a_loaded_model_trains_on(world, tmp_path, suffix, kind):
     fitted(model).save(path)
     # Horovod's optimiser in Keras 2 is a class of no module, of the name of the optimiser that it extends
     custom = {"SGD": type(model.optimizer)} if KERAS < 3 and world.kind in ("horovod", "mpirun") else None
-    if needs_help(world):
-        custom = {"Fit": model_class(world)}
     with world.scope():
         loaded = tf.keras.models.load_model(path, custom_objects=custom)
         if suffix != ".keras" and custom:
             loaded.compile(loss=loaded.loss, optimizer=fit_optimizer(world, loaded.optimizer), run_eagerly=True)
-    if needs_help(world):  # what was loaded is of Keras's class, and was made in the scope
-        once = loaded
-        loaded = model_class(world)(once.inputs, once.outputs)
-        with world.scope():
-            loaded.compile(loss=once.loss, optimizer=once.optimizer, run_eagerly=True)
     assert isinstance(loaded.loss, distpad.DistributedLoss)
     config = loaded.loss.get_config()
     assert config == model.loss.get_config() and config.items() >= options.items()
     assert (loaded.loss.loss is brier) == (kind == "callable")
-    with world.scope():
-        assert loaded.evaluate(data, verbose=0) == model.evaluate(data, verbose=0)
+    assert loaded.evaluate(data, verbose=0) == model.evaluate(data, verbose=0)
     fitted(model), fitted(loaded)
     start = oracle.weights()
     for found, wanted, before in zip(loaded.get_weights(), model.get_weights(), start):

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 import distpad
 from distpad import backends
-from keras_world import around_model, fit_optimizer, model_class
+from keras_world import fit_optimizer
 from replica_world import alone
 
 WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2")
@@ -90,9 +90,7 @@ def trained(world, batches, steps):
     """The weights after an epoch of fit."""
     with world.scope():
         inputs, outputs = layers_of()
-    with around_model(world):
-        model = model_class(world)(inputs, outputs)
-    with world.scope():
+        model = tf.keras.Model(inputs, outputs)
         optimizer = fit_optimizer(world, tf.keras.optimizers.SGD(RATE))
         model.compile(optimizer, distpad.DistributedLoss("mse"))
     names = ("x", distpad.Lengths("x"), distpad.Indices())

@@ -9,7 +9,7 @@ from test_clipping import loss_scaled
 
 import distpad
 import oracle
-from keras_world import KERAS, around_model, model_class, steps_dataset
+from keras_world import KERAS, steps_dataset
 
 WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2")
 
@@ -161,9 +161,7 @@ def test_fit_is_that_of_one_device(world, global_policy, policy, overflow):
     global_policy(policy)
     with world.scope():
         inputs, outputs = small_layers(policy)
-    with around_model(world):
-        made = model_class(world)(inputs, outputs)
-    with world.scope():
+        made = tf.keras.Model(inputs, outputs)
         start = begin(made).get_weights()
         optimizer = tf.keras.optimizers.SGD(RATE)
         optimizer = distpad.DistributedOptimizer(loss_scaled(optimizer, 1024.0)[0] if overflow else optimizer)

@@ -10,7 +10,7 @@ from test_for_keras import collected  # noqa: F401 (what fit leaves is collected
 
 import distpad
 import oracle
-from keras_world import around_model, fit_optimizer, model_class
+from keras_world import fit_optimizer
 
 WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2")
 RATE = 0.5
@@ -31,9 +31,7 @@ def classifier(world):
         inputs = tf.keras.Input([None, oracle.FEATURES])
         dense = tf.keras.layers.Dense(oracle.CLASSES)
         outputs = dense(tf.keras.layers.Lambda(lambda x: tf.reduce_sum(x, axis=1))(inputs))
-    with around_model(world):
-        model = model_class(world)(inputs, outputs)
-    with world.scope():
+        model = tf.keras.Model(inputs, outputs)
         dense.set_weights(oracle.weights())
         entropy = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
         loss = distpad.DistributedLoss(lambda t, p: entropy(t, p)[:, tf.newaxis])

@@ -150,8 +150,6 @@ def endpoint(world):
 
 def test_a_loss_that_a_layer_adds(world):
     """Keras divides what is added by the number of replicas of a strategy; Horovod's ranks it does not know."""
-    if keras_world.needs_help(world):
-        pytest.skip("Keras's fit fails there (keras#20585)")
     data = [tf.ones([4, 2, 3]), tf.zeros([4, 2, 1])]
     if world.strategy is None:
         model = endpoint(world)
