@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import sys
@@ -116,9 +117,11 @@ class Elements:
         if self.predicts:
             return
         dataset = self.dataset()
-        frames = [frame for frame in _frames() if isinstance(frame.f_locals.get("self"), tf.keras.Model)]
-        given = [frame.f_locals.get("x") for frame in frames if frame.f_code.co_name == "predict"]
-        trains = any(frame.f_code.co_name in ("fit", "evaluate") for frame in frames)
+        with _frames() as frames:
+            models = [frame for frame in frames if isinstance(frame.f_locals.get("self"), tf.keras.Model)]
+            given = [frame.f_locals.get("x") for frame in models if frame.f_code.co_name == "predict"]
+            trains = any(frame.f_code.co_name in ("fit", "evaluate") for frame in models)
+            models.clear()
         if any(x is dataset or (isinstance(x, tf.data.Dataset) and not trains) for x in given if x is not None):
             remedy = "Write for_keras(x=..., y=None): then predict gets only real rows."
             raise ValueError(errors.sentence(_NAME, "y", "given for predict", "None", remedy))
@@ -341,16 +344,27 @@ def is_peeking(*, otherwise: bool) -> bool:
     """
     if not hasattr(tf.keras.Model, _PEEKS):
         return otherwise
-    return any(frame.f_code.co_name == _PEEKS for frame in _frames())
+    with _frames() as frames:
+        return any(frame.f_code.co_name == _PEEKS for frame in frames)
 
 
-def _frames() -> Iterator[types.FrameType]:
-    """The stack frames of all threads."""
-    for frame in sys._current_frames().values():
-        caller: types.FrameType | None = frame
-        while caller is not None:
-            yield caller
-            caller = caller.f_back
+@contextlib.contextmanager
+def _frames() -> Iterator[list[types.FrameType]]:
+    """The stack frames of all threads, in a list that is empty after the context.
+
+    A list that stays in a frame would be a cycle, which keeps the iterator of a running ``fit`` until Python collects
+    garbage: another worker would wait for it.
+    """
+    found = []
+    at: types.FrameType | None
+    for at in sys._current_frames().values():
+        while at is not None:
+            found.append(at)
+            at = at.f_back
+    try:
+        yield found
+    finally:
+        found.clear()
 
 
 def _as_nest(argument: str, given: Any) -> Any:
