@@ -130,8 +130,8 @@ def mpi_job(
     hosts = spec.read_hostfile(file)
     if environ.get("DISTPAD_WORKERS") and _number(environ, "DISTPAD_WORKERS") != len(hosts):
         evidence = f"{file} names {len(hosts)}: {', '.join(host.name for host in hosts)}."
-        wrong = environ["DISTPAD_WORKERS"], "the number of pods", evidence, "Set it to the number of Worker replicas."
-        raise ValueError(errors.sentence("pod", "DISTPAD_WORKERS", *wrong))
+        given, remedy = environ["DISTPAD_WORKERS"], "Set it to the number of Worker replicas."
+        raise ValueError(errors.sentence("pod", "DISTPAD_WORKERS", given, "the number of pods", evidence, remedy))
     return spec.Job(backend="horovod", controller="mpi", hosts=hosts, **fields)
 
 
