@@ -90,7 +90,10 @@ def assert_trained(done, tmp_path, replicas):
 
 @pytest.mark.smoke
 @pytest.mark.xdist_group("training")
-@and_horovodrun
+@pytest.mark.parametrize(
+    "engine",  # tests/k8s/test_running.py trains multi-worker in several pods
+    ["horovodrun", *(pytest.param(name, marks=wide) for name in ("multiworker", "mpirun-4", "mpirun-5"))],
+)
 def test_a_small_training_on_two_hosts(up, engine):
     where, python = "host1:1,host2:1", python_of(engine)
     command = [python, SMALL, "2"]

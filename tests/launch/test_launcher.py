@@ -27,9 +27,12 @@ ENGINES = {
 }
 
 
-# Three faults run under every engine. The others do not depend on the engine: they run by default under the engine
+# Two faults run under every engine, and one without horovodrun by default. The others do not depend on the engine: they run by default under the engine
 # without a launcher of its own, and under the other engines as wide tests (horovodrun imports TensorFlow: 5 s).
 everywhere = pytest.mark.parametrize("engine", ENGINES, indirect=True)
+not_horovodrun = pytest.mark.parametrize(
+    "engine", ["multiworker", "mpirun", pytest.param("horovodrun", marks=pytest.mark.wide)], indirect=True
+)
 mostly_alone = pytest.mark.parametrize(
     "engine",
     ["multiworker", *(pytest.param(name, marks=pytest.mark.wide) for name in ENGINES if name != "multiworker")],
@@ -118,7 +121,7 @@ def test_children_never_outlive_it(engine):
     assert sleeps("601.25") == []
 
 
-@everywhere
+@not_horovodrun
 def test_a_launcher_that_is_killed_takes_all_with_it(engine):
     running = Launched(*engine, "-np", 2, command=scripted("all=ignore-terms", "all=escape:603.25", "all=sleep:600"))
     running.workers(2)
