@@ -27,8 +27,9 @@ ENGINES = {
 }
 
 
-# Two faults run under every engine, and one without horovodrun by default. The others do not depend on the engine: they run by default under the engine
-# without a launcher of its own, and under the other engines as wide tests (horovodrun imports TensorFlow: 5 s).
+# Two faults run under every engine, and one without horovodrun by default, which imports TensorFlow for 5 s. The others
+# do not depend on the engine: they run by default under the engine without a launcher of its own, and under the other
+# engines as wide tests.
 everywhere = pytest.mark.parametrize("engine", ENGINES, indirect=True)
 not_horovodrun = pytest.mark.parametrize(
     "engine", ["multiworker", "mpirun", pytest.param("horovodrun", marks=pytest.mark.wide)], indirect=True
