@@ -11,6 +11,8 @@ import time
 
 import psutil
 
+from worlds import CODE
+
 TESTS = pathlib.Path(__file__).resolve().parent
 WORKER = TESTS / "launch" / "scripted_worker.py"
 LIMIT_S = 120  # for a busy machine; what is usual is a fiftieth of it
@@ -33,7 +35,7 @@ class Launched:
         self.mark = tempfile.mkdtemp(dir=MARKS.name)  # where scripted workers say that they are up
         call = [python, "-m", "distpad", "launch", "--grace-s", "1", *map(str, arguments), "--", *map(str, command)]
         argv = [*under, *call]
-        given = {"DISTPAD_MARK": self.mark, "PYTHONPATH": str(TESTS.parent), **QUICK, **(env or {})}
+        given = {"DISTPAD_MARK": self.mark, "PYTHONPATH": CODE, **QUICK, **(env or {})}
         environment = {**os.environ, **given}
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self.began = time.monotonic()

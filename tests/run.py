@@ -307,6 +307,8 @@ def main(words: list[str]) -> int:
     began = time.monotonic()
     install_packages()
     environment = {**os.environ, **SETTINGS, "DISTPAD_TESTS": "all" if asked.all else "default"}
+    given = os.environ.get("PYTHONPATH")
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests" / "quick"), *([given] if given else [])])
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # each process would compile distpad and the tests again
     if environment.get("CI") == "true":
         environment["DISTPAD_CI"] = "1"

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import pytest
 
 TESTS = pathlib.Path(__file__).resolve().parent
+CODE = os.pathsep.join([str(TESTS.parent), str(TESTS / "quick")])
 LIMIT_S = 1200
 GRACE_S = 15
 
@@ -74,7 +75,7 @@ def run(spec: str, arguments: list[str], limit_s: float = LIMIT_S, **settings: s
     """Start a world and wait for it, at most ``limit_s``; print what its ranks wrote where that helps."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "DISTPAD_WORLD": spec, "DISTPAD_RANK_OUTPUT": folder, **settings}
-        environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+        environment["PYTHONPATH"] = os.pathsep.join([CODE, os.environ.get("PYTHONPATH", "")])
         argv = command(spec, arguments)
         if shutil.which(argv[0]) is None:
             print(f"{spec}: {argv[0]} is missing. Install it as launch/install_horovod.sh --help tells.")
@@ -120,7 +121,7 @@ def start(spec: str, *arguments: str | os.PathLike[str], limit_s: float, **setti
         TimeoutError: it was not done within ``limit_s`` seconds; with what it wrote. Nobody is left behind.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TF_CONFIG"} | settings
-    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join([CODE, os.environ.get("PYTHONPATH", "")])
     argv = [*launcher(spec), sys.executable, *map(str, arguments)]
     if shutil.which(argv[0]) is None:
         missing = f"{spec}: {argv[0]} is missing; launch/install_horovod.sh --help tells how to get it"

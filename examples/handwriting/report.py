@@ -107,7 +107,7 @@ def _draw_drift(figure: SubFigure, drifts: Sequence[dict]) -> None:
     """Draw a line for each engine and each of the two means, with its name at its end."""
     axis = figure.subplots(gridspec_kw={"left": 0.09, "right": 0.78, "top": 0.9, "bottom": 0.13})
     axis.set_title(
-        "How far training on several replicas comes away from one", fontsize=11, fontweight="bold", loc="left"
+        "Distance of the weights on several replicas from those on one", fontsize=11, fontweight="bold", loc="left"
     )
     ends = []
     for place, drift in enumerate(drifts):

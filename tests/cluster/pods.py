@@ -33,7 +33,7 @@ IMAGE = {
     "LANG": "C.UTF-8",
     "HOME": hosts.USER_HOME,
     "PYTHONDONTWRITEBYTECODE": "1",
-    "PYTHONPATH": HOME,
+    "PYTHONPATH": f"{HOME}:{HOME}/tests/quick",
     "OMP_NUM_THREADS": "1",
     "TF_NUM_INTRAOP_THREADS": "1",
     "TF_CPP_MIN_LOG_LEVEL": "2",
