@@ -31,7 +31,7 @@ def notes_on(model: Any) -> list[str]:
 def depend_on_the_batch(model: Any) -> list[str]:
     """The names of the layers of distpad in ``model`` for which micro-batches are another training than one batch.
 
-    Batch normalisation has the moments of a batch, and dropout draws anew in each call.
+    Batch normalisation has the moments of a batch, and dropout draws new numbers in each call.
     """
     found = [part for part in _within(model, set()) if isinstance(part, _EXACT)]
     return [part.name for part in found if (part.rate if hasattr(part, "rate") else part.trainable)]

@@ -11,6 +11,8 @@ from distpad.data.structure import Name
 class Lengths:
     """The lengths of a padded feature along its first ragged axis, ``[rows]`` int32, 0 in filler rows.
 
+    A mean over positions must not divide by 0 there: see ``Mask``.
+
     >>> Lengths("image")
     Lengths(feature='image')
     """
@@ -22,7 +24,8 @@ class Lengths:
 class Mask:
     """The mask of a padded feature along its first ragged axis, ``[rows, length]`` bool, for padding on either side.
 
-    It is true on real positions, and false in filler rows.
+    It is true on real positions, and false in filler rows. A mean over positions must not divide by 0 there: its NaN
+    gradient reaches the weights, although the row does not count. ``tf.math.divide_no_nan`` divides safely.
 
     >>> Mask("image")
     Mask(feature='image')

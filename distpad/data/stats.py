@@ -106,8 +106,9 @@ class PaddingStats:
         lines = [f"{text:<46}{found[key]:>14,}{found[key] / total:>8.1%}" for key, text in names.items()]
         lines.append(f"{'steps':<46}{self.steps:>14,}")
         lines.append(f"{'distinct shapes':<46}{len(self.shapes):>14,}")
-        lines.append(f"{'truncated examples':<46}{self.truncated_examples:>14,}")
-        lines.append(f"{'positions that they lost':<46}{self.truncated_positions:>14,}")
+        if self.truncated_examples:
+            lines.append(f"{'truncated examples':<46}{self.truncated_examples:>14,}")
+            lines.append(f"{'positions that they lost':<46}{self.truncated_positions:>14,}")
         lines.append(f"{'variation of the global count':<46}{self.count_variation:>14.1%}")
         for key, text in (("plan", "the plan"), ("source", "the source"), ("padding", "padding")):
             lines.append(f"{'waited for ' + text:<46}{getattr(self, key + '_seconds'):>12.2f} s")

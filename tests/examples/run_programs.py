@@ -18,7 +18,7 @@ folder, replicas, *programs = sys.argv[1:]
 engine = backends.start(replicas=int(replicas))
 backends.start = lambda *_, **__: engine  # most engines can be started only once
 for program in programs:
-    tf.keras.backend.clear_session()  # names of layers begin anew
+    tf.keras.backend.clear_session()  # so that each program has the names of layers that it has alone
     sys.argv = [program]
     found = runpy.run_path(program, run_name="__main__")
     weights = {f"weight {number}": weight for number, weight in enumerate(found["model"].get_weights())}

@@ -43,7 +43,7 @@ PACKAGES = (
 # os._exit, sys._current_frames), and Keras's mask, for which there is no other way (losses/weights.py says why).
 PRIVATE_NAMES = {"_asdict", "_current_frames", "_exit", "_fields", "_keras_mask", "_replace"}
 # Of Keras's trainer and of PerReplica's spec: the one module that replaces private functions says why.
-PRIVATE_NAMES_OF = {"distpad.backends.keras_fit": {"_distribute_strategy", "_distributed_dataset", "_value_specs"}}
+PRIVATE_NAMES_OF = {"distpad.backends.keras_fit": {"_distributed_dataset", "_value_specs"}}
 SETTINGS = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 
