@@ -23,13 +23,29 @@ def sentence(function: str, argument: str, value: object, expected: str, *notes:
     return " ".join([f"{function}: {argument} is {value}, expected {expected}.", *(note for note in notes if note)])
 
 
+def require(
+    function: str,
+    holds: object,
+    argument: str,
+    value: object,
+    expected: str,
+    *notes: str,
+    error: type[Exception] = ValueError,
+) -> None:
+    """Raise ``error`` with the sentence of the other arguments, unless ``holds``.
+
+    >>> require("pad", 3 > 0, "length", 3, "above 0")
+    """
+    if not holds:
+        raise error(sentence(function, argument, value, expected, *notes))
+
+
 def choice(function: str, argument: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise ValueError for an option that is not in ``allowed``, listing all of them.
 
     >>> choice("pad", "padding", "post", ("pre", "post"))
     """
-    if value not in allowed:
-        raise ValueError(sentence(function, argument, repr(value), "one of " + ", ".join(map(repr, allowed))))
+    require(function, value in allowed, argument, repr(value), "one of " + ", ".join(map(repr, allowed)))
 
 
 def is_integer(value: object) -> bool:

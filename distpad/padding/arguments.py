@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import reprlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -27,13 +28,12 @@ class Options(NamedTuple):
 
 def resolve_axes(axes: list[int], rank: int) -> list[int]:
     """Return the sorted, non-negative axes of a sequence of ``rank`` axes."""
-    if not axes or not all(-rank <= axis < rank for axis in axes):
-        rule = f"one or several axes of a sequence, from 0 to {rank - 1}"
-        evidence = f"The sequences have {rank} {'axis' if rank == 1 else 'axes'} each (the batch axis is not counted)."
-        raise ValueError(errors.sentence("pad", "ragged_axes", axes, rule, evidence))
-    resolved = sorted(axis % rank for axis in axes)
-    if len(set(resolved)) < len(resolved):
-        raise ValueError(errors.sentence("pad", "ragged_axes", axes, "different axes"))
+    are_axes = axes and all(-rank <= axis < rank for axis in axes)
+    rule = f"one or several axes of a sequence, from 0 to {rank - 1}"
+    evidence = f"The sequences have {rank} {'axis' if rank == 1 else 'axes'} each (the batch axis is not counted)."
+    errors.require("pad", are_axes, "ragged_axes", axes, rule, evidence)
+    resolved = sorted({axis % rank for axis in axes})
+    errors.require("pad", len(resolved) == len(axes), "ragged_axes", axes, "different axes")
     return resolved
 
 
@@ -54,10 +54,9 @@ def uneven_axis(axis: int, evidence: str, axes: list[int]) -> ValueError:
 
 def uneven_lengths(axis: int, evidence: str) -> ValueError:
     """The error for a first ragged axis whose length varies within a sequence."""
-    rule = "a first ragged axis with one length in each sequence"
-    return ValueError(
-        errors.sentence("pad", "ragged_axes", f"from axis {axis} on", rule, evidence, "Let ragged_axes begin earlier.")
-    )
+    found, rule = f"from axis {axis} on", "a first ragged axis with one length in each sequence"
+    remedy = "Let ragged_axes begin earlier."
+    return ValueError(errors.sentence("pad", "ragged_axes", found, rule, evidence, remedy))
 
 
 def as_value(value: Any) -> np.ndarray:
@@ -80,14 +79,11 @@ def padding_value(wanted: np.ndarray, dtype: np.dtype, inner: tuple[int, ...] | 
         raise ValueError(errors.sentence("pad", "value", shown, f"a value that {dtype} can hold", remedy))
     while inner is not None and value.ndim > len(inner) and value.shape[0] == 1:
         value = value[0]  # the user wrote the ragged axes too, with size 1
-    try:
-        is_broadcastable = inner is None or np.broadcast_shapes(value.shape, inner) == inner
-    except ValueError:
-        is_broadcastable = False
-    if not is_broadcastable:
-        rule = f"a scalar, or an array that broadcasts to the shape of one position, {inner}"
-        raise ValueError(errors.sentence("pad", "value", f"of shape {value.shape}", rule))
-    return value
+    with contextlib.suppress(ValueError):
+        if inner is None or np.broadcast_shapes(value.shape, inner) == inner:
+            return value
+    rule = f"a scalar, or an array that broadcasts to the shape of one position, {inner}"
+    raise ValueError(errors.sentence("pad", "value", f"of shape {value.shape}", rule))
 
 
 def exact_cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray | None:
@@ -137,8 +133,6 @@ def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
     mixes_text = len(kinds) > 1 and bool(kinds & set("US")) and "O" not in kinds
     loses_integers = common is not None and common.kind == "f" and kinds <= set("iub")
     if common is None or mixes_text or loses_integers:
-        names = "of dtypes " + ", ".join(map(str, found))
-        raise ValueError(
-            errors.sentence("pad", "sequences", names, "one common dtype", "Convert them, or give dtype=.")
-        )
+        names, remedy = "of dtypes " + ", ".join(map(str, found)), "Convert them, or give dtype=."
+        raise ValueError(errors.sentence("pad", "sequences", names, "one common dtype", remedy))
     return common

@@ -105,8 +105,8 @@ def pad(
     """
     errors.choice("pad", "padding", padding, ("pre", "post"))
     errors.choice("pad", "truncating", truncating, ("error", "pre", "post"))
-    if not isinstance(mask, (bool, np.bool_)):
-        raise TypeError(errors.sentence("pad", "mask", f"a {type(mask).__name__}", "True or False"))
+    is_bool = isinstance(mask, (bool, np.bool_))
+    errors.require("pad", is_bool, "mask", f"a {type(mask).__name__}", "True or False", error=TypeError)
     options = arguments.Options(
         _check_length(length), value, padding, truncating, dtype, _check_axes(ragged_axes), bool(mask)
     )
@@ -148,15 +148,12 @@ def unpad(values: Any, lengths: Any = None, mask: Any = None) -> Any:
 
     Source: ``tf.RaggedTensor.from_tensor`` and ``tf.ragged.boolean_mask``, generalised.
     """
-    if lengths is None and mask is None:
-        raise ValueError(
-            errors.sentence("unpad", "mask", None, "lengths or a mask", "Write unpad(*padded) with the result of pad.")
-        )
+    remedy = "Write unpad(*padded), with the result of pad."
+    errors.require("unpad", not (lengths is None and mask is None), "mask", None, "lengths or a mask", remedy)
     tensorflow = None if isinstance(values, (list, tuple)) else _tensorflow_for(values)
     if tensorflow is None:
-        if not isinstance(values, np.ndarray):
-            what = f"a {type(values).__name__}"
-            raise TypeError(errors.sentence("unpad", "values", what, "an array or a tensor", "Write unpad(*padded)."))
+        what, rule = f"a {type(values).__name__}", "an array or a tensor"
+        errors.require("unpad", isinstance(values, np.ndarray), "values", what, rule, remedy, error=TypeError)
         return unpadding.unpad(values, *unpadding.check_padded(values.shape, lengths, mask))
     from distpad.padding import on_tensorflow
 
@@ -166,33 +163,27 @@ def unpad(values: Any, lengths: Any = None, mask: Any = None) -> Any:
 def _check_length(length: Any) -> int | None:
     if length is None:
         return None
-    if not errors.is_integer(length):  # a symbolic tensor neither: the padded shape would not be static
-        raise TypeError(
-            errors.sentence("pad", "length", repr(length), "an integer known before the graph runs, or None")
-        )
+    rule = "an integer known before the graph runs, or None"  # else the padded shape would not be static
+    errors.require("pad", errors.is_integer(length), "length", repr(length), rule, error=TypeError)
     return errors.integer("pad", "length", length, least=0)
 
 
 def _check_axes(ragged_axes: Any) -> list[int] | None:
     if ragged_axes is None:
         return None
-    several = (
-        isinstance(ragged_axes, Iterable)
-        and not isinstance(ragged_axes, (str, bytes))
-        and not errors.is_integer(ragged_axes)
-    )
+    several = isinstance(ragged_axes, Iterable) and not errors.is_integer(ragged_axes)
     axes = list(ragged_axes) if several else [ragged_axes]
-    if not all(map(errors.is_integer, axes)):
-        raise TypeError(errors.sentence("pad", "ragged_axes", repr(ragged_axes), "an integer or several"))
+    are_integers, rule = all(map(errors.is_integer, axes)), "an integer or several"
+    errors.require("pad", are_integers, "ragged_axes", repr(ragged_axes), rule, error=TypeError)
     return [operator.index(axis) for axis in axes]
 
 
 def _check_sequences(sequences: Any) -> None:
     unordered = isinstance(sequences, (str, bytes, Mapping, AbstractSet))
     scalar = isinstance(sequences, np.ndarray) and sequences.ndim == 0
-    if unordered or scalar or not (hasattr(sequences, "__len__") and hasattr(sequences, "__iter__")):
-        what = f"a {type(sequences).__name__}"
-        raise TypeError(errors.sentence("pad", "sequences", what, "a list of sequences", "Write pad([...])."))
+    is_sized = hasattr(sequences, "__len__") and hasattr(sequences, "__iter__") and not (unordered or scalar)
+    what, remedy = f"a {type(sequences).__name__}", "Write pad([...])."
+    errors.require("pad", is_sized, "sequences", what, "a list of sequences", remedy, error=TypeError)
 
 
 def _tensorflow_for(batch: Any) -> Any:

@@ -11,6 +11,8 @@ import numpy as np
 
 from distpad import errors
 
+_LONGEST = 2**63  # no length is larger
+
 
 class Buckets:
     """Round a length up to the next boundary.
@@ -32,17 +34,18 @@ class Buckets:
 
     def __init__(self, boundaries: Iterable[int], *, beyond: str = "raise") -> None:
         given = list(boundaries)
-        if not all(map(errors.is_integer, given)):
-            raise TypeError(errors.sentence("Buckets", "boundaries", given, "integers"))
+        are_integers = all(map(errors.is_integer, given))
+        errors.require("Buckets", are_integers, "boundaries", given, "integers", error=TypeError)
         self.boundaries = tuple(operator.index(boundary) for boundary in given)
         increasing = all(a < b for a, b in zip(self.boundaries, self.boundaries[1:]))
-        if not self.boundaries or self.boundaries[0] < 1 or not increasing:
-            raise ValueError(
-                errors.sentence("Buckets", "boundaries", list(self.boundaries), "increasing integers from 1 on")
-            )
+        is_valid = increasing and self.boundaries and self.boundaries[0] >= 1
+        errors.require("Buckets", is_valid, "boundaries", list(self.boundaries), "increasing integers from 1 on")
         errors.choice("Buckets", "beyond", beyond, ("raise", "multiples", "quarters"))
         self.beyond = beyond
-        self._quarters = [self.boundaries[-1]]
+        self._all = [*self.boundaries]
+        while beyond == "quarters" and self._all[-1] < _LONGEST:
+            more = -(-5 * self._all[-1] // 4)
+            self._all.append(more + more % 2 if more >= 32 else more)
 
     @classmethod
     def multiples(cls, m: int) -> Buckets:
@@ -70,10 +73,8 @@ class Buckets:
         >>> Buckets.geometric(4, 64, 2.0).boundaries
         (4, 8, 16, 32, 64)
         """
-        if not 1 <= low <= high:
-            raise ValueError(errors.sentence("Buckets.geometric", "low", low, f"between 1 and high ({high})"))
-        if not factor > 1:
-            raise ValueError(errors.sentence("Buckets.geometric", "factor", factor, "above 1"))
+        errors.require("Buckets.geometric", 1 <= low <= high, "low", low, f"between 1 and high ({high})")
+        errors.require("Buckets.geometric", factor > 1, "factor", factor, "above 1")
         boundaries, exact = [low], float(low)
         while boundaries[-1] < high:
             exact *= factor
@@ -102,14 +103,11 @@ class Buckets:
         >>> Buckets.from_lengths([2, 2, 2, 3, 9, 10], count=2).boundaries
         (3, 10)
         """
-        given = np.asarray(lengths)
-        if given.size == 0:
-            raise ValueError(errors.sentence("Buckets.from_lengths", "lengths", "empty", "at least one"))
-        if given.dtype.kind not in "iu":
-            raise TypeError(errors.sentence("Buckets.from_lengths", "lengths", f"of {given.dtype}", "integers"))
-        if given.min() < 0:
-            raise ValueError(errors.sentence("Buckets.from_lengths", "lengths", int(given.min()), "at least 0"))
-        count = errors.integer("Buckets.from_lengths", "count", count, least=1)
+        given, name = np.asarray(lengths), "Buckets.from_lengths"
+        errors.require(name, given.size, "lengths", "empty", "at least one")
+        errors.require(name, given.dtype.kind in "iu", "lengths", f"of {given.dtype}", "integers", error=TypeError)
+        errors.require(name, given.min() >= 0, "lengths", int(given.min()), "at least 0")
+        count = errors.integer(name, "count", count, least=1)
         # a boundary is at least 1, so that lengths 0 and 1 need the same boundary
         sizes, counts = np.unique(np.maximum(given.ravel().astype(np.int64), 1), return_counts=True)
         return cls((int(size) for size in _least_padding(sizes, counts, count)), beyond=beyond)
@@ -126,34 +124,17 @@ class Buckets:
         """
         n = errors.integer("Buckets", "length", n, least=0)
         last = self.boundaries[-1]
-        if n <= last:
-            return bisect.bisect_left(self.boundaries, n)
-        if self.beyond == "multiples":
+        if n > last and self.beyond == "multiples":
             return len(self.boundaries) - 2 - (-n // last)
-        if self.beyond == "quarters":
-            return len(self.boundaries) - 1 + bisect.bisect_left(self._quarters_up_to(n), n)
-        raise ValueError(
-            errors.sentence(
-                "Buckets", "length", n, f"at most {last}, the last boundary", "Add a boundary, or beyond='multiples'."
-            )
-        )
+        most, remedy = self._all[-1], "Add a boundary, or beyond='multiples'."
+        errors.require("Buckets", n <= most, "length", n, f"at most {most}, the last boundary", remedy)
+        return bisect.bisect_left(self._all, n)
 
     def boundary(self, index: int) -> int:
         """Return the boundary of an index that ``index`` returned."""
-        beyond = index - len(self.boundaries) + 1
-        if beyond <= 0:
-            return self.boundaries[index]
-        if self.beyond != "quarters":
-            return (beyond + 1) * self.boundaries[-1]
-        while len(self._quarters) <= beyond:
-            self._quarters_up_to(self._quarters[-1] + 1)
-        return self._quarters[beyond]
-
-    def _quarters_up_to(self, n: int) -> list[int]:
-        """The last boundary and the further ones, as far as they were needed, and at least up to ``n``."""
-        while self._quarters[-1] < n:
-            self._quarters.append(_quarter_more(self._quarters[-1]))
-        return self._quarters
+        if index < len(self._all):
+            return self._all[index]
+        return (index - len(self.boundaries) + 2) * self.boundaries[-1]
 
     def __repr__(self) -> str:
         return f"Buckets({list(self.boundaries)}, beyond={self.beyond!r})"
@@ -163,11 +144,6 @@ class Buckets:
 
     def __hash__(self) -> int:
         return hash((self.boundaries, self.beyond))
-
-
-def _quarter_more(boundary: int) -> int:
-    more = -(-5 * boundary // 4)
-    return more + more % 2 if more >= 32 else more
 
 
 def _least_padding(sizes: np.ndarray, counts: np.ndarray, count: int) -> list[int]:

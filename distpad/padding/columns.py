@@ -120,16 +120,19 @@ def of_arrays(arrays: Sequence[np.ndarray], axes: int) -> Column:
     """Concatenate arrays whose first ``axes`` axes are ragged. ValueError for other axes that differ."""
     if not axes:
         return Column(np.stack(arrays))
+    flat = arrays
+    if axes > 1:
+        flat = [each.reshape((-1, *each.shape[axes:]) if each.size else (0, *each.shape[axes:])) for each in arrays]
+    return Column(np.concatenate(flat), splits_of(arrays, axes))
+
+
+def splits_of(arrays: Sequence[np.ndarray], axes: int) -> tuple[np.ndarray, ...]:
+    """The splits of a column of arrays whose first ``axes`` axes are ragged."""
     if axes == 1:
-        return Column(np.concatenate(arrays), (offsets([*map(len, arrays)]),))
+        return (offsets([*map(len, arrays)]),)
     shapes = np.array([array.shape[:axes] for array in arrays], np.int64)
-    rows = np.ones(len(arrays), np.int64)
-    splits = []
-    for sizes in shapes.T:
-        splits.append(offsets(np.repeat(sizes, rows)))
-        rows = rows * sizes
-    flat = [array.reshape((-1, *array.shape[axes:]) if array.size else (0, *array.shape[axes:])) for array in arrays]
-    return Column(np.concatenate(flat), tuple(splits))
+    rows = np.cumprod([np.ones(len(arrays), np.int64), *shapes.T[:-1]], axis=0)
+    return tuple(offsets(np.repeat(sizes, each)) for sizes, each in zip(shapes.T, rows))
 
 
 def concatenate(columns: Sequence[Column]) -> Column:
@@ -175,6 +178,15 @@ def place(batch: np.ndarray, rows: Sequence[Any], lengths: np.ndarray, *, at_end
         flat[at] = row
 
 
+def place_arrays(batch: np.ndarray, arrays: Iterable[np.ndarray], end_axis: int | None = None) -> None:
+    """Copy each array to the beginning of its row in ``batch``, but to the end of the row's ``end_axis``."""
+    for row, array in zip(batch, arrays):
+        box = [*map(slice, array.shape)]
+        if end_axis is not None:
+            box[end_axis] = slice(row.shape[end_axis] - array.shape[end_axis], None)
+        row[tuple(box)] = array
+
+
 def fill(batch: np.ndarray, column: Column, *, at_end: bool = False) -> None:
     """Copy the examples of a column to the first rows of ``batch``, ``[rows, *sizes, *inner]``.
 
@@ -185,10 +197,10 @@ def fill(batch: np.ndarray, column: Column, *, at_end: bool = False) -> None:
     if not axes:
         batch[...] = column.values
     elif axes > 1 and column.is_rectangular():
-        bounds, sizes, last = column.bounds()[-1].tolist(), column.sizes().tolist(), batch.shape[axes]
-        for row, begin, end, size in zip(batch, bounds, bounds[1:], sizes):
-            box = *map(slice, size[:-1]), slice(last - size[-1], last) if at_end else slice(size[-1])
-            row[box] = column.values[begin:end].reshape((*size, *column.values.shape[1:]))
+        flat, shapes = split(column.values, lengths_of(column.bounds()[-1])), column.sizes().tolist()
+        inner = column.values.shape[1:]
+        arrays = (row.reshape((*shape, *inner)) for row, shape in zip(flat, shapes))
+        place_arrays(batch, arrays, axes - 1 if at_end else None)
     else:
         lengths = _lengths_of_rows(column, batch.shape[: axes + 1])
         rows = batch.reshape((len(lengths), *batch.shape[axes:]))

@@ -96,27 +96,17 @@ def _fill(
     """Copy the rows into ``values``; return the mask, or None without ``options.mask``."""
     first, last, at_end = axes[0], axes[-1], options.padding == "pre"
     shape = values.shape[: last + 2]
-    if not isinstance(rows, list):
-        inner = values.shape[last + 2 :]
-        splits = rows.splits[: last + 1]
-        column = columns.Column(rows.values.reshape((int(splits[last][-1]), *inner)), splits)
-        if at_end and first < last:
-            column, at_end = column.moved_to_end(first, shape[first + 1]), False
-        columns.fill(values, column, at_end=at_end)
-        return columns.mask(column, shape, at_end=at_end) if options.mask else None
-    if last == 0:
+    if isinstance(rows, list) and last == 0:
         columns.place(values, rows, sizes[0], at_end=at_end)
         return columns.real(sizes[0], shape[1], at_end=at_end) if options.mask else None
-    for padded, array in zip(values, rows):
-        box = [*map(slice, array.shape[: last + 1])]
-        if at_end:
-            box[first] = slice(shape[1 + first] - array.shape[first], shape[1 + first])
-        padded[tuple(box)] = array
-    if not options.mask:
-        return None
-    mask = np.ones([1] * len(shape), bool)
-    for axis in range(last + 1):
-        if (sizes[axis] < shape[1 + axis]).any():
-            real = columns.real(sizes[axis], shape[1 + axis], at_end=at_end and axis == first)
-            mask = mask & np.expand_dims(real, [1 + other for other in range(last + 1) if other != axis])
-    return np.broadcast_to(mask, shape).copy()
+    if isinstance(rows, list):
+        columns.place_arrays(values, rows, first if at_end else None)
+        column = columns.Column(values[:0], columns.splits_of(rows, last + 1) if options.mask else ())
+    else:
+        splits = rows.splits[: last + 1]
+        column = columns.Column(rows.values.reshape((int(splits[last][-1]), *values.shape[last + 2 :])), splits)
+    if at_end and first < last and column.splits:
+        column, at_end = column.moved_to_end(first, shape[first + 1]), False
+    if not isinstance(rows, list):
+        columns.fill(values, column, at_end=at_end)
+    return columns.mask(column, shape, at_end=at_end) if options.mask else None

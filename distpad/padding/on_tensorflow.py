@@ -5,12 +5,15 @@ The caller passes ``tf``: this module never imports TensorFlow.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 
 from distpad import errors
 from distpad.padding import arguments, on_numpy, unpadding
+
+_check = functools.partial(errors.require, "pad")
 
 
 def pad(tf: Any, sequences: Any, options: arguments.Options) -> tuple[Any, Any, Any]:
@@ -74,21 +77,11 @@ def _to_tensor(tf: Any, flat: Any, splits: Any, shape: list[int | None], value: 
 
 def _pad_nested(tf: Any, sequences: Any, options: arguments.Options) -> tuple[Any, Any, Any]:
     """Pad lists of lists of tensors in NumPy, which needs eager tensors."""
-    if not tf.executing_eagerly():
-        remedy = "Pad them outside of the graph, or make a tf.RaggedTensor with tf.ragged.stack first."
-        raise ValueError(errors.sentence("pad", "sequences", "nested lists of symbolic tensors", "one list", remedy))
-    texts: list[bool] = []
-
-    def arrays(item: Any) -> Any:
-        if isinstance(item, (list, tuple)):
-            return [arrays(child) for child in item]
-        if tf.is_tensor(item):
-            texts.append(item.dtype == tf.string)
-        return item.numpy() if tf.is_tensor(item) else item
-
-    batch = arrays(sequences)
-    if any(texts):
+    remedy = "Pad them outside of the graph, or make a tf.RaggedTensor with tf.ragged.stack first."
+    _check(tf.executing_eagerly(), "sequences", "nested lists of symbolic tensors", "one list", remedy)
+    if any(tf.is_tensor(leaf) and leaf.dtype == tf.string for leaf in tf.nest.flatten(sequences)):
         _padding_value(tf, options.value, tf.string, None)
+    batch = tf.nest.map_structure(lambda leaf: leaf.numpy() if tf.is_tensor(leaf) else leaf, sequences)
     values, lengths, mask = on_numpy.pad(batch, options)
     return tf.constant(values), tf.constant(lengths), None if mask is None else tf.constant(mask)
 
@@ -100,52 +93,44 @@ def _as_ragged(tf: Any, sequences: Any, wanted: list[int] | None) -> tuple[Any, 
         if not any(isinstance(tensor, tf.RaggedTensor) for tensor in tensors):
             return _join(tf, tensors, wanted)
         sequences = tf.ragged.stack(tensors)
-    if isinstance(sequences, tf.SparseTensor):
-        remedy = "Write tf.RaggedTensor.from_sparse(...)."
-        raise TypeError(errors.sentence("pad", "sequences", "a SparseTensor", "a ragged or dense tensor", remedy))
+    is_sparse, remedy = isinstance(sequences, tf.SparseTensor), "Write tf.RaggedTensor.from_sparse(...)."
+    _check(not is_sparse, "sequences", "a SparseTensor", "a ragged or dense tensor", remedy, error=TypeError)
     rank = _rank(sequences) - 1
-    if rank < 1:
-        rule = "a tensor [batch, length, ...]"
-        raise ValueError(errors.sentence("pad", "sequences", f"of shape {sequences.shape}", rule, _WRITE))
-    if not isinstance(sequences, tf.RaggedTensor):
+    _check(rank >= 1, "sequences", f"of shape {sequences.shape}", "a tensor [batch, length, ...]", _WRITE)
+    if isinstance(sequences, tf.RaggedTensor):
+        unknown = [axis for axis in range(1, sequences.ragged_rank) if sequences.shape[axis + 1] is None]
+        axes = [0, *unknown] if wanted is None else arguments.resolve_axes(wanted, rank)
+        missing = axes[-1] + 1 - sequences.ragged_rank
+        flat = sequences.flat_values
+        flat = tf.RaggedTensor.from_tensor(flat, ragged_rank=missing) if missing > 0 else flat
+        ragged = sequences.with_flat_values(flat)
+    else:
         axes = [0] if wanted is None else arguments.resolve_axes(wanted, rank)
-        return _split(tf, tf.convert_to_tensor(sequences), axes[-1] + 1), axes
-    unknown = [axis for axis in range(1, sequences.ragged_rank) if sequences.shape[axis + 1] is None]
-    axes = [0, *unknown] if wanted is None else arguments.resolve_axes(wanted, rank)
-    flat, missing = sequences.flat_values, axes[-1] + 1 - sequences.ragged_rank
-    flat = _split(tf, flat, missing) if missing > 0 else flat
+        ragged = tf.RaggedTensor.from_tensor(sequences, ragged_rank=axes[-1] + 1)
     # rebuilt, since to_tensor fails on uniform partitions in a batch without rows
-    return tf.RaggedTensor.from_nested_row_splits(flat, sequences.nested_row_splits, validate=False), axes
+    return tf.RaggedTensor.from_nested_row_splits(ragged.flat_values, ragged.nested_row_splits, validate=False), axes
 
 
 _WRITE = "Write tf.constant([[1, 2, 3]]) for one sequence."
 
 
 def _rank(tensor: Any) -> int:
-    if tensor.shape.rank is None:
-        raise ValueError(errors.sentence("pad", "sequences", "of unknown rank", "a known one", "Use tf.ensure_shape."))
+    _check(tensor.shape.rank is not None, "sequences", "of unknown rank", "a known one", "Use tf.ensure_shape.")
     return int(tensor.shape.rank)
 
 
-def _as_tensors(tf: Any, sequences: Any) -> list[Any]:
-    dtype = next(item.dtype for item in sequences if tf.is_tensor(item))
+def _as_tensors(tf: Any, given: Any) -> list[Any]:
+    dtype = next(item.dtype for item in given if tf.is_tensor(item))
     try:
-        tensors = [
-            item if isinstance(item, tf.RaggedTensor) else tf.convert_to_tensor(item, dtype) for item in sequences
-        ]
+        tensors = [item if isinstance(item, tf.RaggedTensor) else tf.convert_to_tensor(item, dtype) for item in given]
     except (TypeError, ValueError) as error:
-        rule = f"tensors of one dtype, here {dtype.name}"
-        raise ValueError(
-            errors.sentence("pad", "sequences", "a list", rule, str(error), "Convert them first.")
-        ) from None
+        rule, remedy = f"tensors of one dtype, here {dtype.name}", "Convert them first."
+        raise ValueError(errors.sentence("pad", "sequences", "a list", rule, str(error), remedy)) from None
     ranks = [_rank(tensor) for tensor in tensors]
-    index = next((index for index, rank in enumerate(ranks) if rank != ranks[0]), None)
-    if index is not None:
-        found = f"sequences[0] has rank {ranks[0]}, sequences[{index}] has rank {ranks[index]}."
-        raise ValueError(errors.sentence("pad", "sequences", "of several ranks", "one rank", found))
-    if not ranks[0]:
-        rule = "a list of tensors [length, ...]"
-        raise ValueError(errors.sentence("pad", "sequences", "a list of scalar tensors", rule, _WRITE))
+    index = next((index for index, rank in enumerate(ranks) if rank != ranks[0]), 0)
+    found = f"sequences[0] has rank {ranks[0]}, sequences[{index}] has rank {ranks[index]}."
+    _check(not index, "sequences", "of several ranks", "one rank", found)
+    _check(ranks[0], "sequences", "a list of scalar tensors", "a list of tensors [length, ...]", _WRITE)
     return tensors
 
 
@@ -157,27 +142,10 @@ def _join(tf: Any, tensors: list[Any], wanted: list[int] | None) -> tuple[Any, l
     for axis in uneven:
         if axis not in axes and len(set(known[axis]) - {None}) > 1:
             raise arguments.uneven_axis(axis, f"Its sizes are {list(known[axis])}.", axes)
-    depth = axes[-1] + 1
-    shapes = tf.stack([tf.shape(tensor, tf.int64)[:depth] for tensor in tensors])
-    rows = [tf.reduce_prod(shapes[:, :axis], axis=1) for axis in range(depth)]
-    lengths = [tf.repeat(shapes[:, axis], rows[axis]) for axis in range(depth)]
-    flat = tf.concat([_merge(tf, tensor, depth) for tensor in tensors], axis=0)
-    return tf.RaggedTensor.from_nested_row_lengths(flat, lengths, validate=False), axes
-
-
-def _split(tf: Any, tensor: Any, depth: int) -> Any:
-    """A dense tensor as a RaggedTensor of ``depth`` partitions."""
-    shape = tf.shape(tensor, tf.int64)
-    lengths = [tf.fill([tf.reduce_prod(shape[: axis + 1])], shape[axis + 1]) for axis in range(depth)]
-    return tf.RaggedTensor.from_nested_row_lengths(_merge(tf, tensor, depth + 1), lengths, validate=False)
-
-
-def _merge(tf: Any, tensor: Any, axes: int) -> Any:
-    """Merge the first ``axes`` axes. A reshape to -1 would fail if an axis has size zero."""
-    shape = tf.shape(tensor, tf.int64)
-    merged = tf.reshape(tensor, tf.concat([tf.reduce_prod(shape[:axes], keepdims=True), shape[axes:]], axis=0))
-    merged.set_shape([None, *tensor.shape[axes:]])
-    return merged
+    # each of one sequence more, since tf.ragged.stack takes no other ragged tensors
+    ragged = [tf.RaggedTensor.from_tensor(tensor[tf.newaxis], ragged_rank=axes[-1] + 1) for tensor in tensors]
+    joined = tf.concat(ragged, axis=0)
+    return tf.RaggedTensor.from_nested_row_splits(joined.flat_values, joined.nested_row_splits, validate=False), axes
 
 
 def _check_even(tf: Any, ragged: Any, axes: list[int]) -> None:
@@ -254,16 +222,13 @@ def _survives(tf: Any, flat: Any, cast: Any) -> Any:
 
 def _padding_value(tf: Any, value: Any, dtype: Any, inner: tuple[int, ...] | None) -> Any:
     if tf.is_tensor(value) and not tf.executing_eagerly():
-        if value.dtype != dtype:
-            raise ValueError(errors.sentence("pad", "value", f"of dtype {value.dtype.name}", f"of dtype {dtype.name}"))
+        _check(value.dtype == dtype, "value", f"of dtype {value.dtype.name}", f"of dtype {dtype.name}")
         return value
     array = arguments.as_value(value)
     if dtype != tf.string:
         return tf.constant(arguments.padding_value(array, np.dtype(dtype.as_numpy_dtype), inner))
-    if not all(isinstance(leaf, (str, bytes)) for leaf in array.astype(object).flat):
-        raise ValueError(
-            errors.sentence("pad", "value", repr(value), "a string, as the elements are", "Write value=''.")
-        )
+    is_text = all(isinstance(leaf, (str, bytes)) for leaf in array.astype(object).flat)
+    _check(is_text, "value", repr(value), "a string, as the elements are", "Write value=''.")
     return tf.constant(arguments.padding_value(array.astype(object), np.dtype(object), inner), tf.string)
 
 
@@ -276,9 +241,9 @@ def _move_back(tf: Any, padded: Any, lengths: Any, axis: int) -> Any:
 
 def unpad(tf: Any, values: Any, lengths: Any, mask: Any) -> Any:
     """The sequences of a padded batch as a RaggedTensor."""
-    if isinstance(values, (tf.RaggedTensor, tf.SparseTensor)):
-        kind = type(values).__name__
-        raise TypeError(errors.sentence("unpad", "values", f"a {kind}", "a dense tensor", f"A {kind} has no padding."))
+    is_dense, kind = not isinstance(values, (tf.RaggedTensor, tf.SparseTensor)), type(values).__name__
+    evidence = f"A {kind} has no padding."
+    errors.require("unpad", is_dense, "values", f"a {kind}", "a dense tensor", evidence, error=TypeError)
     values = tf.convert_to_tensor(values)
     if tf.executing_eagerly():
         unpadding.check_padded(tuple(values.shape), lengths, mask)
@@ -286,28 +251,8 @@ def unpad(tf: Any, values: Any, lengths: Any, mask: Any) -> Any:
     if mask is None:
         return tf.RaggedTensor.from_tensor(values, lengths=lengths)
     mask = tf.convert_to_tensor(mask, tf.bool)
-    depth = _rank(mask) - 1
-    shown = [tf.reduce_any(mask, axis=list(range(axis + 1, depth + 1))) for axis in range(1, depth)]
-    windows = [*(_spans(tf, real) for real in shown), mask]
-    if lengths is not None and depth > 1:
-        windows[0] = _windows(tf, shown[0], lengths)
-    sizes = [tf.reduce_sum(tf.cast(window, tf.int64), axis=-1) for window in windows]
-    partitions = [sizes[0], *(tf.boolean_mask(size, window) for size, window in zip(sizes[1:], windows))]
-    return tf.RaggedTensor.from_nested_row_lengths(tf.boolean_mask(values, mask), partitions, validate=False)
-
-
-def _spans(tf: Any, shown: Any) -> Any:
-    """True from the first to the last true of the last axis."""
-    counts = tf.cast(shown, tf.int32)
-    return (tf.cumsum(counts, axis=-1) > 0) & (tf.cumsum(counts, axis=-1, reverse=True) > 0)
-
-
-def _windows(tf: Any, shown: Any, lengths: Any) -> Any:
-    """True on the first or on the last ``lengths`` indices of axis 1; if neither matches the mask, its spans."""
-    padded = tf.shape(shown, tf.int64)[1]
-    indices, row = tf.range(padded), lengths[:, tf.newaxis]
-    window = _spans(tf, shown)
-    for candidate in (indices >= padded - row, indices < row):  # the last match wins: post-padded
-        matches = tf.reduce_all(candidate | ~shown) & tf.reduce_all(lengths <= padded)
-        window = tf.where(matches, candidate, window)
-    return window
+    _rank(mask)
+    parts = unpadding.windows(tf.experimental.numpy, mask, lengths)
+    sizes = [tf.reduce_sum(tf.cast(window, tf.int64), axis=-1) for window in parts]
+    splits = [sizes[0], *(tf.boolean_mask(size, window) for size, window in zip(sizes[1:], parts))]
+    return tf.RaggedTensor.from_nested_row_lengths(tf.boolean_mask(values, mask), splits, validate=False)

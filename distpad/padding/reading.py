@@ -183,9 +183,8 @@ def _rectangle(item: Any, index: int, dtype: Any) -> np.ndarray | None:
     """The item as an array; None if its parts have different sizes."""
     if type(item) is np.ndarray and item.dtype != object:
         return item
-    if np.ma.is_masked(item):
-        found, rule = f"with masked elements in sequences[{index}]", "no masked elements"
-        raise ValueError(errors.sentence("pad", "sequences", found, rule, "Fill them, or leave them out."))
+    found, remedy = f"with masked elements in sequences[{index}]", "Fill them, or leave them out."
+    errors.require("pad", not np.ma.is_masked(item), "sequences", found, "no masked elements", remedy)
     is_list = isinstance(item, (list, tuple))
     try:
         array = np.asarray(item, dtype=dtype if is_list else None)
@@ -199,9 +198,9 @@ def _rectangle(item: Any, index: int, dtype: Any) -> np.ndarray | None:
         _check_leaves(item, array, index)
     if is_list and array.dtype.kind in "US":
         text = str if array.dtype.kind == "U" else bytes
-        if not all(isinstance(leaf, text) for leaf in np.asarray(item, object).flat):
-            what = f"of strings and other elements in sequences[{index}]"
-            raise ValueError(errors.sentence("pad", "sequences", what, "one kind of element", "Give dtype=object."))
+        is_text = all(isinstance(leaf, text) for leaf in np.asarray(item, object).flat)
+        found = f"of strings and other elements in sequences[{index}]"
+        errors.require("pad", is_text, "sequences", found, "one kind of element", "Give dtype=object.")
     return array
 
 
@@ -220,11 +219,11 @@ def _check_leaves(item: Any, array: np.ndarray, index: int) -> None:
 
 
 def _rounded(index: int) -> ValueError:
-    found, remedy = (
+    found, rule = (
         f"with integers above 2**53 beside other dtypes in sequences[{index}]",
-        "Convert them, or give dtype=.",
+        "integers that float64 holds exactly",
     )
-    return ValueError(errors.sentence("pad", "sequences", found, "integers that float64 holds exactly", remedy))
+    return ValueError(errors.sentence("pad", "sequences", found, rule, "Convert them, or give dtype=."))
 
 
 def _rank(blocks: list[Piece], options: arguments.Options) -> int:

@@ -32,7 +32,7 @@ def text_of(node: ast.AST, constants: Mapping[str, str]) -> str:
 
 
 def messages_of(source: str) -> Iterator[str]:
-    """The strings of a module, and what errors.sentence makes of those that are its arguments."""
+    """The strings of a module, and the sentences that distpad.errors makes of those that are its arguments."""
     tree = ast.parse(source)
     constants = {
         statement.targets[0].id: statement.value.value
@@ -43,9 +43,13 @@ def messages_of(source: str) -> Iterator[str]:
         and isinstance(statement.value.value, str)
     }
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("sentence", "errors.sentence", "_sentence"):
-            parts = [text_of(argument, constants) for argument in node.args]
-            yield errors.sentence(*(["..."] if ast.unparse(node.func) == "_sentence" else []), *parts)
+        called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        if called.lstrip("_").replace("errors.", "") in ("sentence", "require"):
+            parts = [*["..."] * called.startswith("_"), *(text_of(argument, constants) for argument in node.args)]
+            if called.endswith("require"):  # whose second argument is the condition
+                del parts[1]
+            if len(parts) >= 4:  # not a function of the same name
+                yield errors.sentence(*parts)
         elif isinstance(node, (ast.Constant, ast.JoinedStr, ast.BinOp)):
             yield text_of(node, constants)
 
@@ -71,4 +75,11 @@ def test_many_messages_are_quoted_once_each():
 
 def test_a_message_is_found_as_it_is_written():
     source = '_NAME = "f"\nraise ValueError(f"{_NAME}: {a} has " "no end" + b)\nerrors.sentence(_NAME, "x", 1, rule)'
-    assert {"f: ... has no end...", "f: x is 1, expected ...."} <= {*messages_of(source)}
+    source += '\nerrors.require(_NAME, ok, "y", 2, rule)\n_require(ok, "z", 3, rule)'
+    expected = {
+        "f: ... has no end...",
+        "f: x is 1, expected ....",
+        "f: y is 2, expected ....",
+        "...: z is 3, expected ....",
+    }
+    assert expected <= {*messages_of(source)}
