@@ -74,7 +74,7 @@ def pod(
                 hostfile=hostfile,
                 discovery=host_discovery_script,
                 network_interface=network_interface,
-                secrets=secrets,
+                secret=secrets,
                 min_np=min_np,
                 max_np=max_np,
                 grace_s=grace_s,

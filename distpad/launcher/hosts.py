@@ -57,7 +57,7 @@ def ask(
       For each host ``{"facts": ..., "sent": ..., "received": ...}`` (seconds of this machine's clock), or
       ``{"unreachable": WHY, "remedy": ...}``.
     """
-    job = spec.Job(command=("doctor",), hosts=tuple(hosts), python=python, ssh_args=tuple(ssh_args))
+    job = spec.Job(command=("doctor",), hosts=tuple(hosts), python=python, ssh_arg=tuple(ssh_args))
     several = [host.name for host in hosts] if len(hosts) > 1 else []
     asked = {"probes": [*facts.PROBES], "hosts": several, "ports": question.ports, "code": question.code}
     answers: dict[str, dict[str, Any]] = {host.name: {} for host in hosts}

@@ -121,18 +121,22 @@ def _toleration(text: str) -> dict[str, str]:
 
 
 def job_patches(job: kubernetes.Job) -> list[dict[str, Any]]:
-    """The patches of the built job: its queue, and the fields of PLACES."""
-    topology = {"alpha.jobset.sigs.k8s.io/exclusive-topology": job.exclusive_topology}
-    fields = {
-        "--timeout-s": None if job.timeout_s is None else int(job.timeout_s),
-        "--ttl-s": job.ttl_s,
-        "--exclusive-topology": topology if job.kind == "jobset" else {"annotations": topology},
-    }
-    found = []
-    for flag, value in fields.items():
-        if job.given(flag) is not None:
-            kind, path = kubernetes.PLACES[flag][job.kind]
-            found.append(_patch(kind, [{"op": "add", "path": path, "value": value}]))
+    """The patches of the built job: its time limits, its topology and its queue."""
+    kind, found = kubernetes.KINDS[job.kind], []
+
+    def add(manifest: str, path: str, value: object) -> None:
+        found.append(_patch(manifest, [{"op": "add", "path": path, "value": value}]))
+
+    if job.timeout_s is not None:
+        add(kind.manifest, f"{kind.timeout}/activeDeadlineSeconds", int(job.timeout_s))
+    if job.ttl_s is not None:
+        add(kind.manifest, f"{kind.ttl}/ttlSecondsAfterFinished", job.ttl_s)
+    if job.exclusive_topology:
+        annotations = {"alpha.jobset.sigs.k8s.io/exclusive-topology": job.exclusive_topology}
+        if kind.topology == "JobSet":
+            add("JobSet", "/metadata/annotations", annotations)
+        else:
+            add(kind.topology, "/spec/template/metadata", {"annotations": annotations})
     if job.queue:
         label = {"kueue.x-k8s.io/queue-name": job.queue}
         found.append(_patch(JOBS, {"apiVersion": "any", "kind": "any", "metadata": {"name": "any", "labels": label}}))

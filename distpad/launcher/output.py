@@ -38,7 +38,7 @@ class Output:
             except OSError as error:
                 raise ValueError(f"launch: --log-dir {job.log_dir} cannot be written: {error.strerror}.") from error
         self.shows = job.tee or not self.folder
-        self.ranks = set(job.ranks)
+        self.ranks = set(spec.parse_ranks(job.ranks))
         self.prefixes = job.workers > 1 or job.elastic
         self.files: dict[str, BinaryIO] = {}  # the most recently used one is the last
         self.unwritable: set[str] = set()

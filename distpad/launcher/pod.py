@@ -135,16 +135,16 @@ def mpi_job(
     return spec.Job(backend="horovod", controller="mpi", hosts=hosts, **fields)
 
 
-def secret_files(folder: str = SECRETS) -> dict[str, str]:
-    """The files of a folder of secrets, by the variable that each is for. Empty if the folder does not exist.
+def secret_files(folder: str = SECRETS) -> tuple[str, ...]:
+    """The files of a folder of secrets as NAME=FILE, the name being the variable's. Empty without the folder.
 
     Raises:
       ValueError: the folder cannot be read.
     """
     try:
-        return {name: f"{folder}/{name}" for name in os.listdir(folder) if name[0] != "."}
+        return tuple(f"{name}={folder}/{name}" for name in os.listdir(folder) if name[0] != ".")
     except FileNotFoundError:
-        return {}
+        return ()
     except OSError as error:
         raise ValueError(f"pod: {folder} cannot be read: {error.strerror}.") from error
 

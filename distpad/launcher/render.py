@@ -64,7 +64,7 @@ def agent_argv(job: spec.Job, host: spec.Host, environ: Mapping[str, str]) -> li
 def ssh_args(job: spec.Job) -> list[str]:
     """The arguments of ssh besides SSH. ssh itself must not give up a silent host before the launcher does."""
     alive_s = max(1, int(job.lost_after_s // 4))
-    return ["-o", f"ServerAliveInterval={alive_s}", "-o", "ServerAliveCountMax=3", *job.ssh_args]
+    return ["-o", f"ServerAliveInterval={alive_s}", "-o", "ServerAliveCountMax=3", *job.ssh_arg]
 
 
 def remote_argv(
@@ -132,8 +132,8 @@ def _horovodrun(job: spec.Job) -> list[str]:
         "--network-interface",
         job.network_interface or ("FOUND-AT-START" if job.elastic or job.crosses_hosts else "lo"),
     ]
-    argv += spec.horovodrun_ssh_args(job.ssh_args)
-    return [*argv, *job.launcher_args, *worker_argv(job)]
+    argv += spec.horovodrun_ssh_args(job.ssh_arg)
+    return [*argv, *job.launcher_arg, *worker_argv(job)]
 
 
 def _mpirun(job: spec.Job, mpi: str, is_root: bool) -> list[str]:
@@ -143,7 +143,7 @@ def _mpirun(job: spec.Job, mpi: str, is_root: bool) -> list[str]:
     # A worker is a TensorFlow process with many threads. Open MPI's default would bind it to one core.
     argv += ["--bind-to", "none", "--map-by", "slot"]
     for name, value in (("pml", "ob1"), ("btl", "^openib")):  # as Horovod's documentation says
-        if name not in job.launcher_args:  # mpirun refuses duplicates; --launcher-arg overrides these, as for UCX
+        if name not in job.launcher_arg:  # mpirun refuses duplicates; --launcher-arg overrides these, as for UCX
             argv += ["--mca", name, value]
     ssh = [*SSH[1:], *ssh_args(job)]
     argv += ["--prtemca", "plm_ssh_args", shlex.join(ssh)] if prrte else ["--mca", "plm_rsh_args", shlex.join(ssh)]
@@ -154,7 +154,7 @@ def _mpirun(job: spec.Job, mpi: str, is_root: bool) -> list[str]:
         argv += ["--prtemca", "prte_if_include", interface] if prrte else ["--mca", "oob_tcp_if_include", interface]
     for name in ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH"):
         argv += ["-x", name]
-    return [*argv, *job.launcher_args, *worker_argv(job)]
+    return [*argv, *job.launcher_arg, *worker_argv(job)]
 
 
 def _srun(job: spec.Job) -> list[str]:
@@ -164,7 +164,7 @@ def _srun(job: spec.Job) -> list[str]:
     argv += ["--distribution=block"]  # srun's default may be cyclic
     argv += ["--overlap", "--unbuffered", "--kill-on-bad-exit=1"]
     argv += ["--mpi=pmix" if job.backend == "horovod" else "--mpi=none"]
-    return [*argv, *job.launcher_args, *worker_argv(job)]
+    return [*argv, *job.launcher_arg, *worker_argv(job)]
 
 
 def _hosts(job: spec.Job) -> list[str]:

@@ -8,7 +8,7 @@ import pathlib
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from distpad.launcher import attempt, outcomes, output, render, spec, times
 
@@ -23,7 +23,7 @@ def run(job: spec.Job, environ: Mapping[str, str]) -> int:
     Raises:
       ValueError: a secret's file cannot be read, a variable of ``--env`` is not set, or the log folder is not writable.
     """
-    secrets = read_secrets(job.secrets)
+    secrets = read_secrets(job.secret)
     mpi = mpi_version(job, environ)
     if job.launcher == "mpirun" and not mpi:
         raise ValueError(
@@ -50,10 +50,10 @@ def run(job: spec.Job, environ: Mapping[str, str]) -> int:
     return ended.code
 
 
-def read_secrets(files: Mapping[str, str]) -> dict[str, str]:
-    """The secrets' values, without the newlines at the end of their files."""
+def read_secrets(given: Iterable[str]) -> dict[str, str]:
+    """The values of secrets NAME=FILE, without the newlines at the end of their files."""
     found = {}
-    for name, path in files.items():
+    for name, _, path in (each.partition("=") for each in given):
         try:
             found[name] = pathlib.Path(path).read_text(encoding="utf-8").rstrip("\n")
         except (OSError, UnicodeDecodeError) as error:

@@ -9,10 +9,12 @@ import re
 import secrets
 import socket
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Optional
 
 from distpad import errors
+from distpad.launcher import options
+from distpad.launcher.options import option
 
 BACKENDS = ("mirrored", "multiworker", "horovod")
 LAUNCHERS = ("horovodrun", "mpirun", "srun", "ssh")
@@ -22,7 +24,7 @@ NO_RETRY = (2, 126, 127, 130)  # wrong usage, a command that cannot be started, 
 
 # ssh would read a leading hyphen as an option. A colon separates the slots, so that IPv6 addresses need a name.
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+NAME = "[A-Za-z_][A-Za-z0-9_]*"  # of a variable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,68 +64,56 @@ class Job:
       ValueError: a field is out of range, or fields contradict each other.
     """
 
-    command: tuple[str, ...]
-    backend: str = "multiworker"
-    np: Optional[int] = None  # noqa: UP045 (dataclass fields are read by the command line on Python 3.9)
+    # fmt: off
+    command: tuple[str, ...] = option((), "The command that each worker runs.", flag="-- COMMAND...")
+    backend: str = option("multiworker", "mirrored (one process), multiworker or horovod.", panel="Workers")
+    np: Optional[int] = option(None, "Number of workers; for mirrored, number of replicas. Default: the slots of the hosts.", flag="-np", panel="Workers", low=1)
     hosts: tuple[Host, ...] = ()  # empty: this machine, with as many slots as workers
+    slots_per_host: Optional[int] = option(None, "Slots of the hosts that are given without a number.", panel="Workers", low=1)
+    min_np: Optional[int] = option(None, "Elastic (Horovod over Gloo): minimum number of workers.", panel="Workers")
+    max_np: Optional[int] = option(None, "Elastic: maximum number of workers.", panel="Workers")
+    host_discovery_script: str = option("", "Elastic: a script that prints one line host:slots per host. It runs once a second.", panel="Workers")
+    gpus: int = option(0, "GPUs of each host that workers use; with --k8s, of each pod that trains. A worker that does not see its GPUs ends the job.", panel="Workers", low=0)
+    gpus_per_worker: Optional[int] = option(None, "GPUs of each worker, which sees only these, by its local rank. Default: for multiworker, those of its host divided by the workers there; for Horovod one, which the program chooses by its local rank.", panel="Workers", low=1)
     controller: str = ""  # of Horovod: gloo or mpi
-    launcher: str = ""
-    launcher_args: tuple[str, ...] = ()
-    ssh_args: tuple[str, ...] = ()
-    network_interface: str = ""
-    env: tuple[str, ...] = ()
-    secrets: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)  # name: file
-    log_dir: str = ""
-    tee: bool = False
-    ranks: tuple[int, ...] = ()
-    max_restarts: int = 0
-    backoff_s: float = 2.0
-    no_retry: tuple[int, ...] = NO_RETRY
-    grace_s: float = 10.0
-    lost_after_s: float = 120.0
-    start_timeout_s: float = 60.0
-    waits: bool = False  # within this time, for hosts that start, and for the end of other jobs there
-    timeout_s: Optional[float] = None  # noqa: UP045
-    port: Optional[int] = None  # noqa: UP045
-    min_np: Optional[int] = None  # noqa: UP045
-    max_np: Optional[int] = None  # noqa: UP045
-    host_discovery_script: str = ""
-    slots_per_host: Optional[int] = None  # noqa: UP045 (of hosts that a script names)
-    gpus: int = 0  # of each host; 0: nothing is expected
-    gpus_per_worker: Optional[int] = None  # noqa: UP045
-    python: str = sys.executable
-    cwd: str = "."
+    launcher: str = option("", "The engine's launcher: horovodrun, mpirun or srun; ssh for the other engines.", panel="Engine")
+    launcher_arg: tuple[str, ...] = option((), "An extra argument for the engine's launcher. Repeatable.", panel="Engine", metavar="ARG")
+    ssh_arg: tuple[str, ...] = option((), "An extra argument for ssh, such as -p2222. Repeatable.", panel="Engine", metavar="ARG")
+    network_interface: str = option("", "The network interface for collectives, such as eth0.", panel="Engine", pattern="[A-Za-z0-9_.:@-]{0,15}", rule="a name such as eth0")
+    port: Optional[int] = option(None, "multiworker: the first worker's port on each host. Default: free ports.", panel="Engine")
+    python: str = option(sys.executable, "The Python that has distpad installed, on all hosts.", panel="Engine")
+    env: tuple[str, ...] = option((), "A further variable for all workers, or one of the login such as SSH_AUTH_SOCK. Repeatable.", panel="Environment", metavar="NAME[=VALUE]", pattern=rf"(?s){NAME}(=.*)?", rule="a name of letters, digits and underscores, or NAME=VALUE", private=True)
+    secret: tuple[str, ...] = option((), "A variable whose value is read from a file; with --k8s, NAME=SECRET:KEY. Repeatable.", panel="Environment", metavar="NAME=FILE", pattern=f"{NAME}=.+", rule="NAME=FILE", remedy="Do not write a secret's value on a command line, which all users of the machine can read.", private=True)
+    cwd: str = option("", "The command's working directory, on all hosts. Default: the current one.", panel="Environment", metavar="FOLDER")
+    log_dir: str = option("", "Write FOLDER/attempt-N/rank-N.stdout and .stderr instead of the terminal.", panel="Output", metavar="FOLDER")
+    tee: bool = option(False, "With --log-dir: write to the terminal as well.", panel="Output")
+    ranks: str = option("", "Show only these workers on the terminal.", panel="Output", metavar="0,2-4")
+    max_restarts: int = option(0, "Maximum number of restarts after failures. Default with --k8s: the value in k8s/.", panel="Limits", low=0)
+    backoff_s: float = option(2.0, "Seconds before the first restart; doubles each time, up to 60.", panel="Limits", low=0)
+    no_retry: tuple[int, ...] = option(NO_RETRY, "An exit code after which the job does not restart. Repeatable.", panel="Limits", metavar="CODE")
+    grace_s: float = option(10.0, "Seconds between SIGTERM and SIGKILL for a worker.", panel="Limits", low=0)
+    lost_after_s: float = option(120.0, "Seconds of silence after which a host is lost, and after which the processes of a lost launcher end.", panel="Limits", low=1)
+    start_timeout_s: float = option(60.0, "Seconds within which all workers must start.", panel="Limits", low=1)
+    timeout_s: Optional[float] = option(None, "Time limit for the whole job, in seconds. Default: none.", panel="Limits", low=0.001)
+    # fmt: on
+    waits: bool = False  # within the start's time limit, for hosts that start, and for the end of other jobs there
     id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8))
 
     def __post_init__(self) -> None:
         errors.choice("launch", "--backend", self.backend, BACKENDS)
+        options.check(self)
         _require(self.command, "no command, expected one after --, as in: distpad launch -np 2 -- python train.py")
         no_nul = not any("\0" in word for word in (*self.command, self.cwd))
         _require(no_nul, "the command or its folder holds a NUL byte, which a program cannot receive.")
         self._settle_launcher()
         self._settle_workers()
         self._settle_gpus()
-        for flag, value, low in (
-            ("--max-restarts", self.max_restarts, 0),
-            ("--backoff-s", self.backoff_s, 0),
-            ("--grace-s", self.grace_s, 0),
-            ("--lost-after-s", self.lost_after_s, 1),
-            ("--start-timeout-s", self.start_timeout_s, 1),
-            ("--timeout-s", self.timeout_s, 0.001),
-        ):
-            fits = value is None or low <= value < float("inf")
-            _require(fits, f"{flag} is {value}, expected at least {low}.")
-        for name in (*(given.partition("=")[0] for given in self.env), *self.secrets):
-            fits = bool(_NAME.fullmatch(name))
-            _require(fits, f"variable name is {name!r}, expected letters, digits and underscores.")
         last = 65535 - self.workers
         fits = self.port is None or 1024 <= self.port <= last
         _require(fits, f"--port is {self.port}, expected 1024 to {last}: one port per worker.")
         most = self.max_np or self.workers
-        for rank in self.ranks:
-            _require(0 <= rank < most, f"--ranks names {rank}, expected 0 to {most - 1}.")
-        fits = bool(re.fullmatch(r"[A-Za-z0-9_.:@-]{0,15}", self.network_interface))
-        _require(fits, f"--network-interface is {self.network_interface!r}, expected a name such as eth0.")
+        for rank in parse_ranks(self.ranks):
+            _require(rank < most, f"--ranks names {rank}, expected 0 to {most - 1}.")
 
     def _set(self, **fields: object) -> None:
         for name, value in fields.items():
@@ -142,10 +132,10 @@ class Job:
         controller = "" if not is_horovod else "gloo" if launcher == "horovodrun" else "mpi"
         rule = f"{'horovodrun' if asked == 'gloo' else 'mpirun or srun'} for --{asked}"
         _require(asked in ("", controller), f"--launcher is {launcher}, expected {rule}.")
-        is_ssh = launcher == "ssh" and bool(self.launcher_args)
+        is_ssh = launcher == "ssh" and bool(self.launcher_arg)
         _require(not is_ssh, "--launcher-arg needs an engine's launcher. For options of ssh, use --ssh-arg.")
         if launcher == "horovodrun":
-            horovodrun_ssh_args(self.ssh_args)
+            horovodrun_ssh_args(self.ssh_arg)
         fits = not self.elastic or controller == "gloo"
         _require(fits, "elastic jobs need Horovod over Gloo, expected --backend horovod --gloo.")
         self._set(launcher=launcher, controller=controller)
@@ -161,7 +151,6 @@ class Job:
         for name in names:
             once = names.count(name) == 1
             _require(once, f"the hosts name {name} twice, expected each once. Add its slots up: {name}:N.")
-        _require(np is None or np >= 1, f"-np is {np}, expected at least 1.")
         if self.elastic:
             low, high = self.min_np or 1, self.max_np or max(np or 1, self.min_np or 1)
             in_order = 1 <= low <= (np or low) <= high
@@ -179,8 +168,6 @@ class Job:
 
     def _settle_gpus(self) -> None:
         """Check that a host's GPUs suffice for its workers; the replicas of mirrored are its GPUs by default."""
-        for flag, value, low in (("--gpus", self.gpus, 0), ("--gpus-per-worker", self.gpus_per_worker, 1)):
-            _require(value is None or value >= low, f"{flag} is {value}, expected at least {low}.")
         if self.backend == "mirrored" and self.gpus_each:
             self._set(np=self.np or self.gpus_each)
             rule = f"{self.np}, the replicas of -np"
@@ -296,20 +283,6 @@ def parse_ranks(text: str) -> tuple[int, ...]:
             raise ValueError(f"launch: --ranks holds {part!r}, expected an ascending range of at most {MOST_SLOTS}.")
         found.extend(range(first, last + 1))
     return tuple(sorted(set(found)))
-
-
-def parse_secrets(pairs: Iterable[str]) -> dict[str, str]:
-    """Parse the variables and files of ``--secret NAME=FILE``."""
-    found = {}
-    for pair in pairs:
-        name, equals, path = pair.partition("=")
-        if not equals or not path:
-            raise ValueError(
-                f"launch: --secret is {name!r} without a file, expected NAME=FILE. Do not write a secret's value on a "
-                "command line, which all users of the machine can read."
-            )
-        found[name] = path
-    return found
 
 
 def horovodrun_ssh_args(ssh_args: Sequence[str]) -> list[str]:

@@ -192,7 +192,7 @@ def test_each_call_prints_another_name(kind):
 @pytest.mark.parametrize("kind", manifests.OVERLAYS)
 def test_the_longest_name_is_legal(kind):
     """A job of this name passes the rules of the operators, and a longer one does not."""
-    longest = 63 - len(kubernetes.SUFFIXES[kind].format(last=1))
+    longest = 63 - len(kubernetes.KINDS[kind].suffix.format(last=1))
     resources = printed(kind, "--image", IMAGE, "--name", "n" * longest)
     assert not findings(resources)
     with pytest.raises(ValueError, match=f"expected at most {longest} characters"):

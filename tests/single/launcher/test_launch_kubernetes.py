@@ -227,7 +227,7 @@ def test_names_are_unique():
         ("--k8s nothing --image a", r"--k8s is 'nothing', expected one of 'indexed-job', "),
         (
             "--k8s jobset --image a -np 2 -H a,b --mpi",
-            r"launch: -np, -H, --mpi with --k8s, expected only --k8s, --component, ",
+            r"launch: -H, --mpi, -np with --k8s, expected only --k8s, --component, ",
         ),
         ("--k8s jobset --image a --grace-s 10", r"launch: --grace-s with --k8s"),  # though it is the default
         ("--k8s jobset --image a --workers 0 -- x", r"--workers is 0, expected 1 to"),

@@ -103,10 +103,10 @@ elastic = functools.partial(pod.mpi_job, "mpi-elastic-launcher", command=("train
 
 
 def test_the_job_of_an_operators_host_file(hostfile):
-    job = launcher({"DISTPAD_WORKERS": "2"}, hostfile=hostfile, secrets={"KEY": "/run/key"})
+    job = launcher({"DISTPAD_WORKERS": "2"}, hostfile=hostfile, secret=("KEY=/run/key",))
     assert job.hosts == (spec.Host("t-worker-0.t.ns.svc", 2), spec.Host("t-worker-1.t.ns.svc", 2))
     assert (job.np, job.launcher, job.backend, job.network_interface) == (4, "mpirun", "horovod", "eth0")
-    assert job.secrets == {"KEY": "/run/key"} and job.max_restarts == 0  # the launcher's Job restarts its pod
+    assert job.secret == ("KEY=/run/key",) and job.max_restarts == 0  # the launcher's Job restarts its pod
     assert launcher({"DISTPAD_GPUS": "2"}, hostfile=hostfile).gpus == 2 and job.gpus == 0
     assert launcher({"NCCL_SOCKET_IFNAME": "net1"}, hostfile=hostfile).network_interface == "net1"
 
@@ -136,8 +136,8 @@ def test_an_elastic_job():
 def test_each_file_of_a_folder_is_a_secret(tmp_path):
     (tmp_path / "API_KEY").write_text("x")
     (tmp_path / "..data").mkdir()  # Kubernetes's own
-    assert pod.secret_files(str(tmp_path)) == {"API_KEY": f"{tmp_path}/API_KEY"}
-    assert pod.secret_files(str(tmp_path / "none")) == {}
+    assert pod.secret_files(str(tmp_path)) == (f"API_KEY={tmp_path}/API_KEY",)
+    assert pod.secret_files(str(tmp_path / "none")) == ()
     with pytest.raises(ValueError, match=r"pod: .+/API_KEY cannot be read: Not a directory"):
         pod.secret_files(str(tmp_path / "API_KEY"))
 
