@@ -14,12 +14,14 @@ def is_binary(y_true: tf.Tensor, y_pred: tf.Tensor) -> bool:
     """Whether predictions are one number a position.
 
     These are ``[batch, length]`` for labels of the same rank, or ``[batch, length, 1]`` for labels with or without the
-    last axis.
+    last axis. Labels ``[batch, 1]`` beside scores ``[batch, classes]`` are ids, as Keras 2's fit gives them.
     """
     if not all(isinstance(given, tf.Tensor) for given in (y_true, y_pred)) or not y_pred.dtype.is_floating:
         return False
     both = y_true.shape.rank, y_pred.shape.rank
-    return both == (2, 2) or (None not in both and y_pred.shape[-1] == 1 and both[1] - both[0] in (0, 1))
+    if both == (2, 2):
+        return y_true.shape[-1] != 1 or y_pred.shape[-1] in (1, None)
+    return None not in both and y_pred.shape[-1] == 1 and both[1] - both[0] in (0, 1)
 
 
 def binary_check(threshold: float | None, y_true: tf.Tensor, y_pred: tf.Tensor) -> checked.Check:

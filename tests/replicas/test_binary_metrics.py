@@ -63,6 +63,13 @@ def test_rows_that_have_one_label():
     assert float(metric.result()) == 0.75
 
 
+def test_rows_whose_labels_have_an_axis_of_one():
+    """As Keras 2's fit gives labels ``[batch]``: beside scores they are ids, not binary labels."""
+    metric = metrics.TokenAccuracy(backend="local")
+    metric.update_state([[0], [1], [1]], [[2.5, 0.1], [-1.0, 0.5], [3.0, 0.2]])
+    assert float(metric.result()) == pytest.approx(2 / 3)
+
+
 def test_ids_stay_ids():
     metric = metrics.TokenAccuracy(backend="local")
     metric.update_state(LABELS, np.array([[1, 0, 1, 1], [0, 0, 0, 0]]), lengths=LENGTHS)
