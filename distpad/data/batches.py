@@ -6,26 +6,21 @@ import contextlib
 import functools
 import json
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import tensorflow as tf
 
 from distpad import backends, errors
 from distpad.data import (
+    collate,
     config,
-    datasets,
     epoch,
-    feeder,
     fingerprints,
     keras,
     progress,
     reader,
-    readers,
     sources,
-    specs,
-    steps,
-    sync,
 )
 from distpad.data.collate import Batch
 from distpad.data.schema import Pad
@@ -117,7 +112,7 @@ class PaddedBatches(tf.train.experimental.PythonState):
         timeout_s: float = 600.0,
     ) -> None:
         self._backend, self._is_detected = backends.resolve(backend, function=_NAME), backend is None
-        self._config = config.checked(
+        self._config = config.Config(
             batch_size=batch_size,
             padding=padding,
             tokens=tokens,
@@ -131,21 +126,16 @@ class PaddedBatches(tf.train.experimental.PythonState):
             warn_after_s=warn_after_s,
             timeout_s=timeout_s,
         )
-        self._source, self._sampler = sources.checked(
-            source, batch_size, drop_remainder, self._config.num_parallel_reads
-        )
-        size = (self._config.batch_size or 1) * self._backend.replicas_here
-        self._batched = functools.cache(functools.partial(datasets.batched, self._source, size))  # of a tf.data.Dataset
+        self._source = sources.Source(source, self._config, self._backend.replicas_here)
+        self._sampler = self._source.sampler
         self.stats = PaddingStats()
-        self._opened = 0  # iterations of the source
-        self._ahead = reader.Ahead()
-        weakref.finalize(self, self._ahead.drop)
-        self._progress = progress.Progress(self._make_epoch)
-        self._requests = feeder.Requests(self._backend, self._config, self._progress)
+        self._ahead: dict[Any, reader.Reader] = {}  # of the next epoch
+        weakref.finalize(self, reader.close_all, self._ahead, 0.0)
+        self._progress = progress.Progress(self._backend, self._config, self._make_epoch)
 
     def __iter__(self) -> Iterator[Batch]:
         self._check_engine()
-        self._requests.leave()
+        self._progress.leave()
         # The first batch opens the epoch: an iterator that is never advanced starts no threads.
         yield from self._progress.consume(self._progress.open())
 
@@ -175,12 +165,12 @@ class PaddedBatches(tf.train.experimental.PythonState):
         >>> batches.element_spec.data["y"].shape.as_list(), batches.element_spec.counts.tokens.dtype.name
         ([2, None], 'float64')
         """
-        features = self._progress.features or specs.features_of(self._source, self._config)
+        features = self._progress.features or self._source.features()
         if features is None:
             remedy = "Begin an epoch first."
-            found = f"unknown for this {type(self._source).__name__}"
+            found = f"unknown for this {type(self._source.given).__name__}"
             raise ValueError(errors.sentence(_NAME, "element_spec", found, "known before an epoch", remedy))
-        return specs.of_batch(self._config, features, self._rows_of_replica())
+        return collate.spec_of(self._config, features, self._rows(), lambda batch: batch)
 
     def __bool__(self) -> bool:
         return True  # whether or not the length is known
@@ -203,18 +193,19 @@ class PaddedBatches(tf.train.experimental.PythonState):
             raise ValueError(errors.sentence(_NAME, "backend", found, f"the active one, of {after} {what}", remedy))
 
     def _make_epoch(self, cursor: epoch.Cursor, elements: keras.Elements | None) -> epoch.Epoch:
+        ahead = self._ahead.pop((cursor, self._source.count), None)
+        reader.close_all(self._ahead)
         return epoch.Epoch(
             self._backend,
             self._config,
-            self._ahead.take((cursor, sources.count_of(self._source))) or self._make_reader(cursor),
+            ahead or self._make_reader(cursor),
             cursor=cursor,
             features=self._progress.features,
             stats=self.stats,
             compared={"source": self._belongs_to(), "for_keras": str(elements)},
             sizes_of=functools.partial(self._padded_sizes, cursor.epoch),
-            to_device=elements.of if elements else None,
-            channel=elements.channel if elements else sync.Channel(),
-            repeats=bool(elements and elements.repeats),
+            read_ahead=self._read_ahead,
+            elements=elements,
         )
 
     def _make_reader(self, cursor: epoch.Cursor, *, waits: bool = False) -> reader.Reader:
@@ -222,22 +213,23 @@ class PaddedBatches(tf.train.experimental.PythonState):
         samples = self._sampler is not None
         checked = 1 if samples else min(step, len(begins)) if step else epoch.BEGINNING
         is_compared = not (samples or self._config.replicated or self._backend.num_workers == 1)
-        read_ahead = weakref.WeakMethod(self._read_ahead)  # the thread does not keep this object alive
+        first, here = self._backend.worker_index * self._backend.replicas_here, self._backend.replicas_here
         return reader.Reader(
-            self._steps(number, step, checked if step else 0),
+            self._source.steps(
+                number, step, checked if step else 0, range(first, first + here), self._backend.num_replicas
+            ),
             self._config,
             self._progress.features,
             fingerprints.Beginning(None if samples else self._backend.worker_index, checked),
             fingerprints.Digest() if is_compared else None,
             waits=waits,
-            at_end=lambda: (method := read_ahead()) and method(epoch.Cursor(number + 1)),
         )
 
-    def _read_ahead(self, following: epoch.Cursor) -> None:
-        """Read the beginning of the next epoch while the running one is consumed. The reader's thread calls it."""
-        if sources.can_be_read_ahead(self._source):
-            key = following, sources.count_of(self._source)  # a source that grows is read again
-            self._ahead.keep(key, self._make_reader(following, waits=True))
+    def _read_ahead(self, cursor: epoch.Cursor) -> None:
+        """Read the beginning of the next epoch while the last steps of the running one are consumed."""
+        if self._source.can_be_read_ahead:
+            key = cursor, self._source.count  # a source that grows is read again
+            self._ahead[key] = self._make_reader(cursor, waits=True)
 
     def for_keras(self, *, x: Any, y: Any, y_true: Any = None, repeat: bool = False) -> Any:
         """Return a ``tf.data.Dataset`` of this worker's batches for ``fit``: ``(x, y, weights)``.
@@ -296,7 +288,7 @@ class PaddedBatches(tf.train.experimental.PythonState):
         ...     print(x.numpy().tolist(), y.numpy().tolist(), weights.numpy().tolist())
         [[1.0, 2.0], [3.0, 0.0]] [[1, 2], [3, 0]] [[1.0, 1.0], [1.0, 0.0]]
         """
-        behaviour = self._requests.behaviour
+        behaviour = self._progress.behaviour
         if y is None and behaviour.leaves_apart:
             remedy = "Let each worker predict in a loop: for batch in batches: strategy.run(...)."
             found = f"None with {self._backend.num_workers} workers of a strategy"
@@ -307,35 +299,32 @@ class PaddedBatches(tf.train.experimental.PythonState):
             raise ValueError(errors.sentence("for_keras", "repeat", found, "True", remedy))
         self._check_engine(of_workers=True)
         elements = keras.Elements(self._config, x, y, y_true, repeat, behaviour.leaves_apart)
-        self._requests.leave(elements)
+        self._progress.leave(elements)
         first = self._progress.open(elements)
         try:
             features = self._progress.features = first.begin()
             if features is None:
                 raise ValueError(errors.sentence("for_keras", "source", "empty on all workers", "at least one example"))
-            signature = elements.signature(features, self._rows())
+            rows, here = None if elements.predicts else self._rows(), self._backend.replicas_here
+            element_of = lambda batch: elements.of_all_rows([batch] * here)
+            signature = collate.spec_of(self._config, features, rows, element_of)
         except BaseException:
             first.close()
             raise
         # predict gets no batch that only completes a group, or that follows this worker's last example
         every = self._steps_of_all()
         is_whole = self._config.accumulation_steps == self._backend.num_workers == 1
-        feed = feeder.Feeder(self._progress, self._requests, elements, first, every)
+        feed = progress.Feeder(self._progress, elements, first, every)
         made = keras.dataset(feed, signature, every if is_whole or not elements.predicts else None, repeats=repeat)
-        dataset = keras.distributed(made, self._backend, elements.facts(features, self._backend.num_replicas))
+        dataset = keras.distributed(made, self._backend, elements.facts(self._backend.num_replicas))
         elements.dataset = weakref.ref(dataset)
         return dataset
 
-    def _rows_of_replica(self) -> int | None:
-        """The rows of every batch; None if the number varies."""
+    def _rows(self) -> int | None:
+        """A replica's rows of every batch; None if the number varies."""
         if self._sampler is not None and self._sampler.global_batch_size:
             return -(-self._sampler.global_batch_size // self._backend.num_replicas)
         return self._config.batch_size
-
-    def _rows(self) -> int | None:
-        """The rows of every batch for fit; None if the number varies."""
-        size = self._rows_of_replica()
-        return size and size * self._backend.replicas_here
 
     def _steps_of_all(self) -> int | None:
         """The steps of every further epoch; None if the number is unknown or varies."""
@@ -363,7 +352,7 @@ class PaddedBatches(tf.train.experimental.PythonState):
     def _known_steps(self) -> int | None:
         if self._sampler is not None:
             return len(self._sampler.of_epoch(self._progress.at.epoch).steps)
-        count = sources.count_of(self._source)
+        count = self._source.count
         if self._backend.num_workers > 1 or count is None:
             return None
         size = (self._config.batch_size or 1) * self._backend.num_replicas
@@ -383,7 +372,7 @@ class PaddedBatches(tf.train.experimental.PythonState):
         After the last step of an epoch, the position is the beginning of the next epoch. With a sampler the state is
         valid for any number of workers; without one, for the same number, with sources in the same order.
         """
-        at, group = self._requests.untrained() or self._progress.at, self._config.accumulation_steps
+        at, group = self._progress.untrained() or self._progress.at, self._config.accumulation_steps
         step = at.step // group * group
         begins = list(at.begins if step else ())
         return {"epoch": at.epoch, "step": step, "begins": begins, "source": self._belongs_to()}
@@ -402,7 +391,7 @@ class PaddedBatches(tf.train.experimental.PythonState):
         cursor = progress.cursor_of(state, self._belongs_to(), self._config.accumulation_steps, self._sampler)
         self._progress.stop()
         self._progress.move_to(cursor)
-        self._requests.clear()
+        self._progress.clear()
 
     def _belongs_to(self) -> dict[str, Any]:
         """The source of a position: a sampler's plan, or the numbers that decide which examples a step has."""
@@ -427,24 +416,3 @@ class PaddedBatches(tf.train.experimental.PythonState):
             return self._config.padded_sizes(longest, None, None)
         sampled = max(1, self._sampler.of_epoch(number).longest[step])
         return self._config.padded_sizes(longest, self._sampled, sampled)
-
-    def _steps(self, number: int, step: int, checks: int) -> Callable[[], Iterator[steps.Step]]:
-        """A function to this worker's steps of an epoch, beginning at ``step``, after the first ``checks`` steps, which
-        are compared. The thread of the reader calls it.
-        """
-        here, worker = self._backend.replicas_here, self._backend.worker_index
-        source, sampler, reads, size = self._source, self._sampler, self._config.num_parallel_reads, 1
-        if sampler is not None:
-            mine, replicas = range(worker * here, worker * here + here), self._backend.num_replicas
-            return lambda: readers.read_indexed(source, steps.sampled(sampler, mine, replicas, number, step), reads)
-        size = self._config.batch_size or 1
-        if sources.is_indexed(source):
-            return lambda: readers.read_indexed(source, steps.in_order(size, here, checks, step, len(source)), reads)
-        if isinstance(source, tf.data.Dataset):
-            tokens = [*self._config.tokens.values()]
-            planned = functools.partial(steps.in_order, size, here, checks, step, sources.count_of(source))
-            batched = self._batched
-            return lambda: datasets.read_dataset(source, size * here, batched(), planned(), tokens)
-        self._opened += 1
-        opened = self._opened
-        return lambda: readers.read_iterable(source, steps.in_order(size, here, checks, step), opened)

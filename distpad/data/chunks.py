@@ -29,6 +29,10 @@ class Chunk(NamedTuple):
     skeleton: Any
     columns: list[Column]
 
+    @property
+    def num_examples(self) -> int:
+        return self.columns[0].num_examples
+
 
 Rows = Union[Sequence[Any], Chunk]  # examples, one by one or by columns
 

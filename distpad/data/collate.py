@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import tensorflow as tf
 
 from distpad import backends, errors
 from distpad.collectives.shapes import PreLengths
 from distpad.data import plan, reader
 from distpad.data.config import Config
-from distpad.data.schema import Feature, Features, Pad
+from distpad.data.schema import Features, Pad
 from distpad.data.stats import PaddingStats
 from distpad.data.structure import Name, as_key
 from distpad.losses.counts import Counts, LossInputs, WeightedCounts
@@ -66,7 +68,7 @@ class Padder:
     """Makes ordered batches in a thread, a few ahead of the consumer. ``close`` ends the thread.
 
     Args:
-      to_device: makes an element from the replicas' batches in NumPy.
+      element_of: makes an element for fit from the replicas' batches in NumPy; None: batches go to the devices.
     """
 
     def __init__(
@@ -74,10 +76,10 @@ class Padder:
         backend: backends.Backend,
         config: Config,
         stats: PaddingStats,
-        to_device: Callable[[Features, Sequence[Batch]], Any],
+        element_of: Callable[[Sequence[Batch]], Any] | None,
     ) -> None:
-        self._backend, self._config, self._stats, self._to_device = backend, config, stats, to_device
-        self._last: list[list[Column] | None] = [None] * backend.replicas_here
+        self._backend, self._config, self._stats, self._element_of = backend, config, stats, element_of
+        self._last: list[LastRow | None] = [None] * backend.replicas_here
         # SimpleQueue takes a tenth of the time of Queue and Semaphore, which Python implements
         self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         self._made: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -128,176 +130,162 @@ class Padder:
                 self._made.put(error)
 
     def _make(self, order: Order) -> Any:
-        if order.micro:
-            self._stats.add_truncated(order.micro.lost)
-        return self._to_device(order.features, [self._batch(order, r) for r in range(self._backend.replicas_here)])
-
-    def _batch(self, order: Order, replica: int) -> Batch:
-        """One replica's batch in NumPy."""
-        micro, features, config = order.micro, order.features, self._config
-        begin, end = micro.bounds[replica] if micro else (0, 0)
-        rows, size = end - begin, micro.batch_size if micro else order.batch_size
-        mine = [column.between(begin, end) for column in micro.columns] if micro and rows else []
-        if rows:
-            self._last[replica] = [column.between(rows - 1, rows) for column in mine]
-        last = self._last[replica] or blank_row(features.features)
-        sizes = dict(zip(config.axes, order.step.sizes))
-        padded, losses = len(config.padding), len(config.tokens)
-        arena = memory.Arena((8 + 4 * padded) * size + (1 + padded + losses) * memory.ALIGNMENT)
-        counted = {*config.tokens.values()}
-        tables = {
-            name: micro.sizes[name][begin:end] if micro else np.zeros([0, len(pad.axes)], np.int64)
-            for name, pad in config.padding.items()
-        }
-        values, lengths = collate(features.features, mine, tables, sizes, (rows, size), last, counted, arena)
-        named = dict(zip(features.names, values))
-        indices = arena.zeros([size], np.int64)
-        indices[:rows], indices[rows:] = (micro.indices[replica] if micro else []), -1
-        local = micro.local[replica] if micro else np.zeros([len(config.tokens), 2])
-        counts = self._counts(order.step, local, arena)
-        inputs = {
-            loss: LossInputs(
-                lengths[name],
-                self._weights(loss, mine[features.names.index(name)] if mine else None, named),
-                counts[loss],
-            )
-            for loss, name in config.tokens.items()
-        }
-        self._stats.add_replica(tables.values(), order.step.agreed, order.step.sizes, size)
-        data = features.pack(values)
-        return Batch(data, lengths, np.int32(rows), counts.get(None, counts), indices, inputs.get(None, inputs))
-
-    def _counts(self, step: plan.StepPlan, local: np.ndarray, arena: memory.Arena) -> dict[Any, Counts]:
-        counts = {}
-        for i, (loss, name) in enumerate(self._config.tokens.items()):
-            is_weighted = loss in self._config.weights or len(self._config.counted_axes[name]) > 1
-            kind = WeightedCounts if is_weighted else Counts
-            mine = arena.zeros([2], np.float64)
-            mine[:] = local[i]
-            counts[loss] = kind(step.tokens[i], step.sequences[i], mine, np.float64(self._backend.num_replicas))
-        return counts
-
-    def _weights(self, loss: Any, counted: Column | None, arrays: Mapping[Name, np.ndarray]) -> Any:
-        """A replica's sample weights for its loss; ``()`` if lengths alone define the valid positions.
-
-        Args:
-          counted: the column of the counted feature; None without rows.
-          arrays: the features of the batch.
-        """
-        name = self._config.tokens[loss]
-        axes, weights = self._config.counted_axes[name], self._config.weights.get(loss)
-        given = None if weights is None else arrays[weights]
-        shape = [len(arrays[name]), *(arrays[name].shape[1 + axis] for axis in axes)]
-        if given is not None and given.ndim > 1:
-            given = _resized(given, shape, self._config.padding[name])
-        if len(axes) == 1:
-            return () if given is None else given
-        mask = np.zeros(shape, np.float32)
-        if counted is not None:
-            pad = self._config.padding[name]
-            positions, at_end = pad.placed(Column(np.zeros(0), counted.splits[: len(axes)]), shape[1 + pad.axes[0]])
-            mask[: counted.num_examples] = columns.mask(positions, [counted.num_examples, *shape[1:]], at_end=at_end)
-        if given is None:
-            return mask
-        given = given.reshape([len(given), *[1] * (len(shape) - given.ndim), *given.shape[1:]])
-        return np.where(mask > 0, given, 0).astype(np.float32)  # not a product: padding may be NaN
+        config, features, micro, batches = self._config, order.features, order.micro, []
+        if micro:
+            self._stats.add_truncated(micro.lost)
+        for replica in range(self._backend.replicas_here):
+            rows = reader.ReplicaRows.none(config) if micro is None else micro.rows_of(replica)
+            size = micro.batch_size if micro else order.batch_size
+            self._stats.add_replica(rows.sizes.values(), order.step.agreed, order.step.sizes, size)
+            made = make(config, features, order.step, size, rows, self._last[replica], self._backend.num_replicas)
+            batches.append(made)
+            if made.rows:
+                self._last[replica] = last_row(features, made)
+        if self._element_of:
+            return self._element_of(batches)
+        for batch in batches:
+            blank_filler(config, features, batch)
+        return self._backend.to_device(batches)
 
 
-def _resized(array: np.ndarray, shape: Sequence[int], pad: Pad) -> np.ndarray:
-    """The array cut, or padded with zeros, to a shape: weights may have another boundary than their feature."""
-    if list(array.shape) == list(shape):
-        return array
-    resized = np.zeros(shape, array.dtype)
-    kept = np.minimum(array.shape[1:], shape[1:]).tolist()
-    resized[_box(kept, shape[1:], pad)] = array[_box(kept, array.shape[1:], pad)]
-    return resized
+LastRow = list[tuple[np.ndarray, int]]  # of each feature ``[1, *shape]``, and its length
 
 
-def _box(sizes: Sequence[int], shape: Sequence[int], pad: Pad | None) -> tuple[slice, ...]:
-    """Where elements of these sizes stand in rows of a shape."""
-    at_end = pad.axes[0] if pad and pad.side == "pre" else None
-    each = enumerate(zip(sizes, shape))
-    return slice(None), *(slice(size - n, None) if axis == at_end else slice(n) for axis, (n, size) in each)
-
-
-def collate(
-    features: Sequence[Feature],
-    given: Sequence[Column],
-    tables: Mapping[Name, np.ndarray],
-    sizes: Mapping[tuple[Name, int], int],
-    rows: tuple[int, int],
-    last: Sequence[Column],
-    counted: Set[Name],
-    arena: memory.Arena,
-) -> tuple[list[np.ndarray], dict[Name, Any]]:
-    """Pad rows to a batch of static shape.
-
-    Args:
-      features: the features of the columns.
-      given: the columns of a replica; none without rows.
-      tables: the sizes of each padded feature's ragged axes in the rows, ``[rows, axes]``.
-      sizes: the padded sizes of the ragged axes.
-      rows: the real rows, and the rows of the batch.
-      last: the row that filler rows repeat, cut to ``sizes``.
-      counted: features whose length is 0 in filler rows.
-      arena: memory of the lengths.
-
-    Returns:
-      For each feature ``[rows, *shape]``, and for each padded feature its lengths ``[rows]`` int32, or
-      ``PreLengths`` of them.
-    """
-    values: list[np.ndarray] = []
-    lengths: dict[Name, Any] = {}
-    real, size = rows
-    for i, feature in enumerate(features):
-        shape = [sizes.get((feature.name, axis), fixed or 0) for axis, fixed in enumerate(feature.shape)]
-        if feature.pad is None and real == size:
-            values.append(given[i].values)
-            continue
-        batch = columns.blank(size, shape, feature.padding_value, feature.dtype)
-        if real:
-            _fill(batch, given[i], feature.pad)
-        if real < size:
-            one = columns.blank(1, _shape(last[i]), feature.padding_value, feature.dtype)
-            columns.fill(one, last[i])  # of its own size: without padding along the first ragged axis
-            kept = [*map(min, shape, one.shape[1:])]
-            batch[real:][_box(kept, shape, feature.pad)] = one[_box(kept, kept, None)]
-        values.append(batch)
-        if feature.pad:
-            axis = feature.pad.axes[0]
-            found = arena.zeros([size], np.int32)
-            found[:real] = tables[feature.name][:, 0]
-            found[real:] = 0 if feature.name in counted else min(shape[axis], int(last[i].sizes()[0, axis]))
-            lengths[feature.name] = PreLengths(found) if feature.pad.side == "pre" else found
-    return values, {as_key(name): found for name, found in lengths.items()}
-
-
-def _fill(batch: np.ndarray, column: Column, pad: Pad | None) -> None:
-    """Copy the examples of a column to their side of the first rows of ``batch``."""
-    column, at_end = pad.placed(column, batch.shape[1 + pad.axes[0]]) if pad else (column, False)
-    columns.fill(batch, column, at_end=at_end)
-
-
-def _shape(column: Column) -> list[int]:
-    """The shape of the only example of a column."""
-    sizes = column.sizes()[0].tolist() if column.splits else []
-    return [*sizes, *column.values.shape[1:]]
-
-
-def blank_filler(features: Features, batch: Batch, counted: Set[Name]) -> None:
-    """Write padding to the filler rows of counted features, in place: a loss may take its mask from the labels."""
-    if batch.rows == len(batch.indices):
-        return
+def last_row(features: Features, batch: Batch) -> LastRow:
+    """The last real row of a batch."""
+    last = int(batch.rows) - 1
+    lengths = {name: int(getattr(found, "values", found)[last]) for name, found in batch.lengths.items()}
     arrays = features.by_name(batch.data)
-    for feature in features.features:
-        if feature.name in counted:
+    return [(array[last : last + 1], lengths.get(name, 0)) for name, array in arrays.items()]
+
+
+def blank_row(features: Features) -> LastRow:
+    """Ones (or empty strings) of length 1, for a replica that never had an example: zeros may be a model's padding."""
+    shapes = [[1, *(1 if size is None else size for size in feature.shape)] for feature in features.features]
+    fillings = [b"" if feature.dtype == object else 1 for feature in features.features]
+    return [(np.full(s, filling, f.dtype), 1) for s, filling, f in zip(shapes, fillings, features.features)]
+
+
+def blank_filler(config: Config, features: Features, batch: Batch) -> None:
+    """Write padding to the filler rows of counted features, in place: a loss may take its mask from the labels."""
+    arrays = features.by_name(batch.data)
+    for feature in features.features if batch.rows < len(batch.indices) else ():
+        if feature.name in config.counted_axes:
             arrays[feature.name][batch.rows :] = feature.padding_value
 
 
-def blank_row(features: Sequence[Feature]) -> list[Column]:
-    """Ones (or empty strings) of length 1, for a replica that never had an example: zeros may be a model's padding."""
-    rows = [
-        np.full([1 if size is None else size for size in f.shape], b"" if f.dtype == object else 1, f.dtype)
-        for f in features
-    ]
-    return [columns.of_arrays([row], feature.depth) for row, feature in zip(rows, features)]
+def make(
+    config: Config,
+    features: Features,
+    step: plan.StepPlan,
+    size: int,
+    rows: reader.ReplicaRows,
+    last: LastRow | None,
+    num_replicas: int,
+) -> Batch:
+    """Pad a replica's rows to a batch of ``size`` rows, in NumPy.
+
+    Args:
+      last: the row that filler rows repeat, cut to the step's sizes, if the replica has no rows; its last real row
+        otherwise. None: a blank one.
+    """
+    sizes, real, values, lengths = dict(zip(config.axes, step.sizes)), len(rows.indices), [], {}
+    padded, losses = len(config.padding), len(config.tokens)
+    arena = memory.Arena((8 + 4 * padded) * size + (1 + padded + losses) * memory.ALIGNMENT)
+    last = last or blank_row(features)
+    for i, (feature, (filler, length)) in enumerate(zip(features.features, last)):
+        name, pad = feature.name, feature.pad
+        if pad is None and real == size:
+            values.append(rows.columns[i].values)
+            continue
+        shape = [sizes.get((name, axis), fixed or 0) for axis, fixed in enumerate(feature.shape)]
+        batch = columns.blank(size, shape, feature.padding_value, feature.dtype)
+        values.append(batch)
+        if real:
+            column, at_end = pad.placed(rows.columns[i], shape[pad.axes[0]]) if pad else (rows.columns[i], False)
+            columns.fill(batch, column, at_end=at_end)
+        if real < size:
+            _copy(batch[real:], batch[real - 1 : real] if real else filler, pad)
+        if pad:
+            found = arena.zeros([size], np.int32)
+            found[:real] = rows.sizes[name][:, 0]
+            if real < size and name not in config.counted_axes:
+                found[real:] = found[real - 1] if real else min(length, shape[pad.axes[0]])
+            lengths[name] = PreLengths(found) if pad.side == "pre" else found
+    indices = arena.zeros([size], np.int64)
+    indices[:real], indices[real:] = rows.indices, -1
+    named, inputs = dict(zip(features.names, values)), {}
+    for i, (loss, name) in enumerate(config.tokens.items()):
+        local = arena.zeros([2], np.float64)
+        local[:] = rows.local[i]
+        kind = WeightedCounts if loss in config.weights or len(config.counted_axes[name]) > 1 else Counts
+        counts = kind(step.tokens[i], step.sequences[i], local, np.float64(num_replicas))
+        counted = rows.columns[features.names.index(name)] if real else None
+        inputs[loss] = LossInputs(lengths[name], _weights(config, loss, counted, named), counts)
+    by_key = {as_key(name): found for name, found in lengths.items()}
+    every: dict[Any, Any] = {loss: each.counts for loss, each in inputs.items()}
+    data = features.pack(values)
+    return Batch(data, by_key, np.int32(real), every.get(None, every), indices, inputs.get(None, inputs))
+
+
+def _copy(target: np.ndarray, source: np.ndarray, pad: Pad | None) -> None:
+    """Copy the positions that the rows of two padded batches have in common."""
+    at_end = pad.axes[0] if pad and pad.side == "pre" else None
+
+    def box(sizes: Sequence[int], others: Sequence[int]) -> tuple[slice, ...]:
+        each = enumerate(zip(sizes[1:], others[1:]))
+        return slice(None), *(slice(max(0, n - m), n) if axis == at_end else slice(min(n, m)) for axis, (n, m) in each)
+
+    target[box(target.shape, source.shape)] = source[box(source.shape, target.shape)]
+
+
+def _weights(config: Config, loss: Any, counted: Column | None, arrays: Mapping[Name, np.ndarray]) -> Any:
+    """A replica's sample weights for its loss; ``()`` if lengths alone define the valid positions.
+
+    Args:
+      counted: the column of the counted feature; None without rows.
+      arrays: the features of the batch.
+    """
+    name = config.tokens[loss]
+    axes, weights, pad = config.counted_axes[name], config.weights.get(loss), config.padding[name]
+    given = None if weights is None else arrays[weights]
+    shape = [len(arrays[name]), *(arrays[name].shape[1 + axis] for axis in axes)]
+    if given is not None and given.ndim > 1 and [*given.shape] != shape:
+        resized = np.zeros(shape, given.dtype)  # weights may have another boundary than their feature
+        _copy(resized, given, pad)
+        given = resized
+    if len(axes) == 1:
+        return () if given is None else given
+    mask = np.zeros(shape, bool)
+    if counted is not None:
+        positions, at_end = pad.placed(Column(np.zeros(0), counted.splits[: len(axes)]), shape[1 + pad.axes[0]])
+        mask[: counted.num_examples] = columns.mask(positions, [counted.num_examples, *shape[1:]], at_end=at_end)
+    return masked(mask, np.float32(1) if given is None else given)
+
+
+def masked(mask: np.ndarray, weights: Any) -> np.ndarray:
+    """Weights per position or per row, of the shape of the mask: 0 where it is false."""
+    shape = [*np.shape(weights), *[1] * (mask.ndim - np.ndim(weights))] if np.ndim(weights) else []
+    return np.where(mask, np.reshape(weights, shape), 0).astype(np.float32)  # not a product: padding may be NaN
+
+
+def spec_of(config: Config, features: Features, size: int | None, element_of: Callable[[Batch], Any]) -> Any:
+    """The ``tf.TensorSpec`` of each part of what ``element_of`` makes of a replica's batch.
+
+    Args:
+      size: the rows of a batch; None if they vary.
+    """
+
+    def made(number: int) -> Any:
+        """The element of an empty batch, each of whose unknown sizes is ``number``."""
+        shapes = [tuple(number if size is None else size for size in feature.shape) for feature in features.features]
+        fixed = [dataclasses.replace(each, shape=shape) for each, shape in zip(features.features, shapes)]
+        counts, sizes = np.zeros([2, len(config.tokens)]), (number,) * len(config.axes)
+        step, rows = plan.StepPlan(sizes, sizes, 0, *counts), reader.ReplicaRows.none(config)
+        return element_of(make(config, Features(features.skeleton, fixed), step, size or number, rows, None, 1))
+
+    def spec(one: Any, other: Any) -> tf.TensorSpec:
+        shape = [a if a == b else None for a, b in zip(np.shape(one), np.shape(other))]
+        return tf.TensorSpec(shape, tf.as_dtype(np.asarray(one).dtype))
+
+    return tf.nest.map_structure(spec, made(1), made(2))

@@ -17,9 +17,9 @@ _AUTO = Buckets.auto()
 _NEAR = 2  # axes share a boundary if theirs are at most this many apart
 
 
-@dataclass(frozen=True)
+@dataclass
 class Config:
-    """How batches are made, the same on all workers.
+    """How batches are made, the same on all workers: the arguments of PaddedBatches, checked and normalised.
 
     Attributes:
       tokens: from losses to the features whose valid positions they count; a single loss has the name None.
@@ -28,12 +28,14 @@ class Config:
       lookahead: micro-batches in the longest window, a multiple of ``accumulation_steps``.
       num_parallel_reads: threads that read examples; it may differ between workers, as the time limits may.
       warn_after_s, timeout_s: time limits.
+
+    Raises: ValueError, TypeError: the first argument that is wrong.
     """
 
     batch_size: int | None
     padding: Mapping[Name, Pad]
-    tokens: Mapping[Any, Name]
-    weights: Mapping[Any, Name]
+    tokens: Any
+    weights: Any
     buckets: Mapping[Name, Buckets] | str | None
     lookahead: int
     accumulation_steps: int
@@ -42,6 +44,22 @@ class Config:
     replicated: bool
     warn_after_s: float
     timeout_s: float
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulation_steps", "lookahead", "num_parallel_reads"):
+            given = getattr(self, name)
+            if name != "batch_size" or given is not None:
+                setattr(self, name, errors.integer(_NAME, name, given, least=1))
+        for name in ("warn_after_s", "timeout_s"):
+            seconds = errors.number(_NAME, name, getattr(self, name))
+            errors.require(_NAME, seconds > 0, name, seconds, "above 0 seconds")
+            setattr(self, name, seconds)
+        self.drop_remainder, self.replicated = bool(self.drop_remainder), bool(self.replicated)
+        self.lookahead = -(-self.lookahead // self.accumulation_steps) * self.accumulation_steps
+        self.padding = _checked_padding(self.padding)
+        self.tokens = _checked_tokens(self.tokens, self.padding)
+        self.weights = _checked_weights(self.weights, self.tokens, self.padding)
+        self.buckets = _checked_buckets(self.buckets, self.padding)
 
     @functools.cached_property
     def axes(self) -> list[tuple[Name, int]]:
@@ -112,115 +130,58 @@ class Config:
 
     def as_json(self) -> dict[str, Any]:
         """The configuration that is compared between workers."""
-        return {
-            "batch_size": self.batch_size,
-            "padding": {
-                str(name): {"axis": list(pad.axes), "value": str(pad.value), "side": pad.side}
-                | {"max_length": str(pad.max_length), "truncating": pad.truncating}
-                for name, pad in self.padding.items()
-            },
-            "tokens": {str(loss): str(name) for loss, name in self.tokens.items()},
-            "weights": {str(loss): str(name) for loss, name in self.weights.items()},
-            "buckets": {str(name): repr(buckets) for name, buckets in self.buckets.items()}
-            if isinstance(self.buckets, Mapping)
-            else self.buckets,
-            "lookahead": self.lookahead,
-            "accumulation_steps": self.accumulation_steps,
-            "drop_remainder": self.drop_remainder,
-            "replicated": self.replicated,
-        }
-
-
-def checked(
-    *,
-    batch_size: Any,
-    padding: Any,
-    tokens: Any,
-    weights: Any,
-    buckets: Any,
-    lookahead: Any,
-    accumulation_steps: Any,
-    num_parallel_reads: Any,
-    drop_remainder: Any,
-    replicated: Any,
-    warn_after_s: float,
-    timeout_s: float,
-) -> Config:
-    """Check the arguments of PaddedBatches. Raises ValueError or TypeError for the first argument that is wrong."""
-    if batch_size is not None:
-        batch_size = errors.integer(_NAME, "batch_size", batch_size, least=1)
-    accumulation_steps = errors.integer(_NAME, "accumulation_steps", accumulation_steps, least=1)
-    lookahead = errors.integer(_NAME, "lookahead", lookahead, least=1)
-    for name, seconds in (("warn_after_s", warn_after_s), ("timeout_s", timeout_s)):
-        if not errors.number(_NAME, name, seconds) > 0:
-            raise ValueError(errors.sentence(_NAME, name, seconds, "above 0 seconds"))
-    padding = _checked_padding(padding)
-    tokens = _checked_tokens(tokens, padding)
-    return Config(
-        batch_size=batch_size,
-        padding=padding,
-        tokens=tokens,
-        weights=_checked_weights(weights, tokens, padding),
-        buckets=_checked_buckets(buckets, padding),
-        lookahead=-(-lookahead // accumulation_steps) * accumulation_steps,
-        accumulation_steps=accumulation_steps,
-        num_parallel_reads=errors.integer(_NAME, "num_parallel_reads", num_parallel_reads, least=1),
-        drop_remainder=bool(drop_remainder),
-        replicated=bool(replicated),
-        warn_after_s=float(warn_after_s),
-        timeout_s=float(timeout_s),
-    )
+        mappings = ("padding", "tokens", "weights", "buckets")
+        options = ("batch_size", "lookahead", "accumulation_steps", "drop_remainder", "replicated")
+        compared: dict[str, Any] = {name: getattr(self, name) for name in (*mappings, *options)}
+        for name in mappings:
+            if isinstance(compared[name], Mapping):
+                compared[name] = {str(key): str(item) for key, item in compared[name].items()}
+        return compared
 
 
 def _checked_padding(padding: Any) -> dict[Name, Pad]:
-    if not isinstance(padding, Mapping) or not padding:
-        raise TypeError(errors.sentence(_NAME, "padding", repr(padding), "a mapping from features to distpad.Pad"))
+    is_mapping = isinstance(padding, Mapping) and padding
+    rule = "a mapping from features to distpad.Pad"
+    errors.require(_NAME, is_mapping, "padding", repr(padding), rule, error=TypeError)
     for name, pad in padding.items():
-        if not isinstance(pad, Pad):
-            raise TypeError(errors.sentence(_NAME, f"padding[{name!r}]", repr(pad), "a distpad.Pad"))
+        errors.require(_NAME, isinstance(pad, Pad), f"padding[{name!r}]", repr(pad), "a distpad.Pad", error=TypeError)
     return {name: padding[name] for name in sorted(padding, key=str)}
 
 
 def _checked_tokens(tokens: Any, padding: Mapping[Name, Pad]) -> dict[Any, Name]:
     losses = dict(tokens) if isinstance(tokens, Mapping) else {None: tokens}
-    if not losses:
-        raise ValueError(errors.sentence(_NAME, "tokens", "empty", "at least one loss"))
-    if isinstance(tokens, Mapping) and None in losses:
-        raise ValueError(errors.sentence(_NAME, "tokens", repr(tokens), "names of losses; for a single one, a feature"))
+    errors.require(_NAME, losses, "tokens", "empty", "at least one loss")
+    are_named = not isinstance(tokens, Mapping) or None not in losses
+    errors.require(_NAME, are_named, "tokens", repr(tokens), "names of losses; for a single one, a feature")
     for name in losses.values():
         _check_name("tokens", name)
-        if name not in padding:
-            raise ValueError(errors.sentence(_NAME, "tokens", repr(name), f"a padded feature: {list(padding)}"))
+        errors.require(_NAME, name in padding, "tokens", repr(name), f"a padded feature: {list(padding)}")
         axes = sorted(padding[name].axes)
-        if len(axes) > 1 and axes != [*range(len(axes))]:
-            found = f"{name!r}, with ragged axes {axes}"
-            raise ValueError(errors.sentence(_NAME, "tokens", found, "a feature whose leading axes are ragged"))
+        found = f"{name!r}, with ragged axes {axes}"
+        are_leading = len(axes) == 1 or axes == [*range(len(axes))]
+        errors.require(_NAME, are_leading, "tokens", found, "a feature whose leading axes are ragged")
     return losses
 
 
 def _checked_weights(weights: Any, tokens: Mapping[Any, Name], padding: Mapping[Name, Pad]) -> dict[Any, Name]:
-    if weights is None:
-        return {}
-    weights = dict(weights) if isinstance(weights, Mapping) else dict.fromkeys(tokens, weights)
+    weights = {} if weights is None else weights if isinstance(weights, Mapping) else dict.fromkeys(tokens, weights)
     unknown = [loss for loss in weights if loss not in tokens]
-    if unknown:
-        raise ValueError(errors.sentence(_NAME, "weights", f"for {unknown}", f"losses of tokens: {list(tokens)}"))
+    errors.require(_NAME, not unknown, "weights", f"for {unknown}", f"losses of tokens: {list(tokens)}")
     for loss, name in weights.items():
         _check_name("weights", name)
         counted = padding[tokens[loss]]
         same = ("side", "max_length", "truncating") + ("axes",) * (counted.side == "pre")
         for option in same if name in padding else ():
             given, wanted = getattr(padding[name], option), getattr(counted, option)
-            if given != wanted:
-                where, rule = f"{option} of weights {name!r}", f"{wanted!r}, as of {tokens[loss]!r}"
-                raise ValueError(errors.sentence(_NAME, where, repr(given), rule))
-    return weights
+            rule = f"{wanted!r}, as of {tokens[loss]!r}"
+            errors.require(_NAME, given == wanted, f"{option} of weights {name!r}", repr(given), rule)
+    return dict(weights)
 
 
 def _check_name(argument: str, name: Any) -> None:
-    if isinstance(name, bool) or not isinstance(name, (str, int)):
-        rule = "a feature's name, or a mapping from losses to features"
-        raise TypeError(errors.sentence(_NAME, argument, repr(name), rule))
+    is_name = isinstance(name, (str, int)) and not isinstance(name, bool)
+    rule = "a feature's name, or a mapping from losses to features"
+    errors.require(_NAME, is_name, argument, repr(name), rule, error=TypeError)
 
 
 def _checked_buckets(buckets: Any, padding: Mapping[Name, Pad]) -> dict[Name, Buckets] | str | None:
@@ -230,19 +191,13 @@ def _checked_buckets(buckets: Any, padding: Mapping[Name, Pad]) -> dict[Name, Bu
         errors.choice(_NAME, "buckets", buckets, ("auto",))
         return buckets
     buckets = dict(buckets) if isinstance(buckets, Mapping) else dict.fromkeys(padding, buckets)
+    kinds = "a distpad.Buckets, a mapping to them, 'auto' or None"
     for name, given in buckets.items():
-        if not isinstance(given, Buckets):
-            kinds = "a distpad.Buckets, a mapping to them, 'auto' or None"
-            raise TypeError(errors.sentence(_NAME, "buckets", repr(given), kinds))
-        if name not in padding:
-            raise ValueError(errors.sentence(_NAME, "buckets", f"for {name!r}", f"padded features: {list(padding)}"))
+        errors.require(_NAME, isinstance(given, Buckets), "buckets", repr(given), kinds, error=TypeError)
+        errors.require(_NAME, name in padding, "buckets", f"for {name!r}", f"padded features: {list(padding)}")
     missing = [name for name in padding if name not in buckets]
-    if missing:
-        raise ValueError(errors.sentence(_NAME, "buckets", f"without {missing}", "one for each padded feature"))
+    errors.require(_NAME, not missing, "buckets", f"without {missing}", "one for each padded feature")
     boundaries = {name: len(given.boundaries) for name, given in buckets.items()}
-    if len(set(boundaries.values())) > 1:
-        remedy = "A step uses the same boundary of each."
-        raise ValueError(
-            errors.sentence(_NAME, "buckets", f"with boundaries {boundaries}", "equally many for each", remedy)
-        )
+    found, remedy = f"with boundaries {boundaries}", "A step uses the same boundary of each."
+    errors.require(_NAME, len({*boundaries.values()}) == 1, "buckets", found, "equally many for each", remedy)
     return buckets

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from distpad import errors
-from distpad.data import readers, sources, structure
-from distpad.data import steps as planned
+from distpad.data import readers, structure
 from distpad.data.chunks import Chunk
-from distpad.data.steps import Step
+from distpad.data.readers import Step
+from distpad.data.schema import Features, Pad
 from distpad.data.structure import Name
 from distpad.padding.columns import Column
 
@@ -38,41 +38,54 @@ def batched(dataset: tf.data.Dataset, size: int) -> tf.data.Dataset | None:
     return dataset.ragged_batch(size).with_options(options)
 
 
-def read_dataset(
+def features_of(dataset: tf.data.Dataset, padding: Mapping[Name, Pad]) -> Features | None:
+    """The features of the elements; None if a rank is unknown. A fixed size that tf.data does not know is None."""
+    skeleton = structure.skeleton_of(dataset.element_spec)
+    specs = structure.leaves_of(dataset.element_spec, skeleton)
+    if any(spec.shape.rank is None for spec in specs):
+        return None
+    arrays = [(np.dtype(spec.dtype.as_numpy_dtype), tuple(spec.shape)) for spec in specs]
+    return Features.of_shapes(skeleton, arrays, padding)
+
+
+def read(
     dataset: tf.data.Dataset,
-    size: int,
     batches: tf.data.Dataset | None,
     steps: Iterator[Step],
+    size: int,
     tokens: Sequence[Name],
 ) -> Iterator[Step]:
     """Yield steps with the next elements of one iteration, batched by tf.data.
 
     Args:
-      size: the examples of a step.
       batches: the result of ``batched``, which is made once for all epochs.
+      size: the examples of a step.
       tokens: the counted features.
 
     Raises: ValueError: elements that look like batches.
     """
     if batches is None:
-        yield from readers.read_iterable(_AsNumPy(dataset), steps, 1)
+        yield from readers.read_iterable(dataset.as_numpy_iterator(), steps, size, 1)
         return
     chunks: Iterator[Chunk] = map(_chunk, batches)
     shapes = [spec.shape for spec in tf.nest.flatten(dataset.element_spec)]
     # Batches have an unknown batch size or an unknown padded length; examples of one size have neither.
     if all(shape.rank and shape[0] is None for shape in shapes) or any(None in shape[1:] for shape in shapes):
         chunks = _single(chunks, -(-_HEAD // size), tokens)
-    yield from _paired(chunks, steps, size, sources.count_of(dataset) is not None)
+    yield from readers.paired(_groups(chunks, size, int(dataset.cardinality())), steps, size)
 
 
-class _AsNumPy:
-    """Elements of other kinds, or of unknown rank, one by one."""
-
-    def __init__(self, dataset: tf.data.Dataset) -> None:
-        self._dataset = dataset
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._dataset.as_numpy_iterator())
+def _groups(chunks: Iterator[Chunk], size: int, count: int) -> Iterator[tuple[Chunk, int, bool]]:
+    """Yield each chunk, its examples, and whether it is the last. Without a count, below 0, a chunk is read ahead."""
+    if count < 0:
+        yield from ((chunk, chunk.num_examples, is_last) for (chunk,), is_last in readers.grouped(chunks, 1))
+        return
+    for at, chunk in enumerate(chunks, 1):
+        is_last = at * size >= count
+        if is_last and next(chunks, None) is not None:  # assert_cardinality raises here
+            rule = f"{count}, its cardinality"
+            raise ValueError(errors.sentence(_NAME, "the number of elements of source", "higher", rule))
+        yield chunk, chunk.num_examples, is_last
 
 
 def _dense(leaf: Any) -> Any:
@@ -83,32 +96,6 @@ def _flat(element: Any) -> list[Any]:
     """The tensors of an element, composite ones whole."""
     flat: list[Any] = tf.nest.flatten(element)
     return flat
-
-
-def _paired(chunks: Iterator[Chunk], steps: Iterator[Step], size: int, is_counted: bool) -> Iterator[Step]:
-    """Yield each step with its chunk. Without a count, a chunk is read ahead, to know the last step as such."""
-    at = 0
-    following: Chunk | None = None
-    for step in steps:
-        number, failed = int(step.indices[0][0]) // size, None
-        while at <= number:
-            chunk, following, at = following or next(chunks, None), None, at + 1
-        if chunk is None:
-            return
-        if not (is_counted or step.is_check):
-            try:
-                following = next(chunks, None)
-            except BaseException as error:  # of the next step
-                failed = error
-            step = step._replace(is_last=following is None and failed is None)
-        elif step.is_last and next(chunks, None) is not None:  # assert_cardinality raises here
-            rule = f"{int(step.indices[-1][-1]) + 1}, its cardinality"
-            raise ValueError(errors.sentence(_NAME, "the number of elements of source", "higher", rule))
-        yield planned.cut(step, chunk.columns[0].num_examples)._replace(rows=chunk)
-        if failed is not None:
-            raise failed
-        if step.is_last:
-            return
 
 
 def _chunk(batch: Any) -> Chunk:

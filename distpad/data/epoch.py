@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from distpad import backends, errors
-from distpad.data import collate, plan, reader, sync
+from distpad.data import collate, keras, plan, reader, sync
 from distpad.data.config import Config
 from distpad.data.schema import Features
 from distpad.data.stats import PaddingStats
@@ -43,9 +43,8 @@ class Epoch:
       features: the features of an example, if an earlier epoch learned them.
       compared: further configuration that must be the same on all workers.
       sizes_of: computes the padded sizes of a step's ragged axes from the step's index and their longest sizes.
-      to_device: makes an element from the replicas' batches in NumPy; default: the backend's ``to_device``.
-      channel: the channel of the exchanges.
-      repeats: whether the next epoch begins immediately, on one worker perhaps earlier than on another.
+      read_ahead: begins to read the epoch at a cursor.
+      elements: makes the elements of a dataset for fit; None: the batches of a loop.
 
     Attributes:
       features: the features of an example; None until they are known.
@@ -66,31 +65,29 @@ class Epoch:
         stats: PaddingStats,
         compared: dict[str, Any],
         sizes_of: Callable[[int, tuple[int, ...]], tuple[int, ...]],
-        to_device: Callable[[Features, Sequence[collate.Batch]], Any] | None = None,
-        channel: sync.Channel,
-        repeats: bool = False,
+        read_ahead: Callable[[Cursor], None],
+        elements: keras.Elements | None,
     ) -> None:
         self.features = features
         self.was_left = self.is_at_end = self.has_begun = False
         self.cursor = cursor
         self.begins = [*cursor.begins]
-        self._sizes_of = sizes_of
+        self._sizes_of, self._read_ahead = sizes_of, read_ahead
         self._backend, self._config, self._stats, self._first = backend, config, stats, cursor.step
         versions = {"tensorflow": tf.__version__, "numpy": np.__version__}
         described = {**config.as_json(), **compared, **cursor._asdict(), "versions": versions}
         self._configuration = json.dumps(described, sort_keys=True)
-        self._repeats = repeats
+        self._elements = elements
+        channel = elements.channel if elements else sync.Channel()
         self._sync = sync.WindowSync(backend, config.warn_after_s, config.timeout_s, channel)
         self._reader = epoch_reader
         self._reader.begin()
-        self._padder = collate.Padder(backend, config, stats, to_device or _to_device(backend, config))
+        self._padder = collate.Padder(backend, config, stats, elements.of if elements else None)
         self._read: reader.Window | None = None  # the window that was read last, until it is planned
         self._windows = itertools.count()
         self._planned = self._seen = 0  # steps that were planned, and their examples over all workers
         self._rows = config.batch_size or 1  # of a replica, in the last batch that was read
-        self._error: BaseException | None = None  # in the window that was planned last
-        self._first_planned = 0  # its first step
-        self._failed_at: int | None = None
+        self._latest: tuple[int, reader.Window] | None = None  # the window that was planned last, and its first step
         self._first_window: plan.Merged | None = None
 
     def close(self) -> None:
@@ -111,36 +108,35 @@ class Epoch:
         Collective among workers.
         """
         try:
-            return self._begin()
+            self._begin()
         except sync.Left as left:
             raise errors.PeerError(f"{_NAME}: another worker left before the first step.") from left
+        return self.features
 
-    def _begin(self) -> Features | None:
+    def _begin(self) -> plan.Merged:
         self._compare()
+        if self._elements and self.features:
+            self._elements.bind(self.features)
         self._first_window = self._plan()
         if self.features is None and self._first_window.failure:
             self._fail(self._first_window.failure)
-        return self.features
+        return self._first_window
 
     def batches(self) -> Iterator[Any]:
         """Yield the batches. Ends early if another worker leaves. Collective among workers."""
         try:
-            yield from self._planned_batches()
+            yield from self._batches()
         except sync.Left:
             self.was_left = True
 
-    def _planned_batches(self) -> Iterator[Any]:
-        if self._first_window is None:
-            self._begin()
-        window = self._first_window
-        assert window is not None, "_begin sets it"
-        # The second window is planned before the first step only if the first step may be the last in the epoch.
-        early = self._config.drop_remainder
-        while True:
-            following: plan.Merged | None = None
+    def _batches(self) -> Iterator[Any]:
+        following: plan.Merged | None = self._first_window or self._begin()
+        while following:
+            window, following = following, None
             goes_on, last = not (window.is_last or window.failure), len(window.steps) - 1
             for i, step in enumerate(window.steps):
-                if i == len(window.steps) // 2 and goes_on and (early or last):
+                # in the middle, but before the only step just if it may be the last of the epoch
+                if i == len(window.steps) // 2 and goes_on and (last or self._config.drop_remainder):
                     following = self._plan()
                 began = time.perf_counter()
                 batch = self._padder.take()
@@ -148,18 +144,18 @@ class Epoch:
                 self._stats.steps += 1
                 if i % self._config.accumulation_steps == 0:
                     self._stats.add_group(float(step.tokens.sum()))
-                self.is_at_end = i == last and _is_end(following or window._replace(steps=[]))
+                rest = following or window._replace(steps=[])
+                self.is_at_end = i == last and rest.is_last and not rest.steps
                 yield batch
             if window.failure:
                 self._fail(window.failure)
-            if not goes_on:
-                return
-            window = following or self._plan()
+            if goes_on and following is None:
+                following = self._plan()
 
     def _compare(self) -> None:
         """Check that all workers have the same configuration and features, and different examples. One exchange."""
         workers, worker = self._backend.num_workers, self._backend.worker_index
-        maxima, sums = self._sync.merge((6, 3), self._header, "the first window")
+        maxima, sums = self._sync.merge((np.zeros(6), np.zeros(3)), self._header, "the first window")
         known = self.features
         if maxima[0] != -maxima[1]:
             sync.raise_differences(self._sync, self._configuration, "configurations")
@@ -210,46 +206,44 @@ class Epoch:
 
     def _plan(self) -> plan.Merged:
         """Synchronise the next window, and order its batches from the padder."""
-        config, workers = self._config, self._backend.num_workers
-        axes, losses = len(config.axes), len(config.tokens)
+        config, backend = self._config, self._backend
 
         def report(limit_s: float) -> sync.Vectors | None:
             read = self._window(limit_s)
-            return None if read is None else plan.pack(read.report, self._backend.worker_index, workers)
+            return None if read is None else plan.pack(read.report, backend.worker_index, backend.num_workers)
 
         planned, size = config.window(next(self._windows))
         begin = self._first + planned
-        steps = f"steps {begin} to {begin + size - 1}"
-        full = (config.batch_size or 0) * self._backend.num_replicas if config.drop_remainder else None
-
         merged: plan.Merged | None = None
 
         def is_last(vectors: sync.Vectors) -> bool:
             nonlocal merged
             merged = plan.merge(
                 *vectors,
+                config=config,
                 window=size,
-                axes=axes,
-                losses=losses,
-                workers=workers,
+                workers=backend.num_workers,
+                full_rows=(config.batch_size or 0) * backend.num_replicas if config.drop_remainder else None,
                 sizes_of=lambda i, agreed: self._sizes_of(begin + i, agreed),
-                accumulation_steps=config.accumulation_steps,
-                full_rows=full,
             )
             self.has_begun = True
-            return merged.is_last and not merged.failure and not self._repeats
+            # the next epoch of a dataset that repeats may begin earlier on this worker
+            repeats = self._elements is not None and self._elements.repeats
+            return merged.is_last and not repeats
 
-        self._sync.merge(plan.lengths(size, axes, losses), report, steps, is_last)
+        blank = plan.pack(plan.Report.blank(config, size), 0, 1)
+        self._sync.merge(blank, report, f"steps {begin} to {begin + size - 1}", is_last)
         assert merged is not None, "is_last sets it"
         self._stats.plan_seconds, self._sync.seconds = self._stats.plan_seconds + self._sync.seconds, 0.0
         read, self._read = self._read, None
         assert read is not None, "the report comes from it"
         self._planned = planned + size
-        self._error, self._failed_at, self._first_planned = read.error, read.report.failed_at, begin
+        self._latest = begin, read._replace(batches=[])
         if not self._first:
             self.begins += merged.begins[: self._reader.beginning.steps - len(self.begins)]
-        if merged.alike:
-            self._check_different(merged)
+        self._check_different(merged)
+        if merged.is_last:
+            self._read_ahead(Cursor(self.cursor.epoch + 1))
         for i, step in enumerate(merged.steps):
             micro = read.batches[i] if i < len(read.batches) else None
             self._rows = micro.batch_size if micro else self._rows
@@ -274,23 +268,12 @@ class Epoch:
 
     def _fail(self, failure: plan.Failure) -> None:
         """Raise on all workers: a worker that failed at this step raises its own error, others the first worker's."""
-        error = self._error
+        assert self._latest is not None, "it has the failure"
+        begin, read = self._latest
+        error = read.error
         is_first = failure.worker == self._backend.worker_index
         message = self._sync.broadcast_text(f"{type(error).__name__}: {error}" if is_first else None, is_last=True)
-        if error is not None and self._failed_at == failure.step:
+        if error is not None and read.report.failed_at == failure.step:
             raise error
-        step = self._first_planned + failure.step
+        step = begin + failure.step
         raise errors.PeerError(f"{_NAME}: worker {failure.worker} failed at step {step} of the epoch: {message}")
-
-
-def _is_end(window: plan.Merged) -> bool:
-    return not window.steps and window.is_last and not window.failure
-
-
-def _to_device(backend: backends.Backend, config: Config) -> Callable[[Features, Sequence[collate.Batch]], Any]:
-    def moved(features: Features, batches: Sequence[collate.Batch]) -> Any:
-        for batch in batches:
-            collate.blank_filler(features, batch, {*config.tokens.values()})
-        return backend.to_device(batches)
-
-    return moved

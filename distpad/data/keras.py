@@ -14,12 +14,11 @@ import numpy as np
 import tensorflow as tf
 
 from distpad import backends, errors, versions
-from distpad.collectives.shapes import PreLengths
 from distpad.data import shutdown
-from distpad.data.collate import Batch, blank_filler
+from distpad.data.collate import Batch, blank_filler, masked
 from distpad.data.config import Config
 from distpad.data.derived import Indices, Lengths, Mask
-from distpad.data.schema import Feature, Features
+from distpad.data.schema import Features
 from distpad.data.structure import Name, as_key
 from distpad.data.sync import Channel
 from distpad.losses.counted import CountedWeights, Facts
@@ -49,6 +48,8 @@ class Elements:
       repeats: whether an iteration continues with the next epoch.
       leaves_apart: see ``FitBehaviour``.
 
+    ``bind`` it to the features of the examples first.
+
     Attributes:
       channel: the channel of the dataset's exchanges.
       predicts: whether ``y`` is None.
@@ -68,45 +69,131 @@ class Elements:
 
     def _labels_of(self, y_true: Any) -> dict[Any, Any]:
         """``y_true`` by loss: a name, a tuple or a dict of names, or None."""
+        losses = [*self._config.tokens]
         if y_true is None:
-            return dict.fromkeys(self._config.tokens)
-        if self.predicts:
-            raise ValueError(errors.sentence(_NAME, "y_true", repr(y_true), "None where y is None, for predict"))
-        of_losses = {None: y_true} if None in self._config.tokens else y_true
-        if not isinstance(of_losses, Mapping) or {*of_losses} - {*self._config.tokens}:
-            rule = f"a mapping from losses: {[*self._config.tokens]}"
-            raise ValueError(errors.sentence(_NAME, "y_true", repr(y_true), rule))
-        found = {
-            loss: _as_nest("y_true", of_losses[loss]) if loss in of_losses else None for loss in self._config.tokens
-        }
+            return dict.fromkeys(losses)
+        errors.require(_NAME, not self.predicts, "y_true", repr(y_true), "None where y is None, for predict")
+        of_losses = {None: y_true} if None in losses else y_true
+        is_by_loss = isinstance(of_losses, Mapping) and not {*of_losses} - {*losses}
+        errors.require(_NAME, is_by_loss, "y_true", repr(y_true), f"a mapping from losses: {losses}")
+        found = {loss: _as_nest("y_true", of_losses[loss]) if loss in of_losses else None for loss in losses}
         for nest in found.values():
-            parts = nest.values() if isinstance(nest, Mapping) else nest if isinstance(nest, tuple) else ()
-            if any(tf.nest.is_nested(part) for part in parts):
-                raise ValueError(errors.sentence(_NAME, "y_true", repr(nest), "a name, or one tuple or dict of names"))
+            is_flat = not any(map(tf.nest.is_nested, _parts(nest).values()))
+            errors.require(_NAME, is_flat, "y_true", repr(nest), "a name, or one tuple or dict of names")
         return found
 
     def __str__(self) -> str:
         return ", ".join(f"{argument}={names!r}" for argument, names in self._given.items())
 
-    def of(self, features: Features, batches: Sequence[Batch]) -> Any:
+    def bind(self, features: Features) -> None:
+        """Resolve the names in the features of an example. Raises: ValueError: names of no feature."""
+        self._features = features
+        self._names = tuple(
+            tf.nest.map_structure(functools.partial(self._feature, argument), names)
+            for argument, names in self._given.items()
+        )
+        self._labels = {
+            loss: {str(key): self._feature("y_true", name) for key, name in _parts(nest).items()}
+            for loss, nest in self._y_true.items()
+        }
+        for loss, named in self._labels.items():
+            are_single, rule = not any(map(tf.nest.is_nested, named.values())), "names of single features"
+            errors.require(_NAME, are_single, "y_true", repr(self._y_true[loss]), rule)
+        self._ranks = {loss: self._rank_of_weights(loss) for loss in self._config.tokens if not self.predicts}
+
+    def _feature(self, argument: str, name: Any) -> Any:
+        """A name; that of a part of an example as the nest of the part's features."""
+        if isinstance(name, Indices):
+            return name
+        if isinstance(name, (Lengths, Mask)):
+            padding = self._config.padding
+            rule = f"a feature of padding: {[*padding]}"
+            errors.require(_NAME, name.feature in padding, argument, repr(name), rule)
+            is_right = isinstance(name, Mask) or padding[name.feature].side == "post"
+            remedy = f"Write distpad.Mask({name.feature!r})."
+            errors.require(_NAME, is_right, argument, repr(name), "a post-padded feature", remedy)
+            return name
+        try:
+            return self._features.named(name)
+        except KeyError:
+            rule = f"a feature of an example: {self._features.names}, distpad.Lengths(...), Mask(...) or Indices()"
+            raise ValueError(errors.sentence(_NAME, argument, repr(name), rule)) from None
+
+    def _rank_of_weights(self, loss: Any) -> int:
+        """The number of axes of a loss's weights after the axis of rows: 0 with one label per row."""
+        y = self._names[1]
+        labels = tf.nest.flatten(y[loss] if loss is not None and isinstance(y, Mapping) and loss in y else y)
+        is_padded = any(name in self._config.padding for name in labels)
+        return len(self._config.counted_axes[self._config.tokens[loss]]) if is_padded else 0
+
+    def of(self, batches: Sequence[Batch]) -> Any:
         """Return one element in NumPy: the rows of this worker's replicas, one after the other."""
-        parts, (x, *labels) = [], self._named(features)
-        counted = {*self._config.tokens.values()}
-        for batch in batches:
-            value = functools.partial(_value, arrays=features.by_name(batch.data), batch=batch, config=self._config)
-            inputs = _mapped(value, x)
-            if batch.rows < len(batch.indices):
-                # inputs keep a real row in filler rows: a mean over the positions of an empty row would be 0 / 0
-                inputs = tf.nest.map_structure(np.copy, inputs)
-                blank_filler(features, batch, counted)
-            weights = {} if self.predicts else {n: self._counted(n, features, batch) for n in self._config.tokens}
-            parts.append((inputs, *_mapped(value, labels), weights.get(None, weights)))
-        joined = tf.nest.map_structure(lambda *rows: np.concatenate(rows), *parts)
+        joined = self.of_all_rows(batches)
         if not self.predicts:
             return joined
         indices = np.concatenate([batch.indices for batch in batches])
         real = np.argsort(indices, kind="stable")[np.count_nonzero(indices < 0) :]  # a sampler mixes their order
-        return (tf.nest.map_structure(lambda rows: rows[real], joined[0]),)
+        return tf.nest.map_structure(lambda rows: rows[real], joined)
+
+    def of_all_rows(self, batches: Sequence[Batch]) -> Any:
+        """As ``of``, with filler rows also for ``predict``."""
+        parts, (x, *labels) = [], self._names
+        for batch in batches:
+            value = functools.partial(self._value, arrays=self._features.by_name(batch.data), batch=batch)
+            inputs = tf.nest.map_structure(value, x)
+            if batch.rows < len(batch.indices):
+                # inputs keep a real row in filler rows: a mean over the positions of an empty row would be 0 / 0
+                inputs = tf.nest.map_structure(np.copy, inputs)
+                blank_filler(self._config, self._features, batch)
+            weights = {loss: self._counted(loss, rank, batch, value) for loss, rank in self._ranks.items()}
+            last = () if self.predicts else (weights.get(None, weights),)
+            parts.append((inputs, *tf.nest.map_structure(value, labels), *last))
+        return tf.nest.map_structure(lambda *rows: np.concatenate(rows), *parts)
+
+    def _value(self, name: Any, arrays: Mapping[Name, np.ndarray], batch: Batch) -> np.ndarray:
+        """The rows of a feature, of lengths or a mask, which are 0 in filler rows, or of indices."""
+        if isinstance(name, (Lengths, Mask)):
+            real, lengths = np.arange(len(batch.indices)) < batch.rows, batch.lengths[as_key(name.feature)]
+            lengths = np.where(real, getattr(lengths, "values", lengths), 0).astype(np.int32)
+            if isinstance(name, Lengths):
+                return lengths
+            pad = self._config.padding[name.feature]
+            return columns.real(lengths, arrays[name.feature].shape[1 + pad.axes[0]], at_end=pad.side == "pre")
+        return batch.indices if isinstance(name, Indices) else arrays[name]
+
+    def _counted(self, loss: Any, rank: int, batch: Batch, value: Callable[[Any], np.ndarray]) -> Any:
+        """The weights ``[batch, *positions]``, 0 on padding and filler rows, with the counts of the step in each row.
+
+        With one label per row, weights ``[batch]`` alone.
+        """
+        inputs = batch.loss_inputs if loss is None else batch.loss_inputs[loss]
+        weights = inputs.sample_weight if loss in self._config.weights else np.float32(1)
+        if not rank:
+            found, rule = f"weights {self._config.weights.get(loss)!r}", "one per example, as y has one label per row"
+            errors.require(_NAME, np.ndim(weights) < 2, found, "one per position", rule)
+            return masked(np.arange(len(batch.indices)) < batch.rows, weights)
+        weights = masked(value(Mask(self._config.tokens[loss])), weights) if rank == 1 else inputs.sample_weight
+        counts = inputs.counts
+        numbers = np.array([counts.tokens, counts.sequences, *counts.local, len(weights)], np.float64)
+        lengths = {str(name): value(Lengths(name)) for name in self._config.padding}
+        labels = {key: value(name) for key, name in self._labels[loss].items()}
+        return _Counted(weights, np.tile(numbers, [len(weights), 1]), lengths, labels)
+
+    def facts(self, replicas: int) -> dict[Any, tuple[Any, ...]]:
+        """What the CountedWeights of each loss hold for all batches: their replicas, dtype and facts."""
+        # counts of micro-batches are those of a whole group, while fit averages over each micro-batch
+        counted = replicas if self._config.accumulation_steps == 1 else 0
+        padded = [name for name in tf.nest.flatten(self._names[0]) if name in self._config.padding]
+        inputs = str(padded[0]) if len(padded) == 1 else ""
+        pre = tuple(str(name) for name, pad in self._config.padding.items() if pad.side == "pre")
+        ranks = {feature.name: len(feature.shape) for feature in self._features.features}
+        found = {}
+        for loss in self._ranks:
+            weights, nest = self._config.weights.get(loss), self._y_true[loss]
+            weighs = "" if weights is None else "positions" if ranks[weights] else "rows"
+            kind = "dict" if isinstance(nest, Mapping) else "tuple" if isinstance(nest, tuple) else ""
+            found[loss] = (counted, tf.float32, *Facts(str(self._config.tokens[loss]), inputs, weighs, kind, pre))
+        return found
 
     def refuse_predict(self) -> None:
         """Raise ValueError if Keras's predict iterates a dataset with filler rows, or a dataset made from it.
@@ -125,132 +212,6 @@ class Elements:
         if any(x is dataset or (isinstance(x, tf.data.Dataset) and not trains) for x in given if x is not None):
             remedy = "Write for_keras(x=..., y=None): then predict gets only real rows."
             raise ValueError(errors.sentence(_NAME, "y", "given for predict", "None", remedy))
-
-    def signature(self, features: Features, rows: int | None) -> Any:
-        """Return the specs of an element, None on ragged axes, so that all lengths share one trace.
-
-        Raises ValueError for names that are not in ``features``.
-        """
-        known = {feature.name: feature for feature in features.features}
-
-        def spec(name: Any) -> tf.TensorSpec:
-            if isinstance(name, Mask):
-                return tf.TensorSpec([rows, None], tf.bool)
-            if isinstance(name, (Lengths, Indices)):
-                return tf.TensorSpec([rows], tf.int32 if isinstance(name, Lengths) else tf.int64)
-            feature: Feature = known[name]
-            return tf.TensorSpec([rows, *feature.shape], tf.as_dtype(feature.dtype))
-
-        if self.predicts:
-            rows = None
-            return tuple(_mapped(spec, self._named(features)))
-        weights = {}
-        for loss in self._config.tokens:
-            values = tf.TensorSpec([rows, *[None] * self._rank_of_weights(loss, features)], tf.float32)
-            weights[loss] = values
-            if self._rank_of_weights(loss, features):
-                lengths = {str(name): tf.TensorSpec([rows], tf.int32) for name in self._config.padding}
-                labels = {key: spec(name) for key, name in self._labels(loss, features).items()}
-                weights[loss] = _Counted(values, tf.TensorSpec([rows, 5], tf.float64), lengths, labels)
-        return (*_mapped(spec, self._named(features)), weights.get(None, weights))
-
-    def _named(self, features: Features) -> tuple[Any, ...]:
-        """``x`` and ``y`` as nests of feature names; the name of a part of an example becomes a nest."""
-
-        return tuple(
-            _mapped(functools.partial(self._feature, features, argument), names)
-            for argument, names in self._given.items()
-        )
-
-    def _feature(self, features: Features, argument: str, name: Any) -> Any:
-        """A name as the nest of the features in this part of an example."""
-        if isinstance(name, Indices):
-            return name
-        if isinstance(name, (Lengths, Mask)):
-            if name.feature not in self._config.padding:
-                rule = f"a feature of padding: {[*self._config.padding]}"
-                raise ValueError(errors.sentence(_NAME, argument, repr(name), rule))
-            if isinstance(name, Lengths) and self._config.padding[name.feature].side == "pre":
-                remedy = f"Write distpad.Mask({name.feature!r})."
-                raise ValueError(errors.sentence(_NAME, argument, repr(name), "a post-padded feature", remedy))
-            return name
-        try:
-            return features.named(name)
-        except KeyError:
-            rule = f"a feature of an example: {features.names}, distpad.Lengths(...), Mask(...) or Indices()"
-            raise ValueError(errors.sentence(_NAME, argument, repr(name), rule)) from None
-
-    def _labels(self, loss: Any, features: Features) -> dict[str, Any]:
-        """The names of ``y_true`` of a loss, by their keys or places."""
-        nest = self._y_true[loss]
-        if nest is None:
-            return {}
-        parts = nest if isinstance(nest, Mapping) else dict(enumerate(nest if isinstance(nest, tuple) else [nest]))
-        named = {str(key): self._feature(features, "y_true", name) for key, name in parts.items()}
-        for name in named.values():
-            if tf.nest.is_nested(name):
-                raise ValueError(errors.sentence(_NAME, "y_true", repr(nest), "names of single features"))
-        return named
-
-    def _rank_of_weights(self, loss: Any, features: Features) -> int:
-        """The number of axes of a loss's weights after the axis of rows: 0 with one label per row."""
-        y = self._named(features)[1]
-        labels = tf.nest.flatten(y[loss] if loss is not None and isinstance(y, Mapping) and loss in y else y)
-        if not any(name in self._config.padding for name in labels):
-            return 0
-        return len(self._config.counted_axes[self._config.tokens[loss]])
-
-    def _counted(self, loss: Any, features: Features, batch: Batch) -> Any:
-        """The weights, with the counts of the step in each row."""
-        weights = self._weights(loss, features, batch)
-        if not self._rank_of_weights(loss, features):
-            return weights
-        counts = (batch.loss_inputs if loss is None else batch.loss_inputs[loss]).counts
-        numbers = np.array([counts.tokens, counts.sequences, *counts.local, len(weights)], np.float64)
-        arrays = features.by_name(batch.data)
-        lengths = {str(name): _lengths(name, batch) for name in self._config.padding}
-        named = self._labels(loss, features).items()
-        labels = {key: _value(name, arrays, batch, self._config) for key, name in named}
-        return _Counted(weights, np.tile(numbers, [len(weights), 1]), lengths, labels)
-
-    def facts(self, features: Features, replicas: int) -> dict[Any, tuple[Any, ...]]:
-        """What the CountedWeights of each loss hold for all batches: their replicas, dtype and facts."""
-        if self.predicts:
-            return {}
-        # counts of micro-batches are those of a whole group, while fit averages over each micro-batch
-        counted = replicas if self._config.accumulation_steps == 1 else 0
-        padded = [name for name in tf.nest.flatten(self._named(features)[0]) if name in self._config.padding]
-        inputs = str(padded[0]) if len(padded) == 1 else ""
-        pre = tuple(str(name) for name, pad in self._config.padding.items() if pad.side == "pre")
-        ranks = {feature.name: len(feature.shape) for feature in features.features}
-        found = {}
-        for loss, tokens in self._config.tokens.items():
-            weights, nest = self._config.weights.get(loss), self._y_true[loss]
-            weighs = "" if weights is None else "positions" if ranks[weights] else "rows"
-            kind = "dict" if isinstance(nest, Mapping) else "tuple" if isinstance(nest, tuple) else ""
-            found[loss] = (counted, tf.float32, *Facts(str(tokens), inputs, weighs, kind, pre))
-        return found
-
-    def _weights(self, loss: Any, features: Features, batch: Batch) -> np.ndarray:
-        """Weights ``[batch, *positions]``, or ``[batch]`` with one label per row; 0 on padding and filler rows."""
-        inputs = batch.loss_inputs if loss is None else batch.loss_inputs[loss]
-        given, real = inputs.sample_weight, np.arange(len(batch.indices)) < batch.rows
-        rank = self._rank_of_weights(loss, features)
-        if not rank:
-            weighted = isinstance(given, np.ndarray) and loss in self._config.weights
-            if weighted and given.ndim > 1:
-                found, rule = "one per position", "one per example, as y has one label per row"
-                raise ValueError(errors.sentence(_NAME, f"weights {self._config.weights[loss]!r}", found, rule))
-            return np.where(real, given if weighted else 1, 0).astype(np.float32)
-        if rank > 1:
-            return given
-        tokens = self._config.tokens[loss]
-        length = features.by_name(batch.data)[tokens].shape[1 + self._config.counted_axes[tokens][0]]
-        is_pre = isinstance(inputs.lengths, PreLengths)
-        mask = columns.real(inputs.lengths.values if is_pre else inputs.lengths, length, at_end=is_pre)
-        weights = given if isinstance(given, np.ndarray) else np.ones([])
-        weights = weights[:, np.newaxis] if weights.ndim == 1 else weights
-        return np.where(mask, weights, 0).astype(np.float32)  # not a product: the padding of weights may be NaN
 
 
 class FitBehaviour(NamedTuple):
@@ -369,35 +330,18 @@ def _frames() -> Iterator[list[types.FrameType]]:
 
 def _as_nest(argument: str, given: Any) -> Any:
     """The nest with tuples for lists, since tf.data converts lists to arrays."""
-    if isinstance(given, Mapping) and given:
-        return {key: _as_nest(argument, item) for key, item in given.items()}
-    if isinstance(given, (list, tuple)) and given:
-        return tuple(_as_nest(argument, item) for item in given)
     if isinstance(given, (Mapping, list, tuple)):
-        raise ValueError(errors.sentence(_NAME, argument, repr(given), "at least one feature"))
-    if isinstance(given, bool) or not isinstance(given, (str, int, Lengths, Mask, Indices)):
-        raise TypeError(errors.sentence(_NAME, argument, repr(given), "the name of a feature, or a nest of names"))
+        errors.require(_NAME, given, argument, repr(given), "at least one feature")
+        if isinstance(given, Mapping):
+            return {key: _as_nest(argument, item) for key, item in given.items()}
+        return tuple(_as_nest(argument, item) for item in given)
+    is_name = isinstance(given, (str, int, Lengths, Mask, Indices)) and not isinstance(given, bool)
+    errors.require(_NAME, is_name, argument, repr(given), "the name of a feature, or a nest of names", error=TypeError)
     return given
 
 
-def _lengths(name: Name, batch: Batch) -> np.ndarray:
-    """The lengths of a padded feature, 0 in filler rows."""
-    real, lengths = np.arange(len(batch.indices)) < batch.rows, batch.lengths[as_key(name)]
-    return np.where(real, getattr(lengths, "values", lengths), 0).astype(np.int32)
-
-
-def _value(name: Any, arrays: Mapping[Name, np.ndarray], batch: Batch, config: Config) -> np.ndarray:
-    """The rows of a feature, of lengths, of a mask, or of indices."""
-    if isinstance(name, Indices):
-        return batch.indices
-    if isinstance(name, Lengths):
-        return _lengths(name.feature, batch)
-    if isinstance(name, Mask):
-        pad = config.padding[name.feature]
-        size = arrays[name.feature].shape[1 + pad.axes[0]]
-        return columns.real(_lengths(name.feature, batch), size, at_end=pad.side == "pre")
-    return arrays[name]
-
-
-def _mapped(function: Callable[[Any], Any], names: Any) -> Any:
-    return tf.nest.map_structure(function, names)
+def _parts(nest: Any) -> dict[Any, Any]:
+    """The names in a name, a tuple or a dict of names, by their keys or places."""
+    if nest is None or isinstance(nest, Mapping):
+        return dict(nest or {})
+    return dict(enumerate(nest if isinstance(nest, tuple) else [nest]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -43,7 +43,7 @@ def truncated(features: Features, given: list[Column], indices: np.ndarray) -> t
     return found, lost
 
 
-def sizes_of(config: Config, columns: Mapping[Name, Column], indices: np.ndarray) -> dict[Name, np.ndarray]:
+def sizes_of(config: Config, columns: Mapping[Name, Column], indices: Iterable[int]) -> dict[Name, np.ndarray]:
     """Return the sizes of each padded feature's ragged axes, ``[rows, axes]``.
 
     Raises: ValueError: a size above the last boundary of the buckets, with the example index.

@@ -1,4 +1,4 @@
-"""The plan of a window of steps: each worker's report, and the plan that the merged reports define. Pure NumPy.
+"""The plan of a window of steps: each worker's report, and the plan that the merged reports define, in NumPy.
 
 A worker reports for each step the longest sizes of its examples, the number of its valid positions, sequences and rows,
 and the step at which it failed. One maximum and one sum over the workers merge the reports: the size of a message does
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from distpad.data.config import Config
 
 NOTHING = -(2.0**60)  # in a maximum: this worker has no value
 
@@ -81,19 +83,10 @@ class Report:
     failed_at: int | None = None
 
     @classmethod
-    def blank(cls, window: int, axes: int, losses: int) -> Report:
-        counts = np.zeros([2, window, losses])
-        return cls(np.zeros([window, axes]), *counts, *np.zeros([2, window]))
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """The arguments of ``blank``."""
-        return (len(self.rows), self.longest.shape[1], self.tokens.shape[1])
-
-
-def lengths(window: int, axes: int, losses: int) -> tuple[int, int]:
-    """The lengths of the two vectors of ``pack``."""
-    return 4 + window * axes, 1 + window * (2 + 2 * losses)
+    def blank(cls, config: Config, window: int) -> Report:
+        """The report of a worker without examples."""
+        counts = np.zeros([2, window, len(config.tokens)])
+        return cls(np.zeros([window, len(config.axes)]), *counts, *np.zeros([2, window]))
 
 
 def pack(report: Report, worker: int, workers: int) -> tuple[np.ndarray, np.ndarray]:
@@ -111,55 +104,45 @@ def merge(
     maxima: np.ndarray,
     sums: np.ndarray,
     *,
+    config: Config,
     window: int,
-    axes: int,
-    losses: int,
     workers: int,
-    sizes_of: Callable[[int, tuple[int, ...]], tuple[int, ...]],
-    accumulation_steps: int,
     full_rows: int | None,
+    sizes_of: Callable[[int, tuple[int, ...]], tuple[int, ...]],
 ) -> Merged:
     """Return the plan that the merged vectors define, the same on all workers.
 
     Args:
       maxima, sums: the maximum and the sum over all workers of their ``pack``.
       window: micro-batches in the window, a multiple of ``accumulation_steps``.
-      axes: number of ragged axes of all features.
-      losses: number of losses.
       workers: number of workers.
-      sizes_of: computes the padded sizes from the step's index in the window and the longest sizes.
-      accumulation_steps: micro-batches in a group.
       full_rows: rows of a full step over all replicas; a step with fewer ends the epoch. None: no step is dropped.
+      sizes_of: computes the padded sizes from the step's index in the window and the longest sizes.
     """
-    (failed, continues, digest, negative), longest = maxima[:4], maxima[4:].reshape(window, axes)
+    group = config.accumulation_steps
+    (failed, continues, digest, negative), longest = maxima[:4], maxima[4:].reshape(window, -1)
     rows, begins = sums[1 : 1 + 2 * window].reshape(2, window)
-    tokens, sequences = sums[1 + 2 * window :].reshape(2, window, losses)
+    tokens, sequences = sums[1 + 2 * window :].reshape(2, window, -1)
     failure = _failure(failed, window, workers)
     usable = window if failure is None else failure.step
-    if full_rows is None:
-        # batches without rows complete a short last group
-        steps = -(-_leading(rows[:usable] > 0) // accumulation_steps) * accumulation_steps
-        steps = min(steps, usable // accumulation_steps * accumulation_steps) if failure else steps
-        ended = steps < usable // accumulation_steps * accumulation_steps
-    else:
-        full = _leading(rows[:usable] >= full_rows)
-        steps = full // accumulation_steps * accumulation_steps
-        ended = full < usable
-    if ended:
+    found = _leading(rows[:usable] >= (full_rows or 1))
+    # batches without rows complete a short last group, but not with drop_remainder, nor before a failure
+    completes = full_rows is None and failure is None
+    steps = (-(-found // group) if completes else found // group) * group
+    if found < usable:
         failure = None  # the epoch ends before the step that failed
     is_last = failure is None and (steps < window or not continues)
     plans: list[StepPlan] = []
-    of_groups = [each.reshape(-1, accumulation_steps, losses).sum(axis=1) for each in (tokens, sequences)]
+    of_groups = [each.reshape(window // group, group, -1).sum(axis=1) for each in (tokens, sequences)]
     for step in range(steps):
-        counts = [each[step // accumulation_steps] for each in of_groups]
+        counts = [each[step // group] for each in of_groups]
         if rows[step]:
             agreed = tuple(max(1, int(size)) for size in longest[step])
             plans.append(StepPlan(agreed, sizes_of(step, agreed), int(rows[step]), *counts))
         else:  # completes a group: in the shape of the step before it, since its own sizes may be on no boundary
             plans.append(plans[-1]._replace(rows=0))
-    return Merged(
-        plans, is_last, failure, begins.astype(int).tolist(), int(sums[0]) if sums[0] > 1 and digest == -negative else 0
-    )
+    alike = int(sums[0]) if sums[0] > 1 and digest == -negative else 0
+    return Merged(plans, is_last, failure, begins.astype(int).tolist(), alike)
 
 
 def _failure(code: float, window: int, workers: int) -> Failure | None:

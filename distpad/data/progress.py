@@ -1,25 +1,32 @@
-"""Progress: the cursor of the batches that were consumed, and the one epoch that runs."""
+"""Progress: the cursor of the batches that were consumed, the one epoch that runs, and what fit requested of it."""
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
-from distpad import errors
+import numpy as np
+import tensorflow as tf
+
+from distpad import backends, errors
+from distpad.data import keras, sync
+from distpad.data.config import Config
 from distpad.data.epoch import Cursor, Epoch
-from distpad.data.keras import Elements
-from distpad.data.sampler import LengthSampler
+from distpad.data.sampler import LengthSampler, check_state
 from distpad.data.schema import Features
 
 _NAME = "PaddedBatches"
+_KEPT = 3  # of the earlier epochs of fit after the first
 
 
 class Progress:
     """Opens one epoch at a time, and counts its batches as they are consumed.
 
     A thread of tf.data may still read from an epoch that another thread has closed. The lock keeps that thread from
-    counting.
+    counting. Keras consumes batches to infer shapes, and tf.data reads ahead: an epoch of fit whose batches may not
+    have been trained on begins again.
 
     Args:
       make_epoch: makes the epoch that begins at a cursor: for ``fit``, from the ``Elements`` of its dataset; for a
@@ -30,24 +37,50 @@ class Progress:
       following: the cursor where the next iteration begins.
       running: the open epoch, or None.
       features: the features of an example; None until they are known.
+      behaviour: how fit consumes datasets under this backend.
+      requested: batches that fit requested since the first of the epochs that may begin again.
     """
 
-    def __init__(self, make_epoch: Callable[[Cursor, Elements | None], Epoch]) -> None:
-        self._make_epoch = make_epoch
+    def __init__(
+        self,
+        backend: backends.Backend,
+        config: Config,
+        make_epoch: Callable[[Cursor, keras.Elements | None], Epoch],
+    ) -> None:
+        self._backend, self._config, self._make_epoch = backend, config, make_epoch
         self.at = self.following = Cursor()
         self.running: Epoch | None = None
         self.features: Features | None = None
+        self.behaviour = keras.behaviour_of(backend)
+        self.requested = 0
+        self._begun: list[tuple[int, Cursor]] = []  # epochs of fit: the requests before each, and its cursor
         self._lock = threading.Lock()
 
     def move_to(self, cursor: Cursor) -> None:
         """Let the next iteration begin at the cursor."""
         self.at = self.following = cursor
 
-    def open(self, elements: Elements | None = None) -> Epoch:
-        """Open the next epoch. Stop the running one first."""
+    def open(self, elements: keras.Elements | None = None) -> Epoch:
+        """Open the next epoch. Leave the running one first."""
         self.at = self.following
         self.running = self._make_epoch(self.at, elements)
         return self.running
+
+    def begin_epoch(self, cursor: Cursor) -> None:
+        """Fit begins an epoch at the cursor."""
+        self.requested = self.requested if self._begun else 0
+        self._begun = [*self._begun[:1], *self._begun[1:][-_KEPT:], (self.requested, cursor)]
+
+    def clear(self) -> None:
+        """Every requested batch was trained on, or is dropped."""
+        self._begun = []
+
+    def untrained(self) -> Cursor | None:
+        """The cursor of the epoch that must begin again, because fit may have trained on none of its batches."""
+        ahead = self.behaviour.reads_ahead
+        if self._begun and self.requested <= max(self.behaviour.peeks, ahead):
+            return self._begun[0][1]
+        return next((cursor for before, cursor in self._begun[1:] if before >= self.requested - ahead), None)
 
     def stop(self) -> None:
         """Close the running epoch. An epoch that no window sync has begun is opened again next time: another worker may
@@ -58,6 +91,22 @@ class Progress:
                 self.move_to(running.cursor)
         if running is not None:
             running.close()
+
+    def leave(self, elements: keras.Elements | None = None) -> None:
+        """Close the running epoch, and let an untrained one begin again.
+
+        Collective if workers may have consumed different numbers of batches: then the largest number holds.
+        """
+        self.stop()
+        if elements and self.behaviour.leaves_apart:
+            limits = self._config.warn_after_s, self._config.timeout_s
+            window_sync = sync.WindowSync(self._backend, *limits, elements.channel)
+            mine = np.array([self.requested]), np.zeros(1)
+            self.requested = window_sync.merge(mine, lambda _: mine, "the next epoch", lambda _: True)[0][0]
+        untrained = self.untrained()
+        if untrained:
+            self.move_to(untrained)
+        self.clear()
 
     def consume(self, running: Epoch) -> Iterator[Any]:
         """Yield the batches of the open epoch. Raises DistpadError if another epoch was opened meanwhile."""
@@ -92,6 +141,57 @@ class Progress:
             running.close()
 
 
+class Feeder:
+    """The generator function of one dataset: each iteration yields an epoch, or epochs forever if the dataset repeats.
+
+    tf.data calls it in a thread of its own.
+
+    Args:
+      progress: of the batches.
+      first: the epoch that ``for_keras`` opened to learn the features; the first iteration continues it.
+      steps: the steps of every epoch, or None if they are unknown.
+    """
+
+    def __init__(self, progress: Progress, elements: keras.Elements, first: Epoch, steps: int | None) -> None:
+        self._progress, self._elements, self._first, self._steps = progress, elements, first, steps
+        self._iterations = itertools.count()
+
+    def __call__(self) -> Iterator[Any]:
+        # Dataset.repeat could be stopped between two epochs, where no other worker would learn that this one left.
+        continues = False
+        while (yield from self._epoch(continues)) and self._elements.repeats:
+            continues = True
+
+    def _epoch(self, continues: bool) -> Generator[Any, None, bool]:
+        """Yield one epoch; return whether it was yielded completely.
+
+        Args:
+          continues: whether the epoch follows another one in the same iteration.
+        """
+        progress, elements = self._progress, self._elements
+        elements.refuse_predict()
+        is_first = next(self._iterations) == 0
+        is_peek = progress.behaviour.peeks > 0 and keras.is_peeking(otherwise=is_first)
+        is_open = is_first and self._first is progress.running
+        if not is_open and not continues:
+            progress.leave(elements)
+        if self._steps and progress.following.step:
+            found = f"at step {progress.at.step}, when a dataset of {self._steps} steps an epoch was made already"
+            raise ValueError(errors.sentence("load_state_dict", "state", found, "to be loaded before for_keras"))
+        running = self._first if is_open else progress.open(elements)
+        progress.begin_epoch(running.cursor)
+        for element in progress.consume(running):
+            progress.requested += 1
+            if not (elements.predicts and not len(tf.nest.flatten(element)[0])):
+                yield element
+        if running is not progress.running:
+            return False
+        is_short = progress.requested < progress.behaviour.peeks  # a peek consumes the whole epoch
+        if not elements.repeats and not (is_peek and is_short):
+            progress.clear()
+        return not running.was_left
+
+
 def cursor_of(state: Any, source: Mapping[str, Any], group: int, sampler: LengthSampler | None) -> Cursor:
     """Return the cursor of a saved state of ``PaddedBatches``.
 
@@ -104,25 +204,18 @@ def cursor_of(state: Any, source: Mapping[str, Any], group: int, sampler: Length
     Raises:
       TypeError, ValueError: not a state, the state of another source, or a position out of range.
     """
-    if not isinstance(state, Mapping):
-        raise TypeError(errors.sentence(_NAME, "state", repr(state), "a result of state_dict"))
-    missing = {"epoch", "step", "begins", "source"} - set(state)
-    if missing:
-        raise ValueError(errors.sentence(_NAME, "state", f"without {sorted(missing)}", "a result of state_dict"))
-    if state["source"] != source:
-        raise ValueError(errors.sentence(_NAME, "state", f"of {state['source']}", f"one of {source}"))
+    check_state(_NAME, state, {"epoch", "step", "begins", "source"})
+    errors.require(_NAME, state["source"] == source, "state", f"of {state['source']}", f"one of {source}")
     number = errors.integer(_NAME, "state's epoch", state["epoch"], least=0)
-    step = errors.integer(_NAME, "state's step", state["step"], least=0)
-    if step % group:
-        raise ValueError(
-            errors.sentence(_NAME, "state's step", step, f"a multiple of accumulation_steps, which is {group}")
-        )
-    if sampler is not None and step > -(-len(sampler.of_epoch(number).steps) // group) * group:
-        rule = f"at most the {len(sampler.of_epoch(number).steps)} of epoch {number}"
-        raise ValueError(errors.sentence(_NAME, "state's step", step, rule))
-    if not isinstance(state["begins"], (list, tuple)) or (step and not state["begins"]):
-        found = f"{state['begins']!r} at step {step}"
-        rule = "the fingerprints of the epoch's first steps, as state_dict returned them"
-        raise ValueError(errors.sentence(_NAME, "state's begins", found, rule))
-    begins = tuple(errors.integer(_NAME, "state's begins", each, least=0) for each in state["begins"])
+    step, begins = errors.integer(_NAME, "state's step", state["step"], least=0), state["begins"]
+    rule = f"a multiple of accumulation_steps, which is {group}"
+    errors.require(_NAME, step % group == 0, "state's step", step, rule)
+    if sampler is not None:
+        steps = len(sampler.of_epoch(number).steps)
+        rule = f"at most the {steps} of epoch {number}"
+        errors.require(_NAME, step <= -(-steps // group) * group, "state's step", step, rule)
+    are_given = isinstance(begins, (list, tuple)) and (begins or not step)
+    rule = "the fingerprints of the epoch's first steps, as state_dict returned them"
+    errors.require(_NAME, are_given, "state's begins", f"{begins!r} at step {step}", rule)
+    begins = tuple(errors.integer(_NAME, "state's begins", each, least=0) for each in begins)
     return Cursor(number, step, begins if step else ())

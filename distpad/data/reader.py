@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,33 +19,59 @@ from distpad import errors
 from distpad.data import chunks, measures, plan
 from distpad.data.config import Config
 from distpad.data.fingerprints import Beginning, Digest
+from distpad.data.readers import Step
 from distpad.data.schema import Features
-from distpad.data.steps import Step
 from distpad.data.structure import Name
 from distpad.padding.columns import Column
 
 _EXIT_S = 5.0  # how long a process that ends waits for a thread in the user's source
 
 
+class ReplicaRows(NamedTuple):
+    """A replica's rows of a step.
+
+    Attributes:
+      columns: of each feature.
+      indices: the example indices.
+      sizes: of the ragged axes of each padded feature, ``[rows, axes]``.
+      local: the tokens and sequences, ``[losses, 2]``.
+    """
+
+    columns: list[Column]
+    indices: np.ndarray
+    sizes: dict[Name, np.ndarray]
+    local: np.ndarray
+
+    @classmethod
+    def none(cls, config: Config) -> ReplicaRows:
+        """No rows."""
+        return cls([], np.zeros(0, np.int64), measures.sizes_of(config, {}, ()), np.zeros([len(config.tokens), 2]))
+
+
 class MicroBatch(NamedTuple):
     """A step whose examples were read and checked.
 
     Attributes:
-      columns: of each feature, the rows of all replicas of this worker; none without rows.
+      rows: of all replicas of this worker; their ``local`` counts are ``[replicas, losses, 2]``.
       bounds: the first row of each replica, and the row after its last.
-      indices: the example indices of each replica.
-      sizes: of the ragged axes of each padded feature, ``[rows, axes]``.
-      local: the replica's tokens and sequences, ``[replicas, losses, 2]``.
       lost: the positions that each example lost by truncation, ``[rows]``.
     """
 
     batch_size: int
-    columns: list[Column]
+    rows: ReplicaRows
     bounds: list[tuple[int, int]]
-    indices: list[np.ndarray]
-    sizes: dict[Name, np.ndarray]
-    local: np.ndarray
     lost: np.ndarray
+
+    def rows_of(self, replica: int) -> ReplicaRows:
+        """One replica's rows."""
+        begin, end = self.bounds[replica]
+        columns, indices, sizes, local = self.rows
+        return ReplicaRows(
+            [column.between(begin, end) for column in columns],
+            indices[begin:end],
+            {name: table[begin:end] for name, table in sizes.items()},
+            local[replica],
+        )
 
 
 class Window(NamedTuple):
@@ -63,9 +89,8 @@ class Window(NamedTuple):
 
     def refused(self, error: Exception) -> Window:
         """The same window as one that failed before its first step."""
-        report = plan.Report.blank(*self.report.shape)
-        report.failed_at = 0
-        return self._replace(batches=[], report=report, error=error)
+        self.report.failed_at = 0
+        return self._replace(batches=[], error=error)
 
 
 class Reader:
@@ -77,7 +102,6 @@ class Reader:
       beginning: computes the fingerprints of the epoch's first steps.
       digest: computes the hash of the first examples, or None if it is not compared.
       waits: whether the epoch has not begun. Then the thread ends after the first window, until ``begin``.
-      at_end: called once, when the last window was read without an error and the epoch has begun.
     """
 
     def __init__(
@@ -89,13 +113,12 @@ class Reader:
         digest: Digest | None,
         *,
         waits: bool = False,
-        at_end: Callable[[], None] = lambda: None,
     ) -> None:
         self._steps, self._config, self._features = steps, config, features
-        self.beginning, self._digest, self._at_end = beginning, digest, at_end
+        self.beginning, self._digest, self._compared = beginning, digest, 0.0
         self._windows: queue.Queue[Window | None] = queue.Queue()  # None after the last window
         self._wanted = threading.Semaphore(1)  # windows that may be read: it bounds the memory
-        self._waits, self._is_idle, self._has_ended, self._lock = waits, False, False, threading.Lock()
+        self._waits, self._is_idle, self._lock = waits, False, threading.Lock()
         self._stopped = threading.Event()
         self._reads = self._read()
         _OPEN.add(self)
@@ -108,12 +131,8 @@ class Reader:
     def begin(self) -> None:
         """The epoch begins: read the windows after the first."""
         with self._lock:
-            self._waits, is_idle = False, self._is_idle
-            self._is_idle = False
-            has_ended = self._has_ended
-        if has_ended:
-            self._at_end()
-        if is_idle:
+            self._waits = False
+        if self._is_idle:
             self._thread.join()  # it has left the lock, and ends
             self._start()
 
@@ -141,178 +160,104 @@ class Reader:
 
     def _run(self) -> None:
         """Read windows while they are wanted. The generator closes the source when the thread ends for good."""
-        while True:
+        while self._wanted.acquire() and not self._stopped.is_set() and next(self._reads, False):
             with self._lock:
-                self._is_idle = self._waits and not self._wanted.acquire(blocking=False)
+                self._is_idle = self._waits
                 if self._is_idle:
                     return  # begin starts another thread
-                has_acquired = self._waits
-            if not has_acquired:
-                self._wanted.acquire()
-            if self._stopped.is_set() or not next(self._reads, False):
-                self._reads.close()
-                return
-
-    def _end(self) -> None:
-        """The last window was read. An epoch that has not begun reads no further epoch ahead."""
-        with self._lock:
-            is_first, self._has_ended = not self._has_ended, True
-            waits = self._waits
-        if is_first and not waits:
-            self._at_end()
+        self._reads.close()
 
     def _read(self) -> Generator[bool, None, None]:
         """Read a window each time; whether another one may follow."""
-        steps: Iterator[Step] | None = None
-        waiting: collections.deque[Step] = collections.deque()  # that were read, until a window takes them
-        ended: BaseException | bool = False  # the error that ended the source, or whether it has ended
-        try:
+        with contextlib.closing(self._learned()) as steps:
             for number in itertools.count():
-                reading = _Reading(self._config, number, self._features, self.beginning, self._digest, waiting)
+                begin, size = self._config.window(number)
+                report = plan.Report.blank(self._config, size)
+                batches: list[MicroBatch] = []
+                error = None
                 try:
-                    steps = steps if steps is not None else self._steps()
-                    while not (ended or reading.is_full):
+                    while report.continues and len(batches) < size:
                         step = next(steps, None)
-                        ended = step is None or step.is_last
+                        report.continues = not (step is None or step.is_last)
                         if step is not None:
-                            reading.add(step)
+                            self._take(step, begin, batches, report)
                         if self._stopped.is_set():
                             return
-                except BaseException as error:  # also SystemExit, which would otherwise end this thread silently
-                    ended = error
-                reading.finish(ended)
-                self._features = reading.features
-                if not reading.report.continues:
-                    self._end()  # before the consumer can begin the next epoch
-                self._windows.put(reading.window())
+                except BaseException as raised:  # also SystemExit, which would otherwise end this thread silently
+                    report.failed_at, error = len(batches), raised
+                report.begins[:] = [self.beginning.at(begin + i) for i in range(size)]
+                report.digest = self._digest.value if self._digest is not None else 0.0
+                self._windows.put(Window(batches, report, self._features, self._compared, error))
                 yield True
-        finally:
-            if hasattr(steps, "close"):
-                with contextlib.suppress(Exception):
-                    steps.close()  # type: ignore[union-attr]
 
-
-class Ahead:
-    """Keeps the reader of the next epoch until that epoch begins."""
-
-    def __init__(self) -> None:
-        self._key: Any = None
-        self._reader: Reader | None = None
-
-    def keep(self, key: Any, reader: Reader) -> None:
-        self._key, self._reader = key, reader
-
-    def take(self, key: Any) -> Reader | None:
-        """The reader that was kept with this key; one of another key is closed."""
-        reader, self._reader = self._reader, None
-        if reader is None or self._key == key:
-            return reader
-        reader.close()
-        return None
-
-    def drop(self) -> None:
-        """End the reader without waiting for its thread: the garbage collector may call this in that thread."""
-        reader, self._reader = self._reader, None
-        if reader is not None:
-            reader.close(0)
-
-
-class _Reading:
-    """A window that is being read.
-
-    Args:
-      waiting: steps that were read and not taken by a window, until the features are known.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        number: int,
-        features: Features | None,
-        beginning: Beginning,
-        digest: Digest | None,
-        waiting: collections.deque[Step],
-    ) -> None:
-        self.config, self.features, self.beginning, self.digest = config, features, beginning, digest
-        self._begin, self.size = config.window(number)
-        self.report = plan.Report.blank(self.size, len(config.axes), len(config.tokens))
-        self.batches: list[MicroBatch] = []
-        self.error: BaseException | None = None
-        self.compared = 0.0
-        self._waiting = waiting
-
-    @property
-    def is_full(self) -> bool:
-        """Whether the window has its steps; without the features, whether as many were read as a window may have."""
-        steps = len(self.batches) + sum(not step.is_check for step in self._waiting)
-        return steps >= (self.config.lookahead if self.features is None else self.size)
-
-    def add(self, step: Step) -> None:
-        self._waiting.append(step)
-        if self.features is not None or self._learn(guess=False):
-            self._take_all()
-
-    def finish(self, ended: BaseException | bool) -> None:
-        """Take the waiting steps, although no further example may complete the features.
-
-        Args:
-          ended: the error that ended the source, or whether it has ended.
-        """
+    def _learned(self) -> Generator[Step, None, None]:
+        """Yield the steps as soon as the features are known, or when no further step may complete them."""
+        steps: Any = None
+        waiting: collections.deque[Step] = collections.deque()
+        failed = None
         try:
-            self._learn(guess=True)
-            self._take_all()
-        except BaseException as earlier:  # in a step before the one that failed
-            self._failed(earlier)
-            return
-        if isinstance(ended, BaseException) and not self._waiting and len(self.batches) < self.size:
-            self._failed(ended)
-        self.report.continues = bool(self._waiting) or ended is not True
+            try:
+                steps = self._steps()
+                for step in steps:
+                    if self._stopped.is_set():
+                        return
+                    waiting.append(step)
+                    is_enough = step.is_last or sum(not each.is_check for each in waiting) >= self._config.lookahead
+                    self._learn(waiting, guess=is_enough)
+                    while waiting and (self._features is not None or is_enough):
+                        yield waiting.popleft()
+            except GeneratorExit:
+                raise
+            except BaseException as error:  # raised after the steps before it
+                failed = error
+            if waiting:
+                self._learn(waiting, guess=True)
+            while waiting:
+                yield waiting.popleft()
+            if failed is not None:
+                raise failed
+        finally:
+            with contextlib.suppress(Exception):
+                steps.close()
 
-    def _failed(self, error: BaseException) -> None:
-        self.report.failed_at, self.error = len(self.batches), error
-
-    def _learn(self, guess: bool) -> bool:
-        if self.features is None and self._waiting:
-            features = chunks.learn([step.rows for step in self._waiting], self.config.padding, guess=guess)
+    def _learn(self, waiting: Iterable[Step], guess: bool) -> None:
+        if self._features is None:
+            features = chunks.learn([step.rows for step in waiting], self._config.padding, guess=guess)
             if features is not None:
-                measures.check_counted(features, self.config)
-            self.features = features
-        return self.features is not None
+                measures.check_counted(features, self._config)
+            self._features = features
 
-    def _take_all(self) -> None:
-        while self._waiting and len(self.batches) < self.size:
-            self._take(self._waiting[0])
-            self._waiting.popleft()
-
-    def _take(self, step: Step) -> None:
+    def _take(self, step: Step, begin: int, batches: list[MicroBatch], report: plan.Report) -> None:
+        """Check and measure the next step of the window that begins at step ``begin``."""
         indices = step.indices[0] if len(step.indices) == 1 else np.concatenate(step.indices)
         columns, lost = [], np.zeros(0, np.int64)
         if len(indices):
-            assert self.features is not None, "learned from the examples"
-            columns = chunks.columns_of(self.features, step.rows, indices)
-            columns, lost = measures.truncated(self.features, columns, indices)
+            assert self._features is not None, "learned from the examples"
+            columns = chunks.columns_of(self._features, step.rows, indices)
+            columns, lost = measures.truncated(self._features, columns, indices)
         if step.is_check:
             self.beginning.add(columns, indices)
-            self.compared = self.beginning.fingerprints[-1]
+            self._compared = self.beginning.fingerprints[-1]
             return
-        named = dict(zip(self.features.names if self.features else (), columns))
-        sizes = measures.sizes_of(self.config, named, indices)
+        named = dict(zip(self._features.names if self._features else (), columns))
+        sizes = measures.sizes_of(self._config, named, indices)
         ends = [*itertools.accumulate(map(len, step.indices))]
         bounds = [*zip([0, *ends], ends)]
-        local = measures.counts_of(self.config, named, sizes, indices, bounds)
-        at = len(self.batches)
+        local = measures.counts_of(self._config, named, sizes, indices, bounds)
         self.beginning.add(columns, indices)
-        if self.digest is not None and self._begin + at < self.config.lookahead:
-            self.digest.add(columns, len(indices))
-        self.report.longest[at] = measures.longest(sizes)
-        self.report.tokens[at], self.report.sequences[at] = local.sum(axis=0).T
-        self.report.rows[at] = len(indices)
-        self.batches.append(MicroBatch(step.batch_size, columns, bounds, step.indices, sizes, local, lost))
+        at = len(batches)
+        if self._digest is not None and begin + at < self._config.lookahead:
+            self._digest.add(columns, len(indices))
+        report.longest[at] = measures.longest(sizes)
+        report.tokens[at], report.sequences[at] = local.sum(axis=0).T
+        report.rows[at] = len(indices)
+        batches.append(MicroBatch(step.batch_size, ReplicaRows(columns, indices, sizes, local), bounds, lost))
 
-    def window(self) -> Window:
-        self.report.begins[:] = [self.beginning.at(self._begin + i) for i in range(self.size)]
-        self.report.digest = self.digest.value if self.digest is not None else 0.0
-        return Window(self.batches, self.report, self.features, self.compared, self.error)
+
+def close_all(readers: dict[Any, Reader], limit_s: float = 5.0) -> None:
+    """Close and drop readers. With ``limit_s`` 0 in any thread, as the garbage collector may call it in theirs."""
+    while readers:
+        readers.popitem()[1].close(limit_s)
 
 
 _OPEN: weakref.WeakSet[Reader] = weakref.WeakSet()

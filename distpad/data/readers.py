@@ -1,23 +1,76 @@
-"""Readers: the examples of each step from an indexable or an iterable."""
+"""Readers: which examples each step of a worker has, and the examples themselves from an indexable or an iterable."""
 
 from __future__ import annotations
 
 import array
 import collections
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing.pool import ThreadPool
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from distpad import errors
-from distpad.data import steps as planned
 from distpad.data.chunks import Rows
 from distpad.data.columns import Columns
-from distpad.data.steps import Step
+from distpad.data.sampler import LengthSampler
 
 _NAME = "PaddedBatches"
+
+
+class Step(NamedTuple):
+    """One micro-batch of a source, for all replicas of this worker.
+
+    Attributes:
+      batch_size: rows of a replica.
+      indices: the example indices of each replica.
+      rows: the examples, one replica's after the other's.
+      is_check: whether the step lies before the loaded position, and only its fingerprint is compared.
+      is_last: whether the source is known to have no further step.
+    """
+
+    batch_size: int
+    indices: list[np.ndarray]
+    rows: Rows = ()
+    is_check: bool = False
+    is_last: bool = False
+
+
+def in_order(batch_size: int, replicas: int, checks: int, step: int, count: int | None = None) -> Iterator[Step]:
+    """Yield a worker's steps in the order of its source: the first ``checks`` steps, then the steps from ``step`` on.
+
+    Without a ``count`` of examples the steps do not end. The replicas share the examples of the last step evenly.
+    """
+    size = batch_size * replicas
+    for number in itertools.chain(range(checks), itertools.count(step)):
+        begin = number * size
+        end = begin + size if count is None else min(begin + size, count)
+        if begin < end:
+            indices = [np.arange(begin, end)]
+            indices = indices if replicas == 1 else np.array_split(indices[0], replicas)
+            yield Step(batch_size, indices, is_check=number < step, is_last=end == count and number >= step)
+        elif number >= checks:
+            return
+
+
+def sampled(
+    sampler: LengthSampler, replicas: Sequence[int], num_replicas: int, epoch: int, step: int
+) -> Iterator[Step]:
+    """Yield the steps of this worker's replicas by a sampler's plan, from ``step`` on.
+
+    If ``step`` is not 0, the first step of the epoch precedes them, and is compared.
+
+    Args:
+      replicas: the indices of this worker's replicas among ``num_replicas``.
+    """
+    plan = sampler.of_epoch(epoch)
+    for number in [0] * bool(step) + [*range(step, len(plan.steps))]:
+        batches = plan.deal(number, num_replicas, replicas)
+        indices = [batch[batch >= 0] for batch in batches]
+        yield Step(
+            len(batches[0]), indices, is_check=number < step, is_last=number >= step and number + 1 == len(plan.steps)
+        )
 
 
 def read_indexed(source: Any, steps: Iterable[Step], num_parallel_reads: int) -> Iterator[Step]:
@@ -97,10 +150,11 @@ def _with_rows(step: Step, results: list[Any]) -> Step:
     return step._replace(rows=rows)
 
 
-def read_iterable(source: Any, steps: Iterable[Step], opened: int) -> Iterator[Step]:
+def read_iterable(source: Any, steps: Iterable[Step], size: int, opened: int) -> Iterator[Step]:
     """Yield steps with the next examples of one iteration; examples that lie between two steps are left out.
 
     Args:
+      size: the examples of a step.
       opened: how often the source was iterated, this time included.
     """
     examples = iter(source)
@@ -108,28 +162,46 @@ def read_iterable(source: Any, steps: Iterable[Step], opened: int) -> Iterator[S
         remedy = "Give a list, a tf.data.Dataset, or an object whose __iter__ begins again."
         found = f"an iterator ({type(source).__name__}), used up by the first epoch"
         raise ValueError(errors.sentence(_NAME, "source", found, "a source that can be iterated again", remedy))
-    rows = _owned(examples)
-    at = 0
-    following: list[Any] = []  # the first example of the next step, if it was read
-    for step in steps:
-        size, first = sum(map(len, step.indices)), int(step.indices[0][0])
-        taken, following, failed = following, [], None
+    yield from paired(((rows, len(rows), last) for rows, last in grouped(_owned(examples), size)), steps, size)
+
+
+def grouped(items: Iterator[Any], size: int) -> Iterator[tuple[list[Any], bool]]:
+    """Yield the next ``size`` items, and whether they are the last. An error comes after the groups before it."""
+    following: list[Any] = []  # the first item of the next group
+    failed = None
+    while failed is None:
+        taken, following = following, []
         try:
-            collections.deque(itertools.islice(rows, max(0, first - at)), 0)
-            for row in itertools.islice(rows, size - len(taken)):
-                taken.append(row)
-            if not step.is_check:
-                following = [*itertools.islice(rows, len(taken) // size)]
-        except BaseException as error:  # raised after the examples that were read before it
+            for item in itertools.islice(items, size - len(taken)):
+                taken.append(item)
+            following = [*itertools.islice(items, len(taken) // size)]
+        except BaseException as error:
             failed = error
         if len(taken) == size or (taken and failed is None):
-            is_last = not (step.is_check or following or failed)
-            yield planned.cut(step, len(taken))._replace(rows=taken, is_last=is_last)
-        if failed is not None:
-            raise failed
-        if not (step.is_check or following):
+            yield taken, not following and failed is None
+        if not following and failed is None:
             return
-        at = first + size
+    raise failed
+
+
+def paired(groups: Iterator[tuple[Rows, int, bool]], steps: Iterable[Step], size: int) -> Iterator[Step]:
+    """Yield each step with its group of rows; groups that lie between two steps are left out.
+
+    Args:
+      groups: rows, their number, and whether they are the last, for ``size`` examples each.
+    """
+    at = 0
+    for step in steps:
+        number = int(step.indices[0][0]) // size
+        rows, count, is_last = next(itertools.islice(groups, number - at, None), ((), 0, True))
+        at = number + 1
+        is_last = is_last and not step.is_check
+        if count:
+            if count < sum(map(len, step.indices)):
+                step = step._replace(indices=np.array_split(np.concatenate(step.indices)[:count], len(step.indices)))
+            yield step._replace(rows=rows, is_last=is_last)
+        if is_last:
+            return
 
 
 def _owned(examples: Iterator[Any]) -> Iterator[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from distpad import errors
 from distpad.padding.buckets import Buckets
 
 _NAME = "LengthSampler"
+_require = functools.partial(errors.require, "LengthSampler")
 _PLANS = 2  # kept plans: of the running epoch, and of the epoch that is read ahead
 
 
@@ -88,18 +89,16 @@ class LengthSampler:
         randomness: float = 0.05,
     ) -> None:
         self.lengths = _checked_lengths(lengths)
-        if (global_batch_size is None) == (max_tokens is None):
-            found = "both" if max_tokens is not None else "neither"
-            raise ValueError(_sentence("global_batch_size, max_tokens", found, "one of them"))
+        found, is_one = "neither" if max_tokens is None else "both", (global_batch_size is None) != (max_tokens is None)
+        _require(is_one, "global_batch_size, max_tokens", found, "one of them")
         given = {"global_batch_size": global_batch_size, "max_tokens": max_tokens}
         sizes = {name: errors.integer(_NAME, name, size, least=1) for name, size in given.items() if size is not None}
         self.global_batch_size, self.max_tokens = sizes.get("global_batch_size"), sizes.get("max_tokens")
         self.seed = errors.integer(_NAME, "seed", seed, least=0)
-        if not isinstance(buckets, (Buckets, type(None))):
-            raise TypeError(_sentence("buckets", repr(buckets), "a distpad.Buckets"))
+        is_buckets = isinstance(buckets, (Buckets, type(None)))
+        _require(is_buckets, "buckets", repr(buckets), "a distpad.Buckets", error=TypeError)
         self.randomness = errors.number(_NAME, "randomness", randomness)
-        if not 0 <= self.randomness <= 1:
-            raise ValueError(_sentence("randomness", randomness, "from 0 to 1"))
+        _require(0 <= self.randomness <= 1, "randomness", randomness, "from 0 to 1")
         self.buckets = buckets
         self.shuffle = bool(shuffle)
         distinct, where = np.unique(self.lengths, return_inverse=True)
@@ -108,7 +107,7 @@ class LengthSampler:
         if self.max_tokens is not None and len(self.lengths) and self._boundaries.max() > self.max_tokens:
             longest = int(self._boundaries.argmax())
             found = f"Example {longest} has {self.lengths[longest]} positions, {self._boundaries[longest]} padded."
-            raise ValueError(_sentence("max_tokens", self.max_tokens, f"at least {self._boundaries.max()}", found))
+            _require(False, "max_tokens", self.max_tokens, f"at least {self._boundaries.max()}", found)
         self._plans: dict[int, Plan] = {}  # the latest, by epoch
 
     def plan(self, epoch: int) -> list[np.ndarray]:
@@ -204,8 +203,8 @@ class Shard:
 
     def __init__(self, sampler: LengthSampler, worker_index: int, num_workers: int) -> None:
         errors.integer(_NAME, "num_workers", num_workers, least=1)
-        if errors.integer(_NAME, "worker_index", worker_index, least=0) >= num_workers:
-            raise ValueError(_sentence("worker_index", worker_index, f"from 0 to {num_workers - 1}"))
+        errors.integer(_NAME, "worker_index", worker_index, least=0)
+        _require(worker_index < num_workers, "worker_index", worker_index, f"from 0 to {num_workers - 1}")
         self.sampler = sampler
         self.worker_index = worker_index
         self.num_workers = num_workers
@@ -239,36 +238,30 @@ class Shard:
         Raises:
           TypeError, ValueError: not a state, or the state of a sampler with other lengths or options.
         """
-        if not isinstance(state, dict):
-            raise TypeError(_sentence("state", repr(state), "a result of state_dict"))
-        missing = {"epoch", "step", "sampler"} - set(state)
-        if missing:
-            raise ValueError(_sentence("state", f"without {sorted(missing)}", "a result of state_dict"))
-        if state["sampler"] != self.sampler.fingerprint():
-            raise ValueError(
-                _sentence("state", "of another sampler", "one with the same lengths, options and seed as this")
-            )
+        check_state(_NAME, state, {"epoch", "step", "sampler"})
+        rule = "one with the same lengths, options and seed as this"
+        _require(state["sampler"] == self.sampler.fingerprint(), "state", "of another sampler", rule)
         self.set_epoch(state["epoch"])
         self._step = errors.integer(_NAME, "state's step", state["step"], least=0)
-        if self._step > len(self):
-            raise ValueError(_sentence("state", f"at step {state['step']}", f"from 0 to {len(self)}"))
+        _require(self._step <= len(self), "state", f"at step {self._step}", f"from 0 to {len(self)}")
         if self._step == len(self):
             self.set_epoch(self._epoch + 1)
 
 
 def _checked_lengths(lengths: Any) -> np.ndarray:
     given = np.asarray(lengths)
-    if given.ndim != 1:
-        raise ValueError(_sentence("lengths", f"of shape {given.shape}", "[examples]"))
-    if given.size and given.dtype.kind not in "iu":
-        raise TypeError(_sentence("lengths", f"of {given.dtype}", "integers"))
+    _require(given.ndim == 1, "lengths", f"of shape {given.shape}", "[examples]")
+    is_integer = given.dtype.kind in "iu" or not given.size
+    _require(is_integer, "lengths", f"of {given.dtype}", "integers", error=TypeError)
     for length in [given.min(), given.max()] if given.size else []:
-        if not 0 <= int(length) < 2**62:
-            raise ValueError(_sentence("lengths", int(length), "at least 0, and below 2**62"))
+        _require(0 <= int(length) < 2**62, "lengths", int(length), "at least 0, and below 2**62")
     lengths = given.astype(np.int64)  # a copy
     lengths.setflags(write=False)  # plans and saved positions depend on them
     return lengths
 
 
-def _sentence(argument: str, value: Any, rule: str, *more: str) -> str:
-    return errors.sentence(_NAME, argument, value, rule, *more)
+def check_state(function: str, state: Any, keys: set[str]) -> None:
+    """Raise TypeError or ValueError for what is not a saved state with these keys."""
+    rule = "a result of state_dict"
+    errors.require(function, isinstance(state, Mapping), "state", repr(state), rule, error=TypeError)
+    errors.require(function, keys <= {*state}, "state", f"without {sorted(keys - {*state})}", rule)

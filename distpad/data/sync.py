@@ -64,7 +64,7 @@ class WindowSync:
 
     def merge(
         self,
-        sizes: tuple[int, int],
+        blank: Vectors,
         ready: Callable[[float], Vectors | None],
         what: str,
         is_last: Callable[[Vectors], bool] = lambda _: False,
@@ -72,7 +72,7 @@ class WindowSync:
         """Return the maximum of one vector and the sum of another over all workers.
 
         Args:
-          sizes: the lengths of the two vectors, the same on all workers.
+          blank: the vectors of a worker that is not ready, of the same lengths on all workers.
           ready: returns this worker's vectors, or None after the given number of seconds.
           what: the subject of messages, such as "steps 0 to 31".
           is_last: whether the merged vectors make this the last exchange.
@@ -87,7 +87,7 @@ class WindowSync:
             mine = ready(min(self.warn_after_s, self.limit_s))
             late = 0.0
             if mine is None:
-                mine = np.zeros(sizes[0]), np.zeros(sizes[1])
+                mine = blank
                 late = int(time.monotonic() - began) * workers + workers - worker
             given = np.concatenate([[late], mine[0]]), mine[1]
             maxima, sums = self._reduced(*given, what, lambda m, s: m[0] <= 0 and is_last((m[1:], s)))

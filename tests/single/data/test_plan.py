@@ -12,43 +12,44 @@ from hypothesis import strategies as st
 import distpad
 from distpad.data import plan
 
-AXES, LOSSES = 2, 1
+NAMES = ["feature 0", "feature 1"]
+AXES = len(NAMES)
+
+
+def made(accumulation_steps=1, buckets=None):
+    options = {"accumulation_steps": accumulation_steps, "buckets": buckets and dict(zip(NAMES, buckets))}
+    return distpad.PaddedBatches([], 1, padding=dict.fromkeys(NAMES, distpad.Pad()), tokens=NAMES[0], **options)
+
+
+def blank(window: int) -> plan.Report:
+    return plan.Report.blank(made()._config, window)
 
 
 def report(window: int, rows: list[int], failed_at: int | None, seed: int) -> plan.Report:
     """The report of a worker with these numbers of rows in its steps."""
     random = np.random.default_rng(seed)
-    made = plan.Report.blank(window, AXES, LOSSES)
+    one = blank(window)
     for step, count in enumerate(rows):
         if count:
-            made.longest[step] = random.integers(0, 20, AXES)
-            made.tokens[step] = random.integers(0, 50)
-            made.sequences[step] = random.integers(0, count + 1)
-        made.rows[step] = count
-    made.failed_at = failed_at
-    return made
+            one.longest[step] = random.integers(0, 20, AXES)
+            one.tokens[step] = random.integers(0, 50)
+            one.sequences[step] = random.integers(0, count + 1)
+        one.rows[step] = count
+    one.failed_at = failed_at
+    return one
 
 
 def merged(reports, *, window, accumulation_steps=1, buckets=None, full_rows=None):
     packed = [plan.pack(each, worker, len(reports)) for worker, each in enumerate(reports)]
-    names = [f"feature {axis}" for axis in range(AXES)]
-    batches = distpad.PaddedBatches(
-        [],
-        1,
-        padding=dict.fromkeys(names, distpad.Pad()),
-        tokens=names[0],
-        buckets=buckets and dict(zip(names, buckets)),
-    )
+    batches = made(accumulation_steps, buckets)
     return plan.merge(
         np.max([maxima for maxima, _ in packed], axis=0),
         np.sum([sums for _, sums in packed], axis=0),
+        config=batches._config,
         window=window,
-        axes=AXES,
-        losses=LOSSES,
         workers=len(reports),
-        sizes_of=lambda _, agreed: batches._padded_sizes(0, 0, agreed),
-        accumulation_steps=accumulation_steps,
         full_rows=full_rows,
+        sizes_of=lambda _, agreed: batches._padded_sizes(0, 0, agreed),
     )
 
 
@@ -86,7 +87,7 @@ def test_plans_equal_a_loop_over_the_workers(data):
 
 def test_a_step_takes_the_highest_boundary_that_a_feature_needs():
     buckets = [distpad.Buckets([5, 30]), distpad.Buckets([7, 40])]
-    one = plan.Report.blank(2, AXES, LOSSES)
+    one = blank(2)
     one.longest[:] = [[5, 7], [2, 8]]
     one.rows[:] = 1
     found = merged([one], window=2, buckets=buckets)
@@ -110,7 +111,7 @@ def test_a_failure_after_the_end_of_the_epoch_is_dropped(accumulate):
 
 
 def test_steps_that_complete_a_group_add_no_shape():
-    one = plan.Report.blank(4, AXES, LOSSES)
+    one = blank(4)
     one.longest[:3], one.rows[:3] = [[9, 9], [9, 9], [2, 2]], 1
     buckets = [distpad.Buckets([1, 4, 9])] * AXES
     assert [step.sizes for step in merged([one], window=4, buckets=buckets, accumulation_steps=4).steps][2:] == [
@@ -121,7 +122,7 @@ def test_steps_that_complete_a_group_add_no_shape():
 
 def test_the_size_of_a_message_does_not_depend_on_the_number_of_workers():
     sizes = {tuple(map(len, plan.pack(report(8, [3], None, 0), 0, workers))) for workers in (1, 2, 1000)}
-    assert sizes == {plan.lengths(8, AXES, LOSSES)} == {(4 + 8 * AXES, 1 + 2 * 8 + 2 * 8 * LOSSES)}
+    assert sizes == {(4 + 8 * AXES, 1 + 2 * 8 + 2 * 8)}
 
 
 def test_differences_name_key_values_and_workers():
