@@ -29,7 +29,7 @@ SAVES = 1 << 20  # bytes per look_s: more than sockets and event files take, les
 
 
 def main() -> None:
-    """Serve until the launcher sends "end" or is gone."""
+    """Serve until the launcher closes the agent's standard input, or is gone."""
     # A terminal, ssh or scancel signals the whole session. The workers receive the signal too, and report their ends.
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -67,8 +67,10 @@ class Agent:
             self.send(is_="ready", facts=facts.collect(self.orders["asked"]))
             beat = asyncio.ensure_future(self._beat())
             await self._listen(reader)
+            await self._end_workers(self.orders["grace_s"])
             beat.cancel()
-            await self.end()
+            self._look()
+            self.send(is_="swept", left=processes.kill(self.seen | self.daemons | marked(self.orders["job"])))
         except (OSError, ValueError) as error:
             self.send(is_="broken", text=str(error) or type(error).__name__)
         finally:
@@ -96,26 +98,24 @@ class Agent:
             await asyncio.wait_for(self.launcher.drain(), 1)
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
-        """Handle the launcher's messages until it sends "end" or is gone."""
+        """Handle the launcher's messages, until it closes the stream or is gone."""
         lost_after_s = self.orders["lost_after_s"]
         try:
             while line := await asyncio.wait_for(reader.readline(), lost_after_s):
                 message = json.loads(line)
                 what = message["do"]
-                if what == "end":
-                    self.orders["grace_s"] = message["grace_s"]
-                    return
                 if what == "ranks":
                     self.rank_envs = message["envs"]
                 elif what == "start":
                     for env in message["envs"].values():
                         await self._start(env)
                 elif what == "signal":
+                    self._send_workers(do="leave")
                     self._send_workers(do="signal", number=message["number"])
                 elif what == "watch":
                     self.watchers.append(asyncio.ensure_future(self._report_writes()))
-                elif what == "leave":
-                    self._send_workers(do="leave")
+                elif what == "end":
+                    await self._end_workers(message["grace_s"])
         except asyncio.TimeoutError:
             self.send(is_="alone", text=f"its agent heard nothing from the launcher for {lost_after_s:g} s")
 
@@ -196,13 +196,13 @@ class Agent:
         for writer in self.workers:
             writer.write(json.dumps(message).encode() + b"\n")
 
-    async def end(self) -> None:
-        """End the job's processes on this host: send SIGTERM, wait for the grace period, kill the rest."""
+    async def _end_workers(self, grace_s: float) -> None:
+        """End the workers: send SIGTERM, wait for the grace period, and kill their descendants."""
         self._look()
         self._send_workers(do="leave")
         self._send_workers(do="signal", number=signal.SIGTERM)
         clock = asyncio.get_running_loop()
-        deadline = clock.time() + self.orders["grace_s"]
+        deadline = clock.time() + grace_s
         while self.workers and clock.time() < deadline:
             await asyncio.sleep(0.05)
         self._look()
@@ -210,8 +210,6 @@ class Agent:
         deadline = clock.time() + 1
         while self.workers and clock.time() < deadline:  # workers still report how their commands ended
             await asyncio.sleep(0.02)
-        self._look()
-        self.send(is_="swept", left=processes.kill(self.seen | self.daemons | marked(self.orders["job"])))
 
     def send(self, is_: str = "", **fields: Any) -> None:
         self.launcher.write(json.dumps({"is": is_, **fields} if is_ else fields).encode() + b"\n")

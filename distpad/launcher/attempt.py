@@ -55,7 +55,6 @@ class Attempt:
         self.facts: dict[str, dict[str, Any]] = {}  # of each host whose agent is ready
         self.lost: dict[str, str] = {}  # host: the reason
         self.busy: set[str] = set()  # hosts on which an earlier job still runs
-        self.swept: set[str] = set()  # hosts whose agent has killed what was left, or has ended
         self.started: dict[int, str] = {}  # rank: host
         self.ends: dict[int, int] = {}  # rank: exit code
         self.failures: list[int] = []  # ranks, in the order of their ends
@@ -137,7 +136,6 @@ class Attempt:
             return name in self.facts
         self.facts.pop(name, None)
         self.lost.pop(name, None)
-        self.swept.discard(name)
         argv = render.agent_argv(self.job, host, self.environ)
         try:
             agent = crew.Member(name, argv, render.agent_env(self.environ), self.events)
@@ -291,7 +289,6 @@ class Attempt:
         """Forward received signals to the workers, and give them the grace period to react."""
         number, count = self.received[0], len(self.received)
         log(f"got {signal.Signals(number).name}: forwarding it to the workers")
-        self.send_all(do="leave")
         self.send_all(do="signal", number=number)
         self.ending = True
         self.until(lambda: not self.running() or len(self.received) > count, self.job.grace_s)
@@ -326,8 +323,6 @@ class Attempt:
             self.started.setdefault(rank, host)  # it may have ended before it connected
             if self.ends[rank] and not self.ending:
                 self.failures.append(rank)
-        elif what == "swept":
-            self.swept.add(host)
         elif what in ("closed", "broken", "alone") and host:
             self.take_close(host, message)
         elif what == "closed":
@@ -345,7 +340,6 @@ class Attempt:
 
     def take_close(self, host: str, message: Mapping[str, Any]) -> None:
         """Handle the end of an agent, which is an error before the job ends."""
-        self.swept.add(host)
         if self.ending or self.job.elastic or (self.job.waits and host not in self.facts):
             return  # a host may leave an elastic job, or may not have started yet
         if message["is"] == "broken":
@@ -367,16 +361,13 @@ class Attempt:
     # -- ending -------------------------------------------------------------------------------------------------------
 
     def end(self) -> None:
-        """End all processes: SIGTERM and SIGKILL for the workers, then the engine's launcher, then the agents."""
+        """End all processes: the workers after their grace period, then the engine's launcher, then the agents."""
         self.ending = True
         if self.discovering is not None:
             self.discovering.join(times.DISCOVERY_LIMIT_S)
-        self.send_all(do="leave")
-        self.send_all(do="signal", number=signal.SIGTERM)
         grace_s = 0 if self.received else self.job.grace_s  # it has passed already, unless a second signal cut it short
-        self.until(lambda: not self.running(), grace_s)
-        self.send_all(do="signal", number=signal.SIGKILL)
-        self.until(lambda: not self.running(), times.KILLED_S)
+        self.send_all(do="end", grace_s=grace_s)
+        self.until(lambda: not self.running(), grace_s + times.KILLED_S)
         for number, seconds in (
             (None, times.ENGINE_EXIT_S),
             (signal.SIGTERM, times.ENGINE_TERM_S),
@@ -386,16 +377,12 @@ class Attempt:
                 if number is not None:
                     self.engine.kill(number)
                 self.until(lambda: self.engine_code is not None, seconds)
-        self.send_all(do="end", grace_s=0)
-        self.until(lambda: set(self.agents) <= self.swept | {*self.lost}, times.SWEPT_S)
-        agents = list(self.agents.items())
-        for _, agent in agents:
-            with contextlib.suppress(OSError):
-                agent.process.stdin.close()  # type: ignore[union-attr]
-        self.until(
-            lambda: all(a.process.poll() is not None for h, a in agents if h not in self.lost), times.AGENT_GONE_S
-        )
-        for _, agent in agents:
+        agents = dict(self.agents)
+        for agent in agents.values():
+            agent.close()
+        left = [agent for host, agent in agents.items() if host not in self.lost]
+        self.until(lambda: all(agent.process.poll() is not None for agent in left), times.AGENT_ENDS_S)
+        for agent in agents.values():
             agent.kill(signal.SIGKILL)
         with contextlib.suppress(OSError):
             pathlib.Path(render.hosts_file(self.job)).unlink(missing_ok=True)

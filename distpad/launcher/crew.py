@@ -89,6 +89,12 @@ class Member:
             self.process.stdin.write(json.dumps(message).encode() + b"\n")
             self.process.stdin.flush()
 
+    def close(self) -> None:
+        """Let an agent end."""
+        with self.lock, contextlib.suppress(OSError):
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+
     def kill(self, number: int) -> None:
         """Send a signal to the process and its children."""
         with contextlib.suppress(ProcessLookupError):

@@ -82,7 +82,7 @@ def ask(
             if message["is"] == "ready":
                 found = json.loads(render.without_passwords(json.dumps(message["facts"])))
                 answers[name] = {"facts": found, "sent": sent, "received": time.time()}
-                agents[name].send(do="end", grace_s=0)
+                agents[name].close()
             elif message["is"] == "broken":
                 answers[name] = {"unreachable": message["text"], "remedy": f"Try: ssh {name} {python} -m distpad"}
             elif message["is"] == "closed":
