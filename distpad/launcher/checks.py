@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import ipaddress
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Callable
 
 from distpad.launcher import gpus, spec
@@ -51,243 +52,26 @@ class Question:
     code: str = ""
 
 
-# -- one host: each check yields the problems in its facts ------------------------------------------------------------
+OF_A_HOST: dict[str, Callable[[Facts], Iterator[Finding]]] = {}  # by name
+OF_ALL_HOSTS: dict[str, Callable[[AllFacts], Iterator[Finding]]] = {}
 
 
-def probes(facts: Facts) -> Iterator[Finding]:
-    """Each failed probe is a warning, since the state of its subject is unknown."""
-    for name, why in facts["errors"].items():
-        yield Finding(WARNING, f"{name} could not be checked: {why}", "Check it manually.")
+def of_a_host(name: str) -> Callable[[Any], Any]:
+    """Register a check of one host."""
+    return lambda check: OF_A_HOST.setdefault(name, check)
 
 
-def tensorflow(facts: Facts) -> Iterator[Finding]:
-    """TensorFlow must be installed and must load."""
-    if not any(name.startswith(("tensorflow", "tf-nightly")) for name in facts.get("packages", {"tensorflow": ""})):
-        make = "launch/environment.sh makes a whole environment."
-        yield Finding(ERROR, "TensorFlow is not installed in this Python", make)
-    elif why := _engine(facts, "tensorflow").get("error"):
-        again = "Install it again, for this Python and this processor."
-        yield Finding(ERROR, f"TensorFlow does not load: {why}", again)
+def of_all_hosts(name: str) -> Callable[[Any], Any]:
+    """Register a comparison of all hosts that answered."""
+    return lambda check: OF_ALL_HOSTS.setdefault(name, check)
 
 
-def keras(facts: Facts) -> Iterator[Finding]:
-    """TensorFlow up to 2.15 needs Keras 2. Later releases need Keras 3."""
-    found, version, release = facts.get("packages", {}).get("keras", ""), *_tensorflow(facts)
-    if found and release and (int(found.split(".")[0]) >= 3) != (release >= (2, 16)):
-        fitting = "'keras>=3'" if release >= (2, 16) else f"'keras=={release[0]}.{release[1]}.*'"
-        yield Finding(ERROR, f"Keras {found} does not go with TensorFlow {version}", f"pip install {fitting}")
+def error(evidence: str, remedy: str, host: str = "") -> Finding:
+    return Finding(ERROR, evidence, remedy, host)
 
 
-def addons(facts: Facts) -> Iterator[Finding]:
-    """TensorFlow Addons support TensorFlow up to 2.15."""
-    found, version, release = facts.get("packages", {}).get("tensorflow-addons"), *_tensorflow(facts)
-    if found and release > (2, 15):
-        evidence = f"TensorFlow Addons {found} support TensorFlow up to 2.15, here is {version}"
-        yield Finding(WARNING, evidence, "Uninstall them, or use TensorFlow 2.15.")
-
-
-def horovod(facts: Facts) -> Iterator[Finding]:
-    """An installed Horovod must load. pip's cache ignores the TensorFlow that a wheel was built for."""
-    if why := _engine(facts, "horovod").get("error"):
-        build = f"Build it for the installed TensorFlow: {INSTALL_HOROVOD} --force"
-        yield Finding(ERROR, f"Horovod does not load: {why}", build)
-
-
-def nccl(facts: Facts) -> Iterator[Finding]:
-    """Horovod on GPUs needs NCCL. Without NCCL, gradients go through the CPU's memory, slowly and without a warning."""
-    built, count = _engine(facts, "horovod").get("built_with"), gpus.count(facts.get("gpus", {}))
-    if count and built is not None and "nccl" not in built:
-        evidence = f"{count} GPUs, but Horovod was built without NCCL (it has {', '.join(built) or 'nothing'})"
-        yield Finding(ERROR, evidence, f"In an environment with tensorflow[and-cuda]: {INSTALL_HOROVOD} --force")
-
-
-def seen_gpus(facts: Facts) -> Iterator[Finding]:
-    """TensorFlow must see all GPUs of the host, or as many as a launcher expects, and have code for them."""
-    engine, driver, environment = _engine(facts, "tensorflow"), facts.get("gpus", {}), facts.get("environment", {})
-    if "for_gpus" not in engine or not driver:
-        return
-    wanted = int(environment.get("DISTPAD_GPUS") or 0)
-    expected = wanted or gpus.count(driver) or (1 if driver.get("error") else 0)
-    if engine["gpus"] < expected:
-        visible = environment.get("CUDA_VISIBLE_DEVICES")
-        why, remedy = gpus.why_unseen(expected, engine, driver, visible, driver["wheels"])
-        meant = not wanted and engine["gpus"] and why.startswith("CUDA_VISIBLE_DEVICES")
-        yield Finding(
-            WARNING if meant else ERROR, f"TensorFlow sees {engine['gpus']} of {expected} GPUs: {why}", remedy
-        )
-    elif unfit := gpus.unsupported(engine, driver):
-        yield Finding(ERROR if unfit[2] else WARNING, unfit[0], unfit[1])
-
-
-def slots(facts: Facts) -> Iterator[Finding]:
-    """Each worker needs a GPU, or a core on hosts without GPUs."""
-    host, wanted, have = facts["asked"], facts["slots"], gpus.count(facts.get("gpus", {}))
-    cores = facts.get("machine", {}).get("cores") or wanted
-    if have and wanted > have:
-        write = f"Write {host}:{have}. Workers should not share a GPU."
-        yield Finding(ERROR, f"{wanted} slots, but {have} GPUs", write)
-    elif not have and wanted > cores:
-        write = f"Write {host}:{cores}. Workers that share a core are slow."
-        yield Finding(WARNING, f"{wanted} slots, but {cores} cores", write)
-
-
-def mpi(facts: Facts) -> Iterator[Finding]:
-    """mpirun must belong to the MPI library that Horovod loads. Another mpirun starts N jobs of one, or fails."""
-    library, mpirun = _engine(facts, "horovod").get("mpi", ""), _mpirun(facts)
-    if "mpirun" not in facts or not library:
-        return
-    if not mpirun:
-        evidence = f"Horovod has MPI ({_mpi(library)}), but no mpirun is on PATH"
-        yield Finding(WARNING, evidence, "Add it to PATH, or launch with --gloo.")
-    elif _family(library) != _family(mpirun):
-        evidence = f"Horovod loads {_mpi(library)}, but mpirun is {_mpi(mpirun)}"
-        remedy = f"Change PATH, or: {INSTALL_HOROVOD} --force builds it for the MPI on PATH."
-        yield Finding(ERROR, evidence, remedy)
-
-
-def operator(facts: Facts) -> Iterator[Finding]:
-    """Open MPI 5 ignores the hosts that an operator sets for version 4, and runs all workers on one host."""
-    environment = facts.get("environment", {})
-    mpirun, file = _mpirun(facts), environment.get(HOSTFILE)
-    obeyed = environment.get("PRTE_MCA_prte_default_hostfile") == file
-    if file is not None and not obeyed and _family(mpirun) >= ("Open MPI", 5):
-        remedy = f"Set PRTE_MCA_prte_default_hostfile={file}, or call mpirun --hostfile {file}"
-        yield Finding(ERROR, f"{_mpi(mpirun)} ignores {HOSTFILE}: all workers would run on this host", remedy)
-
-
-def shared_memory(facts: Facts) -> Iterator[Finding]:
-    """Containers get 64 MB by default, with which NCCL fails during training (NVIDIA/nccl#290)."""
-    found = facts.get("shared_memory", {})
-    if not found or (found["size"] >= GB and found["free"] >= GB // 4):
-        return
-    evidence = f"/dev/shm has {found['size'] // 2**20} MB, {found['free'] // 2**20} MB of it free"
-    if gpus.count(facts.get("gpus", {})):
-        yield Finding(ERROR, f"{evidence}: too little for NCCL", f"Increase it to 1 GB or more: {SHM}")
-    else:
-        yield Finding(WARNING, evidence, f"Workers on one host use it, and NCCL needs 1 GB: {SHM}")
-
-
-def open_files(facts: Facts) -> Iterator[Finding]:
-    """Each worker opens a connection to each other worker, and the files of the data."""
-    soft = facts.get("machine", {}).get("open_files", {}).get("soft", -1)
-    if 0 <= soft < 1024:
-        yield Finding(WARNING, f"a process may open only {soft} files", "ulimit -n 4096")
-
-
-def tf_config(facts: Facts) -> Iterator[Finding]:
-    """TF_CONFIG, if set, must name this host at its task's index. Otherwise the workers wait forever."""
-    found = facts.get("tf_config")
-    if not found:
-        return
-    remedy = "Unset it, or let distpad launch --backend multiworker write it."
-    if "error" in found:
-        yield Finding(ERROR, f"TF_CONFIG is set, but {found['error']}", remedy)
-    elif found["cluster"] and "address" not in found:
-        task, sizes = found["task"], ", ".join(f"{len(each)} {kind}" for kind, each in found["cluster"].items())
-        yield Finding(ERROR, f"TF_CONFIG says task {task['type']} {task['index']}, but names {sizes}", remedy)
-    elif found["cluster"] and not found["is_here"]:
-        evidence = f"TF_CONFIG says that this host is {found['address']}, no address of this host"
-        yield Finding(ERROR, evidence, remedy)
-
-
-def ports(facts: Facts) -> Iterator[Finding]:
-    """The ports in the question must be free."""
-    for port, why in facts.get("ports", {}).get("taken", {}).items():
-        find = f"Find its process with ss -ltnp 'sport = :{port}', or use another port."
-        yield Finding(ERROR, f"port {port} is not free: {why.lower()}", find)
-
-
-def clock(facts: Facts) -> Iterator[Finding]:
-    """Clocks must agree. Otherwise logs of several hosts cannot be compared, and tickets and certificates fail."""
-    ahead, behind = facts["time"] - facts["received"], facts["sent"] - facts["time"]
-    if max(ahead, behind) > SKEW_S:
-        evidence = f"its clock is {max(ahead, behind):.0f} s {'ahead' if ahead > behind else 'behind'}"
-        yield Finding(WARNING, evidence, "Synchronise all clocks: timedatectl set-ntp true")
-
-
-# -- all hosts that answered: each check compares them ----------------------------------------------------------------
-
-
-def names(facts: AllFacts) -> Iterator[Finding]:
-    """Each host must resolve all names, its own included, to addresses that other hosts can reach.
-
-    Gloo resolves the name of its own host and sends the address to the other workers.
-    """
-    for host, _, finding in wrong_names(facts):
-        yield dataclasses.replace(finding, host=host)
-
-
-def versions(facts: AllFacts) -> Iterator[Finding]:
-    """Packages, Python and MPI must have the same version on all hosts."""
-    packages = sorted({name for each in facts.values() for name in each.get("packages", {})})
-    rows = {
-        name: {host: each["packages"].get(name, "") for host, each in _having(facts, "packages")} for name in packages
-    }
-    minor = r"\d+\.\d+"
-    rows["Python"] = {host: re.findall(minor, each["python"]["version"])[0] for host, each in _having(facts, "python")}
-    rows["mpirun"] = {host: _mpirun(each) for host, each in _having(facts, "mpirun")}
-    for hosts, evidence in differing(rows):
-        yield Finding(ERROR, evidence, "Install the same version everywhere.", hosts)
-
-
-def builds(facts: AllFacts) -> Iterator[Finding]:
-    """Horovod must have the same build on all hosts. A rank without NCCL waits forever for ranks with NCCL."""
-    built = {host: _engine(each, "horovod").get("built_with") for host, each in facts.items()}
-    found = {host: " ".join(names) for host, names in built.items() if names is not None}
-    for hosts, evidence in differing({"Horovod's build": found}):
-        again = f"Build Horovod again on all hosts: {INSTALL_HOROVOD} --force"
-        yield Finding(ERROR, evidence, again, hosts)
-
-
-def own_code(facts: AllFacts) -> Iterator[Finding]:
-    """distpad must be the same on all hosts, since messages between its workers carry no version."""
-    yield from _same_files(facts, "distpad", "distpad's own code", "Install the same distpad everywhere.")
-
-
-def code(facts: AllFacts) -> Iterator[Finding]:
-    """The folder of ``--code`` must be the same. Workers with different programs hang, or train different models."""
-    folder = next(iter(facts.values()))["folder"]
-    remedy = f"Copy it there: rsync -a {folder}/ HOST:{folder}/"
-    yield from _same_files(facts, "code", f"the code in {folder}", remedy)
-
-
-def _same_files(facts: AllFacts, key: str, what: str, remedy: str) -> Iterator[Finding]:
-    found = {host: each[key] for host, each in _having(facts, key) if each[key] is not None}
-    common: Facts = max(found.values(), key=list(found.values()).count, default={})
-    for host, files in found.items():
-        different = sorted(name for name in {*files, *common} if files.get(name) != common.get(name))
-        if different:
-            more = f" and {len(different) - 3} more" if len(different) > 3 else ""
-            evidence = f"{what} differs from the other hosts' in {', '.join(different[:3])}{more}"
-            yield Finding(ERROR, evidence, remedy, host)
-
-
-# name | check of one host
-OF_A_HOST: dict[str, Callable[[Facts], Iterator[Finding]]] = {
-    "clock": clock,
-    "probes": probes,
-    "TensorFlow": tensorflow,
-    "Keras": keras,
-    "Addons": addons,
-    "Horovod": horovod,
-    "Horovod's NCCL": nccl,
-    "GPUs": seen_gpus,
-    "slots": slots,
-    "MPI": mpi,
-    "operator": operator,
-    "/dev/shm": shared_memory,
-    "open files": open_files,
-    "TF_CONFIG": tf_config,
-    "ports": ports,
-}
-# name | comparison of all hosts that answered
-OF_ALL_HOSTS: dict[str, Callable[[AllFacts], Iterator[Finding]]] = {
-    "names": names,
-    "versions": versions,
-    "builds": builds,
-    "distpad's code": own_code,
-    "code": code,
-}
+def warning(evidence: str, remedy: str) -> Finding:
+    return Finding(WARNING, evidence, remedy)
 
 
 def check(answers: Mapping[str, Mapping[str, Any]], question: Question) -> list[Finding]:
@@ -300,23 +84,242 @@ def check(answers: Mapping[str, Mapping[str, Any]], question: Question) -> list[
     facts: dict[str, Facts] = {}
     found: list[Finding] = []
 
-    def add(host: str, what: str, problems: list[Finding]) -> None:
-        found.extend(dataclasses.replace(each, host=each.host or host, what=what) for each in problems or [Finding(OK)])
+    def add(host: str, what: str, problems: Iterable[Finding]) -> None:
+        several: list[Finding] = []
+        with contextlib.suppress(KeyError):  # a probe has failed, which is a finding of its own
+            several.extend(problems)
+        found.extend(dataclasses.replace(each, host=each.host or host, what=what) for each in several or [Finding(OK)])
 
     for host, answer in answers.items():
         if "unreachable" in answer:
-            add(host, "reach", [Finding(ERROR, answer["unreachable"], answer["remedy"])])
+            add(host, "reach", [error(answer["unreachable"], answer["remedy"])])
             continue
         wanted = question.slots.get(host, 1) if question.slots_given else 0
         facts[host] = {**answer, **answer["facts"], "asked": host, "slots": wanted, "folder": question.code}
         add(host, "reach", [])
         for what, of_host in OF_A_HOST.items():
-            add(host, what, [*of_host(facts[host])])
-    if len(facts) > 1:
-        for what, of_all in OF_ALL_HOSTS.items():
-            add("all", what, [*of_all(facts)])
-    order = (ERROR, WARNING, OK)
-    return sorted(found, key=lambda finding: order.index(finding.state))
+            add(host, what, of_host(facts[host]))
+    for what, of_all in OF_ALL_HOSTS.items() if len(facts) > 1 else ():
+        add("all", what, of_all(facts))
+    return sorted(found, key=lambda finding: (ERROR, WARNING, OK).index(finding.state))
+
+
+# -- one host: each check yields the problems in its facts, and raises KeyError where one is missing -------------------
+
+
+@of_a_host("clock")
+def clock(facts: Facts) -> Iterator[Finding]:
+    """Clocks must agree. Otherwise logs of several hosts cannot be compared, and tickets and certificates fail."""
+    ahead, behind = facts["time"] - facts["received"], facts["sent"] - facts["time"]
+    if max(ahead, behind) > SKEW_S:
+        evidence = f"its clock is {max(ahead, behind):.0f} s {'ahead' if ahead > behind else 'behind'}"
+        yield warning(evidence, "Synchronise all clocks: timedatectl set-ntp true")
+
+
+@of_a_host("probes")
+def probes(facts: Facts) -> Iterator[Finding]:
+    """Each failed probe is a warning, since the state of its subject is unknown."""
+    for name, why in facts["errors"].items():
+        yield warning(f"{name} could not be checked: {why}", "Check it manually.")
+
+
+@of_a_host("TensorFlow")
+def tensorflow(facts: Facts) -> Iterator[Finding]:
+    """TensorFlow must be installed and must load."""
+    if not any(name.startswith(("tensorflow", "tf-nightly")) for name in facts["packages"]):
+        yield error("TensorFlow is not installed in this Python", "launch/environment.sh makes a whole environment.")
+    elif why := _engine(facts, "tensorflow").get("error"):
+        yield error(f"TensorFlow does not load: {why}", "Install it again, for this Python and this processor.")
+
+
+@of_a_host("Keras")
+def keras(facts: Facts) -> Iterator[Finding]:
+    """TensorFlow up to 2.15 needs Keras 2. Later releases need Keras 3."""
+    found, version, release = facts["packages"]["keras"], *_tensorflow(facts)
+    if release and (int(found.split(".")[0]) >= 3) != (release >= (2, 16)):
+        fitting = "'keras>=3'" if release >= (2, 16) else f"'keras=={release[0]}.{release[1]}.*'"
+        yield error(f"Keras {found} does not go with TensorFlow {version}", f"pip install {fitting}")
+
+
+@of_a_host("Addons")
+def addons(facts: Facts) -> Iterator[Finding]:
+    """TensorFlow Addons support TensorFlow up to 2.15."""
+    found, version, release = facts["packages"]["tensorflow-addons"], *_tensorflow(facts)
+    if release > (2, 15):
+        evidence = f"TensorFlow Addons {found} support TensorFlow up to 2.15, here is {version}"
+        yield warning(evidence, "Uninstall them, or use TensorFlow 2.15.")
+
+
+@of_a_host("Horovod")
+def horovod(facts: Facts) -> Iterator[Finding]:
+    """An installed Horovod must load. pip's cache ignores the TensorFlow that a wheel was built for."""
+    if why := _engine(facts, "horovod").get("error"):
+        yield error(
+            f"Horovod does not load: {why}", f"Build it for the installed TensorFlow: {INSTALL_HOROVOD} --force"
+        )
+
+
+@of_a_host("Horovod's NCCL")
+def nccl(facts: Facts) -> Iterator[Finding]:
+    """Horovod on GPUs needs NCCL. Without NCCL, gradients go through the CPU's memory, slowly and without a warning."""
+    built, count = _engine(facts, "horovod")["built_with"], gpus.count(facts["gpus"])
+    if count and "nccl" not in built:
+        evidence = f"{count} GPUs, but Horovod was built without NCCL (it has {', '.join(built) or 'nothing'})"
+        yield error(evidence, f"In an environment with tensorflow[and-cuda]: {INSTALL_HOROVOD} --force")
+
+
+@of_a_host("GPUs")
+def seen_gpus(facts: Facts) -> Iterator[Finding]:
+    """TensorFlow must see all GPUs of the host, or as many as a launcher expects, and have code for them."""
+    engine, driver, environment = _engine(facts, "tensorflow"), facts["gpus"], facts["environment"]
+    wanted = int(environment.get("DISTPAD_GPUS") or 0)
+    expected = wanted or gpus.count(driver) or (1 if driver.get("error") else 0)
+    if engine["gpus"] < expected:
+        visible = environment.get("CUDA_VISIBLE_DEVICES")
+        why, remedy = gpus.why_unseen(expected, engine, driver, visible, driver["wheels"])
+        meant = not wanted and engine["gpus"] and why.startswith("CUDA_VISIBLE_DEVICES")
+        evidence = f"TensorFlow sees {engine['gpus']} of {expected} GPUs: {why}"
+        yield Finding(WARNING if meant else ERROR, evidence, remedy)
+    elif unfit := gpus.unsupported(engine, driver):
+        yield Finding(ERROR if unfit[2] else WARNING, unfit[0], unfit[1])
+
+
+@of_a_host("slots")
+def slots(facts: Facts) -> Iterator[Finding]:
+    """Each worker needs a GPU, or a core on hosts without GPUs."""
+    host, wanted, have, cores = facts["asked"], facts["slots"], gpus.count(facts["gpus"]), facts["machine"]["cores"]
+    if have and wanted > have:
+        yield error(f"{wanted} slots, but {have} GPUs", f"Write {host}:{have}. Workers should not share a GPU.")
+    elif not have and wanted > cores:
+        yield warning(
+            f"{wanted} slots, but {cores} cores", f"Write {host}:{cores}. Workers that share a core are slow."
+        )
+
+
+@of_a_host("MPI")
+def mpi(facts: Facts) -> Iterator[Finding]:
+    """mpirun must belong to the MPI library that Horovod loads. Another mpirun starts N jobs of one, or fails."""
+    library, mpirun = _engine(facts, "horovod")["mpi"], _mpirun(facts)
+    if library and not mpirun:
+        evidence = f"Horovod has MPI ({' '.join(_mpi(library))}), but no mpirun is on PATH"
+        yield warning(evidence, "Add it to PATH, or launch with --gloo.")
+    elif library and _family(library) != _family(mpirun):
+        evidence = f"Horovod loads {' '.join(_mpi(library))}, but mpirun is {' '.join(_mpi(mpirun))}"
+        yield error(evidence, f"Change PATH, or: {INSTALL_HOROVOD} --force builds it for the MPI on PATH.")
+
+
+@of_a_host("operator")
+def operator(facts: Facts) -> Iterator[Finding]:
+    """Open MPI 5 ignores the hosts that an operator sets for version 4, and runs all workers on one host."""
+    environment, mpirun = facts["environment"], _mpirun(facts)
+    file, kind, version = environment[HOSTFILE], *_mpi(mpirun)
+    is_5 = kind == "Open MPI" and int(version.split(".")[0]) >= 5
+    if is_5 and environment.get("PRTE_MCA_prte_default_hostfile") != file:
+        remedy = f"Set PRTE_MCA_prte_default_hostfile={file}, or call mpirun --hostfile {file}"
+        yield error(f"{kind} {version} ignores {HOSTFILE}: all workers would run on this host", remedy)
+
+
+@of_a_host("/dev/shm")
+def shared_memory(facts: Facts) -> Iterator[Finding]:
+    """Containers get 64 MB by default, with which NCCL fails during training (NVIDIA/nccl#290)."""
+    size, free = facts["shared_memory"]["size"], facts["shared_memory"]["free"]
+    evidence = f"/dev/shm has {size // 2**20} MB, {free // 2**20} MB of it free"
+    if size >= GB and free >= GB // 4:
+        return
+    if gpus.count(facts["gpus"]):
+        yield error(f"{evidence}: too little for NCCL", f"Increase it to 1 GB or more: {SHM}")
+    else:
+        yield warning(evidence, f"Workers on one host use it, and NCCL needs 1 GB: {SHM}")
+
+
+@of_a_host("open files")
+def open_files(facts: Facts) -> Iterator[Finding]:
+    """Each worker opens a connection to each other worker, and the files of the data."""
+    soft = facts["machine"]["open_files"]["soft"]
+    if 0 <= soft < 1024:
+        yield warning(f"a process may open only {soft} files", "ulimit -n 4096")
+
+
+@of_a_host("TF_CONFIG")
+def tf_config(facts: Facts) -> Iterator[Finding]:
+    """TF_CONFIG, if set, must name this host at its task's index. Otherwise the workers wait forever."""
+    found = facts["tf_config"] or {"cluster": {}}
+    remedy = "Unset it, or let distpad launch --backend multiworker write it."
+    if "error" in found:
+        yield error(f"TF_CONFIG is set, but {found['error']}", remedy)
+    elif found["cluster"] and "address" not in found:
+        task, sizes = found["task"], ", ".join(f"{len(each)} {kind}" for kind, each in found["cluster"].items())
+        yield error(f"TF_CONFIG says task {task['type']} {task['index']}, but names {sizes}", remedy)
+    elif found["cluster"] and not found["is_here"]:
+        yield error(f"TF_CONFIG says that this host is {found['address']}, no address of this host", remedy)
+
+
+@of_a_host("ports")
+def ports(facts: Facts) -> Iterator[Finding]:
+    """The ports in the question must be free."""
+    for port, why in facts["ports"]["taken"].items():
+        find = f"Find its process with ss -ltnp 'sport = :{port}', or use another port."
+        yield error(f"port {port} is not free: {why.lower()}", find)
+
+
+# -- all hosts that answered: each check compares them ----------------------------------------------------------------
+
+
+@of_all_hosts("names")
+def names(facts: AllFacts) -> Iterator[Finding]:
+    """Each host must resolve all names, its own included, to addresses that other hosts can reach.
+
+    Gloo resolves the name of its own host and sends the address to the other workers.
+    """
+    for host, _, finding in wrong_names(facts):
+        yield dataclasses.replace(finding, host=host)
+
+
+@of_all_hosts("versions")
+def versions(facts: AllFacts) -> Iterator[Finding]:
+    """Packages, Python and MPI must have the same version on all hosts."""
+    packages = {host: each["packages"] for host, each in _having(facts, "packages")}
+    every = sorted({name for each in packages.values() for name in each})
+    rows = {name: {host: each.get(name, "") for host, each in packages.items()} for name in every}
+    rows["Python"] = {
+        host: ".".join(each["python"]["version"].split(".")[:2]) for host, each in _having(facts, "python")
+    }
+    rows["mpirun"] = {host: _mpirun(each) for host, each in _having(facts, "mpirun")}
+    for hosts, evidence in differing(rows):
+        yield error(evidence, "Install the same version everywhere.", hosts)
+
+
+@of_all_hosts("builds")
+def builds(facts: AllFacts) -> Iterator[Finding]:
+    """Horovod must have the same build on all hosts. A rank without NCCL waits forever for ranks with NCCL."""
+    engines = {host: _engine(each, "horovod") for host, each in _having(facts, "engines")}
+    found = {host: " ".join(each["built_with"]) for host, each in _having(engines, "built_with")}
+    for hosts, evidence in differing({"Horovod's build": found}):
+        yield error(evidence, f"Build Horovod again on all hosts: {INSTALL_HOROVOD} --force", hosts)
+
+
+@of_all_hosts("distpad's code")
+def own_code(facts: AllFacts) -> Iterator[Finding]:
+    """distpad must be the same on all hosts, since messages between its workers carry no version."""
+    return _same_files(facts, "distpad", "distpad's own code", "Install the same distpad everywhere.")
+
+
+@of_all_hosts("code")
+def code(facts: AllFacts) -> Iterator[Finding]:
+    """The folder of ``--code`` must be the same. Workers with different programs hang, or train different models."""
+    folder = next(iter(facts.values()))["folder"]
+    return _same_files(facts, "code", f"the code in {folder}", f"Copy it there: rsync -a {folder}/ HOST:{folder}/")
+
+
+def _same_files(facts: AllFacts, key: str, what: str, remedy: str) -> Iterator[Finding]:
+    found = {host: each[key] for host, each in _having(facts, key) if each[key] is not None}
+    common: Facts = max(found.values(), key=list(found.values()).count, default={})
+    for host, files in found.items():
+        different = sorted(name for name in {*files, *common} if files.get(name) != common.get(name))
+        if different:
+            more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+            evidence = f"{what} differs from the other hosts' in {', '.join(different[:3])}{more}"
+            yield error(evidence, remedy, host)
 
 
 # -- before a job starts ----------------------------------------------------------------------------------------------
@@ -336,7 +339,7 @@ def problems(job: spec.Job, facts: AllFacts) -> list[str]:
         if is_cpu_build or each["gpus"].get("error") or gpus.count(each["gpus"]) < needed:
             build = {"for_gpus": not is_cpu_build, "cuda": "0", "cudnn": ""}
             why, remedy = gpus.why_unseen(needed, build, each["gpus"], None, {})
-            wrong.append(Finding(ERROR, f"{host} has no {needed} GPUs for its workers: {why}", remedy))
+            wrong.append(error(f"{host} has no {needed} GPUs for its workers: {why}", remedy))
     return [*found, *(f"{finding.evidence}. {finding.remedy}" for finding in wrong)]
 
 
@@ -376,10 +379,10 @@ def wrong_names(facts: AllFacts) -> Iterator[tuple[str, bool, Finding]]:
                 continue
             if not addresses:
                 remedy = "Add it to the DNS, or to /etc/hosts there."
-                yield here, is_own, Finding(ERROR, f"{which} does not resolve", remedy)
+                yield here, is_own, error(f"{which} does not resolve", remedy)
             elif any(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in addresses):
                 problem = f"{which} resolves to {', '.join(addresses)}, the loopback, which other hosts cannot reach"
-                yield here, is_own, Finding(ERROR, problem, "Set its real address in /etc/hosts there.")
+                yield here, is_own, error(problem, "Set its real address in /etc/hosts there.")
 
 
 def interface(facts: AllFacts) -> tuple[str, str]:
@@ -407,29 +410,29 @@ def _having(facts: AllFacts, key: str) -> list[tuple[str, Facts]]:
 
 
 def _engine(facts: Facts, name: str) -> Facts:
-    return facts.get("engines", {}).get(name) or {}
+    return facts["engines"].get(name) or {}
 
 
 def _mpirun(facts: Facts) -> str:
-    return (facts.get("mpirun") or {}).get("version", "")
+    return (facts["mpirun"] or {"version": ""})["version"]
 
 
 def _tensorflow(facts: Facts) -> tuple[str, tuple[int, ...]]:
     """TensorFlow's version, and its first two numbers; "" and () if it is not known."""
-    packages = facts.get("packages", {})
+    packages, engine = facts["packages"], (facts.get("engines") or {}).get("tensorflow") or {}
     found = [packages[name] for name in ("tensorflow", "tensorflow-cpu", "tensorflow-gpu") if name in packages]
-    version = _engine(facts, "tensorflow").get("version") or (found[0] if found else "")
+    version = engine.get("version") or (found[0] if found else "")
     return version, tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
-def _family(banner: str) -> tuple[str, int]:
-    """The MPI implementation. For Open MPI also its major version, since 5 does not load libraries built for 4."""
+def _mpi(banner: str) -> tuple[str, str]:
+    """The MPI implementation and its version, as it prints them."""
     kinds = {"Open MPI": "Open MPI", "HYDRA": "MPICH", "MPICH": "MPICH", "Intel": "Intel MPI"}
-    kind = next((kinds[mark] for mark in kinds if mark in banner), banner)
-    version = re.search(r"(\d+)\.\d+", banner)
-    return kind, int(version[1]) if version and kind == "Open MPI" else 0
-
-
-def _mpi(banner: str) -> str:
     version = re.search(r"\d+\.[\d.]+\w*", banner)
-    return f"{_family(banner)[0]} {version[0]}" if version else _family(banner)[0]
+    return next((kinds[mark] for mark in kinds if mark in banner), banner), version[0] if version else ""
+
+
+def _family(banner: str) -> tuple[str, str]:
+    """The MPI implementation. For Open MPI also its major version, since 5 does not load libraries built for 4."""
+    kind, version = _mpi(banner)
+    return kind, version.split(".")[0] if kind == "Open MPI" else ""
