@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from distpad.launcher import gpus
+from distpad.launcher import gpus, processes
 
 LIMIT_S = 20  # of one program
 PACKAGES = (
@@ -77,7 +77,7 @@ def collect(asked: dict[str, Any]) -> dict[str, Any]:
         thread.start()
     for thread in threads:
         thread.join(max(0.0, until - time.monotonic()))
-    done = dict(found)
+    done = dict(found)  # a late thread may still add to the other
     failed = {name: why for name, why in errors.items() if name not in done}
     return {"host": socket.gethostname(), "time": time.time(), **done, "errors": failed}
 
@@ -160,9 +160,8 @@ def tf_config(text: str | None) -> dict[str, Any] | None:
     except json.JSONDecodeError as error:
         return {"error": f"it is not JSON: {error.msg} at character {error.pos}"}
     except (AttributeError, TypeError):
-        return {
-            "error": 'it does not have the form {"cluster": {"worker": [...]}, "task": {"type": ..., "index": ...}}'
-        }
+        form = '{"cluster": {"worker": [...]}, "task": {"type": ..., "index": ...}}'
+        return {"error": f"it does not have the form {form}"}
     mine = addresses.get(str(task.get("type")), [])
     index = int(task["index"]) if str(task.get("index")).isdecimal() else -1
     if 0 <= index < len(mine):
@@ -190,20 +189,17 @@ def engines(limit_s: float = LIMIT_S) -> dict[str, Any]:
     quiet = {"TF_CPP_MIN_LOG_LEVEL": "2", "TF_ENABLE_ONEDNN_OPTS": "0"}
     env = {**{name: value for name, value in os.environ.items() if name != "TF_CONFIG"}, **quiet}
     command = [sys.executable, "-m", "distpad.launcher.builds"]
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
-        try:
-            output, wrote = program.communicate(timeout=limit_s)
-        except subprocess.TimeoutExpired:
-            program.kill()
-            output, wrote = program.communicate()[0], f"not done after {limit_s:g} s"
+    code, output, wrote = processes.run(command, env=env, limit_s=limit_s)
     found: dict[str, Any] = {}
     for line in output.splitlines():
         if line.startswith("{"):
             found.update(json.loads(line))
-    if code := program.returncode:
+    if code != 0:
         last = wrote.strip().splitlines()[-1:] or [""]
-        ended = f"signal {-code}" if code < 0 else f"exit code {code}"
-        found["tensorflow" if "tensorflow" not in found else "horovod"] = {"error": last[0] or ended, "ended": ended}
+        ended = f"not done after {limit_s:g} s" if code is None else f"exit code {code}"
+        ended = f"signal {-code}" if code and code < 0 else ended
+        why = ended if code is None else last[0] or ended
+        found["horovod" if "tensorflow" in found else "tensorflow"] = {"error": why, "ended": ended}
     return found
 
 

@@ -8,19 +8,19 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import glob
+import itertools
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 LIMIT_S = 20
 INSTALL = "launch/environment.sh current-gpu (or classic-gpu), or pip install 'tensorflow[and-cuda]'"
 REQUEST = "Install NVIDIA's driver. In a container, request GPUs: docker run --gpus all, in Kubernetes nvidia.com/gpu."
 QUERY = ("nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader")
-NEWEST_BY_PTX = (
-    9  # compute capability; on newer GPUs, code for older ones fails: CUDA_ERROR_INVALID_PTX (tensorflow#97387)
-)
+# A compute capability. On newer GPUs, code for older ones fails: CUDA_ERROR_INVALID_PTX (tensorflow#97387).
+NEWEST_BY_PTX = 9
 
 
 def driver() -> dict[str, Any]:
@@ -37,12 +37,9 @@ def driver() -> dict[str, Any]:
         done = subprocess.run(QUERY, capture_output=True, text=True, timeout=LIMIT_S)
         if done.returncode:
             found["error"] = (done.stderr or done.stdout).strip()
-        for name, capability, version in (
-            line.rsplit(", ", 2) for line in done.stdout.splitlines() if line.count(", ") > 1
-        ):
-            found["names"].append(name)
-            found["capabilities"].append(capability)
-            found["version"] = version
+        rows = [line.rsplit(", ", 2) for line in done.stdout.splitlines() if line.count(", ") > 1]
+        if rows:
+            found["names"], found["capabilities"], (found["version"], *_) = zip(*rows)
     return found
 
 
@@ -114,8 +111,9 @@ def why_unseen(
     if count(found) < expected:
         return f"the driver has {count(found)}", REQUEST
     needs = f"CUDA {_number(build['cuda'])[0]} and cuDNN {build['cudnn']}"
-    of_13 = sorted(name for name, version in wheels.items() if name.endswith("-cu13") or _is_cuda_13(name, version))
-    if of_13 and not any(name == "nvidia-cuda-runtime-cu12" for name in wheels):
+    runtime = ("nvidia-cuda-runtime", "13")  # the one wheel of CUDA 13 without a suffix
+    of_13 = sorted(name for name, version in wheels.items() if name.endswith("-cu13") or (name, version[:2]) == runtime)
+    if of_13 and "nvidia-cuda-runtime-cu12" not in wheels:
         return f"the libraries are those of CUDA 13 ({', '.join(of_13[:3])}), TensorFlow needs {needs}", INSTALL
     return f"libraries of {needs} are missing or do not load (see TensorFlow's log)", INSTALL
 
@@ -133,11 +131,8 @@ def unsupported(build: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[str
         evidence = f"{name} has compute capability {text}, TensorFlow {build['version']} has code for {least} to {most}"
         if fails:
             return evidence, "Use another GPU, or a TensorFlow that is built for it, such as NVIDIA's own.", True
-        return (
-            f"{evidence}: the driver compiles it at first use, for up to half an hour",
-            "Keep ~/.nv/ComputeCache.",
-            False,
-        )
+        evidence += ": the driver compiles it at first use, for up to half an hour"
+        return evidence, "Keep ~/.nv/ComputeCache.", False
     return None
 
 
@@ -147,12 +142,6 @@ def _number(version: str) -> tuple[int, ...]:
 
 def _count_visible(visible: str, devices: int) -> int:
     """The number of GPUs that CUDA shows: those before the first that does not exist."""
-    parts: Sequence[str] = [part.strip() for part in visible.split(",")]
-    for i, part in enumerate(parts):
-        if not (part.startswith(("GPU-", "MIG-")) or (part.isdecimal() and int(part) < devices)):
-            return i
-    return len(parts)
-
-
-def _is_cuda_13(name: str, version: str) -> bool:
-    return name == "nvidia-cuda-runtime" and version.startswith("13")
+    parts = (part.strip() for part in visible.split(","))
+    exists = (part.startswith(("GPU-", "MIG-")) or (part.isdecimal() and int(part) < devices) for part in parts)
+    return sum(1 for _ in itertools.takewhile(bool, exists))

@@ -74,16 +74,8 @@ def remote_argv(
     if host.is_here:
         return list(argv)
     if by_srun:
-        one = [
-            "--nodes=1",
-            "--ntasks=1",
-            f"--nodelist={host.name}",
-            "--overlap",
-            "--unbuffered",
-            "--mpi=none",
-            "--quiet",
-        ]
-        return ["srun", *one, *argv]
+        options = [f"--nodelist={host.name}", "--overlap", "--unbuffered", "--mpi=none", "--quiet"]
+        return ["srun", "--nodes=1", "--ntasks=1", *options, *argv]
     given = [f"{name}={environ[name]}" for name in ("PYTHONPATH", times.SCALE) if environ.get(name)]
     remote = [*(["env", *given] if given else []), *argv]
     return [*SSH, *ssh_args, host.name, shlex.join(remote)]
@@ -109,44 +101,37 @@ def engine_argv(job: spec.Job, mpi: str = "", *, is_root: bool = False) -> list[
       mpi: the first line of ``mpirun --version``, if the launcher is mpirun.
       is_root: whether the launcher runs as root, for which Open MPI needs a flag.
     """
-    if job.launcher == "horovodrun":
-        return _horovodrun(job)
     if job.launcher == "mpirun":
         return _mpirun(job, mpi, is_root)
-    if job.launcher == "srun":
-        return _srun(job)
-    return []
+    engines = {"horovodrun": _horovodrun, "srun": _srun}
+    return engines[job.launcher](job) if job.launcher in engines else []
 
 
 def _horovodrun(job: spec.Job) -> list[str]:
-    argv = ["horovodrun", "--gloo", "-np", str(job.workers), "--disable-cache"]
-    argv += ["--start-timeout", str(int(job.start_timeout_s))]
+    where = _hosts(job)
     if job.elastic:
-        argv += ["--min-np", str(job.min_np), "--max-np", str(job.max_np)]
-        argv += ["--host-discovery-script", f"cat {hosts_file(job)}"]  # the hosts that discovery.py has found
-        argv += ELASTIC_ARGS
-    else:
-        argv += _hosts(job)
-    # without this option, horovodrun starts servers with their key on a command line: see checks.interface
-    argv += [
-        "--network-interface",
-        job.network_interface or ("FOUND-AT-START" if job.elastic or job.crosses_hosts else "lo"),
-    ]
-    argv += spec.horovodrun_ssh_args(job.ssh_arg)
+        where = ["--min-np", str(job.min_np), "--max-np", str(job.max_np)]
+        where += ["--host-discovery-script", f"cat {hosts_file(job)}"]  # the hosts that discovery.py has found
+        where += ELASTIC_ARGS
+    argv = ["horovodrun", "--gloo", "-np", str(job.workers), "--disable-cache"]
+    argv += ["--start-timeout", str(int(job.start_timeout_s)), *where]
+    # without an interface, horovodrun starts servers with their key on a command line: see checks.interface
+    found = "FOUND-AT-START" if job.elastic or job.crosses_hosts else "lo"
+    argv += ["--network-interface", job.network_interface or found, *spec.horovodrun_ssh_args(job.ssh_arg)]
     return [*argv, *job.launcher_arg, *worker_argv(job)]
 
 
 def _mpirun(job: spec.Job, mpi: str, is_root: bool) -> list[str]:
-    prrte = _major(mpi) >= 5
-    interface = job.network_interface
+    version, interface = re.search(r"Open MPI\D*(\d+)", mpi), job.network_interface
+    prrte = version is not None and int(version[1]) >= 5
     argv = ["mpirun", *(["--allow-run-as-root"] if is_root else []), "-np", str(job.workers), *_hosts(job)]
     # A worker is a TensorFlow process with many threads. Open MPI's default would bind it to one core.
     argv += ["--bind-to", "none", "--map-by", "slot"]
     for name, value in (("pml", "ob1"), ("btl", "^openib")):  # as Horovod's documentation says
         if name not in job.launcher_arg:  # mpirun refuses duplicates; --launcher-arg overrides these, as for UCX
             argv += ["--mca", name, value]
-    ssh = [*SSH[1:], *ssh_args(job)]
-    argv += ["--prtemca", "plm_ssh_args", shlex.join(ssh)] if prrte else ["--mca", "plm_rsh_args", shlex.join(ssh)]
+    ssh = shlex.join([*SSH[1:], *ssh_args(job)])
+    argv += ["--prtemca", "plm_ssh_args", ssh] if prrte else ["--mca", "plm_rsh_args", ssh]
     if not prrte:
         argv += ["--mca", "btl_vader_single_copy_mechanism", "none"]  # containers forbid the system call that it uses
     if interface:
@@ -169,11 +154,6 @@ def _srun(job: spec.Job) -> list[str]:
 
 def _hosts(job: spec.Job) -> list[str]:
     return ["-H", ",".join(f"{host.name}:{host.slots}" for host in job.hosts)]
-
-
-def _major(mpi: str) -> int:
-    found = re.search(r"Open MPI\D*(\d+)", mpi)
-    return int(found[1]) if found else 0
 
 
 def engine_env(job: spec.Job, environ: Mapping[str, str]) -> dict[str, str]:
@@ -211,14 +191,12 @@ def worker_env(
         env = {**STALL, **env}
     if job.network_interface:
         env["NCCL_SOCKET_IFNAME"] = job.network_interface
-    topology = {"BACKEND": job.backend, "ATTEMPT": attempt, "JOB": job.id}
-    if not job.elastic:
-        topology |= {"WORKERS": job.workers, "HOSTS": len(job.used_hosts)}
-    if job.backend == "mirrored" and job.np:
-        topology["REPLICAS"] = job.np
-    if job.gpus_each:
-        topology["GPUS"] = job.gpus_each
-    env |= {f"DISTPAD_{name}": str(value) for name, value in topology.items()}
+    topology = {
+        **{"BACKEND": job.backend, "ATTEMPT": str(attempt), "JOB": job.id, "GPUS": job.gpus_each or None},
+        **({} if job.elastic else {"WORKERS": job.workers, "HOSTS": len(job.used_hosts)}),
+        "REPLICAS": job.np if job.backend == "mirrored" else None,
+    }
+    env |= {f"DISTPAD_{name}": str(value) for name, value in topology.items() if value is not None}
     return {**env, "PYTHONUNBUFFERED": "1", **secrets}
 
 
