@@ -49,14 +49,12 @@ def certify(
 
     Exit codes: 0 the gradients are equal, 1 the gradients differ, 2 the gradients could not be compared.
     """
-    if target is not None and (naive or ":" not in target):
-        typer.echo(
+    if target is not None and naive:
+        raise _refused(
             "certify: --naive is given with MODULE:FUNCTION, expected --naive with the built-in model alone."
-            if naive
-            else f"certify: the target is {target!r}, expected MODULE:FUNCTION, such as my_training:to_certify.",
-            err=True,
         )
-        raise typer.Exit(2)
+    if target is not None and ":" not in target:
+        raise _refused(f"certify: the target is {target!r}, expected MODULE:FUNCTION, such as my_training:to_certify.")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # oneDNN prints its note at any log level
     import tensorflow as tf
@@ -67,29 +65,25 @@ def certify(
     try:
         engine = distpad.backends.start(backend, replicas)
     except (ValueError, ImportError, distpad.DistpadError) as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from error
+        raise _refused(str(error)) from error
     own = {"loss": _mean_of_own if naive else None}
     try:
         with engine.scope():
             own = own if target is None else _made_by(target)
             certificate = distpad.certify(**own, cases=cases, seed=seed, backend=engine)
-    except _Unusable as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from error
     except (ValueError, TypeError) as error:
         if target is None:
             raise
-        typer.echo(f"{target} cannot be certified: {error}", err=True)
-        raise typer.Exit(2) from error
+        raise _refused(f"{target} cannot be certified: {error}") from error
     if engine.worker_index == 0:
         typer.echo(str(certificate))
     engine.close()
     raise typer.Exit(0 if certificate.passed else 1)
 
 
-class _Unusable(Exception):
-    """The function on the command line is not found, fails, or returns something else."""
+def _refused(why: str) -> typer.Exit:
+    typer.echo(why, err=True)
+    return typer.Exit(2)
 
 
 def _made_by(target: str) -> dict[str, Any]:
@@ -102,25 +96,23 @@ def _made_by(target: str) -> dict[str, Any]:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise _Unusable(f"certify: {module_name} does not import. {traceback.format_exc()}") from error
-        raise _Unusable(
-            f"certify: module {module_name!r} is not found, expected one in {here} or installed. {error}."
-        ) from error
+            raise _refused(f"certify: {module_name} does not import. {traceback.format_exc()}") from error
+        why = f"certify: module {module_name!r} is not found, expected one in {here} or installed. {error}."
+        raise _refused(why) from error
     except Exception as error:
-        raise _Unusable(f"certify: {module_name} does not import. {traceback.format_exc()}") from error
+        raise _refused(f"certify: {module_name} does not import. {traceback.format_exc()}") from error
     function = getattr(module, name, None)
     if not callable(function):
         functions = ", ".join(n for n, value in vars(module).items() if callable(value) and not n.startswith("_"))
-        raise _Unusable(f"certify: {module_name} has no function {name!r}, expected one of: {functions or 'none'}.")
+        raise _refused(f"certify: {module_name} has no function {name!r}, expected one of: {functions or 'none'}.")
     try:
         made = function()
     except Exception as error:
-        raise _Unusable(f"certify: {target} failed. {traceback.format_exc()}") from error
+        raise _refused(f"certify: {target} failed. {traceback.format_exc()}") from error
     if not isinstance(made, dict) or set(made) - set(_TAKEN) or not set(made) & {"model", "step"}:
         found = f"dict with {', '.join(map(str, made))}" if isinstance(made, dict) else type(made).__name__
-        raise _Unusable(
-            f"certify: {target} returned a {found}, expected a dict of model, loss and batch, or of step and batch."
-        )
+        rule = "a dict of model, loss and batch, or of step and batch"
+        raise _refused(f"certify: {target} returned a {found}, expected {rule}.")
     return made
 
 

@@ -66,30 +66,21 @@ def doctor(
     Exit codes: 0 no error, though perhaps warnings; 1 errors; 2 wrong usage.
     """
     try:
-        named = allocation.named(host, hostfile, None, os.environ) or (spec.Host("localhost"),)
+        given = allocation.named(host, hostfile, None, os.environ) or (spec.Host("localhost"),)
     except ValueError as error:
         typer.echo(f"distpad {str(error).replace('launch:', 'doctor:', 1)}", err=True)
         raise typer.Exit(2) from error
-    named = tuple({each.name: each for each in named}.values())
-    slots_given = ":" in host or bool(hostfile)
-    question = checks.Question(
-        slots={each.name: each.slots for each in named},
-        slots_given=slots_given,
-        ports=tuple(port),
-        code=os.path.abspath(code) if code else "",
-    )
+    named = tuple({each.name: each for each in given}.values())
+    slots, folder = {each.name: each.slots for each in named}, os.path.abspath(code) if code else ""
+    question = checks.Question(slots, slots_given=":" in host or bool(hostfile), ports=tuple(port), code=folder)
     python = os.path.abspath(python) if os.sep in python else python  # agents run in another folder
     environ = render.absolute_paths(os.environ)
     with rich.console.Console(stderr=True).status(f"asking {', '.join(question.slots)} ..."):  # on a terminal alone
         answers = hosts.ask(named, question, python=python, ssh_args=ssh_arg, limit_s=timeout_s, environ=environ)
     found = checks.check(answers, question)
     if as_json:
-        report = {
-            "distpad": distpad.__version__,
-            "asked": dataclasses.asdict(question),
-            "hosts": answers,
-            "findings": [dataclasses.asdict(finding) for finding in found],
-        }
+        report: dict[str, Any] = {"distpad": distpad.__version__, "asked": dataclasses.asdict(question)}
+        report |= {"hosts": answers, "findings": [dataclasses.asdict(finding) for finding in found]}
         typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
     else:
         _show(answers, found)
@@ -173,9 +164,7 @@ def _table(wrong: list[checks.Finding]) -> rich.table.Table:
 def _verdict(found: list[checks.Finding], number: int) -> str:
     errors, warnings, passed = (sum(f.state == s for f in found) for s in (checks.ERROR, checks.WARNING, checks.OK))
     where = f"{number} host{'s' * (number != 1)}, {passed} of {len(found)} checks passed"
+    few = [f"{count} {what}{'s' * (count != 1)}" for count, what in ((errors, "error"), (warnings, "warning")) if count]
     if errors:
-        more = f", {warnings} warning{'s' * (warnings != 1)}" if warnings else ""
-        return f"[bold red]{errors} error{'s' * (errors != 1)}[/]{more} ({where})"
-    if warnings:
-        return f"[yellow]{warnings} warning{'s' * (warnings != 1)}[/], no error ({where})"
-    return f"[green]no problems[/] ({where})"
+        return f"[bold red]{few[0]}[/]{', '.join(['', *few[1:]])} ({where})"
+    return f"[yellow]{few[0]}[/], no error ({where})" if warnings else f"[green]no problems[/] ({where})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import Optional
+from typing import Any, Optional
 
 import typer
 
@@ -68,21 +68,15 @@ def pod(
             working = podrun.work(member, command or (), environ, gang_port=gang_port, **limits)
             code = asyncio.new_event_loop().run_until_complete(working)  # asyncio.run would wait for a slow DNS
         else:
-            job = pods.mpi_job(
-                *(kind, os.environ),
-                command=tuple(command or ()),
-                hostfile=hostfile,
-                discovery=host_discovery_script,
-                network_interface=network_interface,
-                secret=secrets,
-                min_np=min_np,
-                max_np=max_np,
-                grace_s=grace_s,
-                start_timeout_s=wait_s,
-                waits=True,
-                cwd=os.getcwd(),
-            )
-            code = run.run(job, os.environ)
+            given: dict[str, Any] = {
+                "command": tuple(command or ()),
+                "secret": secrets,
+                "cwd": os.getcwd(),
+                "waits": True,
+            }
+            given |= {"hostfile": hostfile, "discovery": host_discovery_script, "network_interface": network_interface}
+            given |= {"min_np": min_np, "max_np": max_np, "grace_s": grace_s, "start_timeout_s": wait_s}
+            code = run.run(pods.mpi_job(kind, os.environ, **given), os.environ)
     except ValueError as error:
         typer.echo(f"distpad {error}", err=True)
         raise typer.Exit(2) from error

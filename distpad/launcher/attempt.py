@@ -102,9 +102,8 @@ class Attempt:
             job = self.job = dataclasses.replace(job, network_interface=self.find_interface())
         self.start_workers()
         if not job.elastic:  # after a failure, other workers may never start
-            self.until(
-                lambda: self.failures or len(self.started) == job.workers, job.start_timeout_s, self.missing_workers
-            )
+            have_all = lambda: self.failures or len(self.started) == job.workers
+            self.until(have_all, job.start_timeout_s, self.missing_workers)
 
     def start_workers(self) -> None:
         """Start the engine's launcher, or let the agents start the workers."""
@@ -193,11 +192,9 @@ class Attempt:
     def silent_hosts(self) -> Ended:
         if not self.agents:
             return self.refused("no hosts were found: the output of --host-discovery-script is empty")
-        for host in self.agents:
-            if host not in self.facts:
-                return self.no_agent(host, None)
-        rule = f"expected slots for {self.job.min_np} workers"
-        return self.refused(f"the hosts are {', '.join(self.agents)}, {rule}.")
+        for host in self.agents.keys() - self.facts.keys():
+            return self.no_agent(host, None)
+        return self.refused(f"the hosts are {', '.join(self.agents)}, expected slots for {self.job.min_np} workers.")
 
     def no_agent(self, host: str, code: int | None) -> Ended:
         why = hosts.unreachable(self.agents[host], self.job.python, code, self.job.start_timeout_s)
@@ -368,14 +365,10 @@ class Attempt:
         grace_s = 0 if self.received else self.job.grace_s  # it has passed already, unless a second signal cut it short
         self.send_all(do="end", grace_s=grace_s)
         self.until(lambda: not self.running(), grace_s + times.KILLED_S)
-        for number, seconds in (
-            (None, times.ENGINE_EXIT_S),
-            (signal.SIGTERM, times.ENGINE_TERM_S),
-            (signal.SIGKILL, times.KILLED_S),
-        ):
+        waits = {0: times.ENGINE_EXIT_S, signal.SIGTERM: times.ENGINE_TERM_S, signal.SIGKILL: times.KILLED_S}
+        for number, seconds in waits.items():
             if self.engine is not None and self.engine_code is None:
-                if number is not None:
-                    self.engine.kill(number)
+                self.engine.kill(number)  # 0 is no signal
                 self.until(lambda: self.engine_code is not None, seconds)
         agents = dict(self.agents)
         for agent in agents.values():

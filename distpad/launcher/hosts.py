@@ -108,13 +108,8 @@ def unreachable(agent: crew.Member, python: str, code: int | None, within_s: flo
         if mark in "\n".join(wrote):
             why, remedy = (part.format(host=host, python=python) for part in meaning)
             return {"unreachable": why, "remedy": remedy}
-    last = wrote[-1].strip() if wrote else "no output"
-    if code is None:
-        why, remedy = (
-            f"it did not answer within {within_s:g} s: {last}",
-            f"Check that this command ends: ssh {host} hostname",
-        )
-    else:
-        why = f"the command that starts a program there ended with exit code {code}: {last}"
+    why, remedy = f"it did not answer within {within_s:g} s", f"Check that this command ends: ssh {host} hostname"
+    if code is not None:
+        why = f"the command that starts a program there ended with exit code {code}"
         remedy = f"Try: ssh {host} {python} -m distpad"
-    return {"unreachable": why, "remedy": remedy}
+    return {"unreachable": f"{why}: {wrote[-1].strip() if wrote else 'no output'}", "remedy": remedy}

@@ -45,9 +45,7 @@ def pod_patch(job: kubernetes.Job) -> dict[str, Any]:
     """The patch of the pod in k8s/base/pod.yaml."""
     mounts = {path: (claim, bool(ro)) for claim, path, *ro in (each.split(":") for each in job.mount)}
     mounts.setdefault(CHECKPOINTS, ("checkpoints", False))
-    claims = list(
-        dict.fromkeys(claim for claim, _ in mounts.values())
-    )  # a volume for each, however often it is mounted
+    claims = dict.fromkeys(claim for claim, _ in mounts.values())  # a volume for each, however often it is mounted
     names = {claim: f"claim-{number}" for number, claim in enumerate(claims)}
     names[mounts[CHECKPOINTS][0]] = "checkpoints"
     amounts = resources(job)
