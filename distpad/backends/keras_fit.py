@@ -1,4 +1,4 @@
-"""Keras 3's ``fit`` and ``evaluate`` with several workers of a MultiWorkerMirroredStrategy (keras#20585)."""
+"""What ``fit`` and ``evaluate`` need: in Keras 3 several workers (keras#20585), in Keras 2 whole sample weights."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from distpad import errors, versions
+from distpad.backends import keras_masks
 
 _BUILD, _REDUCE = "_maybe_symbolic_build", "reduce_per_replica"
 
@@ -16,14 +17,15 @@ _BUILD, _REDUCE = "_maybe_symbolic_build", "reduce_per_replica"
 def enable() -> None:
     """Make ``fit`` and ``evaluate`` of Keras 3 run with several workers. Once is enough; later calls do nothing.
 
-    Two private functions of Keras's trainer fail there, whatever the loss: one averages the workers' first batches, to
-    build the model, and one averages the scalars of a step over an axis. Keras has no public hook for either; a
-    ``train_step`` of one's own changes neither Sequential nor loaded models. Both are replaced by functions that call
-    Keras's for all other strategies. If Keras has no function of such a name, nothing is replaced:
-    tests/replicas/test_keras_multiworker.py notices this, and a Keras that needs no replacement.
+    Two private functions of Keras 3's trainer fail with several workers of a MultiWorkerMirroredStrategy, whatever the
+    loss: one averages the workers' first batches, to build the model, and one averages the scalars of a step over an
+    axis. Keras has no public hook for either; a ``train_step`` of one's own changes neither Sequential nor loaded
+    models. Both are replaced by functions that call Keras's for all other strategies. If Keras has no function of such
+    a name, nothing is replaced: tests/replicas/test_keras_multiworker.py notices this, and a Keras that needs no
+    replacement. For Keras 2, see ``keras_masks.keep_weights``.
     """
     if versions.KERAS < 3:
-        return
+        return keras_masks.keep_weights()
     trainer = next((each for each in tf.keras.Model.__mro__ if _BUILD in vars(each)), None)
     module = trainer and sys.modules[trainer.__module__]
     if not hasattr(module, _REDUCE) or hasattr(getattr(trainer, _BUILD), "__wrapped__"):

@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from distpad import losses
+from distpad.backends import keras_masks
 from distpad.losses import weights
 
 _NEUTRAL = 0.25  # replaces padded predictions; other than in the loss, so that a use of padding shows as an error
@@ -86,8 +87,8 @@ def _valid_positions(rows: dict[str, Any], y_true: Any, y_pred: Any, padding_val
     if padding_value is not None:
         is_vector = y_true.shape.rank > 2 and (tf.nest.is_nested(y_pred) or y_pred.shape.rank == y_true.shape.rank)
         factors.append(_not_padding(y_true, padding_value, is_vector))
-    if weights.keras_mask(y_pred) is not None:
-        factors.append(tf.cast(weights.keras_mask(y_pred), tf.bool))
+    if keras_masks.of(y_pred) is not None:
+        factors.append(tf.cast(keras_masks.of(y_pred), tf.bool))
     masked = bool(factors)
     if "sample_weight" in rows:
         factors.append(rows["sample_weight"])
@@ -114,8 +115,8 @@ def _valid_sequences(rows: dict[str, Any], y_true: Any, y_pred: Any, padding_val
         factors += [] if masks_rows else [tokens > 0]
     elif tokens is None:
         tokens = tf.ones_like(labels) * tf.cast(1 if width is None else width, tf.float64)
-    if weights.keras_mask(y_pred) is not None:  # a mask of the frames of predictions
-        frames = tf.cast(weights.keras_mask(y_pred), tf.bool)
+    if keras_masks.of(y_pred) is not None:  # a mask of the frames of predictions
+        frames = tf.cast(keras_masks.of(y_pred), tf.bool)
         factors.append(tf.reduce_any(frames, axis=list(range(1, frames.shape.rank))))
     if "sample_weight" in rows:
         given = rows["sample_weight"]

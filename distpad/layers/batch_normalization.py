@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from distpad import backends, errors, precision
+from distpad.backends import keras_masks
 from distpad.collectives import checked, shapes
 
 _NAME = "BatchNormalization"
@@ -103,6 +104,11 @@ class BatchNormalization(tf.keras.layers.BatchNormalization):
         valid: tf.Tensor | None = None
         checks: list[checked.Check] = []
         error: Exception | None = None
+        if trains and mask is None and lengths is None and x.shape.rank > 2:
+            effect = (
+                f"{_NAME}: no mask reached layer {self.name!r}, so that its moments are of all positions, padding too."
+            )
+            keras_masks.warn_unmasked(self, inputs, effect, "Call the layer with lengths= or mask=.")
         try:
             valid, checks = _valid(x, mask, lengths)
         except (ValueError, TypeError) as caught:

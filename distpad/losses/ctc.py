@@ -8,10 +8,10 @@ import numpy as np
 import tensorflow as tf
 
 from distpad import backends, errors
+from distpad.backends import keras_masks
 from distpad.backends.variables import replica_variable
 from distpad.collectives import shapes
 from distpad.collectives.checked import Check
-from distpad.losses.weights import keras_mask
 
 _NAME = "CTC"
 _ZERO = -1e30  # the logarithm of 0; -inf - -inf would be NaN
@@ -97,7 +97,7 @@ class CTC:
         Args:
           weights: the sample weights of ``for_keras``, which carry the lengths.
         """
-        frames = frames_in_fit(_NAME, y_pred, weights, self.frames_per_step, self.inputs)
+        frames = frames_in_fit(self, _NAME, y_pred, weights, self.frames_per_step, self.inputs)
         return y_true, weights.lengths_of(weights.tokens), frames
 
     @tf.autograph.experimental.do_not_convert
@@ -156,10 +156,13 @@ class CTC:
         return cls(**config)
 
 
-def frames_in_fit(function: str, y_pred: Any, weights: Any, frames_per_step: int | None, inputs: Any) -> tf.Tensor:
+def frames_in_fit(
+    owner: Any, function: str, y_pred: Any, weights: Any, frames_per_step: int | None, inputs: Any
+) -> tf.Tensor:
     """Return the frames of each row of the logits, ``[batch]``.
 
     Args:
+      owner: warns once where a layer dropped the Keras mask that would tell the frames.
       weights: the sample weights of ``for_keras``, which carry the lengths; other weights tell none.
       frames_per_step, inputs: see ``CTC``.
 
@@ -167,7 +170,7 @@ def frames_in_fit(function: str, y_pred: Any, weights: Any, frames_per_step: int
     """
     lengths = getattr(weights, "lengths", {})
     name = str(inputs) if inputs is not None else getattr(weights, "inputs", "")
-    mask = keras_mask(y_pred) if frames_per_step is None else None
+    mask = keras_masks.of(y_pred) if frames_per_step is None else None
     pre = getattr(weights, "pre", ())
     if pre and (name in pre or not name) and (mask is not None or frames_per_step is not None):
         rule = "side='post': the first frames of a row are those of its input"
@@ -175,6 +178,8 @@ def frames_in_fit(function: str, y_pred: Any, weights: Any, frames_per_step: int
     if frames_per_step is None:
         if mask is not None:
             return tf.math.count_nonzero(mask, axis=1, dtype=tf.int32)
+        effect = f"{function}: all frames of the logits count, those of padding too."
+        keras_masks.warn_unmasked(owner, y_pred, effect, "Write frames_per_step=, the product of the model's strides.")
         return tf.fill([tf.shape(y_pred)[0]], tf.shape(y_pred)[1])
     if name not in lengths:
         remedy = f"Write inputs=, one of {sorted(lengths)}." if lengths else "Give the weights of for_keras."

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import numbers
-import warnings
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from distpad import backends, errors, gradients, precision
+from distpad.backends import keras_masks
 from distpad.collectives import checked
 from distpad.losses import arguments, averages, counted, counts, no_rows, weights
 
@@ -88,7 +88,6 @@ class DistributedLoss(tf.keras.losses.Loss):
         self.padding_value = padding_value
         self._backend = backend
         self._ran_on: backends.Backend | None = None
-        self._has_warned = False
         self._traces_of_no_rows: dict[Any, Any] = {}
 
     @tf.autograph.experimental.do_not_convert  # conversion would take 3 s of the first trace
@@ -140,12 +139,13 @@ class DistributedLoss(tf.keras.losses.Loss):
         arguments.refuse_layers(backend)
         if not backends.is_alone():  # a certificate's reference device is alone
             self._ran_on = backend
+        sample_weight = keras_masks.unmasked_weights(sample_weight)
         carrier = sample_weight if isinstance(sample_weight, counted.CountedWeights) else None
         sources = {"sample_weight": sample_weight if carrier is None else None, "lengths": lengths, "mask": mask}
         if batch is not None:
             sources, batch_counts = counts.read_batch(batch, sources, denominator)
             denominator = batch_counts if isinstance(self.average, str) else None
-        sources.update(keras_mask=weights.keras_mask(y_pred), padding_value=self.padding_value)
+        sources.update(keras_mask=keras_masks.of(y_pred), padding_value=self.padding_value)
         if carrier is not None:
             is_counted = carrier.has_counts(backend, sources, self.loss)
             y_true = carrier.labels_of(y_true, y_pred, self.loss)
@@ -284,9 +284,8 @@ class DistributedLoss(tf.keras.losses.Loss):
         else:
             losses = self._unreduced(clean_true, clean_pred)
         arguments.check_rank(losses, self.per, w, y_true, y_pred)
-        if self.per == "position":
-            self._warn_unmasked(losses, w)
-        elif sources["lengths"] is not None or self.padding_value is not None:
+        self._warn_unmasked(y_true, y_pred, losses, w, sources)
+        if self.per == "sequence" and (sources["lengths"] is not None or self.padding_value is not None):
             arguments.refuse_positions(self.loss, y_true, y_pred)
         w, check = weights.broadcast_to(_NAME, losses, w)
         average = self.average if self.per == "position" else "sequence_sum"
@@ -315,19 +314,23 @@ class DistributedLoss(tf.keras.losses.Loss):
             raise TypeError(errors.sentence(_NAME, "the loss's result", None, "a tensor [batch, ...]", remedy + "."))
         return precision.as_tensor(tf.convert_to_tensor(losses))
 
-    def _warn_unmasked(self, losses: tf.Tensor, w: weights.Weights) -> None:
-        """Warn once that all positions count, where a loss has positions and no source tells which are valid."""
-        weighted = w.weight is not None and w.weight.shape.rank > 1
-        if self._has_warned or w.mask is not None or weighted or losses.shape.rank < 2:
-            return
-        self._has_warned = True
-        shape = tuple(losses.shape)
-        warnings.warn(
-            f"{_NAME}: no mask was given for a loss of shape {shape}, so that all positions count, padding too. Where "
-            "there is padding, give batch=, lengths=, mask=, padding_value=, a sample_weight of 0 there, or use layers "
-            "that pass on a Keras mask.",
-            stacklevel=2,
-        )
+    def _warn_unmasked(self, y_true: Any, y_pred: Any, losses: tf.Tensor, w: weights.Weights, sources: dict) -> None:
+        """Warn once that padding counts, where no source tells which positions are valid."""
+        if self.per == "position":
+            is_weighted = w.weight is not None and any(size != 1 for size in w.weight.shape[1:])
+            is_unmasked = w.mask is None and not is_weighted and losses.shape.rank > 1
+        else:
+            has_source = any(sources[name] is not None for name in sources if name != "sample_weight")
+            is_unmasked = not has_source and weights.has_positions(y_true, y_pred)
+        if is_unmasked:
+            shape = tuple(losses.shape)
+            effect = f"no mask was given for a loss of shape {shape}, so that all positions count, padding too."
+            remedy = (
+                "Where there is padding, give the weights of for_keras, batch=, lengths=, mask=, padding_value=, a "
+                "sample_weight of 0 there, or use layers that pass on a Keras mask."
+            )
+            is_certain = self.per == "position"
+            keras_masks.warn_unmasked(self, y_pred, f"{_NAME}: {effect}", remedy, in_any_case=is_certain)
 
     def get_config(self) -> dict[str, Any]:
         """As in Keras: a saved model keeps the loss. A backend that is no string is not saved, but detected."""

@@ -48,15 +48,6 @@ class Weights(NamedTuple):
         return self._replace(mask=shapes.all_of(both)[0])
 
 
-def keras_mask(y_pred: Any) -> tf.Tensor | None:
-    """The mask that Keras layers attach to their output.
-
-    Private: neither Keras 2 nor 3 has a public way to read it; tests/replicas/test_keras.py notices when it changes.
-    """
-    mask = getattr(y_pred, "_keras_mask", None)
-    return mask if isinstance(mask, tf.Tensor) else None
-
-
 def of_positions(
     y_true: Any, y_pred: Any, *, mask: Any, lengths: Any, padding_value: Any, keras_mask: Any, sample_weight: Any
 ) -> tuple[Weights, list[Check]]:

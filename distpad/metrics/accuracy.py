@@ -7,6 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from distpad import errors
+from distpad.backends import keras_masks
 from distpad.collectives import checked, shapes
 from distpad.losses import averages, weights
 from distpad.metrics import classes, means, ratio
@@ -73,7 +74,7 @@ class SequenceAccuracy(ratio.Ratio):
         return {**super().get_config(), "threshold": self.threshold}
 
     def _sums(self, y_true: Any, y_pred: Any, sources: dict[str, Any]) -> tuple[averages.Sums, list[checked.Check]]:
-        sources = {**sources, "keras_mask": weights.keras_mask(y_pred)}
+        sources = {**sources, "keras_mask": keras_masks.of(y_pred)}
         y_true, y_pred = self._tensor("y_true", y_true), self._tensor("y_pred", y_pred)
         valid, checks = self._valid(y_true, y_pred, sources)
         if classes.is_binary(y_true, y_pred):

@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from distpad import errors, precision
+from distpad.backends import keras_masks
 from distpad.collectives import checked, shapes
 from distpad.losses import averages, ctc, weights
 from distpad.losses.counted import CountedWeights
@@ -76,7 +77,7 @@ class ErrorRate(ratio.Ratio):
 
     def _sums(self, y_true: Any, y_pred: Any, sources: dict[str, Any]) -> tuple[averages.Sums, list[checked.Check]]:
         prediction_lengths = sources.pop("prediction_lengths")
-        sources["keras_mask"] = weights.keras_mask(y_pred)
+        sources["keras_mask"] = keras_masks.of(y_pred)
         y_true = self._tensor("y_true", y_true)
         carrier = sources["sample_weight"] if isinstance(sources["sample_weight"], CountedWeights) else None
         decoded, own_checks = self._decoded(y_pred, carrier)
@@ -115,7 +116,7 @@ class ErrorRate(ratio.Ratio):
         if not _is_scores(logits) or logits.shape.rank != 3:
             found = f"of shape {tuple(logits.shape)} and dtype {logits.dtype.name}"
             raise ValueError(errors.sentence(self._kind, "y_pred", found, "logits [batch, frames, classes]"))
-        frames = ctc.frames_in_fit(self._kind, y_pred, carrier, self.frames_per_step, None)
+        frames = ctc.frames_in_fit(self, self._kind, y_pred, carrier, self.frames_per_step, None)
         blank = self.blank_index % (logits.shape[2] or 1)
         most, limit = tf.reduce_max(frames), tf.shape(logits)[1]
         text = "frames_per_step gives more frames than y_pred has, expected at most those (found: both)"

@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from distpad import errors
+from distpad.backends import keras_masks
 from distpad.collectives import checked
 from distpad.losses import arguments, averages, weights
 from distpad.metrics import ratio
@@ -25,7 +26,7 @@ class PositionMean(ratio.Ratio):
         return []
 
     def _sums(self, y_true: Any, y_pred: Any, sources: dict[str, Any]) -> tuple[averages.Sums, list[checked.Check]]:
-        sources = {**sources, "keras_mask": weights.keras_mask(y_pred)}
+        sources = {**sources, "keras_mask": keras_masks.of(y_pred)}
         y_true, y_pred = self._tensor("y_true", y_true), self._tensor("y_pred", y_pred)
         valid, checks = self._valid(y_true, y_pred, sources)
         counted = valid.effective_mask

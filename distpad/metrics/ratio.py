@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from distpad import backends, errors, precision
+from distpad.backends import keras_masks
 from distpad.collectives import checked
 from distpad.losses import averages, weights
 
@@ -71,6 +72,7 @@ class Ratio(tf.keras.metrics.Metric):
             )
         if not here.in_replica() and not tf.executing_eagerly():
             return self._rehearse()
+        sources["sample_weight"] = keras_masks.unmasked_weights(sources["sample_weight"])
         sums, checks = self._sums(y_true, y_pred, sources)
         ok = checked.check_locally(here, self._kind, checks)
         parts = tf.stack([tf.cast(part, tf.float64) for part in (sums.total, sums.tokens)])

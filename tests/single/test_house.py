@@ -40,7 +40,7 @@ PACKAGES = (
     "errors",
 )
 # The private names of others that are read: what Python documents in spite of the underscore (NamedTuple's methods,
-# os._exit, sys._current_frames), and Keras's mask, for which there is no other way (losses/weights.py says why).
+# os._exit, sys._current_frames), and Keras's mask, for which there is no other way (backends/keras_masks.py says why).
 PRIVATE_NAMES = {"_asdict", "_current_frames", "_exit", "_fields", "_keras_mask", "_replace"}
 # Of Keras's trainer and of PerReplica's spec: the one module that replaces private functions says why.
 PRIVATE_NAMES_OF = {"distpad.backends.keras_fit": {"_distributed_dataset", "_value_specs"}}
