@@ -12,6 +12,7 @@ PYTEST = 'python -m pytest --junitxml="$REPORT"'
 SCRIPTS = r"git ls-files | grep -E '\.(sh|sbatch)$|^\.ci/run$' | xargs shellcheck -x -P SCRIPTDIR"
 OPENMPI5 = "launch/environment.sh {} --openmpi5 --horovod >&2"
 TOOLS = "tests/k8s/tools.sh"
+NIGHTLY = f'folder=$(tests/nightly/install.sh) && PYTHONPATH="$folder:$PYTHONPATH" {PYTEST} tests/nightly'
 LAUNCH = "tests/launch --ignore tests/launch/test_launcher.py"
 
 
@@ -65,6 +66,7 @@ SUITES = [
     core("horovod:3", "current", 2, 30),
     core("mpirun:2", "current", 1.5, 40),
     Suite("examples", "current", 1, 170, 40, f"{PYTEST} tests/examples"),
+    Suite("nightly", "current", 1, 20, 10, NIGHTLY, f"{NIGHTLY} tests/single/backends/test_keras_masks.py"),
     Suite("launch", "current", 1.5, 80, 20, f"{together(2)} {LAUNCH}"),
     Suite("launcher", "current", 1, 90, 20, f"{together(4)} tests/launch/test_launcher.py"),
     Suite(

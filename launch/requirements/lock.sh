@@ -26,4 +26,5 @@ mapfile -t known < <(names current.txt classic.txt)
 write tests.txt tests "${known[@]}"
 mapfile -t known < <(names current.txt tests.txt)
 write tests-current.txt tests-current "${known[@]}"
+write keras-nightly.txt keras-nightly "${known[@]}"
 for group in openmpi5 uv; do write $group.txt $group; done
