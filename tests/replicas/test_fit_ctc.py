@@ -58,16 +58,17 @@ def fed(world, per_replica=3, feed=None, **options):
     ]
 
 
-def expected(model, steps, average, weighted=False, rate=RATE):
+def expected(model, steps, average, weighted=False, rate=RATE, stride=STRIDE):
     """History and weights of plain gradient descent, one sequence at a time, by TensorFlow's own loss."""
     kernel, bias = (tf.Variable(weight, dtype=tf.float64) for weight in model.get_weights())
+    kernel = tf.Variable(tf.reshape(kernel, [stride, HEIGHT, CLASSES]))
     history = []
     for rows in steps:
         with tf.GradientTape() as tape:
             losses, weights, tokens = [], [], []
             for row in rows:
-                image = np.pad(row["image"], [[0, len(row["image"]) % STRIDE], [0, 0]])[np.newaxis].astype("float64")
-                logits = tf.nn.conv1d(image, kernel, STRIDE, "VALID") + bias
+                image = np.pad(row["image"], [[0, len(row["image"]) % stride], [0, 0]])[np.newaxis].astype("float64")
+                logits = tf.nn.conv1d(image, kernel, stride, "VALID") + bias
                 length, frames = [len(row["text"])], [logits.shape[1]]
                 losses.append(
                     tf.nn.ctc_loss(
@@ -113,6 +114,26 @@ def test_history_and_weights_are_those_of_one_device(world, average, weighted):
     wanted = expected(model, steps, average, weighted)
     history = feeding.fit(world, model, (data, counted))
     check(model, history, *wanted)
+
+
+@pytest.mark.parametrize("weighted", [True, pytest.param(False, marks=pytest.mark.wide)])
+@pytest.mark.worlds("mirrored:2")
+def test_a_keras_mask_tells_the_frames(world, weighted):
+    """Keras 2 would multiply the weights, of the text's characters, by the mask of frames."""
+    with world.scope():
+        inputs, dense = tf.keras.Input([None, HEIGHT]), tf.keras.layers.Dense(CLASSES)
+        model = tf.keras.Model(inputs, dense(tf.keras.layers.Masking()(inputs)))
+        dense.set_weights([np.random.default_rng(7).normal(size=[HEIGHT, CLASSES]), np.arange(CLASSES)])
+        made = lambda name, **options: distpad.metrics.CharacterErrorRate(decode="ctc", name=name, **options)
+        rates = [made("by_mask", blank_index=0), made("by_lengths", blank_index=0, frames_per_step=1)]
+        loss = distpad.DistributedLoss(distpad.CTC(blank_index=0), per="sequence")
+        optimizer = fit_optimizer(world, tf.keras.optimizers.SGD(RATE))
+        model.compile(loss=loss, optimizer=optimizer, weighted_metrics=rates)
+    data, steps = fed(world, **({"weights": "weight"} if weighted else {}))
+    value, (kernel, bias) = expected(model, steps, "token", weighted, stride=1)
+    history = feeding.fit(world, model, data)
+    check(model, history, value, [kernel[0], bias])
+    assert history.history["by_mask"] == history.history["by_lengths"]
 
 
 def own_loss(y_true, y_pred):
