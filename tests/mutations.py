@@ -647,4 +647,32 @@ MUTANTS = (
         new='getattr(lengths, "values", lengths)',
         selection="test_fit_with_batch_normalization",
     ),
+    Mutant(
+        name="a-dropped-mask-has-no-layer",
+        file="backends/keras_masks.py",
+        old="queue.extend(tensor.op for tensor in operation.inputs)",
+        new="pass",
+        selection="test_a_dropped_mask_is_told_once and False",
+    ),
+    Mutant(
+        name="a-dropped-mask-is-told-at-each-trace",
+        file="backends/keras_masks.py",
+        old="_warned.add(owner)",
+        new="pass",
+        selection="test_a_dropped_mask_is_told_once and False",
+    ),
+    Mutant(
+        name="a-dropped-mask-is-told-beside-weights",
+        file="losses/distributed.py",
+        old="is_unmasked = w.mask is None and not is_weighted and",
+        new="is_unmasked = w.mask is None and",
+        selection="test_a_dropped_mask_is_told_once and True",
+    ),
+    Mutant(
+        name="fit-ctc-ignores-a-keras-mask",
+        file="losses/ctc.py",
+        old="return tf.math.count_nonzero(mask, axis=1, dtype=tf.int32)",
+        new="return tf.fill([tf.shape(y_pred)[0]], tf.shape(y_pred)[1])",
+        selection="test_a_keras_mask_tells_the_frames",
+    ),
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import warnings
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -181,3 +184,23 @@ def test_several_outputs_each_over_its_own_positions(world, style):
         assert oracle.relative_error(history[f"{name}_loss"], np.mean(values)) <= 1e-5
         check_weights(heads[name], (kernel, bias), starts[name])
     assert oracle.relative_error(history["loss"], np.mean(total)) <= 1e-5
+
+
+@pytest.mark.worlds("mirrored:2")
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_dropped_mask_is_told_once(world, weighted):
+    """In the first step, by the first replica, and not again while the second replica and evaluate are traced."""
+    with world.scope():
+        words = tf.keras.layers.Embedding(*WORDS.shape, mask_zero=True, name="words")
+        parts = [words, tf.keras.layers.MaxPooling1D(1), tf.keras.layers.Dense(oracle.FEATURES)]
+        model = tf.keras.Sequential([tf.keras.Input([None], dtype="int32"), *parts])
+        model.compile(loss=distpad.DistributedLoss("mse"), optimizer="sgd")
+        steps = [padded(rows, ["words", "x"]) for rows in batches()]
+        data = steps_dataset(world, [(x, y, np.float32(x != 0))[: 2 + weighted] for x, y in steps])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.fit(data, verbose=0)
+        model.evaluate(data, verbose=0)
+    told = [str(each.message) for each in caught if "DistributedLoss" in str(each.message)]
+    wanted = "no mask was given.*/words' made a Keras mask, which was dropped after it.*the weights of for_keras"
+    assert [bool(re.search(wanted, each)) for each in told] == [True] * (not weighted)
