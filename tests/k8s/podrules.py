@@ -12,6 +12,14 @@ from typing import Any
 from k8s import manifests
 from k8s.manifests import Resource
 
+CONTEXT = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+CONTAINERS_CONTEXT = {
+    **{"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True},
+    "capabilities": {"drop": ["ALL"]},
+}
+IDS = ("runAsUser", "runAsGroup", "fsGroup", "fsGroupChangePolicy")
+VOLUMES = {"emptyDir", "persistentVolumeClaim", "projected", "configMap", "secret"}
+
 Check = Callable[[Sequence[Resource]], Iterator[str]]
 
 
@@ -81,21 +89,33 @@ def time_to_end(resources: Sequence[Resource]) -> Iterator[str]:
 
 
 def security(resources: Sequence[Resource]) -> Iterator[str]:
-    """Beyond the standard *restricted*: no token, only volumes are writable, no secret in a variable."""
+    """Beyond the standard *restricted*: no token, no sidecar, no secret in a variable."""
     for path, pod in manifests.pods(resources).items():
         spec, only = pod["spec"], container(pod)
         if spec.get("automountServiceAccountToken") is not False:
             yield f"{path}: gets a token"
         if pod["metadata"]["labels"].get("sidecar.istio.io/inject") != "false":
             yield f"{path}: gets a sidecar, which never ends"
-        if only.get("securityContext", {}).get("readOnlyRootFilesystem") is not True:
-            yield f"{path}: may write anywhere"
         if variables(pod).get("HOME") not in [each["mountPath"] for each in only["volumeMounts"]]:
             yield f"{path}: HOME cannot be written"
         taken = [*only.get("envFrom", ()), *(each.get("valueFrom", {}) for each in only.get("env", ()))]
         yield from (f"{path}: a secret in a variable" for each in taken if set(each) & {"secretRef", "secretKeyRef"})
         shown = " ".join([*only.get("command", ()), *only.get("args", ()), *map(str, variables(pod).values())])
         yield from (f"{path}: {word}" for word in re.findall(r"(?i)\S*(?:password|api[_-]?key)\S*", shown))
+
+
+def restricted(resources: Sequence[Resource]) -> Iterator[str]:
+    """More than Kubernetes's standard *restricted* asks: these contexts and no others, and nothing of the host."""
+    for path, pod in manifests.pods(resources).items():
+        spec, context = pod["spec"], pod["spec"].get("securityContext", {})
+        if {name: value for name, value in context.items() if name not in IDS} != CONTEXT or context.get(IDS[0]) == 0:
+            yield f"{path}: the context is {context}"
+        if container(pod).get("securityContext") != CONTAINERS_CONTEXT:
+            yield f"{path}: the container's context is {container(pod).get('securityContext')}"
+        yield from (f"{path}: {name}" for name in ("initContainers", "ephemeralContainers") if name in spec)
+        kinds = {kind for volume in spec["volumes"] for kind in volume} - {"name"}
+        yield from (f"{path}: a volume of {kind}" for kind in sorted(kinds - VOLUMES))
+        yield from (f"{path}: {where}" for where, _ in manifests.walk(pod) if re.search(r"\.host\w*$", where))
 
 
 def network(resources: Sequence[Resource]) -> Iterator[str]:
@@ -121,4 +141,4 @@ def network(resources: Sequence[Resource]) -> Iterator[str]:
         yield f"egress beyond the job is {others}"
 
 
-RULES: tuple[Check, ...] = (references, shared_memory, resources_are_limits, time_to_end, security, network)
+RULES: tuple[Check, ...] = (references, shared_memory, resources_are_limits, time_to_end, security, restricted, network)

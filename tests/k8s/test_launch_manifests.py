@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from distpad.cli import app
 from distpad.launcher import kubernetes, kustomize
-from k8s import controllers, manifests, podrules, restricted, schemas
+from k8s import controllers, manifests, podrules, schemas
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("manifests")]  # builds are cached
 
@@ -51,7 +51,7 @@ def printed(*arguments: object) -> list[manifests.Resource]:
 
 
 def findings(resources: list[manifests.Resource]) -> list[Any]:
-    return [*schemas.findings_of(resources), *controllers.findings(resources), *restricted.findings_of(resources)]
+    return [*schemas.findings_of(resources), *controllers.findings(resources)]
 
 
 def trains(pod: manifests.Resource) -> bool:

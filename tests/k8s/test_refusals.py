@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import yaml
 
-from k8s import controllers, manifests, restricted, schemas
+from k8s import controllers, manifests, schemas
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("manifests")]  # builds are cached
 
@@ -142,7 +142,18 @@ WRONG = (
     ("indexed-job", JOB, f"{POD}.terminationGracePeriodSeconds", 30, "time_to_end"),
     ("indexed-job", JOB, f"{POD}.automountServiceAccountToken", None, "security"),
     ("indexed-job", JOB, "spec.template.metadata.labels", {"sidecar.istio.io/inject": "true"}, "security"),
-    ("trainjob", MULTIWORKER, f"{OF_NODE}.spec.template.spec.containers.0.securityContext.readOnlyRootFilesystem", False, "security"),
+    ("trainjob", MULTIWORKER, f"{OF_NODE}.spec.template.spec.containers.0.securityContext.readOnlyRootFilesystem", False, "restricted"),
+    ("indexed-job", JOB, f"{POD}.hostNetwork", True, "restricted"),
+    ("indexed-job", JOB, f"{PLAIN}.ports", [{"containerPort": 80, "hostPort": 80}], "restricted"),
+    ("indexed-job", JOB, f"{PLAIN}.livenessProbe", {"tcpSocket": {"host": "other", "port": 1}}, "restricted"),
+    ("indexed-job", JOB, f"{POD}.volumes.-", {"name": "x", "nfs": {"server": "s", "path": "/"}}, "restricted"),
+    ("indexed-job", JOB, f"{POD}.initContainers", [{"name": "first", "image": "x"}], "restricted"),
+    ("indexed-job", JOB, f"{POD}.securityContext.runAsNonRoot", None, "restricted"),
+    ("indexed-job", JOB, f"{POD}.securityContext.runAsUser", 0, "restricted"),
+    ("indexed-job", JOB, f"{POD}.securityContext.sysctls", [{"name": "kernel.msgmax", "value": "1"}], "restricted"),
+    ("mpijob", MPIJOB, f"{WORKER}.securityContext.allowPrivilegeEscalation", None, "restricted"),
+    ("mpijob", MPIJOB, f"{LAUNCHER}.securityContext.capabilities.drop.0", "NET_RAW", "restricted"),
+    ("mpijob", MPIJOB, f"{LAUNCHER}.securityContext.capabilities.add", ["SYS_PTRACE"], "restricted"),
     ("indexed-job", JOB, f"{PLAIN}.envFrom", [{"secretRef": {"name": "x"}}], "security"),
     ("indexed-job", JOB, f"{PLAIN}.env.-", {"name": "A", "valueFrom": {"secretKeyRef": {"name": "x", "key": "y"}}}, "security"),
     ("indexed-job", JOB, f"{PLAIN}.args.-", "--password=1", "security"),
@@ -227,57 +238,14 @@ def test_controllers_rules_bite(overlay, name, path, value, check):
     assert any(each.startswith(f"{check}: ") for each in found), found
 
 
+def test_every_rule_is_shown_to_refuse():
+    assert {check for *_, check in WRONG} == {rule.__name__ for rule in controllers.RULES}
+
+
 def test_a_runtime_comes_before_its_job():
     resources = manifests.overlay("trainjob")
     assert [resource["kind"] for resource in resources][-2:] == ["TrainingRuntime", "TrainJob"]
     assert any("before the TrainJob" in each for each in controllers.findings(resources[::-1]))
-
-
-# -- the standard "restricted" ----------------------------------------------------------------------------------------
-
-# rule | path in the pod's spec | value
-INSECURE = (
-    ("host_namespaces", "hostNetwork", True),
-    ("host_namespaces", "hostPID", True),
-    ("host_namespaces", "hostIPC", True),
-    ("host_processes", "securityContext.windowsOptions", {"hostProcess": True}),
-    ("privileged", "containers.0.securityContext.privileged", True),
-    ("volume_types", "volumes.-", {"name": "x", "hostPath": {"path": "/"}}),
-    ("volume_types", "volumes.-", {"name": "x", "nfs": {"server": "s", "path": "/"}}),
-    ("host_ports", "containers.0.ports", [{"containerPort": 80, "hostPort": 80}]),
-    ("host_probes", "containers.0.livenessProbe", {"tcpSocket": {"host": "other", "port": 1}}),
-    ("app_armor", "securityContext.appArmorProfile", {"type": "Unconfined"}),
-    ("se_linux", "securityContext.seLinuxOptions", {"type": "spc_t"}),
-    ("se_linux", "containers.0.securityContext.seLinuxOptions", {"role": "sysadm_r"}),
-    ("proc_mount", "containers.0.securityContext.procMount", "Unmasked"),
-    ("sysctls", "securityContext.sysctls", [{"name": "kernel.msgmax", "value": "1"}]),
-    ("privilege_escalation", "containers.0.securityContext.allowPrivilegeEscalation", None),
-    ("privilege_escalation", "containers.0.securityContext.allowPrivilegeEscalation", True),
-    ("non_root", "securityContext.runAsNonRoot", None),
-    ("non_root", "containers.0.securityContext.runAsNonRoot", False),
-    ("root_user", "securityContext.runAsUser", 0),
-    ("root_user", "containers.0.securityContext.runAsUser", 0),
-    ("seccomp", "securityContext.seccompProfile", None),
-    ("seccomp", "containers.0.securityContext.seccompProfile", {"type": "Unconfined"}),
-    ("capabilities", "containers.0.securityContext.capabilities", None),
-    ("capabilities", "containers.0.securityContext.capabilities.drop.0", "NET_RAW"),
-    ("capabilities", "containers.0.securityContext.capabilities.add", ["SYS_PTRACE"]),
-    ("privilege_escalation", "initContainers", [{"name": "first", "image": "x"}]),
-)
-
-
-@pytest.mark.parametrize(("rule", "path", "value"), INSECURE)
-@pytest.mark.parametrize("overlay", ["indexed-job", "mpijob"])
-def test_restricted_refuses(overlay, rule, path, value):
-    for where in manifests.pods(manifests.overlay(overlay)):  # every pod of the overlay
-        resources = manifests.overlay(overlay)
-        manifests.put(manifests.pods(resources)[where]["spec"], path, value)
-        assert any(each.startswith(f"{rule}: ") for each in restricted.findings_of(resources)), where
-
-
-def test_every_rule_of_restricted_is_shown_to_refuse():
-    assert {rule for rule, _, _ in INSECURE} == {rule.__name__ for rule in restricted.RULES}
-    assert {check for *_, check in WRONG} == {rule.__name__ for rule in controllers.RULES}
 
 
 # -- checkov ----------------------------------------------------------------------------------------------------------
