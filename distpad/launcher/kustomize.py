@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -26,11 +25,8 @@ CPU, MEMORY = 4, "8Gi"
 CPU_PER_GPU, GIB_PER_GPU = 8, 32
 SHM_MIB = 1024  # for each GPU, at most a quarter of the memory
 GPU = "nvidia.com/gpu"
-# command that prints a program's version | minimum version | command that builds a folder
-PROGRAMS = (
-    (("kubectl", "version", "--client"), (1, 27), ("kubectl", "kustomize")),
-    (("kustomize", "version"), (5, 0), ("kustomize", "build")),
-)
+PROGRAMS = (("kubectl", "kustomize"), ("kustomize", "build"))  # the first one on PATH builds a folder
+NEEDS = "Needs kubectl 1.27 or kustomize 5.0 or newer. Install: https://kubernetes.io/docs/tasks/tools/"
 LIMIT_S = 60.0
 
 
@@ -188,37 +184,15 @@ def build(job: kubernetes.Job) -> str:
     Raises:
       ValueError: kubectl is missing or too old, or the folder k8s/ was changed.
     """
-    program = _builder()
+    program = next((argv for argv in PROGRAMS if shutil.which(argv[0])), None)
+    if program is None:
+        raise ValueError(f"launch: --k8s found no kubectl on PATH, expected kubectl or kustomize. {NEEDS}")
     with tempfile.TemporaryDirectory(prefix="distpad-k8s-") as name:
         write(job, pathlib.Path(name))
-        return _run([*program, name])
-
-
-def _builder() -> Sequence[str]:
-    """The command that builds a folder: kubectl, or else kustomize."""
-    found = []
-    for asked, oldest, builds in PROGRAMS:
-        if shutil.which(asked[0]) is None:
-            continue
         try:
-            version = re.search(r"v(\d+)\.(\d+)", _run(asked))
-        except ValueError:  # such as a broken link on PATH
-            version = None
-        if version and (int(version[1]), int(version[2])) >= oldest:
-            return builds
-        found.append(f"{asked[0]} {version[0] if version else 'of unknown version'}")
-    wanted = " or ".join(f"{asked[0]} {oldest[0]}.{oldest[1]}" for asked, oldest, _ in PROGRAMS)
-    remedy = "To install kubectl, see https://kubernetes.io/docs/tasks/tools/."
-    raise ValueError(
-        f"launch: --k8s found {' and '.join(found) or 'no kubectl'} on PATH, expected {wanted} or newer. {remedy}"
-    )
-
-
-def _run(argv: Sequence[str]) -> str:
-    try:
-        done = subprocess.run(argv, capture_output=True, text=True, encoding="utf-8", timeout=LIMIT_S)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise ValueError(f"launch: {argv[0]} cannot be used: {error}.") from error
+            done = subprocess.run([*program, name], capture_output=True, text=True, encoding="utf-8", timeout=LIMIT_S)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise ValueError(f"launch: {program[0]} cannot be used: {error}.") from error
     if done.returncode:
-        raise ValueError(f"launch: {argv[0]} {argv[1]} failed: {done.stderr.strip()}")
+        raise ValueError(f"launch: {' '.join(program)} failed: {done.stderr.strip()}. {NEEDS}")
     return done.stdout

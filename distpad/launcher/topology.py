@@ -81,23 +81,20 @@ def refuse_alone(function: str, environ: Mapping[str, str] = os.environ) -> None
     name, count = expected_workers(environ)
     if count < 2:
         return
-    if name == "DISTPAD_WORKERS":  # the engine's own variable allows a more specific remedy
-        configured = {each: value for each, value in environ.items() if each in (*HOROVODS, "TF_CONFIG")}
-        name, count = expected_workers(configured) if expected_workers(configured)[1] > 1 else (name, count)
-    way_out = "or backend='local' if this process is meant to work alone."
+    # the engine's own variable allows a more specific remedy
+    configured = {each: value for each, value in environ.items() if each in (*HOROVODS, "TF_CONFIG")}
+    if name == "DISTPAD_WORKERS" and expected_workers(configured)[1] > 1:
+        name, count = expected_workers(configured)
+    found = f"expects {count} workers, but no engine with several workers runs. Call distpad.backends.start() or"
+    remedy = "horovod.tensorflow.init() first, write backend=strategy,"
     if name == "TF_CONFIG":
-        raise ValueError(
-            f"{function}: TF_CONFIG names {count} workers, but no strategy is in scope. Call it inside strategy.run, "
-            f"write backend=strategy, {way_out}"
-        )
+        found = f"names {count} workers, but no strategy is in scope. Call it inside strategy.run,"
+        remedy = "write backend=strategy,"
     if name in HOROVODS:
-        raise ValueError(
-            f"{function}: {name} expects {count} ranks, but Horovod is not initialised. Call "
-            f"horovod.tensorflow.init() first, or write {way_out.removeprefix('or ')}"
-        )
+        found = f"expects {count} ranks, but Horovod is not initialised. Call"
+        remedy = "horovod.tensorflow.init() first,"
     raise ValueError(
-        f"{function}: {name} expects {count} workers, but no engine with several workers runs. Call "
-        f"distpad.backends.start() or horovod.tensorflow.init() first, write backend=strategy, {way_out}"
+        f"{function}: {name} {found} {remedy} or write backend='local' if this process is meant to work alone."
     )
 
 
