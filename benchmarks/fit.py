@@ -107,7 +107,8 @@ def plain_batches(held: list[dict[str, np.ndarray]], rows: int) -> tf.data.Datas
     options = tf.data.Options()
     options.autotune.enabled = False  # see distpad/data/keras.py
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
-    made = tf.data.Dataset.from_tensor_slices((x, y)).padded_batch(rows, ([None, FEATURES], [None]))
+    made = tf.data.Dataset.from_tensor_slices((x, y)).map(lambda *rows: tuple(tf.identity(row) for row in rows))
+    made = made.padded_batch(rows, ([None, FEATURES], [None]))
     return made.prefetch(2).with_options(options)
 
 
