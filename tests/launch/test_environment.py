@@ -58,10 +58,10 @@ def test_the_files_are_those_of_the_groups():
 )
 def test_all_that_is_needed_is_pinned_with_hashes(files):
     """uv resolves, downloading metadata alone: with hashes required, each package that another one needs is listed."""
-    find = 'say() { :; }; . packages.sh && find_uv "$0" && "$UV" pip install --dry-run --require-hashes "$@"'
+    find = 'say() { :; }; . packages.sh && find_uv && "$UV" pip install --dry-run --require-hashes "$@"'
     target = ["--python-version", "3.11.9", "--python-platform", "x86_64-manylinux_2_28", "--target", "/nonexistent"]
     listed = [word for file in files.split() for word in ("-r", f"requirements/{file}.txt")]
-    done = run("bash", "-c", find, sys.executable, *target, *listed)
+    done = run("bash", "-c", find, "bash", "--python", sys.executable, *target, *listed)
     assert done.returncode == 0, done.stderr
     resolved = dict(re.findall(r"^ \+ (\S+)==(\S+)$", done.stderr, re.MULTILINE))
     assert resolved.items() <= {pin for file in files.split() for pin in pins(file).items()} and len(resolved) > 60
