@@ -1,6 +1,6 @@
 """Pre-padded and truncated features: the loss, the metrics and fit in every engine average over the real positions.
 
-Padding is NaN and labels out of range, so that a mask on the wrong side gives NaN or other numbers.
+Padding is NaN and labels of a class, so that a mask on the wrong side gives NaN or other numbers.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ CUT = {"max_length": 4, "truncating": "pre"}
 
 
 def padding(**options):
-    values = {"x": np.nan, "y": -99, "w": np.nan}
+    values = {"x": np.nan, "y": 3, "w": np.nan}
     return {name: distpad.Pad(side="pre", value=value, **options) for name, value in values.items()}
 
 
 def rows_and_batches(world, **options):
-    """Two steps' rows in NumPy, cut as the pipeline cuts them, and their batches; the last step is uneven."""
+    """Two steps' rows in NumPy, cut as the pipeline cuts them, their batches, and the number of positions that are cut;
+    the last step is uneven."""
     data = [
         {**e, "w": np.random.default_rng(i).random(len(e["y"]))} for i, e in enumerate(feeding.examples(40, seed=9))
     ]
@@ -37,7 +38,8 @@ def rows_and_batches(world, **options):
     batches = feeding.made(world, (data, sampler), padding=padding(**cut), **options)
     kept = slice(-cut["max_length"] if cut["max_length"] else None, None)
     named = lambda i: {name: data[i][name][kept] for name in ("x", "y", "w")}
-    return [[named(i) for i in step if i >= 0] for step in sampler.plan(0)], batches
+    lost = sum(len(e[name]) - len(named(i)[name]) for i, e in enumerate(data) for name in ("x", "y", "w"))
+    return [[named(i) for i in step if i >= 0] for step in sampler.plan(0)], batches, lost
 
 
 def by_batch(loss_fn, batch, logits):
@@ -77,12 +79,14 @@ def test_gradients_in_a_loop_are_those_of_one_device(world, way, options):
             loss = way(loss_fn, batch, logits)
         return world.reduce(distpad.gradient(tape, loss, variables, backend=world.backend))
 
-    steps, batches = rows_and_batches(world, **options)
+    steps, batches, lost = rows_and_batches(world, **options)
     for rows, batch in zip(steps, batches, strict=True):
         found = world._each(world.on_all(step)(batch))
         _, *wanted = oracle.cross_entropy(rows, kernel, bias, "token", weighted)
         for gradients in found:
             assert max(map(oracle.relative_error, gradients, wanted)) <= 1e-5
+    counted = batches.stats.as_dict()["truncated_positions"]
+    assert world.backend.host_sum(np.array([counted], np.float64))[0] == lost
 
 
 @pytest.mark.parametrize("average", ["token", pytest.param("sequence_sum", marks=pytest.mark.wide)])
@@ -96,7 +100,7 @@ def test_one_value_a_sequence_with_pre_padded_labels(world, average):
     value = lambda batch: loss_fn.global_value(
         loss_fn(batch.data["y"], tf.ones([tf.shape(batch.data["y"])[0]]), batch=batch)
     )
-    steps, batches = rows_and_batches(world)
+    steps, batches, _ = rows_and_batches(world)
     for rows, batch in zip(steps, batches, strict=True):
         lengths = [len(row["y"]) for row in rows]
         count = sum(lengths) if average == "token" else np.count_nonzero(lengths)
@@ -117,7 +121,7 @@ def test_fit_has_the_history_and_the_weights_of_one_device(world, options, avera
         metric = [distpad.metrics.TokenAccuracy(name="right")] if KERAS < 3 or world.kind != "multiworker" else []
     loss = distpad.DistributedLoss(fitting.entropy(), average=average)
     model = fitting.model_in(world, loss, tf.keras.layers.Lambda(clean), run_eagerly=True, weighted_metrics=metric)
-    steps, batches = rows_and_batches(world, **options)
+    steps, batches, _ = rows_and_batches(world, **options)
     history = feeding.fit(world, model, feeding.fed_by(world, batches, len(steps), x="x", y="y"))
     weighted = "weights" in options
     feeding.check(model, history, *fitting.expected(steps, average, weighted))
