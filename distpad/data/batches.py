@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import weakref
 from collections.abc import Iterator, Mapping
@@ -12,24 +11,13 @@ from typing import Any
 import tensorflow as tf
 
 from distpad import backends, errors
-from distpad.data import (
-    collate,
-    config,
-    epoch,
-    fingerprints,
-    keras,
-    progress,
-    reader,
-    sources,
-)
+from distpad.data import collate, config, keras, progress, sources
 from distpad.data.collate import Batch
 from distpad.data.schema import Pad
 from distpad.data.stats import PaddingStats
 from distpad.data.structure import Name
-from distpad.padding.buckets import Buckets
 
 _NAME = "PaddedBatches"
-_BOUNDARIES = 8  # of the buckets that "auto" computes from a sampler's lengths
 
 
 class PaddedBatches(tf.train.experimental.PythonState):
@@ -112,26 +100,12 @@ class PaddedBatches(tf.train.experimental.PythonState):
         timeout_s: float = 600.0,
     ) -> None:
         self._backend, self._is_detected = backends.resolve(backend, function=_NAME), backend is None
-        self._config = config.Config(
-            batch_size=batch_size,
-            padding=padding,
-            tokens=tokens,
-            weights=weights,
-            buckets=buckets,
-            lookahead=lookahead,
-            accumulation_steps=accumulation_steps,
-            num_parallel_reads=num_parallel_reads,
-            drop_remainder=drop_remainder,
-            replicated=replicated,
-            warn_after_s=warn_after_s,
-            timeout_s=timeout_s,
-        )
-        self._source = sources.Source(source, self._config, self._backend.replicas_here)
-        self._sampler = self._source.sampler
+        options = lookahead, accumulation_steps, num_parallel_reads, drop_remainder, replicated, warn_after_s, timeout_s
+        self._config = config.Config(batch_size, padding, tokens, weights, buckets, *options)
+        self._source = sources.Source(source, self._backend, self._config)
+        weakref.finalize(self, self._source.close_ahead, 0.0)
         self.stats = PaddingStats()
-        self._ahead: dict[Any, reader.Reader] = {}  # of the next epoch
-        weakref.finalize(self, reader.close_all, self._ahead, 0.0)
-        self._progress = progress.Progress(self._backend, self._config, self._make_epoch)
+        self._progress = progress.Progress(self._source, self.stats)
 
     def __iter__(self) -> Iterator[Batch]:
         self._check_engine()
@@ -170,7 +144,7 @@ class PaddedBatches(tf.train.experimental.PythonState):
             remedy = "Begin an epoch first."
             found = f"unknown for this {type(self._source.given).__name__}"
             raise ValueError(errors.sentence(_NAME, "element_spec", found, "known before an epoch", remedy))
-        return collate.spec_of(self._config, features, self._rows(), lambda batch: batch)
+        return collate.spec_of(self._config, features, self._source.rows, lambda batch: batch)
 
     def __bool__(self) -> bool:
         return True  # whether or not the length is known
@@ -186,50 +160,10 @@ class PaddedBatches(tf.train.experimental.PythonState):
         with contextlib.suppress(ValueError, errors.DistpadError):  # outside the scope of the constructor
             now = backends.resolve(function=_NAME)
         what = "workers" if of_workers else "replicas"
-        if now is not None and getattr(now, f"num_{what}") > getattr(self._backend, f"num_{what}"):
-            before, after = getattr(self._backend, f"num_{what}"), getattr(now, f"num_{what}")
-            remedy = "Make PaddedBatches in strategy.scope(), or after hvd.init(), or give backend=strategy."
-            found = f"an engine of {before} {what}, detected in the constructor"
-            raise ValueError(errors.sentence(_NAME, "backend", found, f"the active one, of {after} {what}", remedy))
-
-    def _make_epoch(self, cursor: epoch.Cursor, elements: keras.Elements | None) -> epoch.Epoch:
-        ahead = self._ahead.pop((cursor, self._source.count), None)
-        reader.close_all(self._ahead)
-        return epoch.Epoch(
-            self._backend,
-            self._config,
-            ahead or self._make_reader(cursor),
-            cursor=cursor,
-            features=self._progress.features,
-            stats=self.stats,
-            compared={"source": self._belongs_to(), "for_keras": str(elements)},
-            sizes_of=functools.partial(self._padded_sizes, cursor.epoch),
-            read_ahead=self._read_ahead,
-            elements=elements,
-        )
-
-    def _make_reader(self, cursor: epoch.Cursor, *, waits: bool = False) -> reader.Reader:
-        number, step, begins = cursor
-        samples = self._sampler is not None
-        checked = 1 if samples else min(step, len(begins)) if step else epoch.BEGINNING
-        is_compared = not (samples or self._config.replicated or self._backend.num_workers == 1)
-        first, here = self._backend.worker_index * self._backend.replicas_here, self._backend.replicas_here
-        return reader.Reader(
-            self._source.steps(
-                number, step, checked if step else 0, range(first, first + here), self._backend.num_replicas
-            ),
-            self._config,
-            self._progress.features,
-            fingerprints.Beginning(None if samples else self._backend.worker_index, checked),
-            fingerprints.Digest() if is_compared else None,
-            waits=waits,
-        )
-
-    def _read_ahead(self, cursor: epoch.Cursor) -> None:
-        """Read the beginning of the next epoch while the last steps of the running one are consumed."""
-        if self._source.can_be_read_ahead:
-            key = cursor, self._source.count  # a source that grows is read again
-            self._ahead[key] = self._make_reader(cursor, waits=True)
+        before, after = (getattr(engine, f"num_{what}", 0) for engine in (self._backend, now))
+        remedy = "Make PaddedBatches in strategy.scope(), or after hvd.init(), or give backend=strategy."
+        found = f"an engine of {before} {what}, detected in the constructor"
+        errors.require(_NAME, after <= before, "backend", found, f"the active one, of {after} {what}", remedy)
 
     def for_keras(self, *, x: Any, y: Any, y_true: Any = None, repeat: bool = False) -> Any:
         """Return a ``tf.data.Dataset`` of this worker's batches for ``fit``: ``(x, y, weights)``.
@@ -289,14 +223,12 @@ class PaddedBatches(tf.train.experimental.PythonState):
         [[1.0, 2.0], [3.0, 0.0]] [[1, 2], [3, 0]] [[1.0, 1.0], [1.0, 0.0]]
         """
         behaviour = self._progress.behaviour
-        if y is None and behaviour.leaves_apart:
-            remedy = "Let each worker predict in a loop: for batch in batches: strategy.run(...)."
-            found = f"None with {self._backend.num_workers} workers of a strategy"
-            raise ValueError(errors.sentence("for_keras", "y", found, "a feature", remedy))
-        if behaviour.must_repeat and not repeat:
-            found = f"False with {self._backend.num_workers} workers of a strategy in Keras 2"
-            remedy = "Then write fit(dataset, steps_per_epoch=...)."
-            raise ValueError(errors.sentence("for_keras", "repeat", found, "True", remedy))
+        workers = f"with {self._backend.num_workers} workers of a strategy"
+        remedy = "Let each worker predict in a loop: for batch in batches: strategy.run(...)."
+        can_predict = y is not None or not behaviour.leaves_apart
+        errors.require("for_keras", can_predict, "y", f"None {workers}", "a feature", remedy)
+        found, remedy = f"False {workers} in Keras 2", "Then write fit(dataset, steps_per_epoch=...)."
+        errors.require("for_keras", repeat or not behaviour.must_repeat, "repeat", found, "True", remedy)
         self._check_engine(of_workers=True)
         elements = keras.Elements(self._config, x, y, y_true, repeat, behaviour.leaves_apart)
         self._progress.leave(elements)
@@ -305,14 +237,14 @@ class PaddedBatches(tf.train.experimental.PythonState):
             features = self._progress.features = first.begin()
             if features is None:
                 raise ValueError(errors.sentence("for_keras", "source", "empty on all workers", "at least one example"))
-            rows, here = None if elements.predicts else self._rows(), self._backend.replicas_here
+            rows, here = None if elements.predicts else self._source.rows, self._backend.replicas_here
             element_of = lambda batch: elements.of_all_rows([batch] * here)
             signature = collate.spec_of(self._config, features, rows, element_of)
         except BaseException:
             first.close()
             raise
         # predict gets no batch that only completes a group, or that follows this worker's last example
-        every = self._steps_of_all()
+        every = None if self._progress.at.step else self._source.length(None)
         is_whole = self._config.accumulation_steps == self._backend.num_workers == 1
         feed = progress.Feeder(self._progress, elements, first, every)
         made = keras.dataset(feed, signature, every if is_whole or not elements.predicts else None, repeats=repeat)
@@ -320,43 +252,15 @@ class PaddedBatches(tf.train.experimental.PythonState):
         elements.dataset = weakref.ref(dataset)
         return dataset
 
-    def _rows(self) -> int | None:
-        """A replica's rows of every batch; None if the number varies."""
-        if self._sampler is not None and self._sampler.global_batch_size:
-            return -(-self._sampler.global_batch_size // self._backend.num_replicas)
-        return self._config.batch_size
-
-    def _steps_of_all(self) -> int | None:
-        """The steps of every further epoch; None if the number is unknown or varies."""
-        if self._progress.at.step or (self._sampler is not None and self._sampler.max_tokens):
-            return None
-        return self._length()
-
     def __len__(self) -> int:
         """The steps of the running or the next epoch, consumed ones included. TypeError if the number is unknown."""
-        steps = self._length()
+        steps = self._source.length(self._progress.at.epoch)
         if steps is None:
             raise TypeError(
                 f"{_NAME}: the number of steps is unknown before the source is read, expected a LengthSampler, or one "
                 "worker and a source with a length."
             )
         return steps
-
-    def _length(self) -> int | None:
-        steps = self._known_steps()
-        if steps is None:
-            return None
-        group = self._config.accumulation_steps
-        return (steps // group if self._config.drop_remainder else -(-steps // group)) * group
-
-    def _known_steps(self) -> int | None:
-        if self._sampler is not None:
-            return len(self._sampler.of_epoch(self._progress.at.epoch).steps)
-        count = self._source.count
-        if self._backend.num_workers > 1 or count is None:
-            return None
-        size = (self._config.batch_size or 1) * self._backend.num_replicas
-        return count // size if self._config.drop_remainder else -(-count // size)
 
     def serialize(self) -> str:
         """Return the position as JSON, for ``tf.train.Checkpoint``."""
@@ -372,10 +276,7 @@ class PaddedBatches(tf.train.experimental.PythonState):
         After the last step of an epoch, the position is the beginning of the next epoch. With a sampler the state is
         valid for any number of workers; without one, for the same number, with sources in the same order.
         """
-        at, group = self._progress.untrained() or self._progress.at, self._config.accumulation_steps
-        step = at.step // group * group
-        begins = list(at.begins if step else ())
-        return {"epoch": at.epoch, "step": step, "begins": begins, "source": self._belongs_to()}
+        return self._progress.state()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at a saved position in the next iteration, without repeating or skipping an example.
@@ -388,31 +289,4 @@ class PaddedBatches(tf.train.experimental.PythonState):
           TypeError, ValueError: not a state, the state of another source, or a position out of range. In the next
             iteration, on all workers: a source that begins with other examples.
         """
-        cursor = progress.cursor_of(state, self._belongs_to(), self._config.accumulation_steps, self._sampler)
-        self._progress.stop()
-        self._progress.move_to(cursor)
-        self._progress.clear()
-
-    def _belongs_to(self) -> dict[str, Any]:
-        """The source of a position: a sampler's plan, or the numbers that decide which examples a step has."""
-        if self._sampler is not None:
-            return {"sampler": self._sampler.fingerprint()}
-        workers, replicas = self._backend.num_workers, self._backend.num_replicas
-        return {"batch_size": self._config.batch_size, "workers": workers, "replicas": replicas}
-
-    @functools.cached_property
-    def _sampled(self) -> Buckets | None:
-        """The buckets that "auto" uses for the lengths of a sampler."""
-        if self._sampler is None or not len(self._sampler.lengths):
-            return None
-        if self._sampler.max_tokens and not self._sampler.buckets:  # more padding would exceed its budget
-            return Buckets.multiples(1)
-        return self._sampler.buckets or Buckets.from_lengths(self._sampler.lengths, _BOUNDARIES)
-
-    def _padded_sizes(self, number: int, step: int, longest: tuple[int, ...]) -> tuple[int, ...]:
-        """The padded sizes of a step's axes. With "auto", an axis whose longest size is the longest sampled length of
-        the step uses the sampler's buckets."""
-        if self._sampler is None:
-            return self._config.padded_sizes(longest, None, None)
-        sampled = max(1, self._sampler.of_epoch(number).longest[step])
-        return self._config.padded_sizes(longest, self._sampled, sampled)
+        self._progress.load(state)

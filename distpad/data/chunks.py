@@ -44,28 +44,23 @@ def learn(parts: Sequence[Rows], padding: Mapping[Name, Pad], *, guess: bool) ->
 
     Raises: ValueError, TypeError: features that ``padding`` or TensorFlow do not fit.
     """
-    chunks = [part for part in parts if isinstance(part, Chunk)]
-    for chunk in chunks:
-        shapes = [_shape(name, column, padding, guess) for name, column in _named(chunk)]
-        if None not in shapes:
-            return Features.of_shapes(
-                chunk.skeleton, [(c.values.dtype, s) for c, s in zip(chunk.columns, shapes) if s is not None], padding
-            )
-    examples = [] if chunks else [example for part in parts for example in part]
+    examples: list[Any] = []
+    for part in parts:
+        if not isinstance(part, Chunk):
+            examples += part
+        elif guess or all(map(_shows_sizes, part.columns, map(padding.get, structure.names_of(part.skeleton)))):
+            arrays = []
+            for column in part.columns:
+                sizes = [int(splits[1] - splits[0]) if len(splits) > 1 else 0 for splits in column.splits]
+                arrays.append((column.values.dtype, (*sizes, *column.values.shape[1:])))
+            return Features.of_shapes(part.skeleton, arrays, padding)
     return Features.learn(examples, padding, guess=guess) if examples else None
 
 
-def _named(chunk: Chunk) -> list[tuple[Name, Column]]:
-    return [*zip(structure.names_of(chunk.skeleton), chunk.columns)]
-
-
-def _shape(name: Name, column: Column, padding: Mapping[Name, Pad], guess: bool) -> tuple[int, ...] | None:
-    """The shape of an example of a column; None if no row shows the size of an axis that must be known."""
-    pad, sizes = padding.get(name), [np.diff(splits) for splits in column.splits]
+def _shows_sizes(column: Column, pad: Pad | None) -> bool:
+    """Whether a row shows the size of each axis that must be known."""
     ragged = pad.axes if pad else ()
-    if not guess and any(not len(size) for axis, size in enumerate(sizes) if axis not in ragged):
-        return None
-    return (*(int(size[0]) if len(size) else 0 for size in sizes), *column.values.shape[1:])
+    return all(len(splits) > 1 or axis in ragged for axis, splits in enumerate(column.splits))
 
 
 def columns_of(features: Features, rows: Rows, indices: np.ndarray) -> list[Column]:
@@ -78,11 +73,8 @@ def columns_of(features: Features, rows: Rows, indices: np.ndarray) -> list[Colu
     Raises: ValueError, TypeError: an example that differs from the features, with its index.
     """
     if isinstance(rows, Chunk):
-        if rows.skeleton != features.skeleton:
-            found = f"with {structure.names_of(rows.skeleton)}"
-            raise ValueError(
-                errors.sentence(_NAME, "the source", found, f"the same features as before, {features.names}")
-            )
+        found, rule = f"with {structure.names_of(rows.skeleton)}", f"the same features as before, {features.names}"
+        errors.require(_NAME, rows.skeleton == features.skeleton, "the source", found, rule)
         return [_fitted(feature, column, indices) for feature, column in zip(features.features, rows.columns)]
     items = structure.leaves_of_all(rows, features.skeleton) or []
     fast = [_fast(feature, each) for feature, each in zip(features.features, items)]
@@ -144,24 +136,15 @@ def _checked(feature: Feature, column: Column) -> Column | None:
 
 def _fitted(feature: Feature, column: Column, indices: np.ndarray) -> Column:
     """The column of a chunk, partitioned as the feature is. Raises: ValueError."""
-    (values, splits), depth = column, feature.depth
-    if values.dtype != feature.dtype:
-        where = f"{feature.name!r} of example {indices[0]}"
-        raise ValueError(
-            errors.sentence(_NAME, where, f"of dtype {values.dtype}", f"{feature.dtype}, as in the first example")
-        )
-    if len(splits) + values.ndim - 1 != len(feature.shape):
-        raise _misfit(feature, column, indices)
-    while len(splits) < depth:
-        rows, size, *inner = values.shape
-        splits, values = (*splits, np.arange(rows + 1) * size), values.reshape(rows * size, *inner)
-    while len(splits) > depth:
-        size = feature.shape[len(splits) - 1] or 0
-        if (np.diff(splits[-1]) != size).any():
-            raise _misfit(feature, column, indices)
-        values = values.reshape(len(splits[-1]) - 1, size, *values.shape[1:])
-        splits = splits[:-1]
-    fitted = _checked(feature, Column(values, splits))
+    if column.values.dtype != feature.dtype:
+        where, rule = f"{feature.name!r} of example {indices[0]}", f"{feature.dtype}, as in the first example"
+        raise ValueError(errors.sentence(_NAME, where, f"of dtype {column.values.dtype}", rule))
+    fitted: Column | None = None
+    if len(column.splits) + column.values.ndim - 1 == len(feature.shape):
+        fitted = column.partitioned(feature.depth)
+    while fitted is not None and len(fitted.splits) > feature.depth:
+        fitted = fitted.stacked(feature.shape[len(fitted.splits) - 1] or 0)
+    fitted = fitted and _checked(feature, fitted)
     if fitted is None or not (feature.pad is None or feature.pad.axes[0] == 0 or fitted.is_rectangular()):
         raise _misfit(feature, column, indices)
     return fitted
@@ -172,14 +155,15 @@ def _misfit(feature: Feature, column: Column, indices: np.ndarray) -> ValueError
     sizes, inner = column.sizes() if column.splits else np.zeros([column.num_examples, 0], int), column.values.shape[1:]
     shapes = [(*row, *inner) for row in sizes.tolist()]
     for shape, index in zip(shapes, indices):
-        if len(shape) != len(feature.shape) or any(
-            want not in (None, size) for want, size in zip(feature.shape, shape)
-        ):
+        if not _matches(feature, shape):
             return shape_error(feature, shape, int(index))
-    rule = "arrays, or positions along axis 0"
-    return ValueError(
-        errors.sentence(_NAME, repr(feature.name), "ragged within examples", rule, "Write Pad(axis=(0, ...)).")
-    )
+    rule, remedy = "arrays, or positions along axis 0", "Write Pad(axis=(0, ...))."
+    return ValueError(errors.sentence(_NAME, repr(feature.name), "ragged within examples", rule, remedy))
+
+
+def _matches(feature: Feature, shape: Sequence[int]) -> bool:
+    """Whether an example of this shape is one of the feature."""
+    return len(shape) == len(feature.shape) and all(want in (None, n) for want, n in zip(feature.shape, shape))
 
 
 def shape_error(feature: Feature, shape: tuple[int, ...], index: int) -> ValueError:
@@ -192,11 +176,8 @@ def shape_error(feature: Feature, shape: tuple[int, ...], index: int) -> ValueEr
 def _columns_of_one(features: Features, example: Any, index: int) -> list[Column]:
     """An example's columns. ValueError names the example index and a feature that differs from the others."""
     skeleton = structure.skeleton_of(example)
-    if skeleton != features.skeleton:
-        found = f"with {structure.names_of(skeleton)}"
-        raise ValueError(
-            errors.sentence(_NAME, f"example {index}", found, f"the same features as the others, {features.names}")
-        )
+    found, rule = f"with {structure.names_of(skeleton)}", f"the same features as the others, {features.names}"
+    errors.require(_NAME, skeleton == features.skeleton, f"example {index}", found, rule)
     leaves = structure.leaves_of(example, skeleton)
     return [_column_of_one(feature, item, index) for feature, item in zip(features.features, leaves)]
 
@@ -205,7 +186,7 @@ def _column_of_one(feature: Feature, item: Any, index: int) -> Column:
     where, shape = f"{feature.name!r} of example {index}", feature.shape
     if not schema.is_uneven(item, feature.pad):
         array = _typed(feature, item, shape, where)
-        if array.ndim != len(shape) or any(want not in (None, have) for want, have in zip(shape, array.shape)):
+        if not _matches(feature, array.shape):
             raise shape_error(feature, array.shape, index)
         return columns.of_arrays([array], feature.depth)
     splits, rows = schema.rows_of(item, feature.depth - 1, where)

@@ -135,11 +135,10 @@ def _of_rows(name: Any, items: list[Any]) -> Column:
     if shape:
         features = Features.learn(items, {0: Pad(tuple(range(len(shape))))}, guess=True)
         assert features is not None, "it was learned before"
-    ((values, splits),) = chunks.columns_of(features, items, np.arange(len(items)))
-    while splits and (np.diff(splits[-1]) == shape[len(splits) - 1]).all():  # the same in all examples
-        values = values.reshape(len(splits[-1]) - 1, shape[len(splits) - 1] or 0, *values.shape[1:])
-        splits = splits[:-1]
-    return Column(values, splits)
+    (column,) = chunks.columns_of(features, items, np.arange(len(items)))
+    while column.splits and (stacked := column.stacked(shape[len(column.splits) - 1] or 0)):  # the same in all examples
+        column = stacked
+    return column
 
 
 def _of_arrow(name: Any, given: Any) -> Column:

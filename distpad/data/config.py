@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,14 +119,6 @@ class Config:
             )
         index = max(each.index(size) for each, size in zip(given, agreed))
         return tuple(each.boundary(index) for each in given)
-
-    def check_sizes(self, sizes: Sequence[int]) -> None:
-        """Raise ValueError if the size of an axis is above the last boundary of its buckets."""
-        for buckets, (name, axis), size in zip(self.axis_buckets or (), self.axes, sizes):
-            try:
-                buckets.index(size)
-            except ValueError as error:
-                raise ValueError(f"{_NAME}: axis {axis} of {name!r}: {error}") from None
 
     def as_json(self) -> dict[str, Any]:
         """The configuration that is compared between workers."""

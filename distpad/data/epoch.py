@@ -5,30 +5,20 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from distpad import backends, errors
+from distpad import errors
 from distpad.data import collate, keras, plan, reader, sync
-from distpad.data.config import Config
 from distpad.data.schema import Features
+from distpad.data.sources import Cursor, Source
 from distpad.data.stats import PaddingStats
 
 _NAME = "PaddedBatches"
-BEGINNING = 8  # steps whose fingerprints identify a source
 _ALIKE = 32  # examples of each worker that are equal, so that no chance explains it
-
-
-class Cursor(NamedTuple):
-    """A position in the data: consumed steps of an epoch, and the fingerprints of its first steps, by which a source is
-    recognised."""
-
-    epoch: int = 0
-    step: int = 0
-    begins: tuple[int, ...] = ()
 
 
 class Epoch:
@@ -38,12 +28,8 @@ class Epoch:
     before the first step, then each further window in the middle of the window before it.
 
     Args:
-      epoch_reader: reads this worker's steps.
       cursor: the position where the epoch begins, the same on all workers.
       features: the features of an example, if an earlier epoch learned them.
-      compared: further configuration that must be the same on all workers.
-      sizes_of: computes the padded sizes of a step's ragged axes from the step's index and their longest sizes.
-      read_ahead: begins to read the epoch at a cursor.
       elements: makes the elements of a dataset for fit; None: the batches of a loop.
 
     Attributes:
@@ -56,37 +42,29 @@ class Epoch:
 
     def __init__(
         self,
-        backend: backends.Backend,
-        config: Config,
-        epoch_reader: reader.Reader,
-        *,
+        source: Source,
         cursor: Cursor,
         features: Features | None,
         stats: PaddingStats,
-        compared: dict[str, Any],
-        sizes_of: Callable[[int, tuple[int, ...]], tuple[int, ...]],
-        read_ahead: Callable[[Cursor], None],
         elements: keras.Elements | None,
     ) -> None:
-        self.features = features
+        self._source, self._backend, self._config = source, source.backend, source.config
+        self.cursor, self.features, self._stats, self._elements = cursor, features, stats, elements
         self.was_left = self.is_at_end = self.has_begun = False
-        self.cursor = cursor
         self.begins = [*cursor.begins]
-        self._sizes_of, self._read_ahead = sizes_of, read_ahead
-        self._backend, self._config, self._stats, self._first = backend, config, stats, cursor.step
+        compared = {"source": source.identity(), "for_keras": str(elements), **cursor._asdict()}
         versions = {"tensorflow": tf.__version__, "numpy": np.__version__}
-        described = {**config.as_json(), **compared, **cursor._asdict(), "versions": versions}
+        described = {**self._config.as_json(), **compared, "versions": versions}
         self._configuration = json.dumps(described, sort_keys=True)
-        self._elements = elements
         channel = elements.channel if elements else sync.Channel()
-        self._sync = sync.WindowSync(backend, config.warn_after_s, config.timeout_s, channel)
-        self._reader = epoch_reader
+        self._sync = sync.WindowSync(self._backend, self._config.warn_after_s, self._config.timeout_s, channel)
+        self._reader = source.open_reader(cursor, features)
         self._reader.begin()
-        self._padder = collate.Padder(backend, config, stats, elements.of if elements else None)
+        self._padder = collate.Padder(self._backend, self._config, stats, elements.of if elements else None)
         self._read: reader.Window | None = None  # the window that was read last, until it is planned
         self._windows = itertools.count()
         self._planned = self._seen = 0  # steps that were planned, and their examples over all workers
-        self._rows = config.batch_size or 1  # of a replica, in the last batch that was read
+        self._rows = self._config.batch_size or 1  # of a replica, in the last batch that was read
         self._latest: tuple[int, reader.Window] | None = None  # the window that was planned last, and its first step
         self._first_window: plan.Merged | None = None
 
@@ -185,8 +163,8 @@ class Epoch:
 
     def _check_beginning(self, is_unknown: bool, found: int) -> None:
         """Compare the fingerprint of a saved position with the examples that are read now."""
-        checked = min(self._first, len(self.begins))
-        if self._first and not is_unknown and found != self.begins[checked - 1]:
+        checked = min(self.cursor.step, len(self.begins))
+        if self.cursor.step and not is_unknown and found != self.begins[checked - 1]:
             raise ValueError(
                 f"{_NAME}: source begins with other examples than when the position was saved (its first {checked} "
                 "steps, over all workers), expected the same: continuing at that step would repeat some examples and "
@@ -213,7 +191,7 @@ class Epoch:
             return None if read is None else plan.pack(read.report, backend.worker_index, backend.num_workers)
 
         planned, size = config.window(next(self._windows))
-        begin = self._first + planned
+        begin = self.cursor.step + planned
         merged: plan.Merged | None = None
 
         def is_last(vectors: sync.Vectors) -> bool:
@@ -224,7 +202,7 @@ class Epoch:
                 window=size,
                 workers=backend.num_workers,
                 full_rows=(config.batch_size or 0) * backend.num_replicas if config.drop_remainder else None,
-                sizes_of=lambda i, agreed: self._sizes_of(begin + i, agreed),
+                sizes_of=lambda i, agreed: self._source.padded_sizes(self.cursor.epoch, begin + i, agreed),
             )
             self.has_begun = True
             # the next epoch of a dataset that repeats may begin earlier on this worker
@@ -239,11 +217,11 @@ class Epoch:
         assert read is not None, "the report comes from it"
         self._planned = planned + size
         self._latest = begin, read._replace(batches=[])
-        if not self._first:
-            self.begins += merged.begins[: self._reader.beginning.steps - len(self.begins)]
+        if not self.cursor.step:
+            self.begins += merged.begins[: self._reader.prints.steps - len(self.begins)]
         self._check_different(merged)
         if merged.is_last:
-            self._read_ahead(Cursor(self.cursor.epoch + 1))
+            self._source.read_ahead(self.cursor.epoch + 1, self.features)
         for i, step in enumerate(merged.steps):
             micro = read.batches[i] if i < len(read.batches) else None
             self._rows = micro.batch_size if micro else self._rows

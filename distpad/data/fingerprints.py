@@ -13,27 +13,31 @@ from distpad.padding.columns import Column
 _MOST = 2**16  # elements of a column that are hashed: they tell one order of the examples from another
 
 
-class Beginning:
-    """Fingerprints of an epoch's first steps, by which a saved position recognises its source.
+class Fingerprints:
+    """The fingerprints of an epoch's first steps, and a hash of a worker's first examples.
 
     Args:
       worker: this worker, whose examples count in their order. None with a sampler: then the order does not count,
         because it depends on the number of workers.
-      steps: the number of steps.
+      steps: the number of steps that have fingerprints.
+      compares: whether workers compare their first examples.
 
     Attributes:
-      fingerprints: of the first step, of the first two steps, and so on.
+      begins: the fingerprints of the first step, of the first two steps, and so on.
     """
 
-    def __init__(self, worker: int | None, steps: int) -> None:
-        self.steps = steps
-        self._worker = worker
+    def __init__(self, worker: int | None, steps: int, compares: bool) -> None:
+        self.steps, self.begins = steps, list[float]()
+        self._worker, self._compares, self._rows = worker, compares, 0
         self._hashed = hashlib.blake2b(str(worker).encode(), digest_size=4)
-        self.fingerprints: list[float] = []
+        self._compared = hashlib.blake2b(digest_size=6)
 
-    def add(self, columns: Sequence[Column], indices: np.ndarray) -> None:
-        """Add the next step."""
-        if len(self.fingerprints) == self.steps:
+    def add(self, columns: Sequence[Column], indices: np.ndarray, *, compares: bool) -> None:
+        """Add the next step; ``compares``: to the examples that workers compare, too."""
+        if compares and self._compares:
+            self._rows += len(indices)
+            _update(self._compared, columns)
+        if len(self.begins) == self.steps:
             return
         if self._worker is not None:
             _update(self._hashed, columns)
@@ -44,32 +48,16 @@ class Beginning:
                 hashed = hashlib.blake2b(str(index).encode(), digest_size=4)
                 _update(hashed, [column.between(row, row + 1) for column in columns])
                 total += int.from_bytes(hashed.digest(), "big")
-        self.fingerprints.append(float(total))
+        self.begins.append(float(total))
 
     def at(self, step: int) -> float:
         """The fingerprint of the steps up to this one; of fewer if the epoch has no more; 0 without any."""
-        return self.fingerprints[min(step, len(self.fingerprints) - 1)] if self.fingerprints else 0.0
-
-
-class Digest:
-    """A hash of the first examples of a worker, which tells whether all workers read the same.
-
-    Attributes:
-      rows: examples that were added.
-    """
-
-    def __init__(self) -> None:
-        self._hashed = hashlib.blake2b(digest_size=6)
-        self.rows = 0
-
-    def add(self, columns: Sequence[Column], rows: int) -> None:
-        self.rows += rows
-        _update(self._hashed, columns)
+        return self.begins[min(step, len(self.begins) - 1)] if self.begins else 0.0
 
     @property
-    def value(self) -> float:
-        """48 bits, which a float64 holds exactly; 0 without examples."""
-        return float(int.from_bytes(self._hashed.digest(), "big")) if self.rows else 0.0
+    def digest(self) -> float:
+        """The hash of the first examples, 48 bits, which a float64 holds exactly; 0 without, or if not compared."""
+        return float(int.from_bytes(self._compared.digest(), "big")) if self._rows else 0.0
 
 
 def _update(hashed: Any, columns: Sequence[Column]) -> None:

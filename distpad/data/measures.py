@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -43,7 +43,7 @@ def truncated(features: Features, given: list[Column], indices: np.ndarray) -> t
     return found, lost
 
 
-def sizes_of(config: Config, columns: Mapping[Name, Column], indices: Iterable[int]) -> dict[Name, np.ndarray]:
+def sizes_of(config: Config, columns: Mapping[Name, Column], indices: np.ndarray) -> dict[Name, np.ndarray]:
     """Return the sizes of each padded feature's ragged axes, ``[rows, axes]``.
 
     Raises: ValueError: a size above the last boundary of the buckets, with the example index.
@@ -54,14 +54,13 @@ def sizes_of(config: Config, columns: Mapping[Name, Column], indices: Iterable[i
     for name, pad in config.padding.items():
         sizes = columns[name].sizes()
         found[name] = sizes if pad.axes == (0,) and sizes.shape[1] == 1 else sizes[:, list(pad.axes)]
-    try:
-        config.check_sizes(longest(found))
-    except ValueError:
-        for index, *rows in zip(indices, *found.values()):
+    for (name, axis), buckets in zip(config.axes, config.axis_buckets or ()):
+        sizes = found[name][:, config.padding[name].axes.index(axis)]
+        for row in np.flatnonzero(sizes > buckets.boundaries[-1])[:1]:
             try:
-                config.check_sizes([size for row in rows for size in row.tolist()])
+                buckets.index(sizes[row])
             except ValueError as error:
-                raise ValueError(f"{error} (example {index})") from None
+                raise ValueError(f"{_NAME}: axis {axis} of {name!r}: {error} (example {indices[row]})") from None
     return found
 
 
@@ -109,20 +108,12 @@ def _weights(
     if is_scalar:
         bounds, totals = np.arange(len(indices) + 1), weights.values * positions.astype(np.float64)
     else:
-        given = [*weights.splits]
-        values = weights.values
-        while values.ndim > 1:
-            rows, size, *inner = values.shape
-            given.append(np.arange(rows + 1) * size)
-            values = values.reshape(rows * size, *inner)
-        weights = Column(values, tuple(given))
+        weights = weights.partitioned(len(weights.splits) + weights.values.ndim - 1)
         _check_shapes(weights.sizes(), counted.sizes()[:, axes], name, indices)
         bounds = weights.bounds()[-1]
-        sums = np.concatenate([[0.0], values.astype(np.float64)])
-        filled = np.flatnonzero(np.diff(bounds))
-        totals = np.zeros(len(indices))
-        if len(filled):
-            totals[filled] = np.add.reduceat(sums[1:], bounds[filled])
+        filled, totals = np.flatnonzero(np.diff(bounds)), np.zeros(len(indices))
+        if len(filled):  # reduceat has no empty segments
+            totals[filled] = np.add.reduceat(weights.values.astype(np.float64), bounds[filled])
     wrong = ~np.isfinite(totals)
     negative = np.flatnonzero(weights.values < 0)
     wrong[np.searchsorted(bounds, negative, side="right") - 1] = True
@@ -146,13 +137,8 @@ def check_counted(features: Features, config: Config) -> None:
     """Check that weights are features of numbers, with one value per position or per example."""
     known = {feature.name: feature for feature in features.features}
     for loss, name in config.weights.items():
-        if name not in known:
-            raise ValueError(
-                errors.sentence(_NAME, "weights", repr(name), f"a feature of an example: {features.names}")
-            )
-        found, axes = known[name], config.counted_axes[config.tokens[loss]]
-        if len(found.shape) not in (0, len(axes)) or found.dtype.kind not in "fiub":
-            wanted = "numbers, one per position or one per example"
-            raise ValueError(
-                errors.sentence(_NAME, f"weights {name!r}", f"of shape {found.shape} and {found.dtype}", wanted)
-            )
+        errors.require(_NAME, name in known, "weights", repr(name), f"a feature of an example: {features.names}")
+        feature, axes = known[name], config.counted_axes[config.tokens[loss]]
+        fits = len(feature.shape) in (0, len(axes)) and feature.dtype.kind in "fiub"
+        found, rule = f"of shape {feature.shape} and {feature.dtype}", "numbers, one per position or one per example"
+        errors.require(_NAME, fits, f"weights {name!r}", found, rule)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from distpad import backends, errors
+from distpad import errors
 from distpad.data import keras, sync
-from distpad.data.config import Config
-from distpad.data.epoch import Cursor, Epoch
-from distpad.data.sampler import LengthSampler, check_state
+from distpad.data.epoch import Epoch
+from distpad.data.sampler import check_state
 from distpad.data.schema import Features
+from distpad.data.sources import Cursor, Source
+from distpad.data.stats import PaddingStats
 
 _NAME = "PaddedBatches"
 _KEPT = 3  # of the earlier epochs of fit after the first
@@ -28,10 +29,6 @@ class Progress:
     counting. Keras consumes batches to infer shapes, and tf.data reads ahead: an epoch of fit whose batches may not
     have been trained on begins again.
 
-    Args:
-      make_epoch: makes the epoch that begins at a cursor: for ``fit``, from the ``Elements`` of its dataset; for a
-        loop, from None.
-
     Attributes:
       at: the cursor after the last consumed batch.
       following: the cursor where the next iteration begins.
@@ -41,17 +38,12 @@ class Progress:
       requested: batches that fit requested since the first of the epochs that may begin again.
     """
 
-    def __init__(
-        self,
-        backend: backends.Backend,
-        config: Config,
-        make_epoch: Callable[[Cursor, keras.Elements | None], Epoch],
-    ) -> None:
-        self._backend, self._config, self._make_epoch = backend, config, make_epoch
+    def __init__(self, source: Source, stats: PaddingStats) -> None:
+        self._source, self._stats = source, stats
         self.at = self.following = Cursor()
         self.running: Epoch | None = None
         self.features: Features | None = None
-        self.behaviour = keras.behaviour_of(backend)
+        self.behaviour = keras.behaviour_of(source.backend)
         self.requested = 0
         self._begun: list[tuple[int, Cursor]] = []  # epochs of fit: the requests before each, and its cursor
         self._lock = threading.Lock()
@@ -63,7 +55,7 @@ class Progress:
     def open(self, elements: keras.Elements | None = None) -> Epoch:
         """Open the next epoch. Leave the running one first."""
         self.at = self.following
-        self.running = self._make_epoch(self.at, elements)
+        self.running = Epoch(self._source, self.at, self.features, self._stats, elements)
         return self.running
 
     def begin_epoch(self, cursor: Cursor) -> None:
@@ -99,13 +91,41 @@ class Progress:
         """
         self.stop()
         if elements and self.behaviour.leaves_apart:
-            limits = self._config.warn_after_s, self._config.timeout_s
-            window_sync = sync.WindowSync(self._backend, *limits, elements.channel)
+            config = self._source.config
+            limits = config.warn_after_s, config.timeout_s
+            window_sync = sync.WindowSync(self._source.backend, *limits, elements.channel)
             mine = np.array([self.requested]), np.zeros(1)
             self.requested = window_sync.merge(mine, lambda _: mine, "the next epoch", lambda _: True)[0][0]
         untrained = self.untrained()
         if untrained:
             self.move_to(untrained)
+        self.clear()
+
+    def state(self) -> dict[str, Any]:
+        """The position after the last whole optimiser step whose batches were yielded, as a dict for JSON."""
+        at, group = self.untrained() or self.at, self._source.config.accumulation_steps
+        step = at.step // group * group
+        return {**at._asdict(), "step": step, "begins": [*at.begins] if step else [], "source": self._source.identity()}
+
+    def load(self, state: Any) -> None:
+        """Let the next iteration begin at a position that ``state`` returned. Raises: TypeError, ValueError."""
+        check_state(_NAME, state, {"epoch", "step", "begins", "source"})
+        source, group, sampler = self._source.identity(), self._source.config.accumulation_steps, self._source.sampler
+        errors.require(_NAME, state["source"] == source, "state", f"of {state['source']}", f"one of {source}")
+        number = errors.integer(_NAME, "state's epoch", state["epoch"], least=0)
+        step, begins = errors.integer(_NAME, "state's step", state["step"], least=0), state["begins"]
+        rule = f"a multiple of accumulation_steps, which is {group}"
+        errors.require(_NAME, step % group == 0, "state's step", step, rule)
+        if sampler is not None:
+            steps = len(sampler.of_epoch(number).steps)
+            rule = f"at most the {steps} of epoch {number}"
+            errors.require(_NAME, step <= -(-steps // group) * group, "state's step", step, rule)
+        are_given = isinstance(begins, (list, tuple)) and (begins or not step)
+        rule = "the fingerprints of the epoch's first steps, as state_dict returned them"
+        errors.require(_NAME, are_given, "state's begins", f"{begins!r} at step {step}", rule)
+        begins = tuple(errors.integer(_NAME, "state's begins", each, least=0) for each in begins)
+        self.stop()
+        self.move_to(Cursor(number, step, begins if step else ()))
         self.clear()
 
     def consume(self, running: Epoch) -> Iterator[Any]:
@@ -190,32 +210,3 @@ class Feeder:
         if not elements.repeats and not (is_peek and is_short):
             progress.clear()
         return not running.was_left
-
-
-def cursor_of(state: Any, source: Mapping[str, Any], group: int, sampler: LengthSampler | None) -> Cursor:
-    """Return the cursor of a saved state of ``PaddedBatches``.
-
-    Args:
-      state: a result of ``state_dict``.
-      source: the source that the state must belong to.
-      group: micro-batches in an optimiser step.
-      sampler: its plan bounds the step.
-
-    Raises:
-      TypeError, ValueError: not a state, the state of another source, or a position out of range.
-    """
-    check_state(_NAME, state, {"epoch", "step", "begins", "source"})
-    errors.require(_NAME, state["source"] == source, "state", f"of {state['source']}", f"one of {source}")
-    number = errors.integer(_NAME, "state's epoch", state["epoch"], least=0)
-    step, begins = errors.integer(_NAME, "state's step", state["step"], least=0), state["begins"]
-    rule = f"a multiple of accumulation_steps, which is {group}"
-    errors.require(_NAME, step % group == 0, "state's step", step, rule)
-    if sampler is not None:
-        steps = len(sampler.of_epoch(number).steps)
-        rule = f"at most the {steps} of epoch {number}"
-        errors.require(_NAME, step <= -(-steps // group) * group, "state's step", step, rule)
-    are_given = isinstance(begins, (list, tuple)) and (begins or not step)
-    rule = "the fingerprints of the epoch's first steps, as state_dict returned them"
-    errors.require(_NAME, are_given, "state's begins", f"{begins!r} at step {step}", rule)
-    begins = tuple(errors.integer(_NAME, "state's begins", each, least=0) for each in begins)
-    return Cursor(number, step, begins if step else ())

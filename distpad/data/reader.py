@@ -18,7 +18,7 @@ import numpy as np
 from distpad import errors
 from distpad.data import chunks, measures, plan
 from distpad.data.config import Config
-from distpad.data.fingerprints import Beginning, Digest
+from distpad.data.fingerprints import Fingerprints
 from distpad.data.readers import Step
 from distpad.data.schema import Features
 from distpad.data.structure import Name
@@ -45,7 +45,8 @@ class ReplicaRows(NamedTuple):
     @classmethod
     def none(cls, config: Config) -> ReplicaRows:
         """No rows."""
-        return cls([], np.zeros(0, np.int64), measures.sizes_of(config, {}, ()), np.zeros([len(config.tokens), 2]))
+        indices = np.zeros(0, np.int64)
+        return cls([], indices, measures.sizes_of(config, {}, indices), np.zeros([len(config.tokens), 2]))
 
 
 class MicroBatch(NamedTuple):
@@ -99,8 +100,7 @@ class Reader:
     Args:
       steps: makes the iterator of the epoch's steps; called in the thread.
       features: the features of an example, if an earlier epoch learned them.
-      beginning: computes the fingerprints of the epoch's first steps.
-      digest: computes the hash of the first examples, or None if it is not compared.
+      prints: computes the fingerprints of the epoch's first steps.
       waits: whether the epoch has not begun. Then the thread ends after the first window, until ``begin``.
     """
 
@@ -109,13 +109,12 @@ class Reader:
         steps: Callable[[], Iterator[Step]],
         config: Config,
         features: Features | None,
-        beginning: Beginning,
-        digest: Digest | None,
+        prints: Fingerprints,
         *,
         waits: bool = False,
     ) -> None:
         self._steps, self._config, self._features = steps, config, features
-        self.beginning, self._digest, self._compared = beginning, digest, 0.0
+        self.prints, self._compared = prints, 0.0
         self._windows: queue.Queue[Window | None] = queue.Queue()  # None after the last window
         self._wanted = threading.Semaphore(1)  # windows that may be read: it bounds the memory
         self._waits, self._is_idle, self._lock = waits, False, threading.Lock()
@@ -185,8 +184,8 @@ class Reader:
                             return
                 except BaseException as raised:  # also SystemExit, which would otherwise end this thread silently
                     report.failed_at, error = len(batches), raised
-                report.begins[:] = [self.beginning.at(begin + i) for i in range(size)]
-                report.digest = self._digest.value if self._digest is not None else 0.0
+                report.begins[:] = [self.prints.at(begin + i) for i in range(size)]
+                report.digest = self.prints.digest
                 self._windows.put(Window(batches, report, self._features, self._compared, error))
                 yield True
 
@@ -236,18 +235,16 @@ class Reader:
             columns = chunks.columns_of(self._features, step.rows, indices)
             columns, lost = measures.truncated(self._features, columns, indices)
         if step.is_check:
-            self.beginning.add(columns, indices)
-            self._compared = self.beginning.fingerprints[-1]
+            self.prints.add(columns, indices, compares=False)
+            self._compared = self.prints.begins[-1]
             return
         named = dict(zip(self._features.names if self._features else (), columns))
         sizes = measures.sizes_of(self._config, named, indices)
         ends = [*itertools.accumulate(map(len, step.indices))]
         bounds = [*zip([0, *ends], ends)]
         local = measures.counts_of(self._config, named, sizes, indices, bounds)
-        self.beginning.add(columns, indices)
         at = len(batches)
-        if self._digest is not None and begin + at < self._config.lookahead:
-            self._digest.add(columns, len(indices))
+        self.prints.add(columns, indices, compares=begin + at < self._config.lookahead)
         report.longest[at] = measures.longest(sizes)
         report.tokens[at], report.sequences[at] = local.sum(axis=0).T
         report.rows[at] = len(indices)

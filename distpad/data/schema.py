@@ -17,7 +17,7 @@ import tensorflow as tf
 from distpad import errors
 from distpad.data import structure
 from distpad.data.structure import Name
-from distpad.padding import columns
+from distpad.padding import arguments, columns
 from distpad.padding.columns import Column
 
 _NAME = "PaddedBatches"
@@ -56,16 +56,15 @@ class Pad:
     def __post_init__(self) -> None:
         for axis in self._given:
             errors.integer("Pad", "axis", axis, least=0)
-        if not self.axes or len(set(self.axes)) < len(self.axes):
-            raise ValueError(errors.sentence("Pad", "axis", self.axis, "one axis or several different ones"))
-        if not np.isscalar(self.value):
-            raise TypeError(errors.sentence("Pad", "value", repr(self.value), "one number or string"))
+        are_different = len(self.axes) == len(set(self.axes)) > 0
+        errors.require("Pad", are_different, "axis", self.axis, "one axis or several different ones")
+        is_scalar, shown = np.isscalar(self.value), repr(self.value)
+        errors.require("Pad", is_scalar, "value", shown, "one number or string", error=TypeError)
         errors.choice("Pad", "side", self.side, ("pre", "post"))
         errors.choice("Pad", "truncating", self.truncating, ("error", "pre", "post"))
-        if self.max_length is not None:
+        if self.max_length is not None or self.truncating != "error":
+            errors.require("Pad", self.max_length is not None, "max_length", None, "a length to which truncating cuts")
             errors.integer("Pad", "max_length", self.max_length, least=1)
-        elif self.truncating != "error":
-            raise ValueError(errors.sentence("Pad", "max_length", None, "a length to which truncating cuts"))
 
     def placed(self, column: Column, size: int) -> tuple[Column, bool]:
         """A column as ``columns.fill`` and ``columns.mask`` take it, and their argument ``at_end``.
@@ -248,54 +247,40 @@ def _is_float(item: Any) -> bool:
 
 def as_array(item: Any, where: str) -> np.ndarray:
     """The item as an array. Raises: ValueError, TypeError."""
-    if np.ma.is_masked(item):
-        remedy = "Fill them, or leave them out."
-        raise ValueError(errors.sentence(_NAME, where, "a masked array", "one without masked elements", remedy))
+    rule, remedy = "one without masked elements", "Fill them, or leave them out."
+    errors.require(_NAME, not np.ma.is_masked(item), where, "a masked array", rule, remedy)
     try:
         array = np.asarray(item)
         if array.dtype.kind in "US":  # objects, since NumPy's strings have a fixed length and lose trailing zeros
             array = array.astype(object) if isinstance(item, np.ndarray) else np.array(item, object)
     except ValueError as error:
         remedy = "Ragged? Write Pad(axis=(0, 1)), or make it an array of equal rows."
-        raise ValueError(
-            errors.sentence(_NAME, where, f"a list with rows of different sizes ({error})", "an array", remedy)
-        ) from None
-    if array.dtype.kind == "O" and not all(isinstance(leaf, (str, bytes)) for leaf in array.flat):
-        remedy = "Map each ragged axis to a feature of its own, or to a tensor." * (array.ndim > 0)
-        raise TypeError(
-            errors.sentence(_NAME, where, f"of {type(item).__name__}", "numbers or strings, in arrays or lists", remedy)
-        )
+        found = f"a list with rows of different sizes ({error})"
+        raise ValueError(errors.sentence(_NAME, where, found, "an array", remedy)) from None
+    is_known = array.dtype.kind != "O" or all(isinstance(leaf, (str, bytes)) for leaf in array.flat)
+    found, rule = f"of {type(item).__name__}", "numbers or strings, in arrays or lists"
+    remedy = "Map each ragged axis to a feature of its own, or to a tensor." * (array.ndim > 0)
+    errors.require(_NAME, is_known, where, found, rule, remedy, error=TypeError)
     return array
 
 
 def _check_dtype(feature: Feature) -> None:
     """Check that TensorFlow has the dtype, and that the dtype can hold the padding value."""
-    dtype, value = feature.dtype, feature.padding_value
+    dtype, name, value = feature.dtype, feature.name, np.asarray(feature.padding_value)
     try:
         tf.as_dtype(dtype)
     except TypeError:
-        raise TypeError(
-            errors.sentence(_NAME, repr(feature.name), f"of dtype {dtype}", "a dtype of TensorFlow")
-        ) from None
-    if dtype.kind == "O" or isinstance(value, (str, bytes)):
-        can_hold = dtype.kind == "O" and isinstance(value, (str, bytes))
-    elif dtype.kind in "iub":
-        least, largest = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
-        can_hold = bool(np.isreal(value)) and least <= value <= largest and value == int(value)
-    else:
-        with np.errstate(over="ignore"):
-            can_hold = bool(np.isfinite(np.array(value).astype(dtype))) == bool(np.isfinite(value))
+        rule = "a dtype of TensorFlow"
+        raise TypeError(errors.sentence(_NAME, repr(name), f"of dtype {dtype}", rule)) from None
+    can_hold = (dtype.kind == "O") == (value.dtype.kind in "US") and arguments.exact_cast(value, dtype) is not None
     if feature.pad and not can_hold:
         found = f"Pad(value={feature.pad.value!r})"
-        raise ValueError(errors.sentence(_NAME, f"padding[{feature.name!r}]", found, f"a value that {dtype} can hold"))
+        raise ValueError(errors.sentence(_NAME, f"padding[{name!r}]", found, f"a value that {dtype} can hold"))
 
 
 def _check_named(padding: Mapping[Name, Pad], names: Sequence[Name]) -> None:
-    if len(set(names)) < len(names):
-        twice = sorted({str(name) for name in names if names.count(name) > 1})
-        raise ValueError(
-            errors.sentence(_NAME, "an example", f"with {twice} twice, nested and not nested", "different names")
-        )
+    twice = sorted({str(name) for name in names if names.count(name) > 1})
+    found = f"with {twice} twice, nested and not nested"
+    errors.require(_NAME, not twice, "an example", found, "different names")
     for name in padding:
-        if name not in names:
-            raise ValueError(errors.sentence(_NAME, "padding", f"for {name!r}", f"features of an example: {names}"))
+        errors.require(_NAME, name in names, "padding", f"for {name!r}", f"features of an example: {names}")

@@ -71,6 +71,21 @@ class Column(NamedTuple):
         moved = np.arange(len(lengths) + 1) * size, offsets(inner.reshape(-1))
         return Column(self.values, (*self.splits[:axis], *moved, *self.splits[axis + 2 :]))
 
+    def partitioned(self, axes: int) -> Column:
+        """The column with at least so many partitioned axes."""
+        values, splits = self
+        while len(splits) < axes:
+            rows, size, *inner = values.shape
+            values, splits = values.reshape(rows * size, *inner), (*splits, np.arange(rows + 1) * size)
+        return Column(values, splits)
+
+    def stacked(self, size: int) -> Column | None:
+        """The column whose last partitioned axis is dense, of this size; None if a row has another size."""
+        if (lengths_of(self.splits[-1]) != size).any():
+            return None
+        shape = len(self.splits[-1]) - 1, size, *self.values.shape[1:]
+        return Column(self.values.reshape(shape), self.splits[:-1])
+
     def sizes(self, function: np.ufunc = np.maximum) -> np.ndarray:
         """The largest size, or another ``function``, of each axis in each example, 0 without: ``[examples, axes]``."""
         if len(self.splits) == 1:

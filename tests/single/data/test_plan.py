@@ -49,7 +49,7 @@ def merged(reports, *, window, accumulation_steps=1, buckets=None, full_rows=Non
         window=window,
         workers=len(reports),
         full_rows=full_rows,
-        sizes_of=lambda _, agreed: batches._padded_sizes(0, 0, agreed),
+        sizes_of=lambda _, agreed: batches._source.padded_sizes(0, 0, agreed),
     )
 
 
