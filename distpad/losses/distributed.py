@@ -324,13 +324,15 @@ class DistributedLoss(tf.keras.losses.Loss):
             is_unmasked = not has_source and weights.has_positions(y_true, y_pred)
         if is_unmasked:
             shape = tuple(losses.shape)
-            effect = f"no mask was given for a loss of shape {shape}, so that all positions count, padding too."
+            effect = (
+                f"{_NAME}: no mask was given for a loss of shape {shape}, so that all positions count, padding too."
+            )
             remedy = (
                 "Where there is padding, give the weights of for_keras, batch=, lengths=, mask=, padding_value=, a "
                 "sample_weight of 0 there, or use layers that pass on a Keras mask."
             )
             is_certain = self.per == "position"
-            keras_masks.warn_unmasked(self, y_pred, f"{_NAME}: {effect}", remedy, in_any_case=is_certain)
+            keras_masks.warn_unmasked(self, y_pred, effect, remedy, in_any_case=is_certain)
 
     def get_config(self) -> dict[str, Any]:
         """As in Keras: a saved model keeps the loss. A backend that is no string is not saved, but detected."""
