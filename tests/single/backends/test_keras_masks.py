@@ -17,6 +17,7 @@ from distpad.backends import keras_masks
 from distpad.losses.counted import CountedWeights
 
 layers = tf.keras.layers
+WIDE = pytest.mark.wide
 WORDS = tf.constant([[1, 2, 0], [3, 0, 0]])
 
 
@@ -97,7 +98,7 @@ def test_a_dropped_mask_is_told_once(style):
     assert "the weights of for_keras" in told and "lengths=" in told
 
 
-@pytest.mark.wide
+@WIDE
 @pytest.mark.parametrize("layer", [layers.Bidirectional, lambda layer: layer, layers.TimeDistributed])
 def test_recurrent_layers_drop_it_from_keras_3_16_on(layer):
     inner = layers.Dense(4) if layer is layers.TimeDistributed else layers.GRU(4, return_sequences=True)
@@ -106,16 +107,19 @@ def test_recurrent_layers_drop_it_from_keras_3_16_on(layer):
     assert [re.search(r"'[^']*/words' made.* after it\.", each) is not None for each in told] == [True] * (not is_old)
 
 
-@pytest.mark.parametrize("source", ["lengths", "weights", "weights of rows", "no mask made", "rank 1"])
+@pytest.mark.parametrize(
+    "source",
+    [*(pytest.param(each, marks=WIDE) for each in ("lengths", "weights")), "rows' weights", "no mask", "rank 1"],
+)
 def test_what_tells_the_positions_spares_the_warning(source):
-    model = model_of("sequential", embedding(source != "no mask made"), layers.Conv1D(4, 1))
+    model = model_of("sequential", embedding(source != "no mask"), layers.Conv1D(4, 1))
     if source == "lengths":
         assert not of_positions(model, lengths=tf.constant([2, 1]))
     elif source == "weights":
         assert not of_positions(model, sample_weight=tf.ones([2, 3]))
-    elif source == "weights of rows":  # Keras 2's fit gives them a second axis
+    elif source == "rows' weights":  # Keras 2's fit gives them a second axis
         assert len(of_positions(model, sample_weight=tf.ones([2, 1]))) == 1
-    elif source == "no mask made":
+    elif source == "no mask":
         (told,) = of_positions(model)
         assert "made a Keras mask" not in told
     else:  # each row is one position
@@ -131,7 +135,8 @@ def test_eager_tensors_do_not_know_their_layers():
 
 
 @pytest.mark.parametrize(
-    ("mask_zero", "given", "count"), [(True, {}, 1), (True, {"lengths": tf.constant([4, 2])}, 0), (False, {}, 0)]
+    ("mask_zero", "given", "count"),
+    [(True, {}, 1), (True, {"lengths": tf.constant([4, 2])}, 0), pytest.param(False, {}, 0, marks=WIDE)],
 )
 def test_one_value_a_sequence(mask_zero, given, count):
     """Padded labels without lengths."""
@@ -154,7 +159,7 @@ def test_frames_of_ctc(drops, frames_per_step, count):
     assert len(told) == count and all(re.search(r"CTC: all frames.*/words'.*frames_per_step=", each) for each in told)
 
 
-@pytest.mark.parametrize("drops", [True, False])
+@pytest.mark.parametrize("drops", [True, pytest.param(False, marks=WIDE)])
 def test_batch_normalization(drops):
     """Its moments are of the valid positions, which the Keras mask tells."""
     model = model_of("sequential", embedding(), *[layers.Conv1D(4, 1)] * drops)
