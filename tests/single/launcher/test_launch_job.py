@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import pathlib
 import shlex
@@ -28,6 +29,8 @@ from distpad.launcher import (
     describe,
     discovery,
     hosts,
+    kubernetes,
+    options,
     outcomes,
     output,
     render,
@@ -172,11 +175,9 @@ WRONG = {
         {"backend": "pytorch"},
         r"--backend is 'pytorch', expected one of 'mirrored', 'multiworker', 'horovod'",
     ),
-    "np": ({"np": 0}, r"-np is 0, expected at least 1"),
     "neither": ({"np": None}, r"neither -np nor hosts are given, expected one of them"),
     "counted slots": ({"np": 4, "hosts": spec.parse_hosts("localhost:1")}, r"-np is 4, but the hosts have 1 slots"),
     "too many slots": ({"np": 4097}, r"localhost has 4097 slots, expected 1 to 4096"),
-    "forever": ({"start_timeout_s": float("inf")}, r"--start-timeout-s is inf, expected"),
     "too few slots": ({"np": 9, "hosts": HOSTS}, r"-np is 9, but the hosts have 8 slots \(node1:4, node2:4\)"),
     "twice": ({"hosts": spec.parse_hosts("a,a")}, r"name a twice, expected each once"),
     "mirrored": ({"backend": "mirrored", "hosts": HOSTS}, r"mirrored runs in one process, expected one host"),
@@ -190,8 +191,6 @@ WRONG = {
     "arguments": ({"launcher_arg": ("-v",)}, r"--launcher-arg needs an engine's launcher"),
     "elastic": ({"backend": "horovod", "controller": "mpi", "min_np": 1}, r"elastic jobs need Horovod over Gloo"),
     "elastic 2": ({"backend": "horovod", "min_np": 4, "max_np": 2}, r"--min-np 4, -np None, --max-np 2, expected"),
-    "restarts": ({"max_restarts": -1}, r"--max-restarts is -1, expected at least 0"),
-    "timeout": ({"timeout_s": float("nan")}, r"--timeout-s is nan, expected"),
     "variable": ({"env": ("A B",)}, r"--env is 'A B', expected a name of letters"),
     "port": ({"port": 80}, r"--port is 80, expected 1024 to"),
     "ranks": ({"np": 2, "ranks": "2"}, r"--ranks names 2, expected 0 to 1"),
@@ -199,8 +198,6 @@ WRONG = {
     "ssh": ({"backend": "horovod", "ssh_arg": ("-oPort=2222",)}, r"--ssh-arg is '-oPort=2222', expected -pPORT or"),
     "ssh 2": ({"backend": "horovod", "ssh_arg": ("-i/a;b",)}, r"--ssh-arg is '-i/a;b', expected -pPORT or -iFILE"),
     "ssh 3": ({"backend": "horovod", "ssh_arg": ("-p",)}, r"--ssh-arg is '-p', expected -pPORT or -iFILE"),
-    "gpus": ({"gpus": -1}, r"--gpus is -1, expected at least 0"),
-    "gpus 2": ({"gpus_per_worker": 0}, r"--gpus-per-worker is 0, expected at least 1"),
     "gpus 3": ({"hosts": HOSTS, "gpus": 3}, r"--gpus is 3, expected at least 4: a host has 4 workers with 1 each"),
     "gpus 4": (
         {"backend": "horovod", "np": 2, "gpus": 3, "gpus_per_worker": 2},
@@ -214,6 +211,22 @@ WRONG = {
     "NUL": ({"command": ("a\0b",)}, r"NUL byte"),
     "NUL 2": ({"cwd": "/a\0b"}, r"NUL byte"),
 }
+
+
+BOUNDED = [
+    pytest.param(owner, field.name, flag, stated, id=f"{owner.__module__} {flag}")
+    for owner in (spec.Job, kubernetes.Job)
+    for field, flag, stated in options.stated(owner)
+    if stated.low is not None
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "flag", "stated"), BOUNDED)
+def test_numbers_out_of_range_are_refused(owner, name, flag, stated):
+    always = {"command": ("true",), "np": 2} if owner is spec.Job else {"kind": "mpijob", "image": "a"}
+    for value in (stated.low - 1, math.inf, math.nan, *([] if stated.high is None else [stated.high + 1])):
+        with pytest.raises(ValueError, match=rf"^launch: {flag} is {value}, expected (at least )?{stated.low}"):
+            owner(**{**always, name: value})
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -100,11 +100,6 @@ WRONG = {
     "kind": ({"kind": "pods"}, r"--k8s is 'pods', expected one of 'indexed-job', 'jobset', 'mpijob', "),
     "a path": ({"kind": "../overlays/jobset"}, r"--k8s is '../overlays/jobset', expected one of"),
     "no image": ({"image": ""}, r"--image is '', expected NAME\[:TAG\]\[@DIGEST\] of an image .*Build and push"),
-    "no workers": ({"workers": 0}, r"--workers is 0, expected 1 to 100000\."),
-    "too many workers": ({"workers": 100_001}, r"--workers is 100001, expected 1 to 100000\."),
-    "slots": ({"kind": "mpijob", "slots": 0}, r"--slots is 0, expected 1 to 4096\."),
-    "gpus": ({"gpus": -1}, r"--gpus is -1, expected 0 to 4096\."),
-    "restarts": ({"max_restarts": -1}, r"--max-restarts is -1, expected 0 to 2147483647\."),
     "no slots": (
         {"slots": 2},
         r"--slots is 2, expected none for jobset. Use one of mpijob, mpijob-elastic, trainjob-mpi",
@@ -114,9 +109,7 @@ WRONG = {
         r"--slots is 2, expected 4, as --gpus: Horovod runs one process per GPU. Omit --slots.",
     ),
     "queue": ({"queue": "My_Queue"}, r"--queue is 'My_Queue', expected the name of a LocalQueue"),
-    "no queue": ({"queue": ""}, r"--queue is '', expected"),
     "namespace": ({"namespace": "a-"}, r"--namespace is 'a-', expected at most 63 small letters"),
-    "long": ({"namespace": "a" * 64}, r"--namespace is 'a+', expected at most 63"),
     "line": ({"namespace": "a\n"}, r"--namespace is 'a\\n', expected"),
     "name": ({"name": "7b"}, r"--name is '7b', expected letters, digits and hyphens, with a letter first"),
     "long name": (
@@ -124,12 +117,10 @@ WRONG = {
         r"--name is n+, expected at most 48 characters. Host names such as n+-node-0-1-12345",
     ),
     "longer with more": ({"name": "n" * 48, "workers": 11}, r"--name is n+, expected at most 47 characters"),
-    "cpu": ({"cpu": 0}, r"--cpu is 0, expected 1 to"),
     "memory": ({"memory": "64GB"}, r"--memory is '64GB', expected a number of Mi, Gi or Ti, such as 64Gi"),
     "env": ({"env": ("A",)}, r"--env is 'A', expected NAME=VALUE"),
     "secret": ({"secret": ("A=/run/file",)}, r"--secret is 'A=/run/file', expected NAME=SECRET:KEY"),
     "mount": ({"mount": ("data",)}, r"--mount is 'data', expected CLAIM:PATH"),
-    "relative mount": ({"mount": ("data:data",)}, r"--mount is 'data:data', expected CLAIM:PATH"),
     "toleration": ({"toleration": ("a=b:Never",)}, r"--toleration is 'a=b:Never', expected KEY, KEY=VALUE or"),
     "selector": ({"node_selector": ("a",)}, r"--node-selector is 'a', expected LABEL=VALUE"),
     "topology": ({"topology": "rack"}, r"--topology is rack, expected a --queue, since it is Kueue's"),
@@ -157,48 +148,35 @@ def test_wrong_jobs_are_refused(name):
     assert str(caught.value).startswith("launch: ")
 
 
-@pytest.mark.parametrize(
-    "image",
-    [
-        *(
-            "a",
-            "me/it:7",
-            "registry.example.com/a/b_c/d--e:v1.0-x",
-            "localhost:5000/a",
-            f"a:7@{DIGEST}",
-            f"me/a@{DIGEST}",
-        ),
-        "a@sha512:" + "0" * 128,
-    ],
-)
+IMAGES = ["a", "me/it:7", "registry.example.com/a/b_c/d--e:v1.0-x", "localhost:5000/a"]
+
+
+@pytest.mark.parametrize("image", [*IMAGES, f"a:7@{DIGEST}", f"me/a@{DIGEST}", "a@sha512:" + "0" * 128])
 def test_images(image):
     """A tag may move, and a digest cannot."""
     (container,) = kustomize.pod_patch(job(image=image))["spec"]["containers"]
     assert (container["image"], container["imagePullPolicy"]) == (image, "IfNotPresent" if "@" in image else "Always")
 
 
-@pytest.mark.parametrize(
-    "image",
-    [
-        *(
-            "A",
-            "a b",
-            "a:",
-            "a:b:c",
-            "a@sha256:12",
-            "https://a/b",
-            "a//b",
-            "/a",
-            "a/",
-            "-a",
-            "a:-b",
-            'a"',
-            "a#b",
-            "a\n",
-        ),
-        *("$(a)", "a__.b", f"a@{DIGEST.upper()}"),
-    ],
-)
+NO_IMAGES = [
+    "A",
+    "a:",
+    "a:b:c",
+    "a@sha256:12",
+    "https://a/b",
+    "a//b",
+    "/a",
+    "a/",
+    "-a",
+    "a:-b",
+    'a"',
+    "a#b",
+    "$(a)",
+    "a__.b",
+]
+
+
+@pytest.mark.parametrize("image", [*NO_IMAGES, "a b", "a\n", f"a@{DIGEST.upper()}"])
 def test_what_is_no_image(image):
     with pytest.raises(ValueError, match=r"--image is .* expected NAME"):
         job(image=image)
