@@ -110,8 +110,7 @@ class Agent:
                     for env in message["envs"].values():
                         await self._start(env)
                 elif what == "signal":
-                    self._send_workers(do="leave")
-                    self._send_workers(do="signal", number=message["number"])
+                    self._signal_workers(message["number"])
                 elif what == "watch":
                     self.watchers.append(asyncio.ensure_future(self._report_writes()))
                 elif what == "end":
@@ -192,15 +191,14 @@ class Agent:
         self.workers.pop(writer, None)
         writer.close()
 
-    def _send_workers(self, **message: Any) -> None:
+    def _signal_workers(self, number: int) -> None:
         for writer in self.workers:
-            writer.write(json.dumps(message).encode() + b"\n")
+            writer.write(b"%d\n" % number)
 
     async def _end_workers(self, grace_s: float) -> None:
         """End the workers: send SIGTERM, wait for the grace period, and kill their descendants."""
         self._look()
-        self._send_workers(do="leave")
-        self._send_workers(do="signal", number=signal.SIGTERM)
+        self._signal_workers(signal.SIGTERM)
         clock = asyncio.get_running_loop()
         deadline = clock.time() + grace_s
         while self.workers and clock.time() < deadline:

@@ -120,10 +120,9 @@ async def _end(training: asyncio.subprocess.Process, lost: asyncio.Future, grace
     ended = asyncio.ensure_future(training.wait())
     await _first(ended, lost)
     own_s = min(grace_s, times.here().own_error_s)
-    for number, seconds in ((None, own_s), (signal.SIGTERM, grace_s), (signal.SIGKILL, times.KILLED_S)):
+    for number, seconds in ((0, own_s), (signal.SIGTERM, grace_s), (signal.SIGKILL, times.KILLED_S)):
         if not ended.done():
-            if number is not None:
-                _signal(training, number)
+            _signal(training, number)  # 0 is no signal
             await _first(ended, within_s=seconds)
     code = await ended
     _signal(training, signal.SIGKILL)  # leftover processes of its group

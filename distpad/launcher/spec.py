@@ -16,8 +16,12 @@ from distpad import errors
 from distpad.launcher import options
 from distpad.launcher.options import option
 
-BACKENDS = ("mirrored", "multiworker", "horovod")
-LAUNCHERS = ("horovodrun", "mpirun", "srun", "ssh")
+# backend | launcher | the controller of Horovod that it starts; the first is the default
+LAUNCHERS = {
+    "mirrored": {"ssh": "", "srun": ""},
+    "multiworker": {"ssh": "", "srun": ""},
+    "horovod": {"horovodrun": "gloo", "mpirun": "mpi", "srun": "mpi"},
+}
 LOCAL = ("localhost", "127.0.0.1", "::1")
 MOST_SLOTS = 4096  # of a host; protects the memory from a mistyped number
 NO_RETRY = (2, 126, 127, 130)  # wrong usage, a command that cannot be started, Ctrl-C
@@ -100,7 +104,7 @@ class Job:
     id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8))
 
     def __post_init__(self) -> None:
-        errors.choice("launch", "--backend", self.backend, BACKENDS)
+        errors.choice("launch", "--backend", self.backend, tuple(LAUNCHERS))
         options.check(self)
         _require(self.command, "no command, expected one after --, as in: distpad launch -np 2 -- python train.py")
         no_nul = not any("\0" in word for word in (*self.command, self.cwd))
@@ -121,24 +125,21 @@ class Job:
 
     def _settle_launcher(self) -> None:
         """Choose the engine's launcher if none is given, and check that it fits the other fields."""
-        is_horovod, asked = self.backend == "horovod", self.controller
-        _require(is_horovod or not asked, f"--{asked} is for --backend horovod, which is {self.backend} here.")
-        default = "ssh" if not is_horovod else "mpirun" if asked == "mpi" else "horovodrun"
-        launcher = self.launcher or default
-        errors.choice("launch", "--launcher", launcher, LAUNCHERS)
-        fitting = ("horovodrun", "mpirun", "srun") if is_horovod else ("ssh", "srun")
-        rule = f"{', '.join(fitting[:-1])} or {fitting[-1]} for --backend {self.backend}"
+        fitting, asked = LAUNCHERS[self.backend], self.controller
+        of_controller = [name for name, controller in fitting.items() if asked in ("", controller)]
+        _require(of_controller, f"--{asked} is for --backend horovod, which is {self.backend} here.")
+        launcher = self.launcher or of_controller[0]
+        rule = f"{' or '.join(fitting)} for --backend {self.backend}"
         _require(launcher in fitting, f"--launcher is {launcher}, expected {rule}.")
-        controller = "" if not is_horovod else "gloo" if launcher == "horovodrun" else "mpi"
-        rule = f"{'horovodrun' if asked == 'gloo' else 'mpirun or srun'} for --{asked}"
-        _require(asked in ("", controller), f"--launcher is {launcher}, expected {rule}.")
+        rule = f"{' or '.join(of_controller)} for --{asked}"
+        _require(launcher in of_controller, f"--launcher is {launcher}, expected {rule}.")
         is_ssh = launcher == "ssh" and bool(self.launcher_arg)
         _require(not is_ssh, "--launcher-arg needs an engine's launcher. For options of ssh, use --ssh-arg.")
         if launcher == "horovodrun":
             horovodrun_ssh_args(self.ssh_arg)
-        fits = not self.elastic or controller == "gloo"
+        fits = not self.elastic or fitting[launcher] == "gloo"
         _require(fits, "elastic jobs need Horovod over Gloo, expected --backend horovod --gloo.")
-        self._set(launcher=launcher, controller=controller)
+        self._set(launcher=launcher, controller=fitting[launcher])
 
     def _settle_workers(self) -> None:
         """Derive the number of workers from the slots if none is given, and check that the slots suffice."""

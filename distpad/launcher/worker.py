@@ -66,7 +66,6 @@ class Worker:
         self.leave = threading.Event()  # set when the agent allows this worker to exit
         self.child: subprocess.Popen[bytes] | None = None
         self.pending: list[int] = []  # signals that arrived before the child started
-        self.ending = False
 
     def run(self) -> int:
         self.send(
@@ -89,10 +88,8 @@ class Worker:
             return self.finish(code, orders)
         for number in self.pending:
             self.signal(number)
-        pumps = [
-            threading.Thread(target=self.pump, args=(source, name), daemon=True)
-            for source, name in ((self.child.stdout, "stdout"), (self.child.stderr, "stderr"))
-        ]
+        sources = (self.child.stdout, "stdout"), (self.child.stderr, "stderr")
+        pumps = [threading.Thread(target=self.pump, args=each, daemon=True) for each in sources]
         for thread in (*pumps, listener):
             thread.start()
         code = self.child.returncode = processes.wait(self.child.pid)
@@ -118,13 +115,10 @@ class Worker:
             self.send(is_="output", stream=stream, text=chunk.decode("utf-8", "surrogateescape"))
 
     def listen(self, grace_s: float) -> None:
-        """Handle the agent's messages, and end the command when the agent is gone."""
+        """Handle the agent's messages, each of which is a signal, and end the command when the agent is gone."""
         for line in self.reader:
-            message = json.loads(line)
-            if message["do"] == "signal":
-                self.signal(message["number"])
-            elif message["do"] == "leave":
-                self.leave.set()
+            self.leave.set()
+            self.signal(json.loads(line))
         self.leave.set()
         self.signal(signal.SIGTERM)
         time.sleep(grace_s)
