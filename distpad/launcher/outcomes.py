@@ -27,7 +27,7 @@ class Ended(Exception):
         self.shows_launcher, self.may_retry = shows_launcher, may_retry
 
 
-def log(text: str) -> None:
+def log(text: str, program: str = "launch") -> None:
     """Print a message on standard error, which keeps standard output for the workers."""
     with contextlib.suppress(OSError):
-        print(f"distpad launch: {text}", file=sys.stderr, flush=True)
+        print(f"distpad {program}: {text}", file=sys.stderr, flush=True)

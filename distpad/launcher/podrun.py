@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
 
 import psutil
 
-from distpad.launcher import gang, pod, processes, run, times
+from distpad.launcher import gang, outcomes, pod, processes, run, times
 from distpad.launcher.outcomes import HOST, LOST, TIME
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 TERMINATED = 128 + signal.SIGTERM
 
 
-def log(text: str) -> None:
-    with contextlib.suppress(OSError):
-        print(f"distpad pod: {text}", file=sys.stderr, flush=True)
+log = functools.partial(outcomes.log, program="pod")
 
 
 # -- a worker of MultiWorkerMirroredStrategy --------------------------------------------------------------------------

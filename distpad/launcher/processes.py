@@ -6,7 +6,6 @@ a descendant whose parent ends becomes their own child.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import ctypes
 import os
@@ -34,15 +33,12 @@ def descendants(roots: Iterable[int]) -> set[psutil.Process]:
     """The children of the processes with these ids, their children, and so on."""
     import psutil
 
-    children = collections.defaultdict(list)
-    for process in psutil.process_iter():
+    found: set[psutil.Process] = set()
+    for root in roots:
         with contextlib.suppress(psutil.Error):
-            children[process.ppid()].append(process)
-    found, left = set(), [*roots]
-    while left:
-        for process in children.pop(left.pop(), []):
-            found.add(process)
-            left.append(process.pid)
+            process = psutil.Process(root)
+            if process not in found:
+                found.update(process.children(recursive=True))
     return found
 
 
