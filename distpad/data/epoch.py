@@ -56,8 +56,7 @@ class Epoch:
         versions = {"tensorflow": tf.__version__, "numpy": np.__version__}
         described = {**self._config.as_json(), **compared, "versions": versions}
         self._configuration = json.dumps(described, sort_keys=True)
-        channel = elements.channel if elements else sync.Channel()
-        self._sync = sync.WindowSync(self._backend, self._config.warn_after_s, self._config.timeout_s, channel)
+        self._sync = sync.WindowSync(self._backend, self._config, elements.channel if elements else sync.Channel())
         self._reader = source.open_reader(cursor, features)
         self._reader.begin()
         self._padder = collate.Padder(self._backend, self._config, stats, elements.of if elements else None)

@@ -91,9 +91,7 @@ class Progress:
         """
         self.stop()
         if elements and self.behaviour.leaves_apart:
-            config = self._source.config
-            limits = config.warn_after_s, config.timeout_s
-            window_sync = sync.WindowSync(self._source.backend, *limits, elements.channel)
+            window_sync = sync.WindowSync(self._source.backend, self._source.config, elements.channel)
             mine = np.array([self.requested]), np.zeros(1)
             self.requested = window_sync.merge(mine, lambda _: mine, "the next epoch", lambda _: True)[0][0]
         untrained = self.untrained()

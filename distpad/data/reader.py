@@ -18,7 +18,6 @@ import numpy as np
 from distpad import errors
 from distpad.data import chunks, measures, plan
 from distpad.data.config import Config
-from distpad.data.fingerprints import Fingerprints
 from distpad.data.readers import Step
 from distpad.data.schema import Features
 from distpad.data.structure import Name
@@ -109,7 +108,7 @@ class Reader:
         steps: Callable[[], Iterator[Step]],
         config: Config,
         features: Features | None,
-        prints: Fingerprints,
+        prints: measures.Fingerprints,
         *,
         waits: bool = False,
     ) -> None:
@@ -228,7 +227,7 @@ class Reader:
 
     def _take(self, step: Step, begin: int, batches: list[MicroBatch], report: plan.Report) -> None:
         """Check and measure the next step of the window that begins at step ``begin``."""
-        indices = step.indices[0] if len(step.indices) == 1 else np.concatenate(step.indices)
+        indices = step.indices
         columns, lost = [], np.zeros(0, np.int64)
         if len(indices):
             assert self._features is not None, "learned from the examples"
@@ -240,7 +239,7 @@ class Reader:
             return
         named = dict(zip(self._features.names if self._features else (), columns))
         sizes = measures.sizes_of(self._config, named, indices)
-        ends = [*itertools.accumulate(map(len, step.indices))]
+        ends = [*itertools.accumulate(step.counts)]
         bounds = [*zip([0, *ends], ends)]
         local = measures.counts_of(self._config, named, sizes, indices, bounds)
         at = len(batches)
@@ -249,12 +248,6 @@ class Reader:
         report.tokens[at], report.sequences[at] = local.sum(axis=0).T
         report.rows[at] = len(indices)
         batches.append(MicroBatch(step.batch_size, ReplicaRows(columns, indices, sizes, local), bounds, lost))
-
-
-def close_all(readers: dict[Any, Reader], limit_s: float = 5.0) -> None:
-    """Close and drop readers. With ``limit_s`` 0 in any thread, as the garbage collector may call it in theirs."""
-    while readers:
-        readers.popitem()[1].close(limit_s)
 
 
 _OPEN: weakref.WeakSet[Reader] = weakref.WeakSet()

@@ -24,14 +24,16 @@ class Step(NamedTuple):
 
     Attributes:
       batch_size: rows of a replica.
-      indices: the example indices of each replica.
-      rows: the examples, one replica's after the other's.
+      indices: the example indices, one replica's after the other's.
+      counts: the examples of each replica.
+      rows: the examples.
       is_check: whether the step lies before the loaded position, and only its fingerprint is compared.
       is_last: whether the source is known to have no further step.
     """
 
     batch_size: int
-    indices: list[np.ndarray]
+    indices: np.ndarray
+    counts: list[int]
     rows: Rows = ()
     is_check: bool = False
     is_last: bool = False
@@ -47,11 +49,15 @@ def in_order(batch_size: int, replicas: int, checks: int, step: int, count: int 
         begin = number * size
         end = begin + size if count is None else min(begin + size, count)
         if begin < end:
-            indices = [np.arange(begin, end)]
-            indices = indices if replicas == 1 else np.array_split(indices[0], replicas)
-            yield Step(batch_size, indices, is_check=number < step, is_last=end == count and number >= step)
+            shares, is_last = _shares(end - begin, replicas), end == count and number >= step
+            yield Step(batch_size, np.arange(begin, end), shares, is_check=number < step, is_last=is_last)
         elif number >= checks:
             return
+
+
+def _shares(count: int, replicas: int) -> list[int]:
+    """The examples of each replica, as evenly as possible."""
+    return [count // replicas + (replica < count % replicas) for replica in range(replicas)]
 
 
 def sampled(
@@ -68,9 +74,8 @@ def sampled(
     for number in [0] * bool(step) + [*range(step, len(plan.steps))]:
         batches = plan.deal(number, num_replicas, replicas)
         indices = [batch[batch >= 0] for batch in batches]
-        yield Step(
-            len(batches[0]), indices, is_check=number < step, is_last=number >= step and number + 1 == len(plan.steps)
-        )
+        is_check, is_last = number < step, step <= number == len(plan.steps) - 1
+        yield Step(len(batches[0]), np.concatenate(indices), [*map(len, indices)], is_check=is_check, is_last=is_last)
 
 
 def read_indexed(source: Any, steps: Iterable[Step], num_parallel_reads: int) -> Iterator[Step]:
@@ -81,15 +86,14 @@ def read_indexed(source: Any, steps: Iterable[Step], num_parallel_reads: int) ->
     read = fetch(source)
     if num_parallel_reads == 1 or isinstance(source, Columns):
         for step in steps:
-            yield step._replace(rows=read(_joined(step.indices)))
+            yield step._replace(rows=read(step.indices))
         return
     whole = hasattr(source, "__getitems__")  # asked once a step
     pool = ThreadPool(num_parallel_reads)
     pending: collections.deque[tuple[Step, list[Any]]] = collections.deque()
     try:
         for step in steps:
-            indices = _joined(step.indices)
-            parts = [indices] if whole else np.array_split(indices, max(1, min(num_parallel_reads, len(indices))))
+            parts = np.array_split(step.indices, 1 if whole else max(1, min(num_parallel_reads, len(step.indices))))
             pending.append((step, [pool.apply_async(_or_error, (read, part)) for part in parts]))
             if sum(len(results) for _, results in pending) > 2 * num_parallel_reads:
                 yield _with_rows(*pending.popleft())
@@ -97,10 +101,6 @@ def read_indexed(source: Any, steps: Iterable[Step], num_parallel_reads: int) ->
             yield _with_rows(*pending.popleft())
     finally:
         pool.terminate()
-
-
-def _joined(indices: list[np.ndarray]) -> np.ndarray:
-    return indices[0] if len(indices) == 1 else np.concatenate(indices)
 
 
 def fetch(source: Any) -> Callable[[np.ndarray], Rows]:
@@ -192,13 +192,13 @@ def paired(groups: Iterator[tuple[Rows, int, bool]], steps: Iterable[Step], size
     """
     at = 0
     for step in steps:
-        number = int(step.indices[0][0]) // size
+        number = int(step.indices[0]) // size
         rows, count, is_last = next(itertools.islice(groups, number - at, None), ((), 0, True))
         at = number + 1
         is_last = is_last and not step.is_check
         if count:
-            if count < sum(map(len, step.indices)):
-                step = step._replace(indices=np.array_split(np.concatenate(step.indices)[:count], len(step.indices)))
+            if count < len(step.indices):
+                step = step._replace(indices=step.indices[:count], counts=_shares(count, len(step.counts)))
             yield step._replace(rows=rows, is_last=is_last)
         if is_last:
             return

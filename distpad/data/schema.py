@@ -169,8 +169,7 @@ class Features:
         if name in self.names:
             return name
         for part in str(name).split("/"):
-            children = structure.children_of(at) if isinstance(at, dict) else {}
-            at = {str(key): child for key, child in children.items()}[part]
+            at = {str(key): child for key, child in (at["parts"] if isinstance(at, dict) else ())}[part]
         return structure.packed(at, {leaf: leaf for leaf in structure.names_of(at)})
 
     def by_name(self, packed: Any) -> dict[Name, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from distpad import backends, errors
-from distpad.data import chunks, datasets, fingerprints, reader, readers
+from distpad.data import chunks, datasets, measures, reader, readers
 from distpad.data.columns import Columns
 from distpad.data.config import Config
 from distpad.data.readers import Step
@@ -144,7 +144,7 @@ class Source:
         (epoch, step, begins), samples, backend = cursor, self.sampler is not None, self.backend
         checked = 1 if samples else min(step, len(begins)) if step else _BEGINNING
         compares = not (samples or self.config.replicated or backend.num_workers == 1)
-        prints = fingerprints.Fingerprints(None if samples else backend.worker_index, checked, compares)
+        prints = measures.Fingerprints(None if samples else backend.worker_index, checked, compares)
         steps = self.steps(epoch, step, checked if step else 0)
         return reader.Reader(steps, self.config, features, prints, waits=waits)
 

@@ -6,6 +6,23 @@ import math
 from typing import Any
 
 _CAUSES = ("own_batch", "global_maximum", "buckets", "filler_rows")
+_ATTRIBUTES = ("truncated_examples", "truncated_positions", "count_variation")
+_WAITS = ("plan_seconds", "source_seconds", "padding_seconds")
+_TABLE = {  # of each figure: what it is, and its format
+    "real": ("real positions", ">14,"),
+    "own_batch": ("padding to the longest of the replica's rows", ">14,"),
+    "global_maximum": ("padding to the longest of all replicas", ">14,"),
+    "buckets": ("padding to the boundary of the buckets", ">14,"),
+    "filler_rows": ("filler rows", ">14,"),
+    "steps": ("steps", ">14,"),
+    "shapes": ("distinct shapes", ">14,"),
+    "truncated_examples": ("truncated examples", ">14,"),
+    "truncated_positions": ("positions that they lost", ">14,"),
+    "count_variation": ("variation of the global count", ">14.1%"),
+    "plan_seconds": ("waited for the plan", ">12.2f"),
+    "source_seconds": ("waited for the source", ">12.2f"),
+    "padding_seconds": ("waited for padding", ">12.2f"),
+}
 
 
 class PaddingStats:
@@ -78,40 +95,17 @@ class PaddingStats:
     def as_dict(self) -> dict[str, float]:
         """All figures by name, for logs."""
         total = self.real + sum(self.padding.values())
-        return {
-            "steps": self.steps,
-            "real": self.real,
-            **self.padding,
-            "real_fraction": self.real / total if total else 1.0,
-            "shapes": len(self.shapes),
-            "truncated_examples": self.truncated_examples,
-            "truncated_positions": self.truncated_positions,
-            "count_variation": self.count_variation,
-            "plan_seconds": self.plan_seconds,
-            "source_seconds": self.source_seconds,
-            "padding_seconds": self.padding_seconds,
-        }
+        counted = {"steps": self.steps, "real": self.real, **self.padding}
+        shares = {"real_fraction": self.real / total if total else 1.0, "shapes": len(self.shapes)}
+        return {**counted, **shares, **{name: getattr(self, name) for name in (*_ATTRIBUTES, *_WAITS)}}
 
     def __str__(self) -> str:
         """A table."""
-        total = max(1, self.real + sum(self.padding.values()))
-        names = {
-            "real": "real positions",
-            "own_batch": "padding to the longest of the replica's rows",
-            "global_maximum": "padding to the longest of all replicas",
-            "buckets": "padding to the boundary of the buckets",
-            "filler_rows": "filler rows",
-        }
-        found = {"real": self.real, **self.padding}
-        lines = [f"{text:<46}{found[key]:>14,}{found[key] / total:>8.1%}" for key, text in names.items()]
-        lines.append(f"{'steps':<46}{self.steps:>14,}")
-        lines.append(f"{'distinct shapes':<46}{len(self.shapes):>14,}")
-        if self.truncated_examples:
-            lines.append(f"{'truncated examples':<46}{self.truncated_examples:>14,}")
-            lines.append(f"{'positions that they lost':<46}{self.truncated_positions:>14,}")
-        lines.append(f"{'variation of the global count':<46}{self.count_variation:>14.1%}")
-        for key, text in (("plan", "the plan"), ("source", "the source"), ("padding", "padding")):
-            lines.append(f"{'waited for ' + text:<46}{getattr(self, key + '_seconds'):>12.2f} s")
+        figures, total, lines = self.as_dict(), max(1, self.real + sum(self.padding.values())), []
+        for name, (text, shown) in _TABLE.items():
+            unit = f"{figures[name] / total:>8.1%}" if name in ("real", *_CAUSES) else " s" if name in _WAITS else ""
+            if self.truncated_examples or not name.startswith("truncated"):
+                lines.append(f"{text:<46}{figures[name]:{shown}}{unit}")
         return "\n".join(lines)
 
     def callback(self, log_dir: str) -> Any:

@@ -38,40 +38,31 @@ _NAMED_TUPLES: dict[str, type] = {}  # classes of examples, by module and name
 def skeleton_of(example: Any, path: tuple[Name, ...] = ()) -> Any:
     """The structure of an example as JSON, with names as leaves. A list, as of labels, is a leaf."""
     if isinstance(example, Mapping):
-        kinds = {type(key) for key in example}
-        if not (kinds <= {str} or kinds <= {int}):
-            raise TypeError(
-                errors.sentence(_NAME, "an example", f"a mapping with keys {[*example]}", "strings, or integers")
-            )
-        return {"dict": [[key, skeleton_of(example[key], (*path, key))] for key in sorted(example)]}
-    if isinstance(example, tuple):
-        if hasattr(example, "_fields"):
-            kind = f"{type(example).__module__}:{type(example).__qualname__}"
-            _NAMED_TUPLES[kind] = type(example)
-            children = [[name, skeleton_of(getattr(example, name), (*path, name))] for name in example._fields]
-            return {"named": children, "type": kind}
-        return {"tuple": [skeleton_of(item, (*path, i)) for i, item in enumerate(example)]}
-    return (path[0] if path else 0) if len(path) < 2 else "/".join(map(str, path))
+        are_names = any(all(isinstance(key, kind) for key in example) for kind in (str, int))
+        found = f"a mapping with keys {[*example]}"
+        errors.require(_NAME, are_names, "an example", found, "strings, or integers", error=TypeError)
+        kind, items = "dict", {key: example[key] for key in sorted(example)}
+    elif isinstance(example, tuple) and hasattr(example, "_fields"):
+        kind, items = f"{type(example).__module__}:{type(example).__qualname__}", dict(zip(example._fields, example))
+        _NAMED_TUPLES[kind] = type(example)
+    elif isinstance(example, tuple):
+        kind, items = "tuple", dict(enumerate(example))
+    else:
+        return (path[0] if path else 0) if len(path) < 2 else "/".join(map(str, path))
+    return {"kind": kind, "parts": [[key, skeleton_of(item, (*path, key))] for key, item in items.items()]}
 
 
 def names_of(skeleton: Any) -> list[Name]:
     if not isinstance(skeleton, dict):
         return [skeleton]
-    return [name for child in children_of(skeleton).values() for name in names_of(child)]
-
-
-def children_of(skeleton: Any) -> dict[Name, Any]:
-    """The parts of an example by their keys, fields or indices."""
-    (parts,) = (skeleton[kind] for kind in ("dict", "named", "tuple") if kind in skeleton)
-    return dict(enumerate(parts)) if "tuple" in skeleton else dict(parts)
+    return [name for _, child in skeleton["parts"] for name in names_of(child)]
 
 
 def leaves_of(example: Any, skeleton: Any) -> list[Any]:
     if not isinstance(skeleton, dict):
         return [example]
-    if "dict" in skeleton:
-        return [leaf for key, child in skeleton["dict"] for leaf in leaves_of(example[key], child)]
-    return [leaf for item, child in zip(example, children_of(skeleton).values()) for leaf in leaves_of(item, child)]
+    items = (example[key] for key, _ in skeleton["parts"]) if skeleton["kind"] == "dict" else example
+    return [leaf for item, (_, child) in zip(items, skeleton["parts"]) for leaf in leaves_of(item, child)]
 
 
 def leaves_of_all(examples: Sequence[Any], skeleton: Any) -> list[Sequence[Any]] | None:
@@ -79,17 +70,17 @@ def leaves_of_all(examples: Sequence[Any], skeleton: Any) -> list[Sequence[Any]]
     kinds = set(map(type, examples))
     if not isinstance(skeleton, dict):
         return None if any(issubclass(kind, (tuple, Mapping)) for kind in kinds) else [examples]
-    parts = children_of(skeleton)
-    wanted = {"dict": dict, "tuple": tuple}.get(next(iter(skeleton))) or _NAMED_TUPLES.get(skeleton["type"])
-    if kinds != {wanted} or set(map(len, examples)) != {len(parts)}:
+    kind, parts = skeleton["kind"], skeleton["parts"]
+    if kinds != {{"dict": dict, "tuple": tuple}.get(kind) or _NAMED_TUPLES.get(kind)}:
+        return None
+    if set(map(len, examples)) != {len(parts)}:
         return None
     found: list[Sequence[Any]] = []
-    for at, (key, child) in enumerate(parts.items()):
+    for at, (key, child) in enumerate(parts):
         try:
-            items = [example[key if wanted is dict else at] for example in examples]
+            below = leaves_of_all([example[key if kind == "dict" else at] for example in examples], child)
         except KeyError:
             return None
-        below = leaves_of_all(items, child)
         if below is None:
             return None
         found += below
@@ -99,12 +90,10 @@ def leaves_of_all(examples: Sequence[Any], skeleton: Any) -> list[Sequence[Any]]
 def packed(skeleton: Any, leaves: Mapping[Name, Any]) -> Any:
     if not isinstance(skeleton, dict):
         return leaves[skeleton]
-    if "dict" in skeleton:
-        return {key: packed(child, leaves) for key, child in skeleton["dict"]}
-    if "named" in skeleton:
-        fields = {name: packed(child, leaves) for name, child in skeleton["named"]}
-        return _named_tuple(skeleton["type"], [*fields])(**fields)
-    return tuple(packed(child, leaves) for child in skeleton["tuple"])
+    items = {key: packed(child, leaves) for key, child in skeleton["parts"]}
+    if skeleton["kind"] == "dict":
+        return items
+    return tuple(items.values()) if skeleton["kind"] == "tuple" else _named_tuple(skeleton["kind"], [*items])(**items)
 
 
 def _named_tuple(kind: str, fields: Sequence[str]) -> type:

@@ -16,6 +16,7 @@ import numpy as np
 
 from distpad import backends
 from distpad.data import plan
+from distpad.data.config import Config
 from distpad.errors import DistpadError, PeerError
 
 _TEXT = 1024  # bytes of an error message that other workers receive
@@ -56,8 +57,9 @@ class WindowSync:
     Raises (all methods): Left, if another worker has left.
     """
 
-    def __init__(self, backend: backends.Backend, warn_after_s: float, limit_s: float, channel: Channel) -> None:
-        self.backend, self.warn_after_s, self.limit_s, self.channel = backend, warn_after_s, limit_s, channel
+    def __init__(self, backend: backends.Backend, config: Config, channel: Channel) -> None:
+        self.backend, self.channel = backend, channel
+        self.warn_after_s, self.limit_s = config.warn_after_s, config.timeout_s
         self.seconds = 0.0  # spent in exchanges
         self._left = False
         self._leaving: threading.Thread | None = None

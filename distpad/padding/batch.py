@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Union
 import numpy as np
 
 from distpad import errors
-from distpad.padding import arguments, on_numpy, unpadding
+from distpad.padding import arguments, on_numpy
 
 Axes = Union[int, Iterable[int]]
 
@@ -154,7 +154,7 @@ def unpad(values: Any, lengths: Any = None, mask: Any = None) -> Any:
     if tensorflow is None:
         what, rule = f"a {type(values).__name__}", "an array or a tensor"
         errors.require("unpad", isinstance(values, np.ndarray), "values", what, rule, remedy, error=TypeError)
-        return unpadding.unpad(values, *unpadding.check_padded(values.shape, lengths, mask))
+        return on_numpy.unpad(values, *on_numpy.check_padded(values.shape, lengths, mask))
     from distpad.padding import on_tensorflow
 
     return on_tensorflow.unpad(tensorflow, values, lengths, mask)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from distpad import errors
-from distpad.padding import arguments, on_numpy, unpadding
+from distpad.padding import arguments, on_numpy
 
 _check = functools.partial(errors.require, "pad")
 
@@ -246,13 +246,13 @@ def unpad(tf: Any, values: Any, lengths: Any, mask: Any) -> Any:
     errors.require("unpad", is_dense, "values", f"a {kind}", "a dense tensor", evidence, error=TypeError)
     values = tf.convert_to_tensor(values)
     if tf.executing_eagerly():
-        unpadding.check_padded(tuple(values.shape), lengths, mask)
+        on_numpy.check_padded(tuple(values.shape), lengths, mask)
     lengths = None if lengths is None else tf.cast(lengths, tf.int64)
     if mask is None:
         return tf.RaggedTensor.from_tensor(values, lengths=lengths)
     mask = tf.convert_to_tensor(mask, tf.bool)
     _rank(mask)
-    parts = unpadding.windows(tf.experimental.numpy, mask, lengths)
+    parts = on_numpy.windows(tf.experimental.numpy, mask, lengths)
     sizes = [tf.reduce_sum(tf.cast(window, tf.int64), axis=-1) for window in parts]
     splits = [sizes[0], *(tf.boolean_mask(size, window) for size, window in zip(sizes[1:], parts))]
     return tf.RaggedTensor.from_nested_row_lengths(tf.boolean_mask(values, mask), splits, validate=False)
