@@ -1,5 +1,5 @@
-# Sourced by environment.sh and tests/k8s/tools.sh: creates environments with uv. They consist of hard links to uv's cache,
-# so that another checkout's takes seconds.
+# Sourced by environment.sh, tests/k8s/tools.sh and tests/nightly/install.sh: installs packages with uv. Environments
+# consist of hard links to uv's cache, so that another checkout's takes seconds.
 # shellcheck shell=bash
 
 CACHE=${DISTPAD_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/distpad}

@@ -13,7 +13,7 @@ lock "$folder"
 if [[ ! -d $folder ]]; then
   say "making $folder"
   rm -rf "$folder.new"
-  find_uv python
+  find_uv
   "$UV" pip install --quiet --python python --no-deps --require-hashes --target "$folder.new" -r "$file" >&2 || {
     say "error: could not install $file (see above). If PyPI no longer has this version, write the newest one into" \
       "launch/requirements/pyproject.toml, and run launch/requirements/lock.sh."
