@@ -59,6 +59,7 @@ _OBJECT = r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?"  # the name of an object
 _LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"  # a name that is part of a host's name
 _KEY = rf"({_OBJECT}/)?[A-Za-z0-9]([A-Za-z0-9_.-]{{0,61}}[A-Za-z0-9])?"  # of a label, a taint or a resource
 _OF_NODES = {"pattern": _KEY, "rule": "a label of nodes"}
+_TEXT = r"[^\0\ud800-\udfff]"  # a lone surrogate is Python's representation of an invalid byte
 _VALUE = r"([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?"
 
 
@@ -83,16 +84,16 @@ class Job:
     # fmt: off
     kind: str = option("", f"Print the manifests of a Kubernetes job and exit: {', '.join(kinds()) or 'none is installed here'}.", flag="--k8s", metavar="KIND")
     image: str = option("", "The image of all pods.", metavar="NAME[:TAG][@DIGEST]", pattern=_IMAGE, rule="NAME[:TAG][@DIGEST] of an image that the cluster's nodes can pull", remedy="Build and push one: docker build -f k8s/image/Dockerfile .")
-    command: tuple[str, ...] = option(())  # empty: the example in the folder
+    command: tuple[str, ...] = option((), flag="COMMAND", pattern=f"{_TEXT}*", rule="words that YAML can represent: no NUL byte, no invalid UTF-8")  # empty: the example in the folder
     workers: Optional[int] = option(None, "Number of pods that train; for mpijob-elastic the maximum. Default: the value in k8s/.", low=1, high=MOST_PODS)
     slots: Optional[int] = option(None, "Horovod: processes in each pod. Default: one per GPU, or one.", low=1, high=spec.MOST_SLOTS)
     gpus: int = option(0, low=0, high=spec.MOST_SLOTS)
     name: str = option(None, "The job's name. Default: a new one, such as train-x7k2p.", factory=unique_name, pattern="[a-z]([a-z0-9-]*[a-z0-9])?", rule="letters, digits and hyphens, with a letter first and no hyphen last")
     cpu: Optional[int] = option(None, "CPUs of each pod that trains. Default: 8 per GPU, or 4.", low=1, high=MOST_INT32)
     memory: Optional[str] = option(None, "Memory of each pod that trains, /dev/shm included. Default: 32Gi per GPU, or 8Gi.", metavar="QUANTITY", pattern="[1-9][0-9]{0,8}[MGT]i", rule="a number of Mi, Gi or Ti, such as 64Gi")
-    env: tuple[str, ...] = option((), pattern=rf"(?s){spec.NAME}=[^\0]*", rule="NAME=VALUE")
+    env: tuple[str, ...] = option((), pattern=f"{spec.NAME}={_TEXT}*", rule="NAME=VALUE")
     secret: tuple[str, ...] = option((), pattern=f"{spec.NAME}={_OBJECT}:[A-Za-z0-9_.-]+", rule="NAME=SECRET:KEY, of a Secret of the namespace")
-    mount: tuple[str, ...] = option((), "An existing PersistentVolumeClaim to mount. Default: checkpoints:/checkpoints. Repeatable.", metavar="CLAIM:PATH[:ro]", pattern=rf"{_OBJECT}:/[^:\0]+(:ro)?", rule="CLAIM:PATH or CLAIM:PATH:ro, of a claim of the namespace")
+    mount: tuple[str, ...] = option((), "An existing PersistentVolumeClaim to mount. Default: checkpoints:/checkpoints. Repeatable.", metavar="CLAIM:PATH[:ro]", pattern=f"{_OBJECT}:/(?:(?!:){_TEXT})+(:ro)?", rule="CLAIM:PATH or CLAIM:PATH:ro, of a claim of the namespace")
     rdma: Optional[str] = option(None, "RDMA devices of each pod that trains, such as rdma/hca=8. See k8s/components/rdma.", metavar="RESOURCE[=NUMBER]", pattern=f"{_KEY}(=[1-9][0-9]{{0,2}})?", rule="RESOURCE or RESOURCE=NUMBER, such as rdma/hca=8")
     network_interface: Optional[str] = option(None, pattern=r"[^\s/,:]{1,15}", rule="the name of an interface")
     queue: Optional[str] = option(None, "The Kueue LocalQueue in which the job waits.", metavar="NAME", pattern=_LABEL, rule="the name of a LocalQueue")
@@ -106,7 +107,7 @@ class Job:
     max_restarts: Optional[int] = option(None, low=0, high=MOST_INT32)
     timeout_s: Optional[float] = option(None, low=1, high=MOST_INT32)
     ttl_s: Optional[int] = option(None, "Seconds after which Kubernetes deletes the job when it has ended. Default: a week.", low=0, high=MOST_INT32)
-    component: tuple[str, ...] = option((), f"{' or '.join(COMPONENTS)}: see k8s/components. Repeatable.", metavar="NAME")
+    component: tuple[str, ...] = option((), f"{' or '.join(COMPONENTS)}: see k8s/components. Repeatable.", metavar="NAME", pattern="|".join(COMPONENTS), rule=" or ".join(COMPONENTS))
     namespace: Optional[str] = option(None, "Default: the namespace that kubectl applies to.", metavar="NAME", pattern=_LABEL, rule="at most 63 small letters, digits and hyphens")
     # fmt: on
     folder: pathlib.Path = FOLDER
@@ -117,10 +118,6 @@ class Job:
             raise ValueError(f"launch: --k8s needs the folder k8s/, but {self.folder} has no kinds. {remedy}")
         errors.choice("launch", "--k8s", self.kind, kinds(self.folder))
         options.check(self)
-        for component in self.component:
-            errors.choice("launch", "--component", component, COMPONENTS)
-        if not all(map(_is_text, (*self.command, *self.env, *self.mount))):
-            raise ValueError("launch: the command holds a NUL byte or invalid UTF-8, which YAML cannot represent.")
         self._check_together()
 
     def _check_together(self) -> None:
@@ -144,10 +141,3 @@ class Job:
             rule = f"at most {LONGEST_NAME - len(suffix)} characters"
             evidence = f"Host names such as {self.name + suffix} have at most {LONGEST_NAME}."
             raise ValueError(errors.sentence("launch", "--name", self.name, rule, evidence))
-
-
-def _is_text(word: str) -> bool:
-    try:
-        return b"\0" not in word.encode()
-    except UnicodeEncodeError:  # a lone surrogate, Python's representation of an invalid byte
-        return False

@@ -28,6 +28,7 @@ NO_RETRY = (2, 126, 127, 130)  # wrong usage, a command that cannot be started, 
 
 # ssh would read a leading hyphen as an option. A colon separates the slots, so that IPv6 addresses need a name.
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+NO_NUL = {"pattern": r"[^\0]*", "rule": "text without a NUL byte, which a program cannot receive"}
 NAME = "[A-Za-z_][A-Za-z0-9_]*"  # of a variable
 
 
@@ -69,7 +70,7 @@ class Job:
     """
 
     # fmt: off
-    command: tuple[str, ...] = option((), "The command that each worker runs.", flag="-- COMMAND...")
+    command: tuple[str, ...] = option((), "The command that each worker runs.", flag="-- COMMAND...", **NO_NUL)
     backend: str = option("multiworker", "mirrored (one process), multiworker or horovod.", panel="Workers")
     np: Optional[int] = option(None, "Number of workers; for mirrored, number of replicas. Default: the slots of the hosts.", flag="-np", panel="Workers", low=1)
     hosts: tuple[Host, ...] = ()  # empty: this machine, with as many slots as workers
@@ -88,7 +89,7 @@ class Job:
     python: str = option(sys.executable, "The Python that has distpad installed, on all hosts.", panel="Engine")
     env: tuple[str, ...] = option((), "A further variable for all workers, or one of the login such as SSH_AUTH_SOCK. Repeatable.", panel="Environment", metavar="NAME[=VALUE]", pattern=rf"(?s){NAME}(=.*)?", rule="a name of letters, digits and underscores, or NAME=VALUE", private=True)
     secret: tuple[str, ...] = option((), "A variable whose value is read from a file; with --k8s, NAME=SECRET:KEY. Repeatable.", panel="Environment", metavar="NAME=FILE", pattern=f"{NAME}=.+", rule="NAME=FILE", remedy="Do not write a secret's value on a command line, which all users of the machine can read.", private=True)
-    cwd: str = option("", "The command's working directory, on all hosts. Default: the current one.", panel="Environment", metavar="FOLDER")
+    cwd: str = option("", "The command's working directory, on all hosts. Default: the current one.", panel="Environment", metavar="FOLDER", **NO_NUL)
     log_dir: str = option("", "Write FOLDER/attempt-N/rank-N.stdout and .stderr instead of the terminal.", panel="Output", metavar="FOLDER")
     tee: bool = option(False, "With --log-dir: write to the terminal as well.", panel="Output")
     ranks: str = option("", "Show only these workers on the terminal.", panel="Output", metavar="0,2-4")
@@ -107,8 +108,6 @@ class Job:
         errors.choice("launch", "--backend", self.backend, tuple(LAUNCHERS))
         options.check(self)
         _require(self.command, "no command, expected one after --, as in: distpad launch -np 2 -- python train.py")
-        no_nul = not any("\0" in word for word in (*self.command, self.cwd))
-        _require(no_nul, "the command or its folder holds a NUL byte, which a program cannot receive.")
         self._settle_launcher()
         self._settle_workers()
         self._settle_gpus()
