@@ -25,11 +25,8 @@ def pod(
     wait_s: float = typer.Option(600.0, min=1, help="Seconds to wait for the other pods.", rich_help_panel="indexed-job, MPI"),
     grace_s: float = typer.Option(10.0, min=0, help="Seconds for the training to end by itself after another pod is lost, and after SIGTERM.", rich_help_panel="indexed-job, MPI"),
     finish_s: float = typer.Option(600.0, min=1, help="Seconds to wait for the other workers after this one is done.", rich_help_panel="indexed-job, MPI"),
-    hostfile: str = typer.Option("", help=f"Default: the operator's, {pods.HOSTFILE}.", rich_help_panel="MPI"),
     host_discovery_script: str = typer.Option(pods.DISCOVERY, help="For elastic jobs.", rich_help_panel="MPI"),
-    network_interface: str = typer.Option("", help=f"The network interface for collectives. Default: NCCL_SOCKET_IFNAME, or {pods.INTERFACE}.", rich_help_panel="MPI"),
     min_np: Optional[int] = typer.Option(None, min=1, help="Elastic: minimum number of workers. Default: those of one pod.", rich_help_panel="MPI"),
-    max_np: Optional[int] = typer.Option(None, min=1, help="Elastic: maximum number of workers. Default: those of all pods.", rich_help_panel="MPI"),
 ) -> None:  # fmt: skip
     """Run this pod's part of a training job, and exit with the training's code.
 
@@ -74,9 +71,8 @@ def pod(
                 "cwd": os.getcwd(),
                 "waits": True,
             }
-            given |= {"hostfile": hostfile, "discovery": host_discovery_script, "network_interface": network_interface}
-            given |= {"min_np": min_np, "max_np": max_np, "grace_s": grace_s, "start_timeout_s": wait_s}
-            code = run.run(pods.mpi_job(kind, os.environ, **given), os.environ)
+            given |= {"min_np": min_np, "grace_s": grace_s, "start_timeout_s": wait_s}
+            code = run.run(pods.mpi_job(kind, os.environ, host_discovery_script, **given), os.environ)
     except ValueError as error:
         typer.echo(f"distpad {error}", err=True)
         raise typer.Exit(2) from error

@@ -96,37 +96,29 @@ def member(kind: str, environ: Mapping[str, str], port: int) -> Member:
 
 
 def mpi_job(
-    kind: str,
-    environ: Mapping[str, str],
-    *,
-    hostfile: str = "",
-    discovery: str = DISCOVERY,
-    min_np: int | None = None,
-    max_np: int | None = None,
-    network_interface: str = "",
-    **fields: Any,
+    kind: str, environ: Mapping[str, str], discovery: str = DISCOVERY, *, min_np: int | None = None, **fields: Any
 ) -> spec.Job:
     """The Horovod job of an MPI job's launcher pod: on the hosts of the operator's host file, or of its script.
 
     Args:
       kind: one of LAUNCHERS.
-      environ: the pod's variables. DISTPAD_SLOTS gives the slots of each host to an elastic job.
-      hostfile, discovery: by default those of the MPI operator.
-      min_np, max_np: the limits of an elastic job: by default the slots of one pod, and of all.
-      network_interface: by default NCCL_SOCKET_IFNAME, or INTERFACE.
+      environ: the pod's variables. DISTPAD_SLOTS gives the slots of each host to an elastic job, whose maximum is the
+        slots of all pods. NCCL_SOCKET_IFNAME names the interface, by default INTERFACE.
+      discovery: the script of an elastic job, by default the MPI operator's.
+      min_np: the minimum of an elastic job, by default the slots of one pod.
       fields: further fields of the job.
 
     Raises:
       ValueError: a variable is missing or wrong, the host file cannot be read, or names another number of pods.
     """
-    fields["network_interface"] = network_interface or environ.get("NCCL_SOCKET_IFNAME") or INTERFACE
+    fields["network_interface"] = environ.get("NCCL_SOCKET_IFNAME") or INTERFACE
     fields["gpus"] = _number(environ, "DISTPAD_GPUS") if environ.get("DISTPAD_GPUS") else 0
     if kind == "mpi-elastic-launcher":
         slots = _number(environ, "DISTPAD_SLOTS")
         fields |= {"host_discovery_script": discovery, "slots_per_host": slots, "min_np": min_np or slots}
-        fields["max_np"] = max_np or _number(environ, "DISTPAD_WORKERS") * slots
+        fields["max_np"] = _number(environ, "DISTPAD_WORKERS") * slots
         return spec.Job(backend="horovod", controller="gloo", **fields)
-    file = hostfile or environ.get("OMPI_MCA_orte_default_hostfile") or HOSTFILE
+    file = environ.get("OMPI_MCA_orte_default_hostfile") or HOSTFILE
     hosts = spec.read_hostfile(file)
     if environ.get("DISTPAD_WORKERS") and _number(environ, "DISTPAD_WORKERS") != len(hosts):
         evidence = f"{file} names {len(hosts)}: {', '.join(host.name for host in hosts)}."

@@ -95,7 +95,7 @@ def test_numbers_that_do_not_go_together():
 @pytest.fixture
 def hostfile(tmp_path):
     (tmp_path / "hostfile").write_text("t-worker-0.t.ns.svc slots=2\nt-worker-1.t.ns.svc slots=2\n")
-    return str(tmp_path / "hostfile")
+    return {"OMPI_MCA_orte_default_hostfile": str(tmp_path / "hostfile")}
 
 
 launcher = functools.partial(pod.mpi_job, "mpi-launcher", command=("train",))
@@ -103,23 +103,23 @@ elastic = functools.partial(pod.mpi_job, "mpi-elastic-launcher", command=("train
 
 
 def test_the_job_of_an_operators_host_file(hostfile):
-    job = launcher({"DISTPAD_WORKERS": "2"}, hostfile=hostfile, secret=("KEY=/run/key",))
+    job = launcher({**hostfile, "DISTPAD_WORKERS": "2"}, secret=("KEY=/run/key",))
     assert job.hosts == (spec.Host("t-worker-0.t.ns.svc", 2), spec.Host("t-worker-1.t.ns.svc", 2))
     assert (job.np, job.launcher, job.backend, job.network_interface) == (4, "mpirun", "horovod", "eth0")
     assert job.secret == ("KEY=/run/key",) and job.max_restarts == 0  # the launcher's Job restarts its pod
-    assert launcher({"DISTPAD_GPUS": "2"}, hostfile=hostfile).gpus == 2 and job.gpus == 0
-    assert launcher({"NCCL_SOCKET_IFNAME": "net1"}, hostfile=hostfile).network_interface == "net1"
+    assert launcher({**hostfile, "DISTPAD_GPUS": "2"}).gpus == 2 and job.gpus == 0
+    assert launcher({**hostfile, "NCCL_SOCKET_IFNAME": "net1"}).network_interface == "net1"
 
 
 def test_the_operators_variable_tells_where_its_host_file_is(hostfile):
-    assert launcher({"OMPI_MCA_orte_default_hostfile": hostfile}).np == 4
+    assert launcher(hostfile).np == 4
     with pytest.raises(ValueError, match="/etc/mpi/hostfile cannot be read"):
         launcher({})
 
 
 def test_a_host_file_with_another_number_of_pods(hostfile):
     with pytest.raises(ValueError, match=r"DISTPAD_WORKERS is 3, expected .+ names 2: t-worker-0\.t\.ns\.svc, "):
-        launcher({"DISTPAD_WORKERS": "3"}, hostfile=hostfile)
+        launcher({**hostfile, "DISTPAD_WORKERS": "3"})
 
 
 def test_an_elastic_job():
