@@ -75,20 +75,15 @@ def member(kind: str, environ: Mapping[str, str], port: int) -> Member:
     """
     workers, index = _number(environ, "DISTPAD_WORKERS"), _given(environ, "JOB_COMPLETION_INDEX")
     if kind == "indexed-job":
-        job, domain = _given(environ, "DISTPAD_JOB_NAME"), _given(environ, "DISTPAD_SERVICE")
+        first = own = _given(environ, "DISTPAD_JOB_NAME")
+        domain = _given(environ, "DISTPAD_SERVICE")
         if environ.get("POD_NAMESPACE"):
             domain = f"{domain}.{environ['POD_NAMESPACE']}.svc"
-        own, names = f"{job}-{index}.{domain}", [f"{job}-{i}.{domain}" for i in range(workers)]
     else:
-        jobset, name = _given(environ, "DISTPAD_JOBSET_NAME"), _given(environ, "DISTPAD_REPLICATED_JOB")
-        # the label jobset.sigs.k8s.io/replicatedjob-replicas
-        jobs = _number(environ, "DISTPAD_JOBS") if environ.get("DISTPAD_JOBS") else 1
-        if workers % jobs:
-            raise ValueError(errors.sentence("pod", "DISTPAD_WORKERS", workers, f"a multiple of DISTPAD_JOBS, {jobs}"))
-        domain = environ.get("DISTPAD_SERVICE") or jobset
-        pods = [(job, i) for job in range(jobs) for i in range(workers // jobs)]
-        own = f"{jobset}-{name}-{_given(environ, 'DISTPAD_JOB_INDEX')}-{index}.{domain}"
-        names = [f"{jobset}-{name}-{job}-{i}.{domain}" for job, i in pods]
+        domain = _given(environ, "DISTPAD_JOBSET_NAME")
+        jobs = f"{domain}-{_given(environ, 'DISTPAD_REPLICATED_JOB')}"
+        first, own = f"{jobs}-0", f"{jobs}-{_given(environ, 'DISTPAD_JOB_INDEX')}"  # one job with all pods
+    own, names = f"{own}-{index}.{domain}", [f"{first}-{i}.{domain}" for i in range(workers)]
     if own not in names:
         rule = f"one of the {workers} of DISTPAD_WORKERS, {names[0]} to {names[-1]}"
         raise ValueError(errors.sentence("pod", "this pod's name", own, rule))

@@ -19,8 +19,7 @@ JOBSET = {
     "JOB_COMPLETION_INDEX": "1",
     "DISTPAD_JOBSET_NAME": "train",
     "DISTPAD_REPLICATED_JOB": "node",
-    "DISTPAD_JOB_INDEX": "1",
-    "DISTPAD_JOBS": "2",
+    "DISTPAD_JOB_INDEX": "0",
     "DISTPAD_WORKERS": "4",
 }
 
@@ -41,13 +40,8 @@ def test_the_namespace_is_part_of_the_names():
 @pytest.mark.parametrize("kind", ["jobset", "trainjob"])
 def test_a_pod_of_a_jobset(kind):
     found = pod.member(kind, JOBSET, 3000)
-    assert found.names == tuple(f"train-node-{job}-{each}.train" for job in range(2) for each in range(2))
-    assert (found.index, found.port) == (3, 3000)
-
-
-def test_a_jobset_of_one_job_in_a_subdomain_of_its_own():
-    told = {**JOBSET, "DISTPAD_JOB_INDEX": "0", "DISTPAD_JOBS": "", "DISTPAD_SERVICE": "mesh"}
-    assert pod.member("jobset", told, 2222).names[3] == "train-node-0-3.mesh"
+    assert found.names == tuple(f"train-node-0-{each}.train" for each in range(4))
+    assert (found.index, found.port) == (1, 3000)
 
 
 def test_what_a_training_gets(monkeypatch):
@@ -80,8 +74,6 @@ def test_a_number_that_is_none(workers):
 
 
 def test_numbers_that_do_not_go_together():
-    with pytest.raises(ValueError, match="DISTPAD_WORKERS is 3, expected a multiple of DISTPAD_JOBS, 2"):
-        pod.member("jobset", {**JOBSET, "DISTPAD_WORKERS": "3"}, 2222)
     for index in ("3", "-1", "x"):
         with pytest.raises(ValueError, match=rf"train-{index}.workers, expected one of the 3 .* to train-2.workers\."):
             pod.member("indexed-job", {**JOB, "JOB_COMPLETION_INDEX": index}, 2222)
