@@ -191,7 +191,7 @@ def make(
     """
     sizes, real, values, lengths = dict(zip(config.axes, step.sizes)), len(rows.indices), [], {}
     padded, losses = len(config.padding), len(config.tokens)
-    arena = memory.Arena((8 + 4 * padded) * size + (1 + padded + losses) * memory.ALIGNMENT)
+    arena = memory.Arena((8 + 4 * padded) * size + (1 + padded + 2 * losses) * memory.ALIGNMENT)
     last = last or blank_row(features)
     for i, (feature, (filler, length)) in enumerate(zip(features.features, last)):
         name, pad = feature.name, feature.pad
@@ -216,10 +216,10 @@ def make(
     indices[:real], indices[real:] = rows.indices, -1
     named, inputs = dict(zip(features.names, values)), {}
     for i, (loss, name) in enumerate(config.tokens.items()):
-        local = arena.zeros([2], np.float64)
-        local[:] = rows.local[i]
         kind = WeightedCounts if loss in config.weights or len(config.counted_axes[name]) > 1 else Counts
-        counts = kind(step.tokens[i], step.sequences[i], local, np.float64(num_replicas))
+        # another number in each step, of which DLPack makes a tensor faster than convert_to_tensor
+        tokens = arena.copy(step.tokens[i])
+        counts = kind(tokens, step.sequences[i], arena.copy(rows.local[i]), np.float64(num_replicas))
         counted = rows.columns[features.names.index(name)] if real else None
         inputs[loss] = LossInputs(lengths[name], _weights(config, loss, counted, named), counts)
     by_key = {as_key(name): found for name, found in lengths.items()}

@@ -49,12 +49,12 @@ class Columns:
             data = {name: data[name] for name in data.column_names}
         self._skeleton = structure.skeleton_of(data)
         names = structure.names_of(self._skeleton)
-        if not names:
+        if not names:  # the text of all data takes long
             raise ValueError(errors.sentence(_NAME, "data", repr(data), "at least one feature"))
         self._columns = [_column(name, each) for name, each in zip(names, structure.leaves_of(data, self._skeleton))]
         counts = {name: column.num_examples for name, column in zip(names, self._columns)}
-        if len(set(counts.values())) > 1:
-            raise ValueError(errors.sentence(_NAME, "the number of examples", counts, "the same for all features"))
+        are_equal = len({*counts.values()}) == 1
+        errors.require(_NAME, are_equal, "the number of examples", counts, "the same for all features")
         self._length = counts[names[0]]
 
     def __len__(self) -> int:
@@ -91,18 +91,17 @@ def _column(name: Any, given: Any) -> Column:
         return Column(np.asarray(given.flat_values), splits)
     if isinstance(given, tf.SparseTensor):
         given = tf.sparse.to_dense(given)
-    if np.ma.is_masked(given):
-        raise ValueError(errors.sentence(_NAME, repr(name), "a masked array", "one without masked elements"))
+    rule = "one without masked elements"
+    errors.require(_NAME, not np.ma.is_masked(given), repr(name), "a masked array", rule)
     if tf.is_tensor(given) or (isinstance(given, np.ndarray) and given.dtype != object):
         array = np.asarray(given)
-        if not array.ndim:
-            raise TypeError(errors.sentence(_NAME, repr(name), "a scalar", "an array with an axis of examples"))
+        rule = "an array with an axis of examples"
+        errors.require(_NAME, array.ndim, repr(name), "a scalar", rule, error=TypeError)
         return Column(array.astype(object) if array.dtype.kind in "US" else array)
     if hasattr(given, "to_numpy"):  # of pandas
         given = given.to_numpy()
-    if not isinstance(given, (list, np.ndarray)):
-        kinds = "an array, a tensor, a RaggedTensor or a list"
-        raise TypeError(errors.sentence(_NAME, repr(name), f"a {type(given).__name__}", kinds))
+    found, kinds = f"a {type(given).__name__}", "an array, a tensor, a RaggedTensor or a list"
+    errors.require(_NAME, isinstance(given, (list, np.ndarray)), repr(name), found, kinds, error=TypeError)
     return _of_list(name, [*given])
 
 
