@@ -4,8 +4,8 @@ from distpad.backends.alone import is_alone, run_alone
 from distpad.backends.base import Backend
 from distpad.backends.detection import resolve, resolve_step
 from distpad.backends.elastic import ElasticState
+from distpad.backends.fit_checks import enable as enable_keras_fit
 from distpad.backends.horovod import HorovodBackend
-from distpad.backends.keras_fit import enable as enable_keras_fit
 from distpad.backends.local import LocalBackend
 from distpad.backends.start import start
 from distpad.backends.strategy import StrategyBackend

@@ -152,15 +152,22 @@ class HorovodBackend(base.Backend):
         return reduced
 
     def keras_2_optimizer(self, optimizer: Any) -> Any:
-        import horovod.tensorflow.keras as hvd
-
-        scaling = tf.keras.mixed_precision.LossScaleOptimizer
-        if isinstance(optimizer, scaling):  # wraps Horovod's optimiser, whose reduction it applies before its check
+        """As Horovod's DistributedOptimizer, which reduces in ``minimize`` alone: here ``apply_gradients`` reduces."""
+        scaling, backend = tf.keras.mixed_precision.LossScaleOptimizer, self
+        if isinstance(optimizer, scaling):  # reduces by the inner optimiser before it checks the gradients
             settings = ("dynamic", "initial_scale", "dynamic_growth_steps")
             inner = self.keras_2_optimizer(optimizer.inner_optimizer)
             return scaling(inner, **{name: getattr(optimizer, name) for name in settings})
-        op = hvd.Average if self.gradient_reduction == "mean" else hvd.Sum
-        return hvd.DistributedOptimizer(optimizer, op=op, process_set=self.process_set, compression=self.compression)
+
+        def aggregate(_: Any, grads_and_vars: Any) -> list[Any]:
+            gradients, variables = zip(*grads_and_vars)
+            return list(zip(backend.reduce_gradients(gradients), variables))
+
+        kind = type(optimizer)
+        methods = {"aggregate_gradients": aggregate, "_aggregate_gradients": aggregate}  # the second: legacy optimisers
+        # with the name of Keras's class, by which a saved model finds it
+        reducing: Any = type(kind.__name__, (kind,), {**methods, "__module__": kind.__module__})
+        return reducing.from_config(optimizer.get_config())
 
     def broadcast(self, variables: Sequence[tf.Variable], root: int) -> None:
         root_rank = self.process_set.ranks[root] if self.process_set.ranks else root

@@ -39,6 +39,7 @@ def _building(original: Any) -> Any:
     def build(self: Any, iterator: Any = None, data_batch: Any = None) -> None:
         """Build the model from the dataset's element_spec: no worker reads a batch before the first step."""
         strategy, dataset = self.distribute_strategy, getattr(iterator, "_distributed_dataset", None)
+        _check_steps(self, strategy)
         if not _has_several_workers(strategy):
             if self._distribute_strategy is None and isinstance(dataset, tf.distribute.DistributedDataset):
                 found = "without a strategy, while the dataset is distributed"
@@ -72,12 +73,16 @@ def _reducing(original: Any) -> Any:
     return reduce
 
 
-def _check(model: Any, strategy: tf.distribute.Strategy) -> None:
-    """Raise ValueError for what fails, or differs between workers, in a step."""
-    if model.steps_per_execution != 1:
+def _check_steps(model: Any, strategy: tf.distribute.Strategy) -> None:
+    """Raise ValueError if a loop over steps, which Keras 3 traces, would hold collectives."""
+    found = model.steps_per_execution
+    if strategy.num_replicas_in_sync > 1 and found != 1:
         remedy = "TensorFlow runs no collective in Keras's loop over steps. Write compile(steps_per_execution=1)."
-        found = model.steps_per_execution
-        raise ValueError(errors.sentence("fit", "steps_per_execution", found, "1 with several workers", remedy))
+        raise ValueError(errors.sentence("fit", "steps_per_execution", found, "1 with several replicas", remedy))
+
+
+def _check(model: Any, strategy: tf.distribute.Strategy) -> None:
+    """Raise ValueError for variables that differ between workers."""
     held = ((variable.path, variable.value) for variable in model.variables)
     is_outside = lambda each: isinstance(each, tf.Variable) and not strategy.extended.variable_created_in_scope(each)
     outside = [path for path, variable in held if is_outside(variable)]

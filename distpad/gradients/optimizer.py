@@ -16,14 +16,14 @@ _NAME = "DistributedOptimizer"
 class DistributedOptimizer(tf.keras.optimizers.Optimizer):
     """Give a Keras optimiser the gradient of the global batch, in ``compile`` and ``fit``.
 
-    - Under Horovod, this optimiser reduces the gradients. (Horovod's own wrapper reduces nothing in Keras 3, and does
-      not warn.)
+    - Under Horovod, this optimiser reduces the gradients. (Horovod's own wrapper reduces nothing in Keras 3, and in
+      Keras 2 nothing that a ``train_step`` gives to ``apply_gradients``.)
     - Under strategies, Keras 3 clips (``clipnorm``, ``global_clipnorm``, ``clipvalue``) each local gradient before it
       sums them, and its ``LossScaleOptimizer`` checks the first replica's local gradient alone. This optimiser sums
       first. Keras's own sum follows: the first replica gives it the gradient, the others give zeros. Where the
       gradient is not finite, the others give NaN, so that all replicas skip the step.
-    - Keras 2 reduces before it clips. There the constructor returns ``optimizer`` itself or, under Horovod, Horovod's
-      wrapper of it, inside the ``LossScaleOptimizer`` if there is one.
+    - Keras 2 reduces before it clips. There the constructor returns ``optimizer`` itself or, under Horovod, one of its
+      class that reduces, inside the ``LossScaleOptimizer`` if there is one.
 
     Use it under Horovod, and under strategies for clipping and loss scaling. Learning rate, schedules, slots and saving
     are those of ``optimizer``. In a custom loop, it takes the unreduced gradients of ``tape.gradient``.

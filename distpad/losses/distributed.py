@@ -161,6 +161,11 @@ class DistributedLoss(tf.keras.losses.Loss):
             return self._average_globally(backend, y_true, y_pred, sources, carrier)
         return self._average_in_fit(backend, y_true, y_pred, sources, carrier)
 
+    @property
+    def backend(self) -> Any:
+        """The argument ``backend``."""
+        return self._backend
+
     def call(self, y_true: Any, y_pred: Any) -> tf.Tensor:
         """Return the unreduced loss, as Keras defines ``call``."""
         if not hasattr(self.loss, "call"):

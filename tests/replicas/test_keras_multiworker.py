@@ -140,7 +140,7 @@ def test_several_steps_at_once_are_refused(world):
     with world.scope():
         model = compiled(functional(), steps_per_execution=2)
     for call in (model.fit, model.evaluate):
-        with pytest.raises(ValueError, match=r"fit: steps_per_execution is 2, expected 1 with several workers.*Write"):
+        with pytest.raises(ValueError, match=r"fit: steps_per_execution is 2, expected 1 with several replicas.*Write"):
             call(X[0], Y[0], verbose=0)
 
 
