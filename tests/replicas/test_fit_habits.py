@@ -320,3 +320,48 @@ def test_backup_and_restore_warns_of_the_position(world, tmp_path):
     backup = callbacks.BackupAndRestore(str(tmp_path / "backup"))
     with pytest.warns(UserWarning, match=r"fit: BackupAndRestore restores .*not the position.*tf\.train\.Checkpoint"):
         trained(world, epochs=1, callbacks=[backup])
+
+
+@pytest.mark.wide
+def test_several_losses_of_which_one_is_per_sequence(world):
+    """The second loss is the square of the first position's output, averaged over the sequences that are not empty."""
+    data, sampler, _ = feeding.sampled(world)
+    batches = feeding.made(world, (data, sampler), tokens={"tags": "y", "first": "y"})
+    kernel = np.linspace(-1, 1, oracle.FEATURES)[:, np.newaxis]
+    with world.scope():
+        inputs = tf.keras.Input([None, oracle.FEATURES])
+        heads = {
+            "tags": tf.keras.layers.Dense(oracle.CLASSES, name="tags"),
+            "first": tf.keras.layers.Dense(1, name="first"),
+        }
+        model = tf.keras.Model(inputs, {name: head(inputs) for name, head in heads.items()})
+        heads["tags"].set_weights(oracle.weights())
+        heads["first"].set_weights([kernel, np.zeros(1)])
+        entropy = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
+        square = distpad.DistributedLoss(lambda _, p: p[:, 0, 0] ** 2, per="sequence", average="sequence_mean")
+        losses = {"tags": distpad.DistributedLoss(entropy), "first": square}
+        model.compile(loss=losses, optimizer=fit_optimizer(world, SGD(RATE)), run_eagerly=True)
+    steps = [[data[i] for i in step] for step in sampler.plan(0)]
+    fed = feeding.fed_by(world, batches, len(steps), x="x", y={"tags": "y", "first": "y"})
+    history = feeding.fit(world, model, fed).history
+    (mean,), weights = feeding.expected([steps])
+    bias, values = 0.0, []
+    for rows in steps:
+        x = np.stack([row["x"][0] for row in rows if len(row["x"])]).astype(np.float64)
+        output = x @ kernel + bias
+        values.append(np.mean(output**2))
+        kernel = kernel - RATE * 2 * x.T @ output / len(x)
+        bias -= RATE * 2 * output.mean()
+    assert oracle.relative_error(history["tags_loss"], mean) <= 1e-5
+    assert oracle.relative_error(history["first_loss"], np.mean(values)) <= 1e-5
+    for found, wanted in zip([*heads["tags"].get_weights(), *heads["first"].get_weights()], [*weights, kernel, bias]):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.wide
+def test_a_model_that_was_compiled_before_its_batches(world):
+    model = feeding.model_in(world)
+    data, sampler, batches = feeding.sampled(world)
+    epochs = [[[data[i] for i in step] for step in sampler.plan(0)]]
+    history = feeding.fit(world, model, feeding.fed_by(world, batches, len(epochs[0]), x="x", y="y"))
+    feeding.check(model, history, *feeding.expected(epochs))
