@@ -65,7 +65,9 @@ class Own(tf.keras.Model):
 
 
 @pytest.mark.worlds("horovod:2")
-@pytest.mark.parametrize("graph", [False, pytest.param(True, marks=pytest.mark.wide)])
+@pytest.mark.parametrize(
+    "graph", [pytest.param(False, marks=[pytest.mark.wide] * (KERAS >= 3)), pytest.param(True, marks=pytest.mark.wide)]
+)
 def test_own_train_step(world, graph):
     """DistributedOptimizer reduces what apply_gradients gets, in Keras 2 too."""
     ours = lambda: distpad.DistributedOptimizer(SGD(RATE, global_clipnorm=100.0))
@@ -127,6 +129,7 @@ def test_workers_stop_after_the_same_epoch(world):
 # -- refused ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.worlds("multiworker:2")
 def test_class_weight_is_refused(world):
     with pytest.raises(
         ValueError, match=r"fit: class_weight is \{0: 2.0\}, expected None with for_keras.*weights=NAME"
@@ -134,6 +137,7 @@ def test_class_weight_is_refused(world):
         trained(world, class_weight={0: 2.0})
 
 
+@pytest.mark.worlds("horovod:2")
 def test_compilation_by_xla_is_refused(world):
     if world.num_replicas == 1:
         pytest.skip("one device compiles")
