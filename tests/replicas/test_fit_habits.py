@@ -83,7 +83,10 @@ def with_horovods(rate):
 
 @pytest.mark.parametrize(
     ("made_in", "optimizer"),
-    [(Own, with_horovods), pytest.param(tf.keras.Model, SGD, marks=pytest.mark.wide)],
+    [
+        pytest.param(Own, with_horovods, marks=[pytest.mark.wide] * (KERAS >= 3)),  # test_optimizer.py shows it there
+        pytest.param(tf.keras.Model, SGD, marks=pytest.mark.wide),
+    ],
     ids=["own train_step", "plain optimizer"],
 )
 def test_gradients_that_are_not_reduced_are_noticed(world, made_in, optimizer):
