@@ -67,13 +67,13 @@ def test_one_label_a_text_trains_as_one_device_does(world):
 
 def test_predict_gets_real_rows_alone_in_order(world):
     data = texts()
-    _, batches = batches_of(world, data, 4, shuffle=False)
+    sampler, batches = batches_of(world, data, 4, shuffle=False)
     if world.kind == "multiworker":
         with pytest.raises(ValueError, match=r"for_keras: y is None with 2 workers .* Let each worker predict"):
             batches.for_keras(x="x", y=None)
         return
     predicted = classifier(world).predict(batches.for_keras(x="x", y=None), verbose=0)
-    shard = batches._sampler.shard(world.backend.worker_index, world.backend.num_workers)
+    shard = sampler.shard(world.backend.worker_index, world.backend.num_workers)
     mine = [i for step in shard for i in sorted(step) if i >= 0]
     assert mine == sorted(mine) and (world.backend.num_workers > 1 or len(mine) == len(data))
     wanted = logits_of([data[i] for i in mine], *oracle.weights())
