@@ -322,7 +322,7 @@ MUTANTS = (
         file="data/collate.py",
         old="arrays[feature.name][batch.rows :] = feature.padding_value",
         new="pass",
-        selection="test_filler_rows_repeat_inputs_but_not_labels",
+        selection="test_every_example_once_and_all_alike",
     ),
     Mutant(
         name="pipeline-empty-sequences-counted",
