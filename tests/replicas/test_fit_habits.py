@@ -121,7 +121,7 @@ class StopsAlone(callbacks.Callback):
         self.model.stop_training = epoch == 1 and self.worker == 0
 
 
-@pytest.mark.worlds(*["multiworker:2", "horovod:2"] * (KERAS >= 3))  # alike in Keras 2
+@pytest.mark.worlds("multiworker:2", "horovod:2")
 def test_workers_stop_after_the_same_epoch(world):
     if not world.several_workers:
         pytest.skip("one worker stops alone anyway")

@@ -177,5 +177,5 @@ def test_one_label_a_sequence_has_one_weight_a_row(weights, expected):
     assert found["text"].shape == [6, 3] and found["class"].numpy().tolist() == [1, 1, 1, 1, 1, 0]
     source = [{**e, "v": [1.0] * len(e["y"]), "label": 0} for e in EXAMPLES]
     padding = {"y": distpad.Pad(), "v": distpad.Pad()}
-    with pytest.raises(tf.errors.OpError, match="weights 'v' is one per position, expected one per example"):
-        list(made(source, padding=padding, weights="v").for_keras(x="y", y="label"))
+    with pytest.raises(ValueError, match="weights 'v' is one per position, expected one per example"):
+        made(source, padding=padding, weights="v").for_keras(x="y", y="label")
