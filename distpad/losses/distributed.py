@@ -323,7 +323,7 @@ class DistributedLoss(tf.keras.losses.Loss):
         """Warn once that padding counts, where no source tells which positions are valid."""
         if self.per == "position":
             is_weighted = w.weight is not None and any(size != 1 for size in w.weight.shape[1:])
-            is_unmasked = w.mask is None and not is_weighted and losses.shape.rank > 1
+            is_unmasked = w.mask is None and not is_weighted and any(size != 1 for size in losses.shape[1:])
         else:
             has_source = any(sources[name] is not None for name in sources if name != "sample_weight")
             is_unmasked = not has_source and weights.has_positions(y_true, y_pred)

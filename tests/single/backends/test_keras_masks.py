@@ -181,3 +181,9 @@ def test_a_deep_network_is_searched_once(monkeypatch):
 
     warned(search)
     assert len(seen) == len(set(seen)) > 3
+
+
+def test_one_position_a_row_has_no_padding():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        distpad.DistributedLoss("mse")(tf.ones([2, 1, 3]), tf.zeros([2, 1, 3]))
