@@ -87,7 +87,7 @@ SUITES = [
         ),
         under_all=f"{PYTEST} tests/single",
     ),
-    core("mirrored:2", "classic", 1, 80, f"{KERAS} or test_every_loss or test_ctc.py"),
+    core("mirrored:2", "classic", 1, 80, f"{KERAS} or (test_every_loss and tfa) or test_ctc.py"),
     Suite("multiworker:2", "classic", 1.5, 50, 30, world("multiworker:2", f'-k "{KERAS}"'), world("multiworker:2")),
     Suite("horovod:2", "classic", 1.5, 50, 30, world("horovod:2", f'-k "{KERAS}"'), world("horovod:2")),
     Suite("local", "classic", 1, 0, 30, "", world("local")),

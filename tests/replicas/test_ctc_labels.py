@@ -13,6 +13,7 @@ from replica_world import alone
 
 WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2")
 
+pytestmark = pytest.mark.worlds("mirrored:2", "horovod:2")  # within a process, and between processes
 CLASSES, FRAMES, WIDTH = 5, 7, 3
 
 

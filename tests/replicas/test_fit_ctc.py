@@ -174,7 +174,7 @@ def distance(read, text):
     return row[-1]
 
 
-@pytest.mark.worlds("mirrored:2")
+@(pytest.mark.worlds("mirrored:2") if KERAS >= 3 else pytest.mark.wide)
 def test_error_rate_in_fit_and_evaluate(world):
     """A character error rate decodes real frames alone; the history of a model that stays as it is."""
     ctc = distpad.CTC(blank_index=0, frames_per_step=STRIDE)

@@ -16,6 +16,7 @@ MINIMAL = pathlib.Path(__file__).resolve().parents[2] / "examples" / "minimal"
 PROGRAMS = {"mirrored": ("custom_loop", "keras_fit"), "horovod": ("horovod_loop",)}
 
 
+@pytest.mark.worlds("horovod:2")  # README.md has the programs of the others
 def test_minimal_programs(world, monkeypatch, capsys):
     if world.kind not in PROGRAMS:
         pytest.skip("no minimal program has this engine")
