@@ -104,15 +104,23 @@ def _fill(
         return columns.real(sizes[0], shape[1], at_end=at_end) if options.mask else None
     if isinstance(rows, list):
         columns.place_arrays(values, rows, first if at_end else None)
-        column = columns.Column(values[:0], columns.splits_of(rows, last + 1) if options.mask else ())
-    else:
-        splits = rows.splits[: last + 1]
-        column = columns.Column(rows.values.reshape((int(splits[last][-1]), *values.shape[last + 2 :])), splits)
-    if at_end and first < last and column.splits:
+        return _box_mask(sizes, shape, first if at_end else None) if options.mask else None
+    splits = rows.splits[: last + 1]
+    column = columns.Column(rows.values.reshape((int(splits[last][-1]), *values.shape[last + 2 :])), splits)
+    if at_end and first < last:
         column, at_end = column.moved_to_end(first, shape[first + 1]), False
-    if not isinstance(rows, list):
-        columns.fill(values, column, at_end=at_end)
+    columns.fill(values, column, at_end=at_end)
     return columns.mask(column, shape, at_end=at_end) if options.mask else None
+
+
+def _box_mask(sizes: list[np.ndarray], shape: tuple[int, ...], axis_at_end: int | None) -> np.ndarray:
+    """The mask of rectangular sequences, such as images: along most axes it is broadcast."""
+    mask, axes = np.ones([1] * len(shape), bool), range(len(shape) - 1)
+    for axis in axes:
+        if (sizes[axis] < shape[1 + axis]).any():
+            real = columns.real(sizes[axis], shape[1 + axis], at_end=axis == axis_at_end)
+            mask = mask & np.expand_dims(real, [1 + other for other in axes if other != axis])
+    return np.broadcast_to(mask, shape).copy()
 
 
 def check_padded(shape: tuple[int, ...], lengths: Any, mask: Any) -> tuple[np.ndarray | None, np.ndarray | None]:
