@@ -181,7 +181,7 @@ MUTANTS = (
         name="denominator-with-a-collective",
         file="losses/distributed.py",
         old="gate.ok = checked.check_locally(backend, _NAME, checks)",
-        new="gate.ok = checked.all_gather(backend, _NAME, [], checks) is not None",
+        new="gate.ok = checked.all_gather(backend, _NAME, [0.0], checks) is not None",
         selection="test_collectives_of_the_loss_are_counted",
     ),
     Mutant(
