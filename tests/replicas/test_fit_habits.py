@@ -216,7 +216,7 @@ def test_class_weights_as_weights(world):
 def test_callbacks_of_keras(world, tmp_path):
     """Each worker has the same values, and so decides alike; validation has other buckets."""
     path = world.backend.host_all_gather_bytes(str(tmp_path).encode())[0].decode()
-    # Keras 2 lets one worker of a strategy write; Keras 3 and Horovod know of no workers, which would write over each other
+    # Keras 2 lets one worker of a strategy write; Keras 3 and Horovod let all, which would write over each other
     path = os.path.join(path, "all" if KERAS < 3 and world.strategy else str(world.backend.worker_index))
     data, sampler, held_out = feeding.sampled(world)
     held_out = feeding.made(world, (data, sampler), buckets=distpad.Buckets([4, 9]))
