@@ -546,7 +546,7 @@ MUTANTS = (
         file="gradients/optimizer.py",
         old="gradients[i] = reduced",
         new="gradients[i] = gradients[i]",
-        selection="test_clips_the_global_gradient and None",
+        selection="test_sparse_gradients.py",
         world="horovod:2",
     ),
     Mutant(
