@@ -133,8 +133,15 @@ class HorovodBackend(base.Backend):
         return merged
 
     def reduce_gradients(self, gradients: Sequence[Any]) -> list[Any]:
-        """Reduce all dense gradients in one fused group, and each sparse gradient by gathering; None stays None."""
+        """Reduce all dense gradients in one fused group, and each sparse gradient by gathering; None stays None.
+
+        Raises: ValueError: gradients that were summed before. (A mean of means over equal ranks changes nothing.)
+        """
         op = self._hvd.Average if self.gradient_reduction == "mean" else self._hvd.Sum
+        if self.gradient_reduction == "sum" and any(hasattr(gradient, "is_global") for gradient in gradients):
+            found, rule = "already summed over the ranks, by distpad.gradient", "those of a tape"
+            remedy = "Use distpad.gradient with Keras's optimizer, or tape.gradient with distpad.DistributedOptimizer."
+            raise ValueError(errors.sentence("HorovodBackend(op='sum')", "gradients", found, rule, remedy))
         reduced = list(gradients)
         dense = [i for i, gradient in enumerate(reduced) if isinstance(gradient, tf.Tensor)]
         packed = [self.compression.compress(reduced[i]) for i in dense]
@@ -149,6 +156,8 @@ class HorovodBackend(base.Backend):
                 indices = _named(gradient.indices, f"distpad_indices_{i}")
                 sparse = tf.IndexedSlices(values, indices, gradient.dense_shape)
                 reduced[i] = self._hvd.allreduce(sparse, op=op, process_set=self.process_set)
+            if gradient is not None:
+                reduced[i].is_global = True
         return reduced
 
     def keras_2_optimizer(self, optimizer: Any) -> Any:

@@ -300,7 +300,7 @@ def test_swapped_averages_of_weights(world):
 
 @pytest.mark.wide
 def test_a_restored_checkpoint_goes_on_with_the_next_epoch(world, tmp_path):
-    """Model, optimiser and position in the data: what BackupAndRestore leaves out is warned of."""
+    """Model, optimiser and position in the data, which BackupAndRestore does not save: it warns."""
 
     def made():
         data, sampler, batches = feeding.sampled(world)

@@ -284,3 +284,19 @@ def test_horovods_own_wrapper_reduces_nothing_in_keras_3(world):
 
     with pytest.raises(ValueError, match=r"fit: the weights differ between the ranks .*each rank trains alone"):
         fitted(world, lambda: hvd.DistributedOptimizer(tf.keras.optimizers.SGD(RATE)))
+
+
+@pytest.mark.worlds("horovod:2")
+def test_sums_are_not_summed_again(world):
+    """An average of averages changes nothing; a second sum would be as many times too large as there are ranks."""
+    if world.kind not in ("horovod", "mpirun"):
+        pytest.skip("Horovod's matter")
+    backend, variable = distpad.backends.HorovodBackend(op="sum"), tf.Variable([1.0])
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(variable)
+    gradients = distpad.gradient(tape, loss, [variable], backend=backend)
+    optimizer = distpad.DistributedOptimizer(tf.keras.optimizers.SGD(1.0), backend=backend)
+    with pytest.raises(ValueError, match=r"gradients is already summed over the ranks"):
+        optimizer.apply_gradients(zip(gradients, [variable]))
+    tf.keras.optimizers.SGD(1.0).apply_gradients(zip(gradients, [variable]))
+    assert variable.numpy() == 1 - world.num_replicas
