@@ -315,7 +315,7 @@ def test_every_suite_stands_in_the_table_once_and_runs_something():
 def test_every_engine_and_every_kind_of_test_runs_by_default():
     whole = {suite for suite, command in DEFAULT.items() if not CHOOSES.search(command)}
     worlds = ("mirrored:2", "multiworker:2", "horovod:2")
-    kinds = ("lint", "single", "docs", "launch", "launcher", "cluster", "k8s", "examples")
+    kinds = ("lint", "single", "docs", "launch", "launcher", "cluster", "k8s", "examples", "faults")
     assert whole >= {("current", name) for name in (*worlds, *kinds)}
     assert set(DEFAULT) >= {("current", name) for name in ("local", "onedevice", "mirrored:4", "horovod:3", "mpirun:2")}
     assert set(DEFAULT) >= {("classic", name) for name in ("single", *worlds, "examples")}
