@@ -114,10 +114,12 @@ class Reader:
     ) -> None:
         self._steps, self._config, self._features = steps, config, features
         self.prints, self._compared = prints, 0.0
-        self._windows: queue.Queue[Window | None] = queue.Queue()  # None after the last window
-        self._wanted = threading.Semaphore(1)  # windows that may be read: it bounds the memory
+        # These queues allow that the garbage collector calls close in the middle of their methods.
+        self._windows: queue.SimpleQueue[Window | None] = queue.SimpleQueue()  # None after the last window
+        self._wanted: queue.SimpleQueue[None] = queue.SimpleQueue()  # an item for each window that may be read
+        self._wanted.put(None)
         self._waits, self._is_idle, self._lock = waits, False, threading.Lock()
-        self._stopped = threading.Event()
+        self._stopped = False
         self._reads = self._read()
         _OPEN.add(self)
         self._start()
@@ -131,6 +133,7 @@ class Reader:
         with self._lock:
             self._waits = False
         if self._is_idle:
+            self._is_idle = False
             self._thread.join()  # it has left the lock, and ends
             self._start()
 
@@ -143,27 +146,35 @@ class Reader:
         if window is None:
             self._windows.put(None)
             raise errors.DistpadError("PaddedBatches: this loop was left, and another has begun.")
-        self._wanted.release()
+        self._wanted.put(None)
         return window
 
     def close(self, limit_s: float = 5.0) -> None:
         """End the thread. A thread that hangs in the user's source continues, but does not block interpreter exit."""
-        self._stopped.set()
-        self._wanted.release()
+        self._stopped = True
+        self._wanted.put(None)
         if limit_s:
             self._thread.join(limit_s)
-        if not self._thread.is_alive():
-            self._reads.close()
+        if self._is_idle or not self._thread.is_alive():
+            self._end()
         self._windows.put(None)
 
     def _run(self) -> None:
-        """Read windows while they are wanted. The generator closes the source when the thread ends for good."""
-        while self._wanted.acquire() and not self._stopped.is_set() and next(self._reads, False):
+        """Read windows while they are wanted."""
+        while True:
+            self._wanted.get()
+            if self._stopped or not next(self._reads, False):
+                return self._end()
             with self._lock:
-                self._is_idle = self._waits
-                if self._is_idle:
-                    return  # begin starts another thread
-        self._reads.close()
+                self._is_idle = is_idle = self._waits
+            # The flags are set here and read in close in opposite orders: one of the two ends the reads.
+            if is_idle and not self._stopped:
+                return  # begin starts another thread
+
+    def _end(self) -> None:
+        """End the reads, which close the source."""
+        with contextlib.suppress(ValueError):  # the other thread, of close or of _run, is doing it
+            self._reads.close()
 
     def _read(self) -> Generator[bool, None, None]:
         """Read a window each time; whether another one may follow."""
@@ -179,7 +190,7 @@ class Reader:
                         report.continues = not (step is None or step.is_last)
                         if step is not None:
                             self._take(step, begin, batches, report)
-                        if self._stopped.is_set():
+                        if self._stopped:
                             return
                 except BaseException as raised:  # also SystemExit, which would otherwise end this thread silently
                     report.failed_at, error = len(batches), raised
@@ -197,7 +208,7 @@ class Reader:
             try:
                 steps = self._steps()
                 for step in steps:
-                    if self._stopped.is_set():
+                    if self._stopped:
                         return
                     waiting.append(step)
                     is_enough = step.is_last or sum(not each.is_check for each in waiting) >= self._config.lookahead

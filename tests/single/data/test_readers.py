@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 
 import distpad
-from distpad.data import collate
+from distpad.data import collate, config, measures, reader, readers
 
 COUNT = 23
 RANDOM = np.random.default_rng(0)
@@ -308,6 +308,34 @@ def test_deleted_batches_leave_no_threads():
     del batches
     gc.collect()
     wait_until(lambda: not set(threading.enumerate()) - threads)
+
+
+def test_a_reader_that_is_closed_while_it_becomes_idle_closes_its_source():
+    goes_on, closed = threading.Event(), threading.Event()
+
+    def steps():
+        try:
+            goes_on.wait(10)
+            yield readers.Step(1, np.arange(1), [1], [EXAMPLES[0]])
+            yield readers.Step(1, np.arange(1), [1], [EXAMPLES[0]])
+        finally:
+            closed.set()
+
+    class ClosesTheReader:
+        """In place of the lock that the thread takes after its first window."""
+
+        def __enter__(self):
+            ahead.close(0.0)
+
+        def __exit__(self, *_):
+            pass
+
+    options = 1, PADDING, "y", None, None, 1, 1, 1, False, False, 60, 600
+    prints = measures.Fingerprints(0, 1, False)
+    ahead = reader.Reader(steps, config.Config(*options), None, prints, waits=True)
+    ahead._lock = ClosesTheReader()
+    goes_on.set()
+    assert closed.wait(10)
 
 
 def test_a_list_that_grows_between_epochs_is_read_whole():
