@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 
+import suites
 import worlds
 from mutations import MUTANTS, Mutant
 
@@ -35,7 +36,7 @@ COPIED = ("distpad", "tests", "launch", "pyproject.toml")
 LIMIT_S = 200  # of one world, below the time limit of a single test, so that a hang is never taken for a failed test
 ALL_LIMIT_S = 900  # of all that a world's mutants are attacked with
 JOBS = 2
-BY_DEFAULT = {"mirrored:2": "not wide", "multiworker:2": "not wide", "horovod:2": "not wide"}  # elsewhere the core
+BY_DEFAULT = {"mirrored:2": "", "multiworker:2": f"core or {suites.SEVERAL}", "horovod:2": ""}  # elsewhere the core
 # the last lines of pytest's output; "Failed: Timeout" or an exception of the product is no assertion
 ASSERTED = re.compile(r"^FAILED \S+::(.+?) - (?:AssertionError|assert\b|Failed: DID NOT RAISE)", re.MULTILINE)
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "2", "COLUMNS": "400", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -142,7 +143,8 @@ def copy() -> Iterator[pathlib.Path]:
 
 def run(folder: pathlib.Path, world: str, selection: str, limit_s: float = LIMIT_S) -> tuple[int, str]:
     """The selected tests of a copy in a world: exit code and output of all its ranks."""
-    arguments = ["-k", selection, "-m", BY_DEFAULT.get(world, "core")]
+    default = BY_DEFAULT.get(world, "core")
+    arguments = ["-k", f"({selection}) and ({default})" if default else selection, "-m", "not wide"]
     if worlds.parse(world)[0] not in worlds.STARTERS:
         return forked(folder, world, arguments, limit_s)
     done = subprocess.run(

@@ -285,7 +285,7 @@ def test_a_model_that_sees_padding_and_takes_no_empty_batch(world, monkeypatch, 
     assert "an empty replica" in [line.kind for line in certificate.lines]
 
 
-@pytest.mark.worlds("mirrored:2", "horovod:2")
+@pytest.mark.worlds("mirrored:2")
 def test_a_subclassed_model_that_is_not_built_yet(world, one_kind, eagerly):
     class Model(tf.keras.Model):
         def __init__(self):

@@ -13,7 +13,7 @@ from replica_world import alone
 
 WORLDS = ("local", "mirrored:2", "multiworker:2", "horovod:2")
 
-pytestmark = pytest.mark.worlds("mirrored:2", "horovod:2")  # within a process, and between processes
+pytestmark = pytest.mark.worlds("mirrored:2")
 CLASSES, FRAMES, WIDTH = 5, 7, 3
 
 
@@ -76,6 +76,7 @@ def without_lengths(loss_fn, batch, **options):
     return loss_fn(y_true, batch["logits"], mask=batch["counts"], **options)
 
 
+@pytest.mark.worlds("mirrored:2", "horovod:2")  # within a process, and between processes
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "blank", [0, pytest.param(-1, marks=pytest.mark.wide), pytest.param(2, marks=pytest.mark.wide)]

@@ -261,6 +261,7 @@ def test_rows_of_other_batches_are_refused(world):
 # -- a tensor for everything else -------------------------------------------------------------------------------------
 
 
+@pytest.mark.worlds("mirrored:2", "multiworker:2")
 def test_weights_are_a_tensor_for_metrics_losses_and_train_steps(world):
     """Keras's own loss and metrics give what they give with plain weights; so does arithmetic in a train_step."""
     results = []
