@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+from typing import Any
+
 import typer
 
 import distpad
-from distpad.cli import certify, doctor, launch, pod
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
-app.command("certify")(certify.certify)
-app.command("doctor")(doctor.doctor)
-# options after the first word of COMMAND belong to COMMAND
-app.command("launch", context_settings={"allow_interspersed_args": False})(launch.launch)
-app.command("pod")(pod.pod)
+SETTINGS: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": "rich"}
+COMMANDS: dict[str, dict[str, Any]] = {
+    "certify": {},
+    "doctor": {},
+    # options after the first word of COMMAND belong to COMMAND
+    "launch": {"context_settings": {"allow_interspersed_args": False}},
+    "pod": {},
+}
+
+
+@functools.cache
+def command(name: str) -> Any:
+    """Import a subcommand. The imports of the others would take longer than its own."""
+    alone = typer.Typer(**SETTINGS)
+    alone.command(name, **COMMANDS[name])(getattr(importlib.import_module(f"distpad.cli.{name}"), name))
+    return typer.main.get_command(alone)
+
+
+class _Commands(typer.core.TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*COMMANDS]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return command(cmd_name) if cmd_name in COMMANDS else None
+
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True, **SETTINGS)
 
 
 @app.callback(invoke_without_command=True)

@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from distpad.launcher import checks, crew, discovery, gang, hosts, output, render, spec, times, worker
+from distpad.launcher import checks, crew, discovery, outcomes, output, render, spec, times
 from distpad.launcher.outcomes import HOST, LOST, TIME, Ended, log
 
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # by workers
 EVENTS = 4096  # capacity of the queue; a full queue slows the workers down
 
 
@@ -123,7 +124,7 @@ class Attempt:
         silent = [host.name for host in found if not self.is_ready(host)]
         if silent and time.monotonic() > self.reported + times.here().report_s:
             self.reported = time.monotonic()
-            log(f"waiting for {gang.few(silent)}")
+            log(f"waiting for {outcomes.few(silent)}")
         return not silent
 
     def is_ready(self, host: spec.Host) -> bool:
@@ -145,7 +146,7 @@ class Attempt:
         agent.last_heard = agent.began + self.job.start_timeout_s
         self.agents[name] = agent
         # an agent ignores some signals itself, so that workers cannot inherit what the launcher ignores
-        ignored = [number for number in worker.FORWARDED if signal.getsignal(number) is signal.SIG_IGN]
+        ignored = [number for number in FORWARDED if signal.getsignal(number) is signal.SIG_IGN]
         agent.send(**render.orders(self.job, host, self.environ, self.secrets, self.number), ignored=ignored)
         return False
 
@@ -197,7 +198,7 @@ class Attempt:
         return self.refused(f"the hosts are {', '.join(self.agents)}, expected slots for {self.job.min_np} workers.")
 
     def no_agent(self, host: str, code: int | None) -> Ended:
-        why = hosts.unreachable(self.agents[host], self.job.python, code, self.job.start_timeout_s)
+        why = crew.unreachable(self.agents[host], self.job.python, code, self.job.start_timeout_s)
         return self.refused(f"{host} cannot be used: {why['unreachable']}. {why['remedy']}", again=True)
 
     def missing_workers(self) -> Ended:

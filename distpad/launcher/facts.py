@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import ipaddress
 import json
 import os
@@ -177,6 +176,8 @@ def tf_config(text: str | None) -> dict[str, Any] | None:
 
 def packages() -> dict[str, str]:
     """The versions of the installed ones among PACKAGES."""
+    import importlib.metadata  # most jobs run on one host, whose agent needs no versions
+
     found = {}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

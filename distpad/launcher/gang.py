@@ -13,7 +13,7 @@ import contextlib
 import socket
 from collections.abc import Callable, Sequence
 
-from distpad.launcher import times
+from distpad.launcher import outcomes, times
 
 START, DONE, LOST = b"start\n", b"done\n", b"lost "  # LOST and the index of the pod
 
@@ -53,7 +53,7 @@ class Gang:
         clock = asyncio.get_running_loop().time
         reported = clock()
         while missing := [name for index, name in enumerate(self.names) if index and index not in self._peers]:
-            self.whom = few(missing)
+            self.whom = outcomes.few(missing)
             if clock() > reported + times.here().report_s:
                 reported = clock()
                 report(f"waiting for {self.whom}")
@@ -139,8 +139,3 @@ def _keep_alive(writer: asyncio.StreamWriter) -> None:
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", period_s), ("TCP_KEEPINTVL", period_s), ("TCP_KEEPCNT", 3)):
         peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-
-
-def few(names: Sequence[str]) -> str:
-    """A short text of names: at most 8, and the number of the others."""
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -15,24 +15,6 @@ from distpad.launcher import checks, crew, facts, render, spec, times
 
 OVERHEAD = 0.15  # fraction of the limit for ssh and start-up
 
-CHANGED = "If the host was reinstalled: ssh-keygen -R {host}, then: ssh {host}"
-NO_PYTHON = ("it has no Python at {python}", "Install one there, or choose another with --python")
-NO_DISTPAD = ("distpad is not installed there for {python}", "Install it there: {python} -m pip install distpad")
-# output of ssh, srun or the shell | problem, remedy
-MEANINGS = {
-    "REMOTE HOST IDENTIFICATION HAS CHANGED": ("its host key has changed", CHANGED),
-    "Host key verification failed": ("its host key is not known here", "Verify and accept it: ssh {host}"),
-    "Permission denied": ("it accepts no key of this user", "Try: ssh-copy-id {host}"),
-    "Could not resolve hostname": ("its name does not resolve", "Check the spelling, the DNS and /etc/hosts"),
-    "Connection refused": ("no ssh server listens there", "Check on the host: systemctl status ssh"),
-    "Connection timed out": ("it does not answer", "Check that it is up and that port 22 is open"),
-    "No route to host": ("there is no route to it", "Check that it is up"),
-    "No module named 'distpad": NO_DISTPAD,
-    "No module named distpad": NO_DISTPAD,
-    "No such file or directory": NO_PYTHON,
-    "not found": NO_PYTHON,
-}
-
 
 def ask(
     hosts: Sequence[spec.Host],
@@ -87,29 +69,8 @@ def ask(
                 answers[name] = {"unreachable": message["text"], "remedy": f"Try: ssh {name} {python} -m distpad"}
             elif message["is"] == "closed":
                 running.discard(name)
-                answers[name] = answers[name] or unreachable(agents[name], python, message["code"], limit_s)
+                answers[name] = answers[name] or crew.unreachable(agents[name], python, message["code"], limit_s)
     for name in running:
         agents[name].kill(signal.SIGKILL)
-        answers[name] = answers[name] or unreachable(agents[name], python, None, limit_s)
+        answers[name] = answers[name] or crew.unreachable(agents[name], python, None, limit_s)
     return answers
-
-
-def unreachable(agent: crew.Member, python: str, code: int | None, within_s: float) -> dict[str, str]:
-    """Why an agent did not answer, with a remedy, derived from the output of the command that starts it.
-
-    Args:
-      agent: the agent.
-      python: the Python that runs it.
-      code: the command's exit code; None if it has not ended.
-      within_s: the time limit.
-    """
-    host, wrote = agent.host, list(agent.wrote)
-    for mark, meaning in MEANINGS.items():
-        if mark in "\n".join(wrote):
-            why, remedy = (part.format(host=host, python=python) for part in meaning)
-            return {"unreachable": why, "remedy": remedy}
-    why, remedy = f"it did not answer within {within_s:g} s", f"Check that this command ends: ssh {host} hostname"
-    if code is not None:
-        why = f"the command that starts a program there ended with exit code {code}"
-        remedy = f"Try: ssh {host} {python} -m distpad"
-    return {"unreachable": f"{why}: {wrote[-1].strip() if wrote else 'no output'}", "remedy": remedy}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Sequence
 
 HOST, LOST, TIME = 3, 4, 124  # exit codes: a host cannot be used, a host was lost, a time limit
 
@@ -31,3 +32,8 @@ def log(text: str, program: str = "launch") -> None:
     """Print a message on standard error, which keeps standard output for the workers."""
     with contextlib.suppress(OSError):
         print(f"distpad {program}: {text}", file=sys.stderr, flush=True)
+
+
+def few(names: Sequence[str]) -> str:
+    """A short text of names: at most 8, and the number of the others."""
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -205,7 +205,8 @@ def orders(
 ) -> dict:
     """The first message to a host's agent, sent as JSON over its standard input."""
     count = sum(place.host == host for place in job.places) if job.backend == "multiworker" else 0
-    probes = ["python", "packages", "names", "interfaces", "ports", *["gpus"] * (job.gpus_each > 0)]
+    compared = ("python", "packages", "names", "interfaces") if job.elastic or job.crosses_hosts else ()
+    probes = ["ports", *compared, *(("gpus", "packages") if job.gpus_each else ())]
     asked = {
         "probes": probes,
         "limit_s": 0.8 * job.start_timeout_s,

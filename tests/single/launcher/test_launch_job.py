@@ -28,7 +28,6 @@ from distpad.launcher import (
     crew,
     describe,
     discovery,
-    hosts,
     kubernetes,
     options,
     outcomes,
@@ -489,11 +488,11 @@ def test_the_interface_that_hosts_share():
 
 def unreachable(wrote: list[str], code: int | None, python: str = "p") -> tuple[str, str]:
     agent = types.SimpleNamespace(host="b", wrote=wrote)
-    return tuple(hosts.unreachable(agent, python, code, 60).values())
+    return tuple(crew.unreachable(agent, python, code, 60).values())
 
 
 def test_what_ssh_wrote_is_explained():
-    for mark, meaning in hosts.MEANINGS.items():
+    for mark, meaning in crew.MEANINGS.items():
         found = unreachable([f"ssh: {mark}!"], 255, "/python")
         assert found == tuple(part.format(host="b", python="/python") for part in meaning)
     why, remedy = unreachable(["what?"], 9)
@@ -536,7 +535,7 @@ def test_every_flag_can_stand_in_a_file(tmp_path):
     ):
         assert expected in done.output
     assert "-np 2 -H" in launch("--config", str(file), "-np", "2", "--dry-run").output  # the command line wins
-    known = {flag for parameter in _parameters() for flag in [parameter.name]} - {"config", "help"}
+    known = {flag for parameter in app.command("launch").params for flag in [parameter.name]} - {"config", "help"}
     further = {
         "hostfile",
         "slots_per_host",
@@ -568,12 +567,6 @@ def test_a_dry_run_needs_no_mpirun(monkeypatch, tmp_path):
     assert done.exit_code == 0, done.output
     assert "# mpirun was not found here: these are the options of Open MPI 4" in done.output
     assert "plm_rsh_args" in done.output
-
-
-def _parameters():
-    import typer
-
-    return typer.main.get_command(app.app).commands["launch"].params
 
 
 @pytest.mark.parametrize(

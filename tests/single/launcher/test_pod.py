@@ -7,7 +7,7 @@ import functools
 import pytest
 import tensorflow as tf
 
-from distpad.launcher import gang, pod, spec
+from distpad.launcher import outcomes, pod, spec
 
 JOB = {
     "JOB_COMPLETION_INDEX": "1",
@@ -138,5 +138,5 @@ def test_each_file_of_a_folder_is_a_secret(tmp_path):
 
 
 def test_few_names_are_shown():
-    assert gang.few(["a", "b"]) == "a, b"
-    assert gang.few([str(i) for i in range(20)]) == "0, 1, 2, 3, 4, 5, 6, 7 and 12 more"
+    assert outcomes.few(["a", "b"]) == "a, b"
+    assert outcomes.few([str(i) for i in range(20)]) == "0, 1, 2, 3, 4, 5, 6, 7 and 12 more"
