@@ -89,26 +89,20 @@ def _refused(why: str) -> typer.Exit:
 def _made_by(target: str) -> dict[str, Any]:
     """Import and call the function, and return its arguments of ``distpad.certify``."""
     module_name, _, name = target.partition(":")
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    sys.path.insert(0, os.getcwd())
+    doing = f"{module_name} does not import"
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise _refused(f"certify: {module_name} does not import. {traceback.format_exc()}") from error
-        why = f"certify: module {module_name!r} is not found, expected one in {here} or installed. {error}."
-        raise _refused(why) from error
+        function, doing = getattr(module, name, None), f"{target} failed"
+        made = function() if callable(function) else None
     except Exception as error:
-        raise _refused(f"certify: {module_name} does not import. {traceback.format_exc()}") from error
-    function = getattr(module, name, None)
+        why = f"{doing}. {traceback.format_exc()}"
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+            why = f"module {module_name!r} is not found, expected one in {os.getcwd()} or installed. {error}."
+        raise _refused(f"certify: {why}") from error
     if not callable(function):
         functions = ", ".join(n for n, value in vars(module).items() if callable(value) and not n.startswith("_"))
         raise _refused(f"certify: {module_name} has no function {name!r}, expected one of: {functions or 'none'}.")
-    try:
-        made = function()
-    except Exception as error:
-        raise _refused(f"certify: {target} failed. {traceback.format_exc()}") from error
     if not isinstance(made, dict) or set(made) - set(_TAKEN) or not set(made) & {"model", "step"}:
         found = f"dict with {', '.join(map(str, made))}" if isinstance(made, dict) else type(made).__name__
         rule = "a dict of model, loss and batch, or of step and batch"
