@@ -265,10 +265,10 @@ def reports(tmp_path_factory) -> dict[str, list[dict]]:
     for overlay in manifests.OVERLAYS:
         written(folder, overlay, manifests.with_components(overlay, ("network-policy",)))
     for check, path, value in CARELESS:
-        resources = manifests.overlay("trainjob")
-        (pod,) = manifests.pods(resources).values()
+        runtime = manifests.of_kind(manifests.overlay("trainjob"), "TrainingRuntime")
+        (pod,) = manifests.pods(runtime).values()
         manifests.put(pod["spec"], path, value)
-        written(folder, check, resources)
+        written(folder, check, runtime)
     flags = ["--framework", "kubernetes", "--output", "json", "--skip-download", "--skip-check", ",".join(LEFT_OUT)]
     command = [manifests.tool("checkov"), "--directory", str(folder), *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
