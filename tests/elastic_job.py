@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import pathlib
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import pytest
-
+import needs
 import worlds
 
 # Two names of one machine are two hosts. The loopback interface is named, or elastic waits for two hosts to compare.
@@ -40,10 +38,7 @@ class Job:
     ) -> None:
         self.folder = folder
         self.list_hosts(*hosts)
-        launcher = str(pathlib.Path(sys.executable).with_name("horovodrun"))
-        if shutil.which(launcher) is None:
-            missing = f"{launcher} is missing; launch/install_horovod.sh --help tells how to get it"
-            (pytest.fail if os.environ.get("DISTPAD_CI") else pytest.skip)(missing)
+        needs.program("horovodrun")
         argv = [ROOT / "launch" / "elastic.sh", "--hosts-file", folder / "hosts", "--min-np", "1", "--max-np", "2"]
         argv += [
             "-np",

@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import pytest
+import needs
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SCRIPT = pathlib.Path(__file__).with_suffix(".sh")
@@ -194,7 +194,7 @@ def start(
     If a requirement is missing, the test is skipped on a developer's machine and fails in CI.
     """
     if missing := _missing():
-        lack(f"Slurm: {missing}")
+        needs.missing(f"Slurm: {missing}")
     names = [f"node{number}" for number in range(1, nodes + 1)]
     folder = pathlib.Path(tempfile.mkdtemp(prefix="distpad-slurm-"))
     try:
@@ -217,11 +217,6 @@ def start(
             process.communicate()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def lack(what: str) -> None:
-    """Skip the test because of a missing requirement; in CI, fail it."""
-    (pytest.fail if os.environ.get("DISTPAD_CI") else pytest.skip)(f"missing here: {what}")
 
 
 def _missing() -> str:

@@ -14,6 +14,7 @@ import time
 
 import pytest
 
+import needs
 from cluster import hosts
 from launched import TESTS, WORKER, Launched, launch, scripted
 
@@ -52,10 +53,9 @@ def up():
 
 def python_of(engine: str) -> str:
     if engine == "mpirun-5" and not OPENMPI5.exists():
-        missing = f"no {OPENMPI5}. Make it: launch/environment.sh {STACK} --openmpi5 --horovod"
-        (pytest.fail if os.environ.get("DISTPAD_CI") else pytest.skip)(missing)
-    if engine == "mpirun-4" and shutil.which("mpirun") is None:
-        (pytest.fail if os.environ.get("DISTPAD_CI") else pytest.skip)("no mpirun. Debian: apt-get install openmpi-bin")
+        needs.missing(f"no {OPENMPI5}. Make it: launch/environment.sh {STACK} --openmpi5 --horovod")
+    if engine == "mpirun-4":
+        needs.program("mpirun")
     return str(OPENMPI5) if engine == "mpirun-5" else sys.executable
 
 

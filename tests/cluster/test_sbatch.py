@@ -12,6 +12,8 @@ import time
 import pytest
 import slurm
 
+import needs
+
 MULTIWORKER = """
 import os, socket
 import tensorflow as tf
@@ -61,8 +63,7 @@ def found(output: str, text: str) -> list[str]:
     "launcher", [pytest.param("srun", marks=pytest.mark.smoke), pytest.param("mpirun", marks=pytest.mark.wide)]
 )
 def test_horovod(run, launcher):
-    if shutil.which("mpirun") is None:
-        slurm.lack("mpirun, from openmpi-bin")
+    needs.program("mpirun")
     job = run("horovod", sys.executable, str(TRAINING), "2", options=SMALL, limit_s=LIMIT_S, LAUNCHER=launcher)
     assert (job.state, job.code) == ("COMPLETED", 0), job.output
     assert sorted(re.findall(r"worker \d of \d on .*", job.output)) == [

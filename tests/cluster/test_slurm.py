@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import pathlib
-import shutil
 import subprocess
 import sys
 import time
 
 import pytest
 import slurm
+
+import needs
 
 HOROVOD = """
 import socket
@@ -173,8 +173,8 @@ def ranks(output: str) -> list[str]:
 
 
 def _need_horovod() -> None:
-    if importlib.util.find_spec("horovod") is None or shutil.which("mpirun") is None:
-        slurm.lack("Horovod over MPI; launch/install_horovod.sh --help tells how to get it")
+    needs.program("mpirun")
+    needs.program("horovodrun")
 
 
 EXPECTED = ["rank 0 of 2 on node1: 3", "rank 1 of 2 on node2: 3"]

@@ -13,8 +13,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import pytest
 import yaml
+
+import needs
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "k8s"
@@ -28,11 +29,6 @@ OLDEST_KUBECTL = (1, 27)
 Resource = dict[str, Any]
 
 
-def missing(what: str) -> None:
-    """Skip the test on a developer's machine; fail it in CI."""
-    (pytest.fail if os.environ.get("DISTPAD_CI") == "1" else pytest.skip)(what)
-
-
 # -- programs ---------------------------------------------------------------------------------------------------------
 
 
@@ -40,7 +36,7 @@ def tool(name: str) -> str:
     """A program that tests/k8s/tools.sh installs."""
     found = shutil.which(str(TOOLS / name)) or shutil.which(name)
     if found is None:
-        missing(f"{name} is missing. Run tests/k8s/tools.sh, which puts it into {TOOLS}.")
+        needs.missing(f"{name} is missing. Run tests/k8s/tools.sh, which puts it into {TOOLS}.")
     return str(found)
 
 

@@ -8,10 +8,10 @@ import pathlib
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 
+import needs
 from k8s import manifests
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -29,11 +29,8 @@ def instructions(stack: str) -> list[tuple[str, str]]:
 
 
 def hadolint(file: pathlib.Path) -> subprocess.CompletedProcess[str]:
-    found = shutil.which("hadolint", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
-    if found is None:
-        missing = "no hadolint. Install it: pip install -r launch/requirements/tests.txt"
-        (pytest.fail if os.environ.get("DISTPAD_CI") else pytest.skip)(missing)
-    return subprocess.run([found, "--no-color", file], capture_output=True, text=True, timeout=60)
+    argv = [needs.program("hadolint"), "--no-color", file]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=60)
 
 
 # -- the Dockerfiles --------------------------------------------------------------------------------------------------

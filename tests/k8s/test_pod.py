@@ -15,6 +15,7 @@ import time
 
 import pytest
 
+import needs
 from cluster import hosts, pods
 from launched import QUICK, WORKER
 
@@ -325,9 +326,7 @@ class MpiJob:
 
 @pytest.fixture
 def mpi_job():
-    if shutil.which("mpirun") is None:
-        missing = "no mpirun. Debian: apt-get install openmpi-bin"
-        (pytest.fail if os.environ.get("DISTPAD_CI") else pytest.skip)(missing)
+    needs.program("mpirun")
     with tempfile.TemporaryDirectory(prefix="distpad-mpi-job-") as name:
         folder = pathlib.Path(name)
         folder.chmod(0o755)

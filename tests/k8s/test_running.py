@@ -8,11 +8,11 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import shutil
 import signal
 
 import pytest
 
+import needs
 from k8s import manifests, namespace
 
 LIMIT_S = 300
@@ -42,8 +42,8 @@ def applied(overlay, *training, command=None, wait_s=None, workers=None):
         wait_s: the time for which pods wait for one another.
         workers: the number of pods that train.
     """
-    if "mpi" in overlay and shutil.which("mpirun") is None:
-        manifests.missing("no mpirun. Debian: apt-get install openmpi-bin")
+    if "mpi" in overlay:
+        needs.program("mpirun")
     resources = manifests.overlay(overlay)
     for path, value in manifests.scalars(resources).items():
         if path.endswith("backoffLimit") and value == 3:

@@ -17,6 +17,7 @@ import time
 import psutil
 import pytest
 
+import needs
 from launched import LIMIT_S, QUICK, WORKER, Launched, launch, scripted
 
 HERE = pathlib.Path(__file__).parent
@@ -43,8 +44,8 @@ mostly_alone = pytest.mark.parametrize(
 
 @pytest.fixture
 def engine(request):
-    if shutil.which("mpirun") is None and request.param == "mpirun":
-        (pytest.fail if os.environ.get("DISTPAD_CI") else pytest.skip)("mpirun is missing: apt-get install openmpi-bin")
+    if request.param != "multiworker":
+        needs.program(request.param)
     return ENGINES[request.param]
 
 

@@ -12,6 +12,8 @@ import sys
 
 import pytest
 
+import needs
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "launch" / "README.md").read_text(encoding="utf-8")
 LIMIT_S = 200
@@ -112,8 +114,7 @@ def test_without_gpus_nothing_trains():
 
 def test_a_small_training_by_mpirun():
     """tests/cluster/test_launch.py trains by ssh and horovodrun, tests/cluster/test_sbatch.py by srun."""
-    if not shutil.which("mpirun"):
-        (pytest.fail if os.environ.get("DISTPAD_CI") else pytest.skip)("mpirun is missing")
+    needs.program("mpirun")
     # with two workers on two busy cores, Open MPI's busy waiting would slow them down
     slow = ["--launcher-arg=--mca", "--launcher-arg=mpi_yield_when_idle", "--launcher-arg=1"]
     done = run(["launch/mpirun.sh", "-np", "2", *slow, "--", "python", "tests/small_training.py", "2"])
@@ -127,9 +128,7 @@ def test_a_small_training_by_mpirun():
 def test_its_commands_run(line):
     command = shlex.split(line)
     for program in {"horovodrun", "mpirun"} & {pathlib.Path(command[0]).stem}:
-        beside = pathlib.Path(sys.executable).with_name(program)
-        if not (beside.exists() or shutil.which(program)):
-            (pytest.fail if os.environ.get("DISTPAD_CI") else pytest.skip)(f"{program} is missing")
+        needs.program(program)
     done = run(command)
     assert done.returncode == 0, done.stderr
     assert re.search(r"replicas: 2\b", done.stdout), done.stdout
