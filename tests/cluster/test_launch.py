@@ -309,6 +309,7 @@ def test_arguments_and_variables_arrive_and_no_secret_shows(pair, engine, tmp_pa
     while sum(str(WORKER) in line for line in now) < 3 and time.monotonic() < end:  # the launcher and two workers
         now = [*hosts.command_lines().values()]
         seen |= {*now}
+        time.sleep(0.02)
     running.workers(2)
     lines = hosts.command_lines()
     done = running.finish()
