@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import pathlib
-import secrets
 from typing import Any, NamedTuple, Optional
 
 from distpad import errors
@@ -70,7 +70,7 @@ def kinds(folder: pathlib.Path = FOLDER) -> tuple[str, ...]:
 
 def unique_name() -> str:
     """A name for a job. The characters are those of Kubernetes's own random names, which form no words."""
-    return "train-" + "".join(secrets.choice("bcdfghjklmnpqrstvwxz2456789") for _ in range(5))
+    return "train-" + "".join("bcdfghjklmnpqrstvwxz2456789"[byte % 27] for byte in os.urandom(5))
 
 
 @dataclasses.dataclass(frozen=True)

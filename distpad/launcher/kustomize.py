@@ -30,11 +30,16 @@ NEEDS = "Needs kubectl 1.27 or kustomize 5.0 or newer. Install: https://kubernet
 LIMIT_S = 60.0
 
 
+def _given(**fields: Any) -> dict[str, Any]:
+    """The fields of an object that are given. Zero is a value."""
+    return {key: value for key, value in fields.items() if value or value == 0}
+
+
 def values(job: kubernetes.Job) -> dict[str, str]:
     """The values that differ from those in k8s/base/values.yaml."""
     slots = job.slots or job.gpus or None
-    numbers = {"workers": job.workers, "slots": slots, "restarts": job.max_restarts}
-    return {"name": job.name, **{key: str(value) for key, value in numbers.items() if value is not None}}
+    given = _given(name=job.name, workers=job.workers, slots=slots, restarts=job.max_restarts)
+    return {key: str(value) for key, value in given.items()}
 
 
 def pod_patch(job: kubernetes.Job) -> dict[str, Any]:
@@ -51,10 +56,7 @@ def pod_patch(job: kubernetes.Job) -> dict[str, Any]:
         *({"name": name, "persistentVolumeClaim": {"claimName": claim}} for claim, name in names.items()),
         {"name": "shm", "emptyDir": {"sizeLimit": shm}},
     ]
-    mounted = [
-        {"name": names[claim], "mountPath": path, **({"readOnly": True} if ro else {})}
-        for path, (claim, ro) in mounts.items()
-    ]
+    mounted = [_given(name=names[claim], mountPath=path, readOnly=ro or None) for path, (claim, ro) in mounts.items()]
     if job.secret:
         parts = [re.split("[=:]", each) for each in job.secret]
         sources = [{"secret": {"name": secret, "items": [{"key": key, "path": name}]}} for name, secret, key in parts]
@@ -63,27 +65,28 @@ def pod_patch(job: kubernetes.Job) -> dict[str, Any]:
     env = [each.partition("=") for each in job.env]
     env += [("NCCL_SOCKET_IFNAME", "=", job.network_interface)] if job.network_interface else []
     env += [("DISTPAD_GPUS", "=", str(job.gpus))] if job.gpus else []  # a worker that does not see them ends the job
-    container = {
-        "name": "node",
-        "image": job.image,
-        "imagePullPolicy": "IfNotPresent" if "@" in job.image else "Always",
-        **({"args": list(job.command)} if job.command else {}),
-        "env": [{"name": name, "value": value} for name, _, value in env],
-        "resources": {"requests": amounts, "limits": amounts},
-        **({"securityContext": {"capabilities": {"add": ["IPC_LOCK"]}}} if job.rdma else {}),
-        "volumeMounts": mounted,
-    }
+    container = _given(
+        name="node",
+        image=job.image,
+        imagePullPolicy="IfNotPresent" if "@" in job.image else "Always",
+        args=[*job.command],
+        env=[{"name": name, "value": value} for name, _, value in env],
+        resources={"requests": amounts, "limits": amounts},
+        securityContext=job.rdma and {"capabilities": {"add": ["IPC_LOCK"]}},
+        volumeMounts=mounted,
+    )
     tolerated = [*([f"{GPU}:NoSchedule"] if job.gpus else []), *job.toleration]
-    optional = {
-        "tolerations": [_toleration(each) for each in tolerated],
-        "nodeSelector": dict(each.split("=") for each in job.node_selector),
-        "priorityClassName": job.priority_class,
-        "serviceAccountName": job.service_account,
-        "imagePullSecrets": [{"name": name} for name in job.image_pull_secret],
-    }
-    chosen = {"containers": [container], "volumes": volumes, **{key: each for key, each in optional.items() if each}}
-    topology = {"annotations": {"kueue.x-k8s.io/podset-required-topology": job.topology}}
-    return {**({"metadata": topology} if job.topology else {}), "spec": chosen}
+    chosen = _given(
+        containers=[container],
+        volumes=volumes,
+        tolerations=[_toleration(each) for each in tolerated],
+        nodeSelector=dict(each.split("=") for each in job.node_selector),
+        priorityClassName=job.priority_class,
+        serviceAccountName=job.service_account,
+        imagePullSecrets=[{"name": name} for name in job.image_pull_secret],
+    )
+    topology = job.topology and {"annotations": {"kueue.x-k8s.io/podset-required-topology": job.topology}}
+    return _given(metadata=topology, spec=chosen)
 
 
 def resources(job: kubernetes.Job) -> dict[str, str]:
@@ -111,7 +114,7 @@ def _toleration(text: str) -> dict[str, str]:
     taint, _, effect = text.partition(":")
     key, equals, value = taint.partition("=")
     how = {"operator": "Equal", "value": value} if equals else {"operator": "Exists"}
-    return {"key": key, **how, **({"effect": effect} if effect else {})}
+    return _given(key=key, **how, effect=effect)
 
 
 def job_patches(job: kubernetes.Job) -> list[dict[str, Any]]:

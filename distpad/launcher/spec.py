@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import getopt
+import os
 import pathlib
 import re
-import secrets
 import socket
 import sys
 from collections.abc import Sequence
@@ -102,7 +102,7 @@ class Job:
     timeout_s: Optional[float] = option(None, "Time limit for the whole job, in seconds. Default: none.", panel="Limits", low=0.001)
     # fmt: on
     waits: bool = False  # within the start's time limit, for hosts that start, and for the end of other jobs there
-    id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8))
+    id: str = dataclasses.field(default_factory=lambda: os.urandom(8).hex())
 
     def __post_init__(self) -> None:
         errors.choice("launch", "--backend", self.backend, tuple(LAUNCHERS))

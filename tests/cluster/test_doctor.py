@@ -14,6 +14,7 @@ import time
 import pytest
 
 from cluster import hosts
+from scripts import script
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LIMIT_S = 100  # of the doctor; alone on the machine it takes 10 s
@@ -111,12 +112,8 @@ def test_another_tensorflow_and_stale_code(pair, tmp_path):
     information = stale / f"{name.replace('-', '_')}-9.9.9.dist-info"
     information.mkdir()
     (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.9.9\n")
-    python = tmp_path / "python"
-    python.write_text(
-        f'#!/bin/sh\n[ "$(hostname)" = host2 ] && export PYTHONPATH={stale}\nexec {sys.executable} "$@"\n'
-    )
-    python.chmod(0o755)
-    code, output = doctor(pair[0], "--json", python=str(python))
+    elsewhere = f'[ "$(hostname)" = host2 ] && export PYTHONPATH={stale}; exec {sys.executable} "$@"'
+    code, output = doctor(pair[0], "--json", python=str(script(tmp_path / "python", elsewhere)))
     assert code == 1
     found = {what: (host, evidence) for host, what, evidence, _ in errors(output)}
     assert set(found) == {"versions", "distpad's code"}, output
@@ -127,12 +124,8 @@ def test_another_tensorflow_and_stale_code(pair, tmp_path):
 
 @pytest.mark.wide
 def test_a_host_without_distpad(pair, tmp_path):
-    python = tmp_path / "python"
-    python.write_text(
-        f'#!/bin/sh\n[ "$(hostname)" = host2 ] && exec {sys.executable} -S -I "$@"\nexec {sys.executable} "$@"\n'
-    )
-    python.chmod(0o755)
-    code, output = doctor(pair[0], "--json", python=str(python))
+    elsewhere = f'[ "$(hostname)" = host2 ] && exec {sys.executable} -S -I "$@"; exec {sys.executable} "$@"'
+    code, output = doctor(pair[0], "--json", python=str(script(tmp_path / "python", elsewhere)))
     assert code == 1
     ((host, what, evidence, remedy),) = errors(output)
     assert (host, what) == ("host2", "reach") and "distpad is not installed there" in evidence

@@ -13,6 +13,7 @@ import pytest
 import slurm
 
 import needs
+from scripts import script
 
 MULTIWORKER = """
 import os, socket
@@ -155,8 +156,7 @@ def test_the_training_can_save_before_its_time_is_up(cluster, name):
 # -- containers -------------------------------------------------------------------------------------------------------
 
 # Replaces srun, since pyxis is not installed: records the options for pyxis, and removes them.
-NOTING_SRUN = """#!/usr/bin/env bash
-kept=()
+NOTING_SRUN = """kept=()
 for word; do [[ $word == --container-* ]] && echo "$word" >>"$NOTES" || kept+=("$word"); done
 exec {srun} "${{kept[@]}}"
 """
@@ -166,9 +166,8 @@ exec {srun} "${{kept[@]}}"
 def test_containers(cluster, run, name):
     programs = cluster.folder / "programs"
     programs.mkdir(exist_ok=True)
-    srun = programs / "srun"
-    srun.write_text(NOTING_SRUN.format(srun=shutil.which("srun")).replace("$NOTES", str(cluster.folder / name)))
-    srun.chmod(0o755)
+    noting = NOTING_SRUN.format(srun=shutil.which("srun")).replace("$NOTES", str(cluster.folder / name))
+    script(programs / "srun", noting, "bash")
     path = f"{programs}:{pathlib.Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
     image = {"CONTAINER_IMAGE": "/images/my train.sqsh", "CONTAINER_MOUNTS": "/data:/data"}
     command = ["sh", "-c", 'echo "CONFIG ${TF_CONFIG:-none}"']

@@ -13,6 +13,7 @@ import pytest
 
 import needs
 from k8s import manifests
+from scripts import script
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 IMAGE = ROOT / "k8s" / "image"
@@ -79,9 +80,9 @@ def test_each_step_is_a_script_of_the_project(stack):
     """Dockerfiles run only scripts that other tests cover."""
     steps = [rest.split() for word, rest in instructions(stack) if word == "RUN" and not rest.startswith("mkdir ")]
     scripts = {"k8s/image/system.sh": ["build", "run"], "launch/environment.sh": [f"{stack} --horovod"]}
-    for script, *arguments in steps:
-        assert " ".join(arguments) in scripts[script]
-        assert os.access(ROOT / script, os.X_OK)
+    for name, *arguments in steps:
+        assert " ".join(arguments) in scripts[name]
+        assert os.access(ROOT / name, os.X_OK)
     assert len(steps) == 4
 
 
@@ -139,8 +140,7 @@ def run_system(tmp_path: pathlib.Path, *arguments: str) -> tuple[subprocess.Comp
     for name in ("ssh_host_rsa_key", "sshd_config"):
         (root / "etc" / "ssh" / name).touch()
     for name in ("apt-get", "useradd"):
-        (stubs / name).write_text(f'#!/bin/sh\necho {name} "$@" >>{tmp_path}/calls\n')
-        (stubs / name).chmod(0o755)
+        script(stubs / name, f'echo {name} "$@" >>{tmp_path}/calls')
     env = {"PATH": f"{stubs}:/usr/bin:/bin", "ROOT": str(root)}
     done = subprocess.run([SYSTEM, *arguments], env=env, capture_output=True, text=True, timeout=30)
     calls = tmp_path / "calls"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from elastic_job import BOTH, ROOT, Job
+from scripts import script
 
 WORKER = pathlib.Path(__file__).with_name("elastic_worker.py")
 START_S = CHANGE_S = END_S = 180  # limits for a busy machine; the usual times are a tenth of these
@@ -107,9 +108,8 @@ def test_hosts_are_read_in_the_forms_that_people_write(tmp_path):
 
 
 def test_elastic_sh_is_a_thin_layer(tmp_path):
-    python = tmp_path / "my python"
-    python.write_text('#!/bin/sh\n[ "$1" = -c ] && exit\nprintf "%s\\n" "$DISTPAD_HOSTS_FILE" "$@"\n')
-    python.chmod(0o755)
+    printing = '[ "$1" = -c ] && exit; printf "%s\\n" "$DISTPAD_HOSTS_FILE" "$@"'
+    python = script(tmp_path / "my python", printing)
     (tmp_path / "hosts").touch()
     given = ("--hosts-file", tmp_path / "hosts", "--min-np", 2, "--max-np", 4, "--tee", "--", "a b", "--min-np", "c")
     done = run("elastic.sh", *given, DISTPAD_PYTHON=str(python))

@@ -11,6 +11,8 @@ import sys
 import pytest
 import tomllib
 
+from scripts import script
+
 pytestmark = pytest.mark.one_stack
 
 LAUNCH = pathlib.Path(__file__).resolve().parents[2] / "launch"
@@ -100,8 +102,7 @@ def key(folder: pathlib.Path, *arguments: str, **changes: str | None) -> subproc
     folder.mkdir()
     for name, text in {**MACHINE, **{name.replace("_", "-"): text for name, text in changes.items()}}.items():
         if text is not None:
-            (folder / name).write_text(f"#!/bin/bash\ncat <<'END'\n{text}\nEND\n")
-            (folder / name).chmod(0o755)
+            script(folder / name, f"cat <<'END'\n{text}\nEND", "bash")
     for name in (
         "awk",
         "bash",

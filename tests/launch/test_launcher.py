@@ -19,6 +19,7 @@ import pytest
 
 import needs
 from launched import LIMIT_S, QUICK, WORKER, Launched, launch, scripted
+from scripts import script
 
 HERE = pathlib.Path(__file__).parent
 ENGINES = {
@@ -325,10 +326,7 @@ def test_an_engine_that_fails():
 
 def python_in(folder: pathlib.Path) -> pathlib.Path:
     """A Python in a folder without engines."""
-    python = folder / "python"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    return python
+    return script(folder / "python", f'exec {sys.executable} "$@"')
 
 
 def test_an_engine_that_is_not_installed(tmp_path):
@@ -358,9 +356,7 @@ def test_a_python_of_this_folder(tmp_path):
 
 
 def test_another_family_of_mpi(tmp_path):
-    mpirun = tmp_path / "mpirun"
-    mpirun.write_text("#!/bin/sh\necho HYDRA build details:\n")
-    mpirun.chmod(0o755)
+    script(tmp_path / "mpirun", "echo HYDRA build details:")
     python = ("--python", python_in(tmp_path))  # the launcher searches for mpirun in Python's folder
     done = launch("--backend", "horovod", "--mpi", "-np", 1, *python, command=scripted())
     assert done.code == 2 and "mpirun --version is 'HYDRA build details:', expected Open MPI" in done.stderr
@@ -374,8 +370,7 @@ def test_an_elastic_job_on_this_host_by_its_own_name(tmp_path, horovodrun):
     flags = ()
     if horovodrun == "of the test":  # starts one worker; its command line ends with that of distpad's own worker
         flags = ("--python", python_in(tmp_path))
-        (tmp_path / "horovodrun").write_text('#!/bin/sh\nshift $(($# - 4))\nHOROVOD_RANK=0 HOROVOD_SIZE=1 exec "$@"\n')
-        (tmp_path / "horovodrun").chmod(0o755)
+        script(tmp_path / "horovodrun", 'shift $(($# - 4)); HOROVOD_RANK=0 HOROVOD_SIZE=1 exec "$@"')
     done = launch(*ELASTIC, "-H", f"{socket.gethostname()}:1", *flags, command=scripted("0=exit:0"))
     assert done.code == 0, done.stderr
 

@@ -13,6 +13,7 @@ import sys
 import pytest
 
 import needs
+from scripts import script
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "launch" / "README.md").read_text(encoding="utf-8")
@@ -52,9 +53,7 @@ def test_its_commands_are_understood(line):
 
 def with_gpus(folder: pathlib.Path, count: int) -> str:
     """A PATH whose nvidia-smi lists so many GPUs."""
-    program = folder / "nvidia-smi"
-    program.write_text("#!/bin/sh\n" + "".join(f"echo 'GPU {i}: NVIDIA L4 (UUID: GPU-{i})'\n" for i in range(count)))
-    program.chmod(0o755)
+    script(folder / "nvidia-smi", "\n".join(f"echo 'GPU {i}: NVIDIA L4 (UUID: GPU-{i})'" for i in range(count)))
     return f"{folder}{os.pathsep}{os.environ['PATH']}"
 
 
@@ -92,8 +91,7 @@ def test_the_demonstration_takes_the_gpus(tmp_path, monkeypatch, count, argument
         "launch/environment.sh": f'echo "$@" >>{tmp_path}/stacks; echo {tmp_path}/py',
         "py": 'echo "$DISTPAD_GPUS:" "$@"',
     }.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tmp_path / name).chmod(0o755)
+        script(tmp_path / name, body)
     done = run([tmp_path / "launch" / "demo.sh", *arguments.split()], PATH=with_gpus(tmp_path, count))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "stacks").read_text() == f"{stack}\n"

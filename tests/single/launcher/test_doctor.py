@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+import scripts
 from distpad.launcher import checks, facts, hosts, spec
 
 pytestmark = pytest.mark.one_stack
@@ -445,9 +446,7 @@ def test_tf_config_that_names_this_machine_and_another():
 
 def ask(tmp_path, script: str, limit_s: float = 30):
     """The answer of a host to which an ssh leads that does as the script says."""
-    ssh = tmp_path / "ssh"
-    ssh.write_text(f"#!/bin/sh\n{script}\n")
-    ssh.chmod(0o755)
+    scripts.script(tmp_path / "ssh", script)
     environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     return hosts.ask([spec.Host("far")], ALONE, python="/py", limit_s=limit_s, environ=environ)["far"]
 

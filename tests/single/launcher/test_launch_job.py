@@ -36,6 +36,7 @@ from distpad.launcher import (
     spec,
     worker,
 )
+from scripts import script
 
 RECORDS = pathlib.Path(__file__).parent / "command_lines"
 ENVIRON = {
@@ -393,14 +394,8 @@ def test_an_elastic_job_fails_though_a_worker_was_replaced(end, code):
     tried.summarise(outcomes.Ended(130, "ended"), 1.0)
 
 
-def script(path, text: str) -> str:
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    return str(path)
-
-
 def discovered_by(path, text: str) -> tuple[spec.Host, ...]:
-    job = make(backend="horovod", min_np=1, host_discovery_script=script(path / "discover", text))
+    job = make(backend="horovod", min_np=1, host_discovery_script=str(script(path / "discover", text)))
     return discovery.discover(job)
 
 

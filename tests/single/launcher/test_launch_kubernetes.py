@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from distpad.cli import app
 from distpad.launcher import kubernetes, kustomize
+from scripts import script
 
 KINDS = ("indexed-job", "jobset", "mpijob", "mpijob-elastic", "trainjob", "trainjob-mpi")
 DIGEST = "sha256:" + "0123456789abcdef" * 4
@@ -221,11 +222,6 @@ def test_wrong_use(tmp_path, arguments, message):
     assert re.search(message, " ".join(done.stderr.replace("│", " ").split()))
 
 
-def program(folder: pathlib.Path, name: str, then: str) -> None:
-    (folder / name).write_text(f"#!/bin/sh\n{then}\n")
-    (folder / name).chmod(0o755)
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -237,7 +233,7 @@ def program(folder: pathlib.Path, name: str, then: str) -> None:
     ],
 )
 def test_programs_that_do_not_do(tmp_path, monkeypatch, name, message):
-    program(tmp_path, name, "echo unknown field >&2; exit 1")
+    script(tmp_path / name, "echo unknown field >&2; exit 1")
     monkeypatch.setenv("PATH", f"{tmp_path}")
     done = launch("--k8s", "jobset", "--image", "a")
     assert done.exit_code == 2 and done.stdout == ""
@@ -246,7 +242,7 @@ def test_programs_that_do_not_do(tmp_path, monkeypatch, name, message):
 
 @pytest.mark.parametrize(("name", "argument"), [("kubectl", "kustomize"), ("kustomize", "build")])
 def test_programs_that_do(tmp_path, monkeypatch, name, argument):
-    program(tmp_path, name, "echo '# by it' \"$1\"")
+    script(tmp_path / name, "echo '# by it' \"$1\"")
     monkeypatch.setenv("PATH", f"{tmp_path}")
     done = launch("--k8s", "jobset", "--image", "a", "--dry-run")
     assert (done.exit_code, done.stdout) == (0, f"# by it {argument}\n")
@@ -258,7 +254,7 @@ def test_the_folder_is_not_written_to_and_nothing_is_left(tmp_path, monkeypatch)
     monkeypatch.setattr("tempfile.tempdir", None)
     for name in ("tmp", "bin", "k8s/kinds"):
         (tmp_path / name).mkdir(parents=True)
-    program(tmp_path / "bin", "kubectl", 'PATH=/usr/bin:/bin; cat "$2/kustomization.yaml"')
+    script(tmp_path / "bin" / "kubectl", 'PATH=/usr/bin:/bin; cat "$2/kustomization.yaml"')
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     built = yaml.safe_load(kustomize.build(job(workers=7, folder=tmp_path / "k8s")))
     assert built["resources"] == ["../../k8s/base"] and built["components"] == ["job", "../../k8s/kinds/jobset"]
