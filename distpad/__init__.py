@@ -16,6 +16,7 @@ _PACKAGES = {
     "Buckets": "padding",
     "CTC": "losses",
     "Certificate": "certification",
+    "Checkpoints": "saving",
     "Columns": "data",
     "Counts": "losses",
     "DistpadError": "errors",
@@ -32,7 +33,7 @@ _PACKAGES = {
     "PaddedBatches": "data",
     "PeerError": "errors",
     "PreLengths": "collectives",
-    "Preemption": "preemption",
+    "Preemption": "saving",
     "WeightedCounts": "losses",
     "broadcast_variables": "gradients",
     "certify": "certification",
@@ -98,4 +99,5 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test compar
     from distpad.padding import pad as pad
     from distpad.padding import pad_sequences as pad_sequences
     from distpad.padding import unpad as unpad
-    from distpad.preemption import Preemption as Preemption
+    from distpad.saving import Checkpoints as Checkpoints
+    from distpad.saving import Preemption as Preemption

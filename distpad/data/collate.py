@@ -105,7 +105,9 @@ class Padder:
         self._free.put(None)
         if isinstance(made, BaseException):
             raise made
-        return made
+        batch, counted = made
+        self._stats.add(counted)  # now that the batch is consumed: a checkpoint counts no batch that is made ahead
+        return batch
 
     def close(self) -> None:
         """End the thread."""
@@ -129,23 +131,23 @@ class Padder:
             except BaseException as error:  # take raises it in the thread of the training
                 self._made.put(error)
 
-    def _make(self, order: Order) -> Any:
-        config, features, micro, batches = self._config, order.features, order.micro, []
+    def _make(self, order: Order) -> tuple[Any, PaddingStats]:
+        config, features, micro, batches, counted = self._config, order.features, order.micro, [], PaddingStats()
         if micro:
-            self._stats.add_truncated(micro.lost)
+            counted.add_truncated(micro.lost)
         for replica in range(self._backend.replicas_here):
             rows = reader.ReplicaRows.none(config) if micro is None else micro.rows_of(replica)
             size = micro.batch_size if micro else order.batch_size
-            self._stats.add_replica(rows.sizes.values(), order.step.agreed, order.step.sizes, size)
+            counted.add_replica(rows.sizes.values(), order.step.agreed, order.step.sizes, size)
             made = make(config, features, order.step, size, rows, self._last[replica], self._backend.num_replicas)
             batches.append(made)
             if made.rows:
                 self._last[replica] = last_row(features, made)
         if self._element_of:
-            return self._element_of(batches)
+            return self._element_of(batches), counted
         for batch in batches:
             blank_filler(config, features, batch)
-        return self._backend.to_device(batches)
+        return self._backend.to_device(batches), counted
 
 
 LastRow = list[tuple[np.ndarray, int]]  # of each feature ``[1, *shape]``, and its length

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _CAUSES = ("own_batch", "global_maximum", "buckets", "filler_rows")
@@ -70,6 +72,15 @@ class PaddingStats:
             for cause, count in zip(_CAUSES, steps):
                 self.padding[cause] += count
 
+    def add(self, other: PaddingStats) -> None:
+        """Add the positions and shapes of other batches."""
+        self.real += other.real
+        for cause, count in other.padding.items():
+            self.padding[cause] += count
+        self.truncated_examples += other.truncated_examples
+        self.truncated_positions += other.truncated_positions
+        self.shapes |= other.shapes
+
     def add_truncated(self, lost: Any) -> None:
         """Add a step's examples, by the positions that each lost to the ``max_length`` of its features."""
         self.truncated_examples += int((lost > 0).sum())
@@ -91,6 +102,28 @@ class PaddingStats:
         """
         number, mean, squares = self._counts
         return math.sqrt(squares / number) / mean if number and mean else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All counts, for ``continue_from``: numbers, lists, tuples and dicts."""
+        return {name: sorted(held) if isinstance(held, set) else copy.copy(held) for name, held in vars(self).items()}
+
+    def continue_from(self, saved: Sequence[Mapping[str, Any]], worker_index: int, num_workers: int) -> None:
+        """Continue the counts of all workers, given as their ``state_dict``, in worker order.
+
+        On another number of workers, worker 0 continues the sum of all positions, and the others begin theirs at 0.
+        """
+        is_same = len(saved) == num_workers
+        for name, held in saved[worker_index if is_same else 0].items():
+            setattr(self, name, set(held) if isinstance(getattr(self, name), set) else copy.copy(held))
+        if is_same:
+            return
+        total = PaddingStats()
+        for state in saved if worker_index == 0 else ():
+            each = PaddingStats()
+            each.continue_from([state], 0, 1)
+            total.add(each)
+        self.real, self.padding = total.real, total.padding
+        self.truncated_examples, self.truncated_positions = total.truncated_examples, total.truncated_positions
 
     def as_dict(self) -> dict[str, float]:
         """All figures by name, for logs."""

@@ -33,7 +33,7 @@ PACKAGES = (
     "__init__",  # the facade; the command line stands above it, since it uses what users use
     "certification data metrics",
     "losses",
-    "gradients layers preemption",
+    "gradients layers saving",
     "collectives",
     "backends padding",
     "launcher precision versions",

@@ -14,7 +14,6 @@ import numpy as np
 
 from distpad import backends, errors
 
-_NAME = "Preemption"
 EXIT_CODE = 128 + signal.SIGTERM
 _ONE_S = 5.0  # signals within this time count as one, because Slurm and launchers may send SIGTERM twice
 
@@ -34,12 +33,14 @@ class Preemption:
 
     Args:
       save: ``save()``, called on all workers at the same step; it may be collective.
-      every: steps between two collectives of three numbers, at least 1.
+      every: steps between two collectives of four numbers, at least 1.
       backend: see ``distpad.backends.resolve``.
 
     Raises:
       TypeError: ``save`` is not callable, or ``every`` is no integer.
       ValueError: ``every`` is below 1.
+
+    ``Checkpoints`` does the same, and saves at regular times as well.
 
     >>> saved = []
     >>> with Preemption(lambda: saved.append("now"), every=2) as preemption:
@@ -51,18 +52,22 @@ class Preemption:
 
     def __init__(self, save: Callable[[], Any], *, every: int = 10, backend: Any = None) -> None:
         if not callable(save):
-            raise TypeError(errors.sentence(_NAME, "save", repr(save), "a function without arguments"))
-        self._save, self._every = save, errors.integer(_NAME, "every", every, least=1)
-        self._backend = backends.resolve(backend, function=_NAME)
+            raise TypeError(errors.sentence("Preemption", "save", repr(save), "a function without arguments"))
+        self._begin(save, "every", every, backend)
+
+    def _begin(self, save: Callable[[], Any], argument: str, every: int, backend: Any) -> None:
+        self._name = type(self).__name__
+        self._save, self._every = save, errors.integer(self._name, argument, every, least=1)
+        self._backend = backends.resolve(backend, function=self._name)
+        self._done = 0
         self._noted_at: float | None = None
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def __enter__(self) -> Preemption:
-        self._done = 0
         if threading.current_thread() is not threading.main_thread():
             remedy = "Python handles signals only in the main thread."
-            raise ValueError(errors.sentence(_NAME, "the thread", "another one", "the main thread", remedy))
+            raise ValueError(errors.sentence(self._name, "the thread", "another one", "the main thread", remedy))
         # A Python handler runs in the main thread, and is delayed while that thread waits, as for a lost worker.
         reads, self._pipe = os.pipe()
         os.set_blocking(self._pipe, False)
@@ -77,7 +82,7 @@ class Preemption:
     ) -> None:
         try:
             if kind is None:
-                self._sync()
+                self._end()
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.set_wakeup_fd(-1)
@@ -100,24 +105,28 @@ class Preemption:
 
         Collective at each multiple of ``every``, and at the end of the block.
         """
-        self._done = errors.integer(_NAME, "done", done, least=0)
+        self._done = errors.integer(self._name, "done", done, least=0)
         if self._done % self._every == 0:
             self._sync()
 
-    def _sync(self) -> None:
+    def _end(self) -> None:
+        self._sync()
+
+    def _sync(self, wish: int = 0) -> int:
+        """Return the largest wish of all workers, unless any worker received SIGTERM: then save and exit."""
         noted = self._noted_at is not None
-        anyone, most, least = self._backend.host_max(np.array([int(noted), self._done, -self._done]))
+        anyone, wish, most, least = self._backend.host_max(np.array([int(noted), wish, self._done, -self._done]))
         if most != -least:
             # Workers whose loops end at different steps would later wait for each other, or save different states.
             remedy = "End the loop at the same step on all workers."
             found = f"{self._done} on worker {self._backend.worker_index}"
             rule = f"the same on all workers (they are at {-least} to {most})"
-            raise ValueError(errors.sentence(_NAME, "done", found, rule, remedy))
+            raise ValueError(errors.sentence(self._name, "done", found, rule, remedy))
         if not anyone:
-            return
+            return int(wish)
         self._save()
         if self._backend.is_elastic and not noted:
-            return  # this worker continues, as after any loss of a worker
+            return 0  # this worker continues, as after any loss of a worker
         self._noted_at = None
         self._backend.close()
         raise SystemExit(EXIT_CODE)
