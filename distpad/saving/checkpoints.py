@@ -167,7 +167,8 @@ class Checkpoints(preemption.Preemption):
         Returns: the number of steps that are done: 0 if the folder has no checkpoint on any worker. Equal on all.
 
         Raises:
-          DistpadError: on all workers: no checkpoint is whole, or the objects are not those that were saved.
+          DistpadError: on all workers: no checkpoint is whole, or weights differ between replicas afterwards. On this one:
+        the objects are not those that were saved.
           ValueError: a state that an object does not take, such as a position in another source.
           PeerError: another worker could not restore.
 
@@ -312,8 +313,8 @@ class Checkpoints(preemption.Preemption):
                         with (source / name).open("rb") as read, contextlib.suppress(OSError):
                             read.seek(begin)
                             read.readinto(words.view(np.uint8)[:count])
-                    written.write(self._backend.host_sum(words).tobytes()[:count])
-        files.check_files(target, content)
+                    written.write(self._backend.host_sum(words).astype(np.int32).tobytes()[:count])
+        self._gather(lambda: files.check_files(target, content))
 
     def _read(self, path: pathlib.Path) -> None:
         """Read the checkpoint at ``path``. The manifest's checksums say that it is whole."""
@@ -357,7 +358,8 @@ class Checkpoints(preemption.Preemption):
         """All variables of the objects, each once, in an order that depends on the objects alone."""
         found: dict[int, _Variable] = {}
         for name, given in objects.items():
-            for each in tf.train.TrackableView(given).descendants():
+            root = tf.train.Checkpoint(given=given)  # of which the view keeps no reference
+            for each in tf.train.TrackableView(root).descendants():
                 is_optimizer = hasattr(each, "apply_gradients")
                 for item in [each] if is_variable(each) else _held(each):
                     value = backends.tensorflow_variable(item, _NAME)

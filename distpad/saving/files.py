@@ -11,6 +11,8 @@ import re
 import shutil
 from typing import Any
 
+from distpad import errors
+
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d+)")
 _UNFINISHED = ".writing-"  # a folder that is being written or removed
@@ -18,7 +20,7 @@ _VERSION = 1
 _PART = 1 << 20  # bytes
 
 
-class NotWhole(Exception):
+class NotWhole(errors.DistpadError):
     """A checkpoint is not as it was written: the message says why."""
 
 
