@@ -167,8 +167,8 @@ class Checkpoints(preemption.Preemption):
         Returns: the number of steps that are done: 0 if the folder has no checkpoint on any worker. Equal on all.
 
         Raises:
-          DistpadError: on all workers: no checkpoint is whole, or weights differ between replicas afterwards. On this one:
-        the objects are not those that were saved.
+          DistpadError: on all workers: no checkpoint is whole, or weights differ between replicas afterwards. On this
+        worker: the objects are not those that were saved.
           ValueError: a state that an object does not take, such as a position in another source.
           PeerError: another worker could not restore.
 

@@ -15,6 +15,7 @@ import pytest
 import tensorflow as tf
 
 import distpad
+from distpad import versions
 from distpad.saving import files
 
 NAMES = ("state.data-00000-of-00001", "state.index", files.MANIFEST)
@@ -183,11 +184,10 @@ def test_an_optimiser_that_is_not_built(tmp_path):
 
 
 def test_random_generators_of_all_kinds(tmp_path):
-    """Seeds of Keras's Dropout, which tf.train.Checkpoint leaves out in Keras 3, among them."""
-    tf.keras.backend.experimental.enable_tf_random_generator() if hasattr(tf.keras.backend, "experimental") else None
+    """Seeds of Keras's Dropout among them, which tf.train.Checkpoint leaves out. Keras 2 has no access to them."""
 
     def made():
-        layer = tf.keras.layers.Dropout(0.5, seed=1)
+        layer = (tf.keras if versions.KERAS >= 3 else distpad).layers.Dropout(0.5, seed=1)
         model = tf.keras.Sequential([tf.keras.Input([20]), layer])
         kept = {"model": model, "noise": tf.random.Generator.from_seed(1), "order": np.random.default_rng(1)}
         return {

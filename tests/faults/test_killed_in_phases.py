@@ -1,0 +1,38 @@
+"""Two workers, one of which is killed: the launcher starts both again, and they end as an undisturbed training."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import pathlib
+import re
+import sys
+
+import pytest
+from killed_training import EVERY, PHASES, STEPS
+
+import checkpointed
+import launched
+import worlds
+
+PROGRAM = pathlib.Path(__file__).with_name("killed_training.py")
+PER_EPOCH = len(checkpointed.EXAMPLES) // 4
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("phases", [("checkpoint",), pytest.param(PHASES, marks=pytest.mark.wide)], ids=len)
+def test_killed_and_started_again(tmp_path, record_fault, phases):
+    command = [sys.executable, PROGRAM, tmp_path, *phases]
+    env = {"PYTHONPATH": os.pathsep.join([worlds.CODE, str(worlds.TESTS)])}
+    done = launched.launch("-np", 2, "--max-restarts", len(phases), command=command, env=env, limit_s=380)
+    assert done.code == 0, done.stderr
+    found = [json.loads(result) for result in re.findall(r"RESULT (.*)", done.stdout)]
+    assert [each["same"] for each in found] == [True, True], done.stdout
+    resumed_at = 4 if phases == PHASES else 2
+    assert [each["first"] for each in found] == [resumed_at] * 2 and resumed_at % EVERY == 0
+    books = [sorted(i for each in found for i in each["examples"][str(step)]) for step in range(1, STEPS + 1)]
+    for begin in range(0, STEPS - PER_EPOCH + 1, PER_EPOCH):  # whole epochs
+        assert sorted(itertools.chain(*books[begin : begin + PER_EPOCH])) == list(range(len(checkpointed.EXAMPLES)))
+    for phase in phases:
+        record_fault(f"SIGKILL: {phase}", "multiworker:2", "started again, same bits", done.seconds / (len(phases) + 1))
