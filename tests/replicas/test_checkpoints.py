@@ -77,6 +77,17 @@ def test_workers_without_the_folder_get_the_files(world, tmp_path):
     assert Training(world.backend, tmp_path).run(3)[0] == 2
 
 
+def test_stats_count_what_was_consumed(world):
+    """Batches that were padded ahead would count again after a restart."""
+    source = [{"y": np.ones(1 + (i + world.backend.worker_index) % 3)} for i in range(60)]
+    batches = distpad.PaddedBatches(source, 2, padding={"y": distpad.Pad()}, tokens="y", backend=world.backend)
+    real = 0
+    for batch in itertools.islice(batches, 6):
+        time.sleep(0.05)  # the next ones are padded
+        real += sum(int(part.numpy().sum()) for part in world.backend.local_results(batch.lengths["y"]))
+        assert batches.stats.real == real
+
+
 def variable(world, value=1.0):
     with world.scope():
         return tf.Variable([value, value])
@@ -96,8 +107,16 @@ def damage(path, how):
         (path / files.MANIFEST).write_bytes((path / files.MANIFEST).read_bytes()[:-9])
 
 
-@pytest.mark.parametrize("how", ["a byte less", "another byte", "no index", "half a manifest"])
-def test_what_is_not_whole_is_not_loaded(world, folder, how):
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ("a byte less", r"state\.data-\S+ has \d+ bytes, expected \d+"),
+        ("another byte", r"state\.data-\S+ does not have its checksum"),
+        ("no index", r"\S+state\.index cannot be read \(No such file"),
+        ("half a manifest", r"manifest\.json cannot be read"),
+    ],
+)
+def test_what_is_not_whole_is_not_loaded(world, folder, how, why):
     weight = variable(world)
     with distpad.Checkpoints(folder, every_steps=2, backend=world.backend, weight=weight) as checkpoints:
         for done in range(1, 5):
@@ -107,12 +126,14 @@ def test_what_is_not_whole_is_not_loaded(world, folder, how):
         damage(files.path_of(folder, 4), how)
     world.backend.host_sum(np.zeros(1))
     again = variable(world)
+    assert files.newest_whole(folder)[0] == 2
+    world.backend.host_sum(np.zeros(1))
     assert distpad.Checkpoints(folder, backend=world.backend, weight=again).restore() == 2
     assert again.numpy().tolist() == [2, 2] and files.steps(folder) == [2]
     if world.backend.worker_index == 0:
         damage(files.path_of(folder, 2), how)
     world.backend.host_sum(np.zeros(1))
-    with pytest.raises(distpad.DistpadError, match=r"no checkpoint in .* is whole: step 2: .*\. Start with an empty"):
+    with pytest.raises(distpad.DistpadError, match=rf"no checkpoint in .* is whole: step 2: {why}.*\. Start with"):
         distpad.Checkpoints(folder, backend=world.backend, weight=again).restore()
 
 
