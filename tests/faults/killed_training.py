@@ -20,7 +20,6 @@ from distpad.saving import files
 
 STEPS, EVERY = 8, 2
 DIES_AT = {"step": 3, "between epochs": 6}
-PHASES = ("before the first exchange", "exchange", "step", "checkpoint", "between epochs")
 
 
 def die(*_, **__):
@@ -66,7 +65,11 @@ def main(folder: pathlib.Path, phases: list[str]) -> None:
     weights = [value.tobytes() for value in resumed.pop("weights")], [x.tobytes() for x in undisturbed.pop("weights")]
     is_same = weights[0] == weights[1] and resumed == undisturbed
     counted = dict(json.loads(line) for line in log.read_text().splitlines())  # a repeated step counts once, the last
-    print("RESULT", json.dumps({"first": first, "same": is_same, "examples": counted}), flush=True)
+    print(
+        "RESULT",
+        json.dumps({"first": first, "same": is_same, "steps": counted, "examples": len(checkpointed.EXAMPLES)}),
+        flush=True,
+    )
     engine.close()
 
 

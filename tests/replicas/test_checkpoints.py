@@ -28,7 +28,7 @@ def folder(world, tmp_path):
     return pathlib.Path(world.backend.host_all_gather_bytes(str(tmp_path).encode())[0].decode())
 
 
-def test_it_goes_on_bit_for_bit(world, folder):
+def test_workers_go_on_bit_for_bit(world, folder):
     """Interrupted at step 4, in the second epoch; each worker has random numbers and stats of its own."""
     undisturbed = Training(world.backend, folder / "whole", noisy=True).run(7)[1]
     Training(world.backend, folder / "parts", noisy=True, every_steps=2).run(4)
@@ -38,6 +38,7 @@ def test_it_goes_on_bit_for_bit(world, folder):
     assert resumed == undisturbed
 
 
+@pytest.mark.worlds("mirrored:2")
 @pytest.mark.parametrize("shrinks", [True, False])
 def test_it_goes_on_on_another_engine_and_number_of_replicas(world, folder, shrinks):
     """From the engine to one device, and from there to the engine: the same training to rounding."""
@@ -77,6 +78,7 @@ def test_workers_without_the_folder_get_the_files(world, tmp_path):
     assert Training(world.backend, tmp_path).run(3)[0] == 2
 
 
+@pytest.mark.worlds("mirrored:2")
 def test_stats_count_what_was_consumed(world):
     """Batches that were padded ahead would count again after a restart."""
     source = [{"y": np.ones(1 + (i + world.backend.worker_index) % 3)} for i in range(60)]
@@ -107,6 +109,7 @@ def damage(path, how):
         (path / files.MANIFEST).write_bytes((path / files.MANIFEST).read_bytes()[:-9])
 
 
+@pytest.mark.worlds("mirrored:2")
 @pytest.mark.parametrize(
     ("how", "why"),
     [
@@ -137,6 +140,7 @@ def test_what_is_not_whole_is_not_loaded(world, folder, how, why):
         distpad.Checkpoints(folder, backend=world.backend, weight=again).restore()
 
 
+@pytest.mark.worlds("mirrored:2")
 def test_it_has_its_name_only_when_it_is_on_the_disk(world, folder, monkeypatch):
     seen, flush = [], files._flush
     monkeypatch.setattr(files, "_flush", lambda path: (seen.append(files.steps(folder)), flush(path)))
@@ -173,6 +177,7 @@ def test_a_worker_that_cannot_write_is_an_error_on_all(world, folder):
             checkpoints.step(1)
 
 
+@pytest.mark.worlds("mirrored:2")
 def test_a_folder_of_another_training_is_refused(world, folder):
     weight = variable(world)
     with distpad.Checkpoints(folder, every_steps=1, backend=world.backend, weight=weight) as checkpoints:
