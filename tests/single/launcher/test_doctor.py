@@ -14,6 +14,7 @@ import time
 import pytest
 
 import scripts
+import worlds
 from distpad.launcher import checks, facts, hosts, spec
 
 pytestmark = pytest.mark.one_stack
@@ -484,44 +485,30 @@ def test_what_a_login_script_writes_is_passed_over(tmp_path):
 # -- the command, on this machine -------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def command():
+RUNS = {  # arguments, further variables
+    "table": ([], {}),
+    "json": (["--json", "--code", str(ROOT / "launch")], {"TF_CONFIG": "{"}),
+    "usage": (["-H", "a:none"], {}),
+    "imports": (["--help"], {"PYTHONPROFILEIMPORTTIME": "1"}),
+}
+
+
+def command(name):
     secret = "correct horse battery staple"
     forget = ("TF_CONFIG", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID")
     environment = {name: value for name, value in os.environ.items() if name not in forget}
-    environment |= {"PYTHONPATH": str(ROOT), "COLUMNS": "100", "NO_COLOR": "1", "MY_TOKEN": secret}
-    call = [sys.executable, "-m", "distpad", "doctor"]
-    started = {
-        name: subprocess.Popen(
-            [*call, *arguments],
-            env=environment | more,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for name, (arguments, more) in {
-            "table": ([], {}),
-            "json": (["--json", "--code", str(ROOT / "launch")], {"TF_CONFIG": "{"}),
-            "usage": (["-H", "a:none"], {}),
-            "imports": (["--help"], {"PYTHONPROFILEIMPORTTIME": "1"}),
-        }.items()
-    }
-
-    def wait(name):
-        output, argument_errors = started[name].communicate(timeout=LIMIT_S)
-        assert secret not in output + argument_errors
-        return started[name].returncode, output, argument_errors
-
-    yield wait
-    for process in started.values():
-        process.kill()
-        process.wait()
+    environment |= {"PYTHONPATH": worlds.CODE, "COLUMNS": "100", "NO_COLOR": "1", "MY_TOKEN": secret}
+    arguments, more = RUNS[name]
+    call = [sys.executable, "-m", "distpad", "doctor", *arguments]
+    settings = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": LIMIT_S}
+    done = subprocess.run(call, env=environment | more, **settings)
+    assert secret not in done.stdout + done.stderr
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.mark.wide  # tests/cluster asks real hosts
 @pytest.mark.timeout(LIMIT_S + 20)
-def test_the_table(command):
+def test_the_table():
     code, output, argument_errors = command("table")
     assert (code, argument_errors) == (0, "")
     assert "TensorFlow" in output and "Python" in output and "checks passed" in output.splitlines()[-1]
@@ -530,7 +517,7 @@ def test_the_table(command):
 
 @pytest.mark.one_stack
 @pytest.mark.timeout(LIMIT_S + 20)
-def test_the_report(command):
+def test_the_report():
     import tensorflow as tf
 
     code, output, argument_errors = command("json")
@@ -547,13 +534,13 @@ def test_the_report(command):
 
 
 @pytest.mark.timeout(LIMIT_S + 20)
-def test_wrong_usage(command):
+def test_wrong_usage():
     code, output, argument_errors = command("usage")
     assert (code, output) == (2, "") and "distpad doctor: -H a:none holds 'a:none'" in argument_errors
 
 
 @pytest.mark.timeout(LIMIT_S + 20)
-def test_the_command_itself_imports_no_engine(command):
+def test_the_command_itself_imports_no_engine():
     code, _, argument_errors = command("imports")
     imported = {line.rpartition("|")[2].strip().split(".")[0] for line in argument_errors.splitlines()}
     assert code == 0 and "typer" in imported
