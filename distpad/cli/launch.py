@@ -46,18 +46,16 @@ def _read_config(context: typer.Context, path: Optional[pathlib.Path]) -> Option
 
 def _as_flag(parameter: Any, value: Any) -> Any:
     """Convert a YAML value to its command line form: a list for repeatable flags, else text."""
-    several = parameter.multiple or parameter.nargs == -1
     if parameter.name == "hosts":
         return ",".join(_hosts(value))
+    if isinstance(value, str) and parameter.nargs == -1:
+        return shlex.split(value)
+    several = parameter.multiple or parameter.nargs == -1
     if isinstance(value, dict) and not several:
         raise typer.BadParameter(f"{parameter.name}: a mapping, expected one value")
-    if several and isinstance(value, dict):
-        return [f"{name}={text}" for name, text in value.items()]
-    if several and isinstance(value, str) and parameter.nargs == -1:
-        return shlex.split(value)
-    if several:
-        return [str(each) for each in (value if isinstance(value, list) else [value])]
-    return ",".join(map(str, value)) if isinstance(value, list) else value
+    pairs = [f"{name}={text}" for name, text in value.items()] if isinstance(value, dict) else value
+    words = [str(each) for each in (pairs if isinstance(pairs, list) else [pairs])]
+    return words if several else ",".join(words) if isinstance(value, list) else value
 
 
 def _hosts(value: Any) -> list[str]:
@@ -207,11 +205,10 @@ def _named(context: typer.Context, is_kubernetes: bool) -> set[str]:
             found[parameter.name or ""] = parameter.opts[0]
     both = OF_KUBERNETES & {field.name for field in dataclasses.fields(spec.Job)} | {"config", "dry_run"}
     mismatched = found.keys() - OF_KUBERNETES - both if is_kubernetes else found.keys() & (OF_KUBERNETES - both)
-    wrong = ", ".join(flag for name, flag in found.items() if name in mismatched)
-    if wrong and not is_kubernetes:
-        raise ValueError(f"launch: {wrong} without --k8s, expected --k8s KIND, such as --k8s jobset.")
-    if wrong:
+    if wrong := ", ".join(flag for name, flag in found.items() if name in mismatched):
         known = sorted((OF_KUBERNETES | both) - {"kind", "command"})
         listed = ", ".join(["--k8s", *(f"--{name.replace('_', '-')}" for name in known)])
-        raise ValueError(f"launch: {wrong} with --k8s, expected only {listed}. Leave out the others.")
+        rule = f"with --k8s, expected only {listed}. Leave out the others"
+        rule = rule if is_kubernetes else "without --k8s, expected --k8s KIND, such as --k8s jobset"
+        raise ValueError(f"launch: {wrong} {rule}.")
     return {*found}

@@ -56,14 +56,9 @@ OF_A_HOST: dict[str, Callable[[Facts], Iterator[Finding]]] = {}  # by name
 OF_ALL_HOSTS: dict[str, Callable[[AllFacts], Iterator[Finding]]] = {}
 
 
-def of_a_host(name: str) -> Callable[[Any], Any]:
-    """Register a check of one host."""
-    return lambda check: OF_A_HOST.setdefault(name, check)
-
-
-def of_all_hosts(name: str) -> Callable[[Any], Any]:
-    """Register a comparison of all hosts that answered."""
-    return lambda check: OF_ALL_HOSTS.setdefault(name, check)
+def rule(registry: dict[str, Any], name: str) -> Callable[[Any], Any]:
+    """Register a check of one host, or a comparison of all hosts that answered."""
+    return lambda check: registry.setdefault(name, check)
 
 
 def error(evidence: str, remedy: str, host: str = "") -> Finding:
@@ -107,7 +102,7 @@ def check(answers: Mapping[str, Mapping[str, Any]], question: Question) -> list[
 # -- one host: each check yields the problems in its facts, and raises KeyError where one is missing -------------------
 
 
-@of_a_host("clock")
+@rule(OF_A_HOST, "clock")
 def clock(facts: Facts) -> Iterator[Finding]:
     """Clocks must agree. Otherwise logs of several hosts cannot be compared, and tickets and certificates fail."""
     ahead, behind = facts["time"] - facts["received"], facts["sent"] - facts["time"]
@@ -116,14 +111,14 @@ def clock(facts: Facts) -> Iterator[Finding]:
         yield warning(evidence, "Synchronise all clocks: timedatectl set-ntp true")
 
 
-@of_a_host("probes")
+@rule(OF_A_HOST, "probes")
 def probes(facts: Facts) -> Iterator[Finding]:
     """Each failed probe is a warning, since the state of its subject is unknown."""
     for name, why in facts["errors"].items():
         yield warning(f"{name} could not be checked: {why}", "Check it manually.")
 
 
-@of_a_host("TensorFlow")
+@rule(OF_A_HOST, "TensorFlow")
 def tensorflow(facts: Facts) -> Iterator[Finding]:
     """TensorFlow must be installed and must load."""
     if not any(name.startswith(("tensorflow", "tf-nightly")) for name in facts["packages"]):
@@ -132,7 +127,7 @@ def tensorflow(facts: Facts) -> Iterator[Finding]:
         yield error(f"TensorFlow does not load: {why}", "Install it again, for this Python and this processor.")
 
 
-@of_a_host("Keras")
+@rule(OF_A_HOST, "Keras")
 def keras(facts: Facts) -> Iterator[Finding]:
     """TensorFlow up to 2.15 needs Keras 2. Later releases need Keras 3."""
     found, version, release = facts["packages"]["keras"], *_tensorflow(facts)
@@ -141,7 +136,7 @@ def keras(facts: Facts) -> Iterator[Finding]:
         yield error(f"Keras {found} does not go with TensorFlow {version}", f"pip install {fitting}")
 
 
-@of_a_host("Addons")
+@rule(OF_A_HOST, "Addons")
 def addons(facts: Facts) -> Iterator[Finding]:
     """TensorFlow Addons support TensorFlow up to 2.15."""
     found, version, release = facts["packages"]["tensorflow-addons"], *_tensorflow(facts)
@@ -150,7 +145,7 @@ def addons(facts: Facts) -> Iterator[Finding]:
         yield warning(evidence, "Uninstall them, or use TensorFlow 2.15.")
 
 
-@of_a_host("Horovod")
+@rule(OF_A_HOST, "Horovod")
 def horovod(facts: Facts) -> Iterator[Finding]:
     """An installed Horovod must load. pip's cache ignores the TensorFlow that a wheel was built for."""
     if why := _engine(facts, "horovod").get("error"):
@@ -159,7 +154,7 @@ def horovod(facts: Facts) -> Iterator[Finding]:
         )
 
 
-@of_a_host("Horovod's NCCL")
+@rule(OF_A_HOST, "Horovod's NCCL")
 def nccl(facts: Facts) -> Iterator[Finding]:
     """Horovod on GPUs needs NCCL. Without NCCL, gradients go through the CPU's memory, slowly and without a warning."""
     built, count = _engine(facts, "horovod")["built_with"], gpus.count(facts["gpus"])
@@ -168,7 +163,7 @@ def nccl(facts: Facts) -> Iterator[Finding]:
         yield error(evidence, f"In an environment with tensorflow[and-cuda]: {INSTALL_HOROVOD} --force")
 
 
-@of_a_host("GPUs")
+@rule(OF_A_HOST, "GPUs")
 def seen_gpus(facts: Facts) -> Iterator[Finding]:
     """TensorFlow must see all GPUs of the host, or as many as a launcher expects, and have code for them."""
     engine, driver, environment = _engine(facts, "tensorflow"), facts["gpus"], facts["environment"]
@@ -184,7 +179,7 @@ def seen_gpus(facts: Facts) -> Iterator[Finding]:
         yield Finding(ERROR if unfit[2] else WARNING, unfit[0], unfit[1])
 
 
-@of_a_host("slots")
+@rule(OF_A_HOST, "slots")
 def slots(facts: Facts) -> Iterator[Finding]:
     """Each worker needs a GPU, or a core on hosts without GPUs."""
     host, wanted, have, cores = facts["asked"], facts["slots"], gpus.count(facts["gpus"]), facts["machine"]["cores"]
@@ -196,7 +191,7 @@ def slots(facts: Facts) -> Iterator[Finding]:
         )
 
 
-@of_a_host("MPI")
+@rule(OF_A_HOST, "MPI")
 def mpi(facts: Facts) -> Iterator[Finding]:
     """mpirun must belong to the MPI library that Horovod loads. Another mpirun starts N jobs of one, or fails."""
     library, mpirun = _engine(facts, "horovod")["mpi"], _mpirun(facts)
@@ -208,7 +203,7 @@ def mpi(facts: Facts) -> Iterator[Finding]:
         yield error(evidence, f"Change PATH, or: {INSTALL_HOROVOD} --force builds it for the MPI on PATH.")
 
 
-@of_a_host("operator")
+@rule(OF_A_HOST, "operator")
 def operator(facts: Facts) -> Iterator[Finding]:
     """Open MPI 5 ignores the hosts that an operator sets for version 4, and runs all workers on one host."""
     environment, mpirun = facts["environment"], _mpirun(facts)
@@ -219,7 +214,7 @@ def operator(facts: Facts) -> Iterator[Finding]:
         yield error(f"{kind} {version} ignores {HOSTFILE}: all workers would run on this host", remedy)
 
 
-@of_a_host("/dev/shm")
+@rule(OF_A_HOST, "/dev/shm")
 def shared_memory(facts: Facts) -> Iterator[Finding]:
     """Containers get 64 MB by default, with which NCCL fails during training (NVIDIA/nccl#290)."""
     size, free = facts["shared_memory"]["size"], facts["shared_memory"]["free"]
@@ -232,7 +227,7 @@ def shared_memory(facts: Facts) -> Iterator[Finding]:
         yield warning(evidence, f"Workers on one host use it, and NCCL needs 1 GB: {SHM}")
 
 
-@of_a_host("open files")
+@rule(OF_A_HOST, "open files")
 def open_files(facts: Facts) -> Iterator[Finding]:
     """Each worker opens a connection to each other worker, and the files of the data."""
     soft = facts["machine"]["open_files"]["soft"]
@@ -240,7 +235,7 @@ def open_files(facts: Facts) -> Iterator[Finding]:
         yield warning(f"a process may open only {soft} files", "ulimit -n 4096")
 
 
-@of_a_host("TF_CONFIG")
+@rule(OF_A_HOST, "TF_CONFIG")
 def tf_config(facts: Facts) -> Iterator[Finding]:
     """TF_CONFIG, if set, must name this host at its task's index. Otherwise the workers wait forever."""
     found = facts["tf_config"] or {"cluster": {}}
@@ -254,7 +249,7 @@ def tf_config(facts: Facts) -> Iterator[Finding]:
         yield error(f"TF_CONFIG says that this host is {found['address']}, no address of this host", remedy)
 
 
-@of_a_host("ports")
+@rule(OF_A_HOST, "ports")
 def ports(facts: Facts) -> Iterator[Finding]:
     """The ports in the question must be free."""
     for port, why in facts["ports"]["taken"].items():
@@ -265,7 +260,7 @@ def ports(facts: Facts) -> Iterator[Finding]:
 # -- all hosts that answered: each check compares them ----------------------------------------------------------------
 
 
-@of_all_hosts("names")
+@rule(OF_ALL_HOSTS, "names")
 def names(facts: AllFacts) -> Iterator[Finding]:
     """Each host must resolve all names, its own included, to addresses that other hosts can reach.
 
@@ -275,7 +270,7 @@ def names(facts: AllFacts) -> Iterator[Finding]:
         yield dataclasses.replace(finding, host=host)
 
 
-@of_all_hosts("versions")
+@rule(OF_ALL_HOSTS, "versions")
 def versions(facts: AllFacts) -> Iterator[Finding]:
     """Packages, Python and MPI must have the same version on all hosts."""
     packages = {host: each["packages"] for host, each in _having(facts, "packages")}
@@ -289,7 +284,7 @@ def versions(facts: AllFacts) -> Iterator[Finding]:
         yield error(evidence, "Install the same version everywhere.", hosts)
 
 
-@of_all_hosts("builds")
+@rule(OF_ALL_HOSTS, "builds")
 def builds(facts: AllFacts) -> Iterator[Finding]:
     """Horovod must have the same build on all hosts. A rank without NCCL waits forever for ranks with NCCL."""
     engines = {host: _engine(each, "horovod") for host, each in _having(facts, "engines")}
@@ -298,13 +293,13 @@ def builds(facts: AllFacts) -> Iterator[Finding]:
         yield error(evidence, f"Build Horovod again on all hosts: {INSTALL_HOROVOD} --force", hosts)
 
 
-@of_all_hosts("distpad's code")
+@rule(OF_ALL_HOSTS, "distpad's code")
 def own_code(facts: AllFacts) -> Iterator[Finding]:
     """distpad must be the same on all hosts, since messages between its workers carry no version."""
     return _same_files(facts, "distpad", "distpad's own code", "Install the same distpad everywhere.")
 
 
-@of_all_hosts("code")
+@rule(OF_ALL_HOSTS, "code")
 def code(facts: AllFacts) -> Iterator[Finding]:
     """The folder of ``--code`` must be the same. Workers with different programs hang, or train different models."""
     folder = next(iter(facts.values()))["folder"]
