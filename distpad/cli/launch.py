@@ -141,7 +141,7 @@ def launch(context: typer.Context, **given: Any) -> None:
         job = _job(given, environ)
         if given["dry_run"]:
             version, hidden = run.mpi_version(job, environ), run.read_secrets(job.secret)
-            typer.echo("\n".join(describe.describe(job, environ, hidden, version, is_root=os.geteuid() == 0)))
+            typer.echo("\n".join(describe.describe(job, environ, hidden, version)))
             return
         code = run.run(job, environ)
     except ValueError as error:

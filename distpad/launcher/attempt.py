@@ -21,6 +21,7 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signa
 EVENTS = 4096  # capacity of the queue; a full queue slows the workers down
 
 
+@dataclasses.dataclass(eq=False)
 class Attempt:
     """One attempt to run a job. Its state follows from the agents' messages, which `take` handles.
 
@@ -33,19 +34,16 @@ class Attempt:
       limit: the end of the job's time, by the monotonic clock.
     """
 
-    def __init__(
-        self,
-        job: spec.Job,
-        number: int,
-        environ: Mapping[str, str],
-        secrets: Mapping[str, str],
-        mpi: str,
-        received: list[int],
-        limit: float | None,
-    ) -> None:
-        self.job, self.number, self.environ, self.secrets, self.mpi = job, number, environ, secrets, mpi
-        self.received, self.limit = received, math.inf if limit is None else limit
-        self.output = output.Output(job, number)
+    job: spec.Job
+    number: int
+    environ: Mapping[str, str]
+    secrets: Mapping[str, str]
+    mpi: str
+    received: list[int]
+    limit: float = math.inf
+
+    def __post_init__(self) -> None:
+        self.output = output.Output(self.job, self.number)
         self.events: queue.Queue[crew.Event] = queue.Queue(EVENTS)
         self.agents: dict[str, crew.Member] = {}
         self.engine: crew.Member | None = None
@@ -108,7 +106,7 @@ class Attempt:
 
     def start_workers(self) -> None:
         """Start the engine's launcher, or let the agents start the workers."""
-        job, argv = self.job, render.engine_argv(self.job, self.mpi, is_root=os.geteuid() == 0)
+        job, argv = self.job, render.engine_argv(self.job, self.mpi)
         ports = {host: found["ports"]["found"] for host, found in self.facts.items()}
         for host in () if job.elastic else job.used_hosts:  # an elastic job's ranks change
             mine = {p.rank: render.rank_env(job, p, ports) for p in job.places if p.host == host}

@@ -8,21 +8,19 @@ from collections.abc import Iterator, Mapping
 from distpad.launcher import gpus, render, spec
 
 
-def describe(
-    job: spec.Job, environ: Mapping[str, str], secrets: Mapping[str, str], mpi: str = "", *, is_root: bool = False
-) -> Iterator[str]:
+def describe(job: spec.Job, environ: Mapping[str, str], secrets: Mapping[str, str], mpi: str = "") -> Iterator[str]:
     """Yield the lines of ``--dry-run``: the commands that ``run`` starts, in shell syntax.
 
     Args:
       job: the job.
       environ: the launcher's environment.
       secrets: the secrets' values, which the text hides.
-      mpi, is_root: as in ``render.engine_argv``.
+      mpi: as in ``render.engine_argv``.
     """
     for host in job.used_hosts:
         yield f"# the agent of {host.name}"
         yield shlex.join(render.agent_argv(job, host, environ))
-    argv = render.engine_argv(job, mpi, is_root=is_root)
+    argv = render.engine_argv(job, mpi)
     if job.launcher == "mpirun" and not mpi:
         yield "# mpirun was not found here: these are the options of Open MPI 4"
     yield f"# the workers, by {job.launcher}" if argv else f"# the workers, {len(job.places)}, started by the agents"

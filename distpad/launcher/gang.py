@@ -19,7 +19,7 @@ START, DONE, LOST = b"start\n", b"done\n", b"lost "  # LOST and the index of the
 
 
 class Gang:
-    """This pod's connections: those of pod 0 to all others, or that of another pod to pod 0.
+    """This pod's connection to pod 0, and those of pod 0 to all pods, itself included.
 
     Args:
       names: the host names of all pods, by index.
@@ -35,10 +35,10 @@ class Gang:
     def __init__(self, names: Sequence[str], index: int, port: int) -> None:
         self.names, self.index, self.port = names, index, port
         self.all_done, self.lost, self.whom = asyncio.Event(), asyncio.Event(), ""
-        self._started = False
+        self._tasks: set[asyncio.Future[None]] = set()
+        self._peers: dict[int, asyncio.StreamWriter] = {}  # of pod 0, as the next two
         self._done: set[int] = set()
-        self._peers: dict[int, asyncio.StreamWriter] = {}
-        self._listening: set[asyncio.Future[None]] = set()
+        self._started = False
 
     async def join(self, report: Callable[[str], None]) -> None:
         """Wait until all pods are connected. Pod 0 reports the missing pods.
@@ -46,13 +46,29 @@ class Gang:
         Raises:
           OSError: pod 0 cannot listen at its port.
         """
-        if self.index:
-            return await self._connect()
-        # It goes on listening, so that a replaced pod waits for the end of this one.
-        await asyncio.start_server(self._serve, port=self.port, backlog=len(self.names))
+        if self.index == 0:
+            # It goes on listening, so that a replaced pod waits for the end of this one.
+            await asyncio.start_server(self._serve, port=self.port, backlog=len(self.names))
+            self._tasks.add(asyncio.ensure_future(self._start(report)))
+        pod_0 = self.names[0] if self.index else None  # None is this host
+        self.whom = f"{self.names[0]} (no answer at port {self.port})"
+        while True:
+            with contextlib.suppress(OSError, asyncio.TimeoutError):
+                connecting = asyncio.open_connection(pod_0, self.port)
+                reader, self._pod_0 = await asyncio.wait_for(connecting, times.ANSWER_S)
+                _keep_alive(self._pod_0)
+                self._pod_0.write(b"%d\n" % self.index)
+                if pod_0:
+                    self.whom = f"the pods that {pod_0} waits for"
+                if await _line(reader) == START:
+                    return self._tasks.add(asyncio.ensure_future(self._listen(reader)))
+            await asyncio.sleep(times.JOIN_AGAIN_S)
+
+    async def _start(self, report: Callable[[str], None]) -> None:
+        """Pod 0 waits for all."""
         clock = asyncio.get_running_loop().time
         reported = clock()
-        while missing := [name for index, name in enumerate(self.names) if index and index not in self._peers]:
+        while missing := [name for index, name in enumerate(self.names) if index not in self._peers]:
             self.whom = outcomes.few(missing)
             if clock() > reported + times.here().report_s:
                 reported = clock()
@@ -62,37 +78,24 @@ class Gang:
         self._send(START)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Pod 0's connection to another pod, which introduces itself by its index."""
+        """Pod 0's connection to a pod, which introduces itself by its index."""
         _keep_alive(writer)
         line = await _line(reader)
-        index = int(line) if line.strip().isdigit() else 0
-        if not 0 < index < len(self.names):
+        index = int(line) if line.strip().isdigit() else len(self.names)
+        if index >= len(self.names):
             return writer.close()  # a stranger
         if not self._started:
             self._peers[index] = writer  # the latest, if a pod was replaced meanwhile
         while await _line(reader) == DONE:
-            self._note(index)
+            self._done.add(index)
+            if len(self._done) == len(self.names):
+                self._send(DONE)
         if self._peers.get(index) is not writer:
             return
         if not self._started:
             del self._peers[index]
-        elif not self.all_done.is_set():
-            self._lose(index)
+        elif len(self._done) < len(self.names):
             self._send(LOST + b"%d\n" % index)
-
-    async def _connect(self) -> None:
-        while True:
-            self.whom = f"{self.names[0]} (no answer at port {self.port})"
-            with contextlib.suppress(OSError, asyncio.TimeoutError):
-                connecting = asyncio.open_connection(self.names[0], self.port)
-                reader, writer = await asyncio.wait_for(connecting, times.ANSWER_S)
-                _keep_alive(writer)
-                writer.write(b"%d\n" % self.index)
-                self.whom = f"the pods that {self.names[0]} waits for"
-                if await _line(reader) == START:
-                    self._peers[0] = writer
-                    return self._listening.add(asyncio.ensure_future(self._listen(reader)))
-            await asyncio.sleep(times.JOIN_AGAIN_S)
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         """Wait for pod 0 to send that all are done, or that one is lost, or for its end."""
@@ -100,18 +103,8 @@ class Gang:
         if line == DONE:
             self.all_done.set()
         else:
-            self._lose(int(line[len(LOST) :] or 0))
-
-    def _lose(self, index: int) -> None:
-        if not self.lost.is_set():
-            self.whom = self.names[index]
+            self.whom = self.names[int(line[len(LOST) :] or 0)]
             self.lost.set()
-
-    def _note(self, index: int) -> None:
-        self._done.add(index)
-        if len(self._done) == len(self.names):
-            self._send(DONE)
-            self.all_done.set()
 
     def _send(self, message: bytes) -> None:
         for peer in self._peers.values():
@@ -119,10 +112,7 @@ class Gang:
 
     def finish(self) -> None:
         """Report that this pod is done. It succeeds when all are."""
-        if self.index:
-            self._send(DONE)
-        else:
-            self._note(0)
+        self._pod_0.write(DONE)
 
 
 async def _line(reader: asyncio.StreamReader) -> bytes:

@@ -93,21 +93,18 @@ def worker_argv(job: spec.Job) -> list[str]:
     return [job.python, "-m", "distpad.launcher.worker", folder(job)]
 
 
-def engine_argv(job: spec.Job, mpi: str = "", *, is_root: bool = False) -> list[str]:
+def engine_argv(job: spec.Job, mpi: str = "") -> list[str]:
     """The command line of the engine's own launcher; empty if the agents start the workers.
 
     Args:
       job: the job.
       mpi: the first line of ``mpirun --version``, if the launcher is mpirun.
-      is_root: whether the launcher runs as root, for which Open MPI needs a flag.
     """
-    if job.launcher == "mpirun":
-        return _mpirun(job, mpi, is_root)
-    engines = {"horovodrun": _horovodrun, "srun": _srun}
-    return engines[job.launcher](job) if job.launcher in engines else []
+    engines = {"horovodrun": _horovodrun, "mpirun": _mpirun, "srun": _srun}
+    return engines[job.launcher](job, mpi) if job.launcher in engines else []
 
 
-def _horovodrun(job: spec.Job) -> list[str]:
+def _horovodrun(job: spec.Job, _: str) -> list[str]:
     where = _hosts(job)
     if job.elastic:
         where = ["--min-np", str(job.min_np), "--max-np", str(job.max_np)]
@@ -121,10 +118,10 @@ def _horovodrun(job: spec.Job) -> list[str]:
     return [*argv, *job.launcher_arg, *worker_argv(job)]
 
 
-def _mpirun(job: spec.Job, mpi: str, is_root: bool) -> list[str]:
+def _mpirun(job: spec.Job, mpi: str) -> list[str]:
     version, interface = re.search(r"Open MPI\D*(\d+)", mpi), job.network_interface
     prrte = version is not None and int(version[1]) >= 5
-    argv = ["mpirun", *(["--allow-run-as-root"] if is_root else []), "-np", str(job.workers), *_hosts(job)]
+    argv = ["mpirun", "--allow-run-as-root", "-np", str(job.workers), *_hosts(job)]  # of no effect for others
     # A worker is a TensorFlow process with many threads. Open MPI's default would bind it to one core.
     argv += ["--bind-to", "none", "--map-by", "slot"]
     for name, value in (("pml", "ob1"), ("btl", "^openib")):  # as Horovod's documentation says
@@ -142,7 +139,7 @@ def _mpirun(job: spec.Job, mpi: str, is_root: bool) -> list[str]:
     return [*argv, *job.launcher_arg, *worker_argv(job)]
 
 
-def _srun(job: spec.Job) -> list[str]:
+def _srun(job: spec.Job, _: str) -> list[str]:
     each = max(host.slots for host in job.used_hosts)
     argv = ["srun", f"--nodes={len(job.used_hosts)}", f"--ntasks={job.workers}", f"--ntasks-per-node={each}"]
     argv += [f"--nodelist={','.join(host.name for host in job.used_hosts)}"]

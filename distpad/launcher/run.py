@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import pathlib
 import signal
 import subprocess
@@ -29,11 +30,10 @@ def run(job: spec.Job, environ: Mapping[str, str]) -> int:
         raise ValueError(
             "launch: mpirun was not found, expected Open MPI on PATH. Debian: apt-get install openmpi-bin. Or: --gloo."
         )
-    began = time.monotonic()
+    limit = time.monotonic() + (job.timeout_s or math.inf)
     output.allow_open_files(job)
     with received_signals() as received:
         for number in range(job.max_restarts + 1):
-            limit = None if job.timeout_s is None else began + job.timeout_s
             # The agent of a lost host may still be ending the previous attempt, which therefore has another id.
             this = dataclasses.replace(job, id=f"{job.id}-{number}")
             ended = attempt.Attempt(this, number, environ, secrets, mpi, received, limit).run()

@@ -385,7 +385,7 @@ def test_no_log_file_is_lost_at_the_hard_limit_of_open_files(tmp_path):
 @pytest.mark.parametrize(("end", "code"), [(None, 1), (0, 1), (7, 7)])
 def test_an_elastic_job_fails_though_a_worker_was_replaced(end, code):
     job = make(backend="horovod", min_np=1)
-    tried = attempt.Attempt(job, 0, ENVIRON, {}, "", [], None)
+    tried = attempt.Attempt(job, 0, ENVIRON, {}, "", [])
     messages = [{"is": "hello", "size": 1}, {"is": "exit", "code": 9}, {"is": "hello", "size": 1}]  # of its successor
     for message in (*messages, *([] if end is None else [{"is": "exit", "code": end}])):
         tried.take(crew.Event("localhost", {"rank": 0, **message}))
