@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from typing import Any
 
 import psutil
 
@@ -18,6 +20,14 @@ WORKER = TESTS / "launch" / "scripted_worker.py"
 LIMIT_S = 120  # for a busy machine; what is usual is a fiftieth of it
 MARKS = tempfile.TemporaryDirectory(prefix="distpad-marks-")
 QUICK = {"DISTPAD_TIME_SCALE": "0.2"}  # the launcher's own patience: distpad/launcher/times.py
+
+
+def until(happened: Callable[[], Any], limit_s: float = LIMIT_S, look_s: float = 0.1) -> Any:
+    """Wait for something that is true. Returns what it was last, so that a test asserts it where the time is over."""
+    end = time.monotonic() + limit_s
+    while not (found := happened()) and time.monotonic() < end:
+        time.sleep(look_s)
+    return found
 
 
 class Launched:

@@ -16,7 +16,7 @@ import pytest
 
 import needs
 from cluster import hosts
-from launched import TESTS, WORKER, Launched, launch, scripted
+from launched import TESTS, WORKER, Launched, launch, scripted, until
 
 TRAIN = TESTS.parent / "examples" / "handwriting" / "train.py"
 STACK = pathlib.Path(sys.executable).parents[1].name
@@ -61,11 +61,10 @@ def python_of(engine: str) -> str:
 
 def assert_nobody_is_left(up, within_s=30.0):
     """Assert that no process of the job or its launchers is left on any host."""
-    end = time.monotonic() + within_s
-    while (left := {host.name: host.processes() for host in up if host.processes()}) and time.monotonic() < end:
-        time.sleep(0.1)
-    shown = {name: [hosts.command_lines().get(pid) for pid in pids] for name, pids in left.items()}
-    assert left == {}, shown
+    left = lambda: {host.name: host.processes() for host in up if host.processes()}
+    until(lambda: not left(), within_s)
+    shown = {name: [hosts.command_lines().get(pid) for pid in pids] for name, pids in left().items()}
+    assert shown == {}
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -190,10 +189,7 @@ def test_a_link_that_is_cut(pair, engine):
         r"host2 was lost.*, with worker 1: (no answer for [45] s|the connection to its agent)", done.stderr
     )
     assert_nobody_is_left(pair[:1])
-    end = time.monotonic() + FAULT_LIMIT_S  # host2 must notice by itself
-    while running.left() and time.monotonic() < end:
-        time.sleep(0.5)
-    assert running.left() == []
+    assert until(lambda: running.left() == [], FAULT_LIMIT_S, look_s=0.5)  # host2 notices by itself
     pair[1].mend()
 
 
@@ -304,12 +300,13 @@ def test_arguments_and_variables_arrive_and_no_secret_shows(pair, engine, tmp_pa
     env = {"GIVEN": "s3cr3t-2 $(touch hacked)\n'", "DISPLAY": ":7"}
     running = start(pair, engine, "all=report", *hostile, "all=sleep:2", flags=flags, env=env, cwd=tmp_path)
     seen: set[str] = set()  # also processes that start before the workers
-    end = time.monotonic() + FAULT_LIMIT_S
-    now: list[str] = []
-    while sum(str(WORKER) in line for line in now) < 3 and time.monotonic() < end:  # the launcher and two workers
+
+    def have_started() -> bool:
         now = [*hosts.command_lines().values()]
-        seen |= {*now}
-        time.sleep(0.02)
+        seen.update(now)
+        return sum(str(WORKER) in line for line in now) > 2  # the launcher and two workers
+
+    until(have_started, FAULT_LIMIT_S, look_s=0.02)
     running.workers(2)
     lines = hosts.command_lines()
     done = running.finish()

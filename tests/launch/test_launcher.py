@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 import needs
-from launched import LIMIT_S, QUICK, WORKER, Launched, launch, scripted
+from launched import LIMIT_S, QUICK, WORKER, Launched, launch, scripted, until
 from scripts import script
 
 HERE = pathlib.Path(__file__).parent
@@ -130,10 +130,7 @@ def test_a_launcher_that_is_killed_takes_all_with_it(engine):
     running.workers(2)
     running.process.kill()
     running.process.wait()
-    end = time.monotonic() + LIMIT_S
-    while (running.left() or sleeps("603.25")) and time.monotonic() < end:
-        time.sleep(0.2)
-    assert running.left() == sleeps("603.25") == []
+    assert until(lambda: running.left() == sleeps("603.25") == [], look_s=0.2)
 
 
 SAVER = """
@@ -151,13 +148,10 @@ pathlib.Path(sys.argv[1], "saved").touch()
 def test_a_launcher_that_is_killed_leaves_the_workers_their_grace(tmp_path):
     """Also workers that write continuously, although the reader is gone."""
     running = Launched("-np", 1, "--grace-s", 60, command=[sys.executable, "-c", SAVER, tmp_path])
-    end = time.monotonic() + LIMIT_S
-    while not (tmp_path / "up").exists() and time.monotonic() < end:
-        time.sleep(0.1)
+    assert until((tmp_path / "up").exists)
     running.process.kill()
     running.process.wait()
-    while not (tmp_path / "saved").exists() and running.left():
-        time.sleep(0.1)
+    until(lambda: (tmp_path / "saved").exists() or not running.left())
     assert (tmp_path / "saved").exists()
 
 
