@@ -10,6 +10,7 @@ except for mounts, and with explicit variables only. No sshd runs there.
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import dataclasses
 import os
@@ -62,6 +63,8 @@ class Mount:
 
 
 SCRATCH = (Mount("/tmp", options="mode=1777"), Mount("/dev/shm", options="mode=1777"))
+
+compileall.compile_dir(ROOT / "distpad", quiet=1)  # pods cannot write bytecode: each would compile distpad again
 
 
 class Pod:
