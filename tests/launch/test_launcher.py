@@ -29,8 +29,8 @@ ENGINES = {
 }
 
 
-# Two faults run under every engine, and one without horovodrun by default, which imports TensorFlow for 5 s. The others
-# do not depend on the engine: they run by default under the engine without a launcher of its own, and under the other
+# Two faults run under every engine, and one without horovodrun by default, which takes longest to start. The others do
+# not depend on the engine: they run by default under the engine without a launcher of its own, and under the other
 # engines as wide tests.
 everywhere = pytest.mark.parametrize("engine", ENGINES, indirect=True)
 not_horovodrun = pytest.mark.parametrize(
