@@ -37,6 +37,7 @@ _PACKAGES = {
     "WeightedCounts": "losses",
     "broadcast_variables": "gradients",
     "certify": "certification",
+    "check_finite": "backends",
     "clip_by_global_norm": "gradients",
     "gather": "collectives",
     "global_value": "gradients",
@@ -68,6 +69,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test compar
     from distpad import layers as layers
     from distpad import metrics as metrics
     from distpad.backends import ElasticState as ElasticState
+    from distpad.backends import check_finite as check_finite
     from distpad.certification import Certificate as Certificate
     from distpad.certification import certify as certify
     from distpad.collectives import PreLengths as PreLengths

@@ -4,6 +4,7 @@ from distpad.backends.alone import is_alone, run_alone
 from distpad.backends.base import Backend
 from distpad.backends.detection import resolve, resolve_step
 from distpad.backends.elastic import ElasticState
+from distpad.backends.finite import check_finite
 from distpad.backends.fit_checks import enable as enable_keras_fit
 from distpad.backends.horovod import HorovodBackend
 from distpad.backends.local import LocalBackend
@@ -18,6 +19,7 @@ __all__ = [
     "LocalBackend",
     "StrategyBackend",
     "check_alike",
+    "check_finite",
     "enable_keras_fit",
     "is_alone",
     "resolve",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from distpad import errors
-from distpad.backends import base, detection, horovod, local, variables
+from distpad.backends import base, detection, horovod, local, messages, variables
 
 _NAME = "ElasticState"
 # Messages of an UnknownError from a failed collective: of Horovod, of its operations, of its transport.
@@ -25,7 +24,7 @@ class _Saved(NamedTuple):
 
     values: list[np.ndarray]
     position: dict[str, Any] | None
-    objects: dict[str, Any]
+    objects: bytes
 
 
 class ElasticState:
@@ -67,7 +66,8 @@ class ElasticState:
         optimisers. Build optimisers first: ``optimizer.build(model.trainable_variables)``.
       batches: a ``PaddedBatches`` over ``(indexable, LengthSampler)``, or None. A commit includes its position.
       backend: see ``distpad.backends.resolve``: Horovod with all its ranks, or one device.
-      objects: become attributes, such as ``state.step``. A commit copies them; workers that join receive them pickled.
+      objects: become attributes, such as ``state.step``: numbers, strings, None, NumPy arrays, and lists, tuples and
+        dicts of them. A commit copies them; workers that join receive them as JSON, since nothing is unpickled.
 
     Attributes:
       batches: the argument.
@@ -76,7 +76,8 @@ class ElasticState:
     Raises:
       ValueError: ``batches`` without a sampler, whose position is not valid for another number of workers; an engine
         that is not elastic; a process set; a name in ``objects`` that the state uses itself.
-      TypeError: ``variables`` is not a list, or holds an object that is not a variable and has no variables.
+      TypeError: ``variables`` is not a list, or holds an object that is not a variable and has no variables; at a
+        commit too: an object of another kind.
 
     Making a state is not a collective. Source: Horovod's elastic training
     (https://horovod.readthedocs.io/en/stable/elastic).
@@ -176,7 +177,7 @@ class ElasticState:
     def save(self) -> None:
         """Save the state in memory. No collective."""
         values = [variable.numpy() for variable in self._variables()]
-        self._saved = _Saved(values, self._position(), copy.deepcopy(self._objects()))
+        self._saved = _Saved(values, self._position(), messages.pack(self._objects(), _NAME))
 
     # -- called by Horovod's loop -------------------------------------------------------------------------------------
 
@@ -185,7 +186,7 @@ class ElasticState:
         for variable, value in zip(self._variables(), self._saved.values):
             variable.assign(value)
         self._move_to(self._saved.position)
-        self._set_objects(copy.deepcopy(self._saved.objects))
+        self._set_objects(messages.unpack(self._saved.objects, "the commit"))
 
     def sync(self) -> None:
         """Take the state of the worker with the most commits, the first of these workers. Collective.
@@ -200,8 +201,9 @@ class ElasticState:
             root = self._eldest()
             self._backend.broadcast(held, root)
             mine = self._age, self._position(), self._objects()
-            received = _horovod_elastic().broadcast_object(mine, root_rank=root, name="distpad_elastic_objects")
-        self._age, position, objects = received
+            received = _broadcast(mine, root, "distpad_elastic_objects")
+        with messages.checked("the state"):
+            self._age, position, objects = received
         self._move_to(position)
         self._set_objects(objects)
         self.save()
@@ -288,8 +290,18 @@ def _hosts(backend: base.Backend) -> Any:
     if not isinstance(backend, horovod.HorovodBackend):
         return None
     hvd = _horovod_elastic()
-    broadcast = functools.partial(hvd.broadcast_object, root_rank=0, name="distpad_elastic_hosts")
+    broadcast = functools.partial(_broadcast, root=0, name="distpad_elastic_hosts")  # Horovod's own would unpickle
     return hvd.elastic.ObjectState(bcast_object=broadcast, get_rank=hvd.rank)
+
+
+def _broadcast(value: Any, root: int, name: str) -> Any:
+    """The value of rank ``root`` on all ranks, as JSON. Collective: two broadcasts."""
+    hvd = _horovod_elastic()
+    data = np.frombuffer(messages.pack(value, _NAME) if hvd.rank() == root else b"", np.uint8)
+    with tf.device("CPU:0"):
+        size = int(hvd.broadcast(tf.constant(len(data), tf.int64), root, name=f"{name}_size"))
+        mine = tf.constant(data if hvd.rank() == root else np.zeros(size, np.uint8))
+        return messages.unpack(hvd.broadcast(mine, root, name=name).numpy().tobytes(), "the state")
 
 
 @contextlib.contextmanager

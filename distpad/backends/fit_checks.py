@@ -13,9 +13,9 @@ import numpy as np
 import tensorflow as tf
 
 from distpad import errors, versions
-from distpad.backends import detection, keras_fit
+from distpad.backends import detection, finite, keras_fit
 from distpad.backends.base import Backend
-from distpad.backends.variables import tensorflow_variable
+from distpad.backends.variables import checksums, extremes, tensorflow_variable
 
 _LIMIT_S = 600.0  # to wait for the other workers at the end of an epoch: one of them may save a checkpoint
 _REMEDY = (
@@ -23,6 +23,8 @@ _REMEDY = (
 )
 _CHANNEL = 1 << 20  # beyond those of datasets
 _SAMPLED, _TOLERANCE = 64, 1e-6  # elements of a variable that are compared, and how far they may differ
+_HUGE = 1e300
+_APART = 1e-3  # as the tolerance after an epoch: operations of a GPU that are not deterministic let copies drift
 
 
 def enable() -> None:
@@ -51,7 +53,7 @@ def _checking(original: Any) -> Any:
         if is_fed or backend:
             _check_arguments(self, backend, given.get("class_weight"), held, is_fed)
         kwargs = {name: value for name, value in given.items() if name != "self"}
-        if backend is not None and backend.num_workers > 1:
+        if backend is not None and backend.num_replicas > 1:
             if hasattr(callbacks, "callbacks"):  # a CallbackList
                 callbacks.append(_Workers(backend))
             else:
@@ -138,9 +140,10 @@ def _where(backend: Backend) -> str:
 
 
 class _Workers(tf.keras.callbacks.Callback):
-    """Lets all workers leave ``fit`` after the same epoch, and checks once that their weights are equal.
+    """Lets all workers leave ``fit`` after the same epoch, and checks that the weights of all replicas are equal.
 
-    The weights are compared after two steps: callbacks such as Horovod's may broadcast them after the first.
+    The weights are compared after two steps, since callbacks such as Horovod's may broadcast them after the first; and
+    after each epoch, by a checksum first, which costs no collective.
     """
 
     _supports_tf_logs = True  # Keras 2 otherwise waits for the values of each step
@@ -151,44 +154,52 @@ class _Workers(tf.keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         self._steps += 1
-        if self._steps == 3:
+        if self._steps == 3 and self._backend.strategy is None:  # a strategy keeps them equal
             self._compare()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        if self._steps == 2:
+        if self._steps == 2 and self._backend.strategy is None:
             self._compare()
-        stops = np.array([self.model.stop_training], np.float64)
+        backend, trained = self._backend, [tensorflow_variable(v, "fit") for v in self.model.trainable_variables]
+        failed = backend.num_workers - backend.worker_index if finite.found() else 0
+        mine = [self.model.stop_training, failed, *extremes(checksums(trained, backend))]
         try:
-            stops, _ = self._backend.host_merge(stops, np.zeros(1), _LIMIT_S, _CHANNEL)
+            found, _ = backend.host_merge(np.array(mine, np.float64), np.zeros(1), _LIMIT_S, _CHANNEL)
         except TimeoutError as error:
             raise errors.DistpadError(
                 f"fit: worker {self._backend.worker_index} ended epoch {epoch} at step {self._steps} of this fit, "
                 f"expected all workers to end it there within {_LIMIT_S:g} s. {_REMEDY}"
             ) from error
-        self.model.stop_training = bool(stops[0])
+        self.model.stop_training = bool(found[0])
+        if found[1]:
+            texts = backend.host_all_gather_bytes((finite.found() or "").encode())
+            finite.clear()
+            raise errors.DistpadError(texts[backend.num_workers - int(found[1])].decode())
+        if found[2] != -found[3]:
+            self._compare(f"after epoch {epoch}", _APART)
 
-    def _compare(self) -> None:
-        """Raise ValueError on all workers if a variable differs between them."""
-        if self._backend.strategy is not None:  # keeps its variables equal
-            return
-        variables = self.model.trainable_variables
-        table = self._backend.host_all_gather(np.concatenate([_sample(variable) for variable in variables]))
-        differ = np.abs(table - table[0]).max(axis=0) > _TOLERANCE * np.abs(table).max(axis=0)
+    def _compare(self, when: str = "after two steps", tolerance: float = _TOLERANCE) -> None:
+        """Raise ValueError on all workers if a variable differs between replicas."""
+        backend, variables = self._backend, self.model.trainable_variables
+        samples = [_samples(variable, backend) for variable in variables]
+        table = np.concatenate(backend.host_all_gather(np.concatenate(samples, axis=1)))
+        table = np.nan_to_num(table, nan=_HUGE, posinf=_HUGE, neginf=-_HUGE)  # else NaN would differ from nothing
+        differ = np.abs(table - table[0]).max(axis=0) > tolerance * np.abs(table).max(axis=0)
         if not differ.any():
             return
         at = int(np.argmax(differ))
-        ends = np.cumsum([len(_sample(variable)) for variable in variables])
+        ends = np.cumsum([sample.shape[1] for sample in samples])
         name = variables[int(np.searchsorted(ends, at, side="right"))].name
         found = ", ".join(f"{value:.7g} on rank {rank}" for rank, value in enumerate(table[:, at]))
         raise ValueError(
-            f"fit: the weights differ between the ranks after two steps ({name}: {found}), expected equal ones: each "
+            f"fit: the weights differ between the ranks {when} ({name}: {found}), expected equal ones: each "
             "rank trains alone. Write distpad.broadcast_variables(model.variables) before fit, and "
             "compile(optimizer=distpad.DistributedOptimizer(optimizer)), which also reduces what a train_step gives to "
             "apply_gradients."
         )
 
 
-def _sample(variable: Any) -> np.ndarray:
-    """At most 2 * _SAMPLED elements from all parts of a variable."""
-    flat = tf.reshape(tensorflow_variable(variable, "fit"), [-1])
-    return tf.cast(flat[:: max(1, int(flat.shape[0]) // _SAMPLED)], tf.float64).numpy()
+def _samples(variable: Any, backend: Backend) -> np.ndarray:
+    """At most 2 * _SAMPLED elements from all parts of a variable, ``[replicas here, elements]``."""
+    copies = [tf.reshape(copy, [-1]) for copy in backend.local_results(tensorflow_variable(variable, "fit"))]
+    return np.stack([tf.cast(flat[:: max(1, len(flat) // _SAMPLED)], tf.float64).numpy() for flat in copies])

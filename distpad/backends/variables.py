@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -34,6 +35,37 @@ def check_alike(variables: Sequence[tf.Variable], backend: base.Backend, functio
         f"shapes and dtypes on all workers (numbers: {least[0]} to {most[0]}). Build the model and the optimiser on "
         "all workers first."
     )
+
+
+def checksums(variables: Sequence[tf.Variable], backend: base.Backend) -> list[np.ndarray]:
+    """The checksums of variables, ``[variables]`` int64, of each replica of this worker: sums of their 64-bit words."""
+    parts = zip(*map(backend.local_results, variables))
+    return [_checksums([*map(tf.convert_to_tensor, part)]).numpy() for part in parts]
+
+
+@tf.function(autograph=False)
+def _checksums(values: Sequence[tf.Tensor]) -> tf.Tensor:
+    return tf.stack([_sum_of_words(value) for value in values])
+
+
+def _sum_of_words(value: tf.Tensor) -> tf.Tensor:
+    """The sum of a tensor's words, modulo 2**64. A GPU sums int64, but no smaller integers."""
+    if value.dtype == tf.bool:
+        value = tf.cast(value, tf.uint8)
+    in_word, flat = 8 // value.dtype.size, tf.reshape(value, [-1])
+    if in_word < 2:
+        return tf.reduce_sum(tf.bitcast(flat, tf.int64))
+    whole = tf.size(flat) // in_word * in_word
+    rest = tf.pad(flat[whole:], [[0, whole + in_word - tf.size(flat)]])
+    return tf.add_n(
+        [tf.reduce_sum(tf.bitcast(tf.reshape(part, [-1, in_word]), tf.int64)) for part in (flat[:whole], rest)]
+    )
+
+
+def extremes(sums: Sequence[np.ndarray]) -> list[float]:
+    """The highest hash of the replicas' checksums, and the negative of the lowest: 48 bits, which a float64 holds."""
+    hashes = [int.from_bytes(hashlib.blake2b(row.tobytes(), digest_size=6).digest(), "big") for row in sums]
+    return [float(max(hashes)), -float(min(hashes))] if hashes else [0.0, 0.0]
 
 
 def replica_variable(shape: Sequence[int | None], dtype: tf.DType) -> tf.Variable:

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from distpad import backends, errors
+from distpad.backends import messages
 from distpad.collectives import nests
 from distpad.padding import Padded, columns
 
@@ -157,11 +158,12 @@ def _packed(rows: _Rows, argument_error: Exception | None) -> bytes:
 
 def _unpacked(given: bytes) -> tuple[dict[str, Any], _Rows]:
     """Decode a worker's header and rows."""
-    arrays = np.load(io.BytesIO(given))
-    header = json.loads(arrays["header"].tobytes())
-    found = []
-    for i, (dtype, inner) in enumerate(header["columns"]):
-        values = np.frombuffer(arrays[f"values{i}"].tobytes(), tf.as_dtype(dtype).as_numpy_dtype)
-        splits = arrays[f"splits{i}"]
-        found.append(columns.Column(values.reshape([int(splits[-1]), *inner]), (splits,)))
-    return header, _Rows(arrays["indices"], found, [])
+    with messages.checked("the rows"):
+        arrays = np.load(io.BytesIO(given), allow_pickle=False)
+        header = json.loads(arrays["header"].tobytes())
+        found = []
+        for i, (dtype, inner) in enumerate(header["columns"]):
+            values = np.frombuffer(arrays[f"values{i}"].tobytes(), tf.as_dtype(dtype).as_numpy_dtype)
+            splits = arrays[f"splits{i}"]
+            found.append(columns.Column(values.reshape([int(splits[-1]), *inner]), (splits,)))
+        return header, _Rows(arrays["indices"], found, [])

@@ -11,7 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 from distpad import backends, errors
-from distpad.data import collate, config, keras, progress, sources
+from distpad.data import collate, config, keras, progress, sources, watch
 from distpad.data.collate import Batch
 from distpad.data.schema import Pad
 from distpad.data.stats import PaddingStats
@@ -58,6 +58,13 @@ class PaddedBatches(tf.train.experimental.PythonState):
         keep their order. A ``tf.data.Dataset`` reads in parallel by ``map(..., num_parallel_calls=...)`` instead.
       drop_remainder: end an epoch before the first optimiser step that is not full on all replicas.
       replicated: allow all workers to read the same examples; with a sampler they never do.
+      on_error: "raise" the error of an example that cannot be read or does not fit (a wrong dtype, rank or size, a
+        missing feature, a weight below 0); or "skip" the example. ``stats.skipped`` then holds the skipped examples of
+        all workers; filler rows take their places. The first example that is possible defines the features. An iterator
+        that ends with its error, as a generator does, is an error. A ``tf.data.Dataset`` is then read element by
+        element, which costs about 0.15 ms each.
+      max_skipped: how many examples an epoch may skip, over all workers: a number, or below 1 a fraction of those that
+        were read so far, but always 10. More are an error on all workers.
       backend: see ``distpad.backends.resolve``.
       warn_after_s: seconds after which all workers warn of a slow source, naming its worker.
       timeout_s: seconds after which a slow source, or a worker that does not come to an exchange, is an error.
@@ -66,6 +73,7 @@ class PaddedBatches(tf.train.experimental.PythonState):
       ValueError, TypeError: wrong arguments; while iterating, on all workers: configurations or examples that differ
         between workers, or workers that all read the same examples.
       PeerError: while iterating, if another worker failed, was too slow, or left.
+      DistpadError: while iterating, on all workers: more examples were skipped than ``max_skipped``.
 
     Collective: all workers iterate together and leave a loop at the same step. Iterating makes one exchange per window,
     of a few numbers per step.
@@ -95,23 +103,57 @@ class PaddedBatches(tf.train.experimental.PythonState):
         num_parallel_reads: int = 1,
         drop_remainder: bool = False,
         replicated: bool = False,
+        on_error: str = "raise",
+        max_skipped: float = 0.01,
         backend: Any = None,
         warn_after_s: float = 60.0,
         timeout_s: float = 600.0,
     ) -> None:
         self._backend, self._is_detected = backends.resolve(backend, function=_NAME), backend is None
         options = lookahead, accumulation_steps, num_parallel_reads, drop_remainder, replicated, warn_after_s, timeout_s
-        self._config = config.Config(batch_size, padding, tokens, weights, buckets, *options)
+        skipping = on_error, max_skipped
+        self._config = config.Config(batch_size, padding, tokens, weights, buckets, *options, *skipping)
         self._source = sources.Source(source, self._backend, self._config)
         weakref.finalize(self, self._source.close_ahead, 0.0)
         self.stats = PaddingStats()
-        self._progress = progress.Progress(self._source, self.stats)
+        self._watch = watch.Watch(self._backend)
+        self._progress = progress.Progress(self._source, self.stats, self._watch)
 
     def __iter__(self) -> Iterator[Batch]:
         self._check_engine()
         self._progress.leave()
         # The first batch opens the epoch: an iterator that is never advanced starts no threads.
         yield from self._progress.consume(self._progress.open())
+
+    def watch(self, variables: Any) -> None:
+        """Compare variables between all replicas of all workers in loops, once a window and at the end of an epoch.
+
+        A checksum of their bits travels with the window sync: only if it differs is there another exchange, which finds
+        the variables and replicas. So the first comparison precedes the first step, and shows a forgotten
+        ``broadcast_variables``. It reads each variable once a window. ``fit`` compares weights by itself, at the end of
+        each epoch.
+
+        Operations that are not deterministic on a GPU, such as sparse updates, may let copies drift apart by a bit,
+        which is an error here too: ``tf.config.experimental.enable_op_determinism()``.
+
+        Args:
+          variables: a list of variables of TensorFlow, Keras 2 or Keras 3 that must be equal on all replicas, such as
+            ``model.trainable_variables``. It replaces the list of an earlier call; an empty list ends watching.
+
+        Raises:
+          TypeError: not a list of variables.
+          ValueError: variables of which each replica has its own part.
+          DistpadError: in the loop over the batches, on all workers: a variable differs, or not all workers watch it.
+
+        No collective; all workers call it before the same epoch.
+
+        >>> weight = tf.Variable([1.0, 2.0])
+        >>> batches = PaddedBatches([{"y": [1]}], 1, padding={"y": Pad()}, tokens="y")
+        >>> batches.watch([weight])
+        >>> len(list(batches))
+        1
+        """
+        self._watch.set(variables)
 
     def repeat(self) -> Iterator[Batch]:
         """Iterate one epoch after another, without an end, for a loop that counts steps.
@@ -268,7 +310,11 @@ class PaddedBatches(tf.train.experimental.PythonState):
 
     def deserialize(self, string_value: str) -> None:
         """Load the position of a checkpoint, by ``load_state_dict``."""
-        self.load_state_dict(json.loads(string_value))
+        try:
+            state = json.loads(string_value)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(errors.sentence(_NAME, "state of a checkpoint", f"no JSON ({error})", "JSON")) from None
+        self.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position as a dict for JSON: after the last whole optimiser step whose batches were yielded.

@@ -33,14 +33,19 @@ class Chunk(NamedTuple):
     def num_examples(self) -> int:
         return self.columns[0].num_examples
 
+    def take(self, rows: Sequence[int]) -> Chunk:
+        """Some of the examples."""
+        return self._replace(columns=[column.take(np.asarray(rows, np.int64)) for column in self.columns])
+
 
 Rows = Union[Sequence[Any], Chunk]  # examples, one by one or by columns
 
 
-def learn(parts: Sequence[Rows], padding: Mapping[Name, Pad], *, guess: bool) -> Features | None:
+def learn(parts: Sequence[Rows], padding: Mapping[Name, Pad], *, guess: bool, skips: bool) -> Features | None:
     """Learn the features from the rows of a few steps.
 
-    Returns None if the rows do not show all dtypes and shapes, unless ``guess``.
+    Returns None if the rows do not show all dtypes and shapes, unless ``guess``. With ``skips``, the first example that
+    is possible decides.
 
     Raises: ValueError, TypeError: features that ``padding`` or TensorFlow do not fit.
     """
@@ -54,7 +59,13 @@ def learn(parts: Sequence[Rows], padding: Mapping[Name, Pad], *, guess: bool) ->
                 sizes = [int(splits[1] - splits[0]) if len(splits) > 1 else 0 for splits in column.splits]
                 arrays.append((column.values.dtype, (*sizes, *column.values.shape[1:])))
             return Features.of_shapes(part.skeleton, arrays, padding)
-    return Features.learn(examples, padding, guess=guess) if examples else None
+    for begin in range(len(examples)):
+        try:
+            return Features.learn(examples[begin:], padding, guess=guess)
+        except (ValueError, TypeError):
+            if not skips or begin == len(examples) - 1:
+                raise
+    return None
 
 
 def _shows_sizes(column: Column, pad: Pad | None) -> bool:

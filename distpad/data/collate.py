@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from distpad import backends, errors
 from distpad.collectives.shapes import PreLengths
-from distpad.data import plan, reader
+from distpad.data import plan, reader, threads
 from distpad.data.config import Config
 from distpad.data.schema import Features, Pad
 from distpad.data.stats import PaddingStats
@@ -69,6 +69,9 @@ class Padder:
 
     Args:
       element_of: makes an element for fit from the replicas' batches in NumPy; None: batches go to the devices.
+
+    Attributes:
+      error: the error that ended the thread, or why it could not be started; None while it runs.
     """
 
     def __init__(
@@ -87,8 +90,12 @@ class Padder:
         for _ in range(_AHEAD):
             self._free.put(None)
         self._stopped = threading.Event()
+        self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name="distpad-padder")
-        self._thread.start()
+        try:
+            self._thread.start()
+        except (RuntimeError, MemoryError) as error:
+            self._fail(error)
 
     def order(self, order: Order) -> None:
         self._orders.put(order)
@@ -97,8 +104,8 @@ class Padder:
         """Return the next batch in order, or raise the error that making it raised."""
         limit_s = self._config.timeout_s
         try:
-            made = self._made.get(timeout=min(limit_s, threading.TIMEOUT_MAX))
-        except queue.Empty:  # as in a process that was forked in the middle of an epoch, which has no threads
+            made = threads.get(self._made, [self._thread], limit_s)
+        except queue.Empty:
             raise errors.DistpadError(
                 f"PaddedBatches: waited {limit_s:.0f} s for a batch to be padded, expected less than timeout_s."
             ) from None
@@ -114,22 +121,28 @@ class Padder:
         self._stopped.set()
         self._orders.put(None)
         self._free.put(None)
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
         # A thread of tf.data may wait for a batch of a loop that another loop has replaced.
         self._made.put(errors.DistpadError("PaddedBatches: this loop was left, and another has begun"))
 
+    def _fail(self, error: BaseException) -> None:
+        """Let take raise the error in the thread of the training, and the next window sync on the other workers."""
+        self.error = error
+        self._made.put(error)
+
     def _run(self) -> None:
-        while True:
-            self._free.get()
-            order = self._orders.get()
-            if self._made.qsize() >= _AHEAD - 1:
-                time.sleep(_PAUSE_S)
-            if order is None or self._stopped.is_set():
-                return
-            try:
+        try:
+            while True:
+                self._free.get()
+                order = self._orders.get()
+                if self._made.qsize() >= _AHEAD - 1:
+                    time.sleep(_PAUSE_S)
+                if order is None or self._stopped.is_set():
+                    return
                 self._made.put(self._make(order))
-            except BaseException as error:  # take raises it in the thread of the training
-                self._made.put(error)
+        except BaseException as error:
+            self._fail(error)
 
     def _make(self, order: Order) -> tuple[Any, PaddingStats]:
         config, features, micro, batches, counted = self._config, order.features, order.micro, [], PaddingStats()

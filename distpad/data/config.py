@@ -14,6 +14,7 @@ from distpad.padding.buckets import Buckets
 
 _NAME = "PaddedBatches"
 _AUTO = Buckets.auto()
+_FEW = 10  # examples that an epoch may skip whatever the fraction
 _NEAR = 2  # axes share a boundary if theirs are at most this many apart
 
 
@@ -28,6 +29,8 @@ class Config:
       lookahead: micro-batches in the longest window, a multiple of ``accumulation_steps``.
       num_parallel_reads: threads that read examples; it may differ between workers, as the time limits may.
       warn_after_s, timeout_s: time limits.
+      on_error: "raise" or "skip" examples.
+      max_skipped: how many examples an epoch may skip: a number, or a fraction below 1.
 
     Raises: ValueError, TypeError: the first argument that is wrong.
     """
@@ -44,6 +47,8 @@ class Config:
     replicated: bool
     warn_after_s: float
     timeout_s: float
+    on_error: str = "raise"
+    max_skipped: float = 0.01
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulation_steps", "lookahead", "num_parallel_reads"):
@@ -54,6 +59,10 @@ class Config:
             seconds = errors.number(_NAME, name, getattr(self, name))
             errors.require(_NAME, seconds > 0, name, seconds, "above 0 seconds")
             setattr(self, name, seconds)
+        errors.choice(_NAME, "on_error", self.on_error, ("raise", "skip"))
+        self.max_skipped = errors.number(_NAME, "max_skipped", self.max_skipped)
+        rule = "a number of examples, or a fraction below 1"
+        errors.require(_NAME, self.max_skipped >= 0, "max_skipped", self.max_skipped, rule)
         self.drop_remainder, self.replicated = bool(self.drop_remainder), bool(self.replicated)
         self.lookahead = -(-self.lookahead // self.accumulation_steps) * self.accumulation_steps
         self.padding = _checked_padding(self.padding)
@@ -75,6 +84,16 @@ class Config:
     def counted_axes(self) -> dict[Name, list[int]]:
         """The axes of an example that span the positions of each counted feature."""
         return {name: sorted(self.padding[name].axes) for name in self.tokens.values()}
+
+    @property
+    def skips(self) -> bool:
+        """Whether examples that cannot be read or do not fit are skipped."""
+        return self.on_error == "skip"
+
+    def may_skip(self, count: int) -> int:
+        """How many of the first ``count`` examples of an epoch, over all workers, may be skipped."""
+        most = self.max_skipped
+        return int(most) if most >= 1 or not most else max(_FEW, int(most * count))
 
     @functools.cached_property
     def limits(self) -> list[int | None]:
@@ -124,7 +143,7 @@ class Config:
         """The configuration that is compared between workers."""
         mappings = ("padding", "tokens", "weights", "buckets")
         options = ("batch_size", "lookahead", "accumulation_steps", "drop_remainder", "replicated")
-        compared: dict[str, Any] = {name: getattr(self, name) for name in (*mappings, *options)}
+        compared = {name: getattr(self, name) for name in (*mappings, *options, "on_error", "max_skipped")}
         for name in mappings:
             if isinstance(compared[name], Mapping):
                 compared[name] = {str(key): str(item) for key, item in compared[name].items()}

@@ -54,25 +54,29 @@ def read(
     steps: Iterator[Step],
     size: int,
     tokens: Sequence[Name],
+    *,
+    skips: bool,
 ) -> Iterator[Step]:
     """Yield steps with the next elements of one iteration, batched by tf.data.
 
     Args:
-      batches: the result of ``batched``, which is made once for all epochs.
+      batches: the result of ``batched``, which is made once for all epochs; None to read the elements one by one.
       size: the examples of a step.
       tokens: the counted features.
+      skips: see ``readers.read_iterable``.
 
     Raises: ValueError: elements that look like batches.
     """
+    count = int(dataset.cardinality())
     if batches is None:
-        yield from readers.read_iterable(dataset.as_numpy_iterator(), steps, size, 1)
+        yield from readers.read_iterable(dataset.as_numpy_iterator(), steps, size, 1, skips=skips, count=count)
         return
     chunks: Iterator[Chunk] = map(_chunk, batches)
     shapes = [spec.shape for spec in tf.nest.flatten(dataset.element_spec)]
     # Batches have an unknown batch size or an unknown padded length; examples of one size have neither.
     if all(shape.rank and shape[0] is None for shape in shapes) or any(None in shape[1:] for shape in shapes):
         chunks = _single(chunks, -(-_HEAD // size), tokens)
-    yield from readers.paired(_groups(chunks, size, int(dataset.cardinality())), steps, size)
+    yield from readers.paired(_groups(chunks, size, count), steps, size)
 
 
 def _groups(chunks: Iterator[Chunk], size: int, count: int) -> Iterator[tuple[Chunk, int, bool]]:

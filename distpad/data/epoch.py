@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from distpad import errors
-from distpad.data import collate, keras, plan, reader, sync
+from distpad.backends import finite, messages
+from distpad.data import collate, keras, plan, reader, sync, watch
 from distpad.data.schema import Features
 from distpad.data.sources import Cursor, Source
-from distpad.data.stats import PaddingStats
+from distpad.data.stats import PaddingStats, Skipped
 
 _NAME = "PaddedBatches"
+_LOG = logging.getLogger("distpad")
 _ALIKE = 32  # examples of each worker that are equal, so that no chance explains it
 
 
@@ -31,6 +33,7 @@ class Epoch:
       cursor: the position where the epoch begins, the same on all workers.
       features: the features of an example, if an earlier epoch learned them.
       elements: makes the elements of a dataset for fit; None: the batches of a loop.
+      watched: the variables that are compared in a loop.
 
     Attributes:
       features: the features of an example; None until they are known.
@@ -47,14 +50,15 @@ class Epoch:
         features: Features | None,
         stats: PaddingStats,
         elements: keras.Elements | None,
+        watched: watch.Watch,
     ) -> None:
         self._source, self._backend, self._config = source, source.backend, source.config
         self.cursor, self.features, self._stats, self._elements = cursor, features, stats, elements
+        self._watch, self._checks = watched, False
         self.was_left = self.is_at_end = self.has_begun = False
         self.begins = [*cursor.begins]
         compared = {"source": source.identity(), "for_keras": str(elements), **cursor._asdict()}
-        versions = {"tensorflow": tf.__version__, "numpy": np.__version__}
-        described = {**self._config.as_json(), **compared, "versions": versions}
+        described = {**self._config.as_json(), **compared, "versions": watch.code()}
         self._configuration = json.dumps(described, sort_keys=True)
         self._sync = sync.WindowSync(self._backend, self._config, elements.channel if elements else sync.Channel())
         self._reader = source.open_reader(cursor, features)
@@ -63,6 +67,11 @@ class Epoch:
         self._read: reader.Window | None = None  # the window that was read last, until it is planned
         self._windows = itertools.count()
         self._planned = self._seen = 0  # steps that were planned, and their examples over all workers
+        self._skipped: dict[
+            int, list[Skipped]
+        ] = {}  # examples of all workers, by planned steps, until they are consumed
+        self._num_skipped = 0
+        self._consumed = 0
         self._rows = self._config.batch_size or 1  # of a replica, in the last batch that was read
         self._latest: tuple[int, reader.Window] | None = None  # the window that was planned last, and its first step
         self._first_window: plan.Merged | None = None
@@ -119,6 +128,8 @@ class Epoch:
                 batch = self._padder.take()
                 self._stats.padding_seconds += time.perf_counter() - began
                 self._stats.steps += 1
+                self._stats.add_skipped(self._skipped.pop(self._consumed, ()))
+                self._consumed += 1
                 if i % self._config.accumulation_steps == 0:
                     self._stats.add_group(float(step.tokens.sum()))
                 rest = following or window._replace(steps=[])
@@ -128,6 +139,9 @@ class Epoch:
                 self._fail(window.failure)
             if goes_on and following is None:
                 following = self._plan()
+        if self._checks and self._elements is None:
+            found, _ = self._sync.merge((np.zeros(4), np.zeros(1)), lambda _: (self._state(), np.zeros(1)), "the end")
+            self._compare_state(found, self._consumed)
 
     def _compare(self) -> None:
         """Check that all workers have the same configuration and features, and different examples. One exchange."""
@@ -142,7 +156,8 @@ class Epoch:
         if 0 < sums[0] < workers:  # a worker without examples receives the features
             sender = workers - int(maxima[2])
             text = self._sync.broadcast_text(known.to_text() if known and worker == sender else None, int(maxima[3]))
-            self.features = known or Features.from_text(text, self._config.padding)
+            with messages.checked("a description of examples"):
+                self.features = known or Features.from_text(text, self._config.padding)
 
     def _header(self, limit_s: float) -> sync.Vectors | None:
         window = self._window(limit_s)
@@ -187,7 +202,10 @@ class Epoch:
 
         def report(limit_s: float) -> sync.Vectors | None:
             read = self._window(limit_s)
-            return None if read is None else plan.pack(read.report, backend.worker_index, backend.num_workers)
+            if read is None:
+                return None
+            maxima, sums = plan.pack(read.report, backend.worker_index, backend.num_workers)
+            return np.concatenate([self._state(), maxima]), sums
 
         planned, size = config.window(next(self._windows))
         begin = self.cursor.step + planned
@@ -195,8 +213,11 @@ class Epoch:
 
         def is_last(vectors: sync.Vectors) -> bool:
             nonlocal merged
+            with messages.checked("a report"):
+                plan.check(vectors[0][4:], vectors[1], size, backend.num_workers)
             merged = plan.merge(
-                *vectors,
+                vectors[0][4:],
+                vectors[1],
                 config=config,
                 window=size,
                 workers=backend.num_workers,
@@ -206,14 +227,17 @@ class Epoch:
             self.has_begun = True
             # the next epoch of a dataset that repeats may begin earlier on this worker
             repeats = self._elements is not None and self._elements.repeats
-            return merged.is_last and not repeats
+            return merged.is_last and not repeats and not any(merged.skipped)
 
-        blank = plan.pack(plan.Report.blank(config, size), 0, 1)
-        self._sync.merge(blank, report, f"steps {begin} to {begin + size - 1}", is_last)
+        maxima, sums = plan.pack(plan.Report.blank(config, size), 0, 1)
+        blank = np.concatenate([np.zeros(4), maxima]), sums
+        maxima, _ = self._sync.merge(blank, report, f"steps {begin} to {begin + size - 1}", is_last)
+        self._compare_state(maxima[:4], self._consumed)
         assert merged is not None, "is_last sets it"
         self._stats.plan_seconds, self._sync.seconds = self._stats.plan_seconds + self._sync.seconds, 0.0
         read, self._read = self._read, None
         assert read is not None, "the report comes from it"
+        self._note_skipped(merged, read, planned)
         self._planned = planned + size
         self._latest = begin, read._replace(batches=[])
         if not self.cursor.step:
@@ -228,6 +252,67 @@ class Epoch:
             self._padder.order(collate.Order(micro, step, self.features, self._rows))
         return merged
 
+    def _state(self) -> np.ndarray:
+        """What a worker tells of its training: whether it checks it, what is not finite, and the checksums."""
+        backend, is_loop = self._backend, self._elements is None
+        sums = self._watch.checksum() if is_loop else [0.0, 0.0]
+        failed = backend.num_workers - backend.worker_index if finite.found() else 0
+        return np.array([bool(self._watch) or finite.is_used(), failed, *sums])
+
+    def _compare_state(self, maxima: np.ndarray, step: int) -> None:
+        """Raise DistpadError on all workers if a value is not finite, or watched variables differ. Collective if so."""
+        backend = self._backend
+        self._checks, failed, highest, lowest = bool(maxima[0]), int(maxima[1]), maxima[2], -maxima[3]
+        if failed:
+            text = self._sync.broadcast_text(
+                finite.found() if failed == backend.num_workers - backend.worker_index else None
+            )
+            finite.clear()
+            raise errors.DistpadError(text)
+        if highest != lowest:
+            texts = self._sync.gather_texts(self._watch.describe())
+            with messages.checked("the checksums"):
+                found = watch.differences(texts)
+            remedy = "Let all workers begin with distpad.broadcast_variables, and reduce all gradients."
+            raise errors.DistpadError(
+                f"watch: variables differ between replicas after {self.cursor.step + step} steps of epoch "
+                f"{self.cursor.epoch}, expected equal ones: {found}. {remedy}"
+            )
+
+    def _note_skipped(self, merged: plan.Merged, read: reader.Window, begin: int) -> None:
+        """Note the examples of all workers that the window skipped, for ``stats``. Collective if there are any.
+
+        Raises: DistpadError on all workers: more than ``max_skipped``, or all examples so far.
+        """
+        count = sum(merged.skipped)
+        if not count:
+            return
+        self._num_skipped += count
+        seen = self._num_skipped + self._seen + sum(step.rows for step in merged.steps)
+        limit = self._config.may_skip(seen)
+        is_wrong = self._num_skipped > limit or self.features is None
+        micros = read.batches[: len(merged.steps)]
+        mine = [(begin + i, *each) for i, micro in enumerate(micros) for each in micro.skipped]
+        repeats = self._elements is not None and self._elements.repeats
+        texts = self._sync.gather_texts(
+            json.dumps(mine[:1] if is_wrong else mine), is_last=merged.is_last and not repeats and not is_wrong
+        )
+        with messages.checked("the skipped examples"):
+            parts = [(worker, part) for worker, text in enumerate(texts) for part in json.loads(text)]
+            found = [(int(at), Skipped(worker, int(i), str(why))) for worker, (at, i, why) in parts]
+            _, first = found[0]
+        shown = f"first example {first.example} of worker {first.worker}, {first.reason}"
+        if is_wrong:
+            allowed = "some that define the features" if self.features is None else f"max_skipped={limit} at most"
+            raise errors.DistpadError(
+                f"{_NAME}: {self._num_skipped} of the first {seen} examples of the epoch were skipped ({shown}), "
+                f"expected {allowed}."
+            )
+        if self._num_skipped == count:
+            _LOG.warning("%s: %d examples were skipped: %s", _NAME, count, shown)
+        for at, skipped in found:
+            self._skipped.setdefault(at, []).append(skipped)
+
     def _window(self, limit_s: float) -> reader.Window | None:
         """The next window; None if it is not read within the limit."""
         if self._read is None:
@@ -240,6 +325,8 @@ class Epoch:
                 found = "; ".join(plan.differences(texts)).replace("worker 0", "the others").replace("worker 1", "here")
                 who = f"{_NAME}: the examples of worker {self._backend.worker_index}"
                 read = read.refused(ValueError(f"{who} differ from the examples of the others: {found}."))
+            if read and self._padder.error:
+                read = read.refused(self._padder.error)
             self._read = read
         return self._read
 

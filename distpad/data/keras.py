@@ -177,7 +177,8 @@ class Elements:
         numbers = np.array([counts.tokens, counts.sequences, *counts.local, len(weights)], np.float64)
         lengths = {str(name): value(Lengths(name)) for name in self._config.padding}
         labels = {key: value(name) for key, name in self._labels[loss].items()}
-        return _Counted(weights, np.tile(numbers, [len(weights), 1]), lengths, labels)
+        table = np.column_stack([np.tile(numbers, [len(weights), 1]), batch.indices])
+        return _Counted(weights, table, lengths, labels)
 
     def facts(self, replicas: int) -> dict[Any, tuple[Any, ...]]:
         """What the CountedWeights of each loss hold for all batches: their replicas, dtype and facts."""

@@ -17,6 +17,7 @@ import numpy as np
 
 from distpad.data.config import Config
 
+_LONGEST = 2**31  # of a size
 NOTHING = -(2.0**60)  # in a maximum: this worker has no value
 
 
@@ -50,6 +51,7 @@ class Merged(NamedTuple):
     Attributes:
       begins: ``[window]``, the fingerprints of the steps up to each, over all workers.
       alike: the number of workers with examples, if there are several and all of them read the same; else 0.
+      skipped: the number of examples that each step skipped, over all workers.
     """
 
     steps: list[StepPlan]
@@ -57,6 +59,7 @@ class Merged(NamedTuple):
     failure: Failure | None
     begins: list[int]
     alike: int
+    skipped: list[int]
 
 
 @dataclass
@@ -66,7 +69,7 @@ class Report:
     Attributes:
       longest: ``[window, axes]``, the longest sizes over the worker's replicas.
       tokens, sequences: ``[window, losses]``.
-      rows: ``[window]``.
+      rows, skipped: ``[window]``, the examples that are rows, and those that were skipped.
       begins: ``[window]``, the fingerprints of the worker's steps up to each.
       digest: the hash of the worker's first examples, 0 without examples, or if it is not compared.
       continues: False if the worker has no example after the window.
@@ -77,6 +80,7 @@ class Report:
     tokens: np.ndarray
     sequences: np.ndarray
     rows: np.ndarray
+    skipped: np.ndarray
     begins: np.ndarray
     digest: float = 0.0
     continues: bool = True
@@ -86,7 +90,7 @@ class Report:
     def blank(cls, config: Config, window: int) -> Report:
         """The report of a worker without examples."""
         counts = np.zeros([2, window, len(config.tokens)])
-        return cls(np.zeros([window, len(config.axes)]), *counts, *np.zeros([2, window]))
+        return cls(np.zeros([window, len(config.axes)]), *counts, *np.zeros([3, window]))
 
 
 def pack(report: Report, worker: int, workers: int) -> tuple[np.ndarray, np.ndarray]:
@@ -96,8 +100,17 @@ def pack(report: Report, worker: int, workers: int) -> tuple[np.ndarray, np.ndar
         failed = (len(report.rows) - report.failed_at) * workers + workers - 1 - worker + 1
     digests = [report.digest, -report.digest] if report.digest else [NOTHING, NOTHING]
     maxima = np.concatenate([[failed, report.continues, *digests], report.longest.ravel()])
-    counts = report.rows, report.begins, report.tokens.ravel(), report.sequences.ravel()
+    counts = report.rows, report.skipped, report.begins, report.tokens.ravel(), report.sequences.ravel()
     return maxima.astype(np.float64), np.concatenate([[bool(report.digest)], *counts]).astype(np.float64)
+
+
+def check(maxima: np.ndarray, sums: np.ndarray, window: int, workers: int) -> None:
+    """Raise ValueError for merged vectors that no reports have. The same on all workers."""
+    (failed, continues), longest, whole = maxima[:2], maxima[4:], sums[: 1 + 2 * window]
+    is_whole = np.array_equal(whole, np.rint(whole)) and np.array_equal(longest, np.rint(longest))
+    is_in_range = min(sums.min(), longest.min(initial=0), failed) >= 0 and longest.max(initial=0) < _LONGEST
+    if not (is_whole and is_in_range and continues in (0, 1) and failed <= (window + 1) * workers):
+        raise ValueError(f"counts or sizes that no batch has, up to {max(sums.max(), longest.max(initial=0)):g}")
 
 
 def merge(
@@ -121,11 +134,11 @@ def merge(
     """
     group = config.accumulation_steps
     (failed, continues, digest, negative), longest = maxima[:4], maxima[4:].reshape(window, -1)
-    rows, begins = sums[1 : 1 + 2 * window].reshape(2, window)
-    tokens, sequences = sums[1 + 2 * window :].reshape(2, window, -1)
+    rows, skipped, begins = sums[1 : 1 + 3 * window].reshape(3, window)
+    tokens, sequences = sums[1 + 3 * window :].reshape(2, window, -1)
     failure = _failure(failed, window, workers)
     usable = window if failure is None else failure.step
-    found = _leading(rows[:usable] >= (full_rows or 1))
+    found = _leading((rows + skipped)[:usable] >= (full_rows or 1))
     # batches without rows complete a short last group, but not with drop_remainder, nor before a failure
     completes = full_rows is None and failure is None
     steps = (-(-found // group) if completes else found // group) * group
@@ -136,13 +149,13 @@ def merge(
     of_groups = [each.reshape(window // group, group, -1).sum(axis=1) for each in (tokens, sequences)]
     for step in range(steps):
         counts = [each[step // group] for each in of_groups]
-        if rows[step]:
+        if rows[step] or not plans:  # at first, all examples may be skipped
             agreed = tuple(max(1, int(size)) for size in longest[step])
             plans.append(StepPlan(agreed, sizes_of(step, agreed), int(rows[step]), *counts))
-        else:  # completes a group: in the shape of the step before it, since its own sizes may be on no boundary
-            plans.append(plans[-1]._replace(rows=0))
+        else:  # completes a group, or skips all: in the shape of the step before, since its own may be on no boundary
+            plans.append(StepPlan(plans[-1].agreed, plans[-1].sizes, 0, *counts))
     alike = int(sums[0]) if sums[0] > 1 and digest == -negative else 0
-    return Merged(plans, is_last, failure, begins.astype(int).tolist(), alike)
+    return Merged(plans, is_last, failure, begins.astype(int).tolist(), alike, skipped[:steps].astype(int).tolist())
 
 
 def _failure(code: float, window: int, workers: int) -> Failure | None:

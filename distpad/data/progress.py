@@ -17,6 +17,7 @@ from distpad.data.sampler import check_state
 from distpad.data.schema import Features
 from distpad.data.sources import Cursor, Source
 from distpad.data.stats import PaddingStats
+from distpad.data.watch import Watch
 
 _NAME = "PaddedBatches"
 _KEPT = 3  # of the earlier epochs of fit after the first
@@ -38,8 +39,8 @@ class Progress:
       requested: batches that fit requested since the first of the epochs that may begin again.
     """
 
-    def __init__(self, source: Source, stats: PaddingStats) -> None:
-        self._source, self._stats = source, stats
+    def __init__(self, source: Source, stats: PaddingStats, watched: Watch) -> None:
+        self._source, self._stats, self._watch = source, stats, watched
         self.at = self.following = Cursor()
         self.running: Epoch | None = None
         self.features: Features | None = None
@@ -55,7 +56,7 @@ class Progress:
     def open(self, elements: keras.Elements | None = None) -> Epoch:
         """Open the next epoch. Leave the running one first."""
         self.at = self.following
-        self.running = Epoch(self._source, self.at, self.features, self._stats, elements)
+        self.running = Epoch(self._source, self.at, self.features, self._stats, elements, self._watch)
         return self.running
 
     def begin_epoch(self, cursor: Cursor) -> None:

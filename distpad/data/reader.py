@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from distpad import errors
-from distpad.data import chunks, measures, plan
+from distpad.data import chunks, measures, plan, threads
 from distpad.data.config import Config
 from distpad.data.readers import Step
 from distpad.data.schema import Features
@@ -55,12 +55,14 @@ class MicroBatch(NamedTuple):
       rows: of all replicas of this worker; their ``local`` counts are ``[replicas, losses, 2]``.
       bounds: the first row of each replica, and the row after its last.
       lost: the positions that each example lost by truncation, ``[rows]``.
+      skipped: the examples that were left out: the index of each, and the reason.
     """
 
     batch_size: int
     rows: ReplicaRows
     bounds: list[tuple[int, int]]
     lost: np.ndarray
+    skipped: tuple[tuple[int, str], ...]
 
     def rows_of(self, replica: int) -> ReplicaRows:
         """One replica's rows."""
@@ -87,7 +89,7 @@ class Window(NamedTuple):
     compared: float
     error: BaseException | None
 
-    def refused(self, error: Exception) -> Window:
+    def refused(self, error: BaseException) -> Window:
         """The same window as one that failed before its first step."""
         self.report.failed_at = 0
         return self._replace(batches=[], error=error)
@@ -115,18 +117,21 @@ class Reader:
         self._steps, self._config, self._features = steps, config, features
         self.prints, self._compared = prints, 0.0
         # These queues allow that the garbage collector calls close in the middle of their methods.
-        self._windows: queue.SimpleQueue[Window | None] = queue.SimpleQueue()  # None after the last window
+        self._windows: queue.SimpleQueue[Window | BaseException | None] = queue.SimpleQueue()  # at last None
         self._wanted: queue.SimpleQueue[None] = queue.SimpleQueue()  # an item for each window that may be read
         self._wanted.put(None)
         self._waits, self._is_idle, self._lock = waits, False, threading.Lock()
-        self._stopped = False
+        self._stopped, self._taken = False, 0
         self._reads = self._read()
         _OPEN.add(self)
         self._start()
 
     def _start(self) -> None:
         self._thread = threading.Thread(target=self._run, daemon=True, name="distpad-reader")
-        self._thread.start()
+        try:
+            self._thread.start()
+        except (RuntimeError, MemoryError) as error:  # take hands it to all workers
+            self._windows.put(error)
 
     def begin(self) -> None:
         """The epoch begins: read the windows after the first."""
@@ -138,14 +143,24 @@ class Reader:
             self._start()
 
     def take(self, limit_s: float) -> Window | None:
-        """Return the next window; None if it is not read within ``limit_s`` seconds."""
+        """Return the next window; None if it is not read within ``limit_s`` seconds.
+
+        If the thread has died, or could not be started, the window is one that failed before its first step.
+        """
+        window: Window | BaseException | None
         try:
-            window = self._windows.get(timeout=min(limit_s, threading.TIMEOUT_MAX))
+            window = threads.get(self._windows, [self._thread], limit_s)
         except queue.Empty:
             return None
+        except errors.DistpadError as died:
+            window = died
         if window is None:
             self._windows.put(None)
             raise errors.DistpadError("PaddedBatches: this loop was left, and another has begun.")
+        if isinstance(window, BaseException):
+            report = plan.Report.blank(self._config, self._config.window(self._taken)[1])
+            window = Window([], report, self._features, 0.0, None).refused(window)
+        self._taken += 1
         self._wanted.put(None)
         return window
 
@@ -153,7 +168,7 @@ class Reader:
         """End the thread. A thread that hangs in the user's source continues, but does not block interpreter exit."""
         self._stopped = True
         self._wanted.put(None)
-        if limit_s:
+        if limit_s and self._thread.is_alive():
             self._thread.join(limit_s)
         if self._is_idle or not self._thread.is_alive():
             self._end()
@@ -161,15 +176,18 @@ class Reader:
 
     def _run(self) -> None:
         """Read windows while they are wanted."""
-        while True:
-            self._wanted.get()
-            if self._stopped or not next(self._reads, False):
-                return self._end()
-            with self._lock:
-                self._is_idle = is_idle = self._waits
-            # The flags are set here and read in close in opposite orders: one of the two ends the reads.
-            if is_idle and not self._stopped:
-                return  # begin starts another thread
+        try:
+            while True:
+                self._wanted.get()
+                if self._stopped or not next(self._reads, False):
+                    return self._end()
+                with self._lock:
+                    self._is_idle = is_idle = self._waits
+                # The flags are set here and read in close in opposite orders: one of the two ends the reads.
+                if is_idle and not self._stopped:
+                    return  # begin starts another thread
+        except BaseException as error:  # such as one that another thread has set in this one
+            self._windows.put(error)
 
     def _end(self) -> None:
         """End the reads, which close the source."""
@@ -210,7 +228,7 @@ class Reader:
                 for step in steps:
                     if self._stopped:
                         return
-                    waiting.append(step)
+                    waiting.append(step.without_unread() if self._config.skips else step)
                     is_enough = step.is_last or sum(not each.is_check for each in waiting) >= self._config.lookahead
                     self._learn(waiting, guess=is_enough)
                     while waiting and (self._features is not None or is_enough):
@@ -231,34 +249,58 @@ class Reader:
 
     def _learn(self, waiting: Iterable[Step], guess: bool) -> None:
         if self._features is None:
-            features = chunks.learn([step.rows for step in waiting], self._config.padding, guess=guess)
+            rows, config = [step.rows for step in waiting], self._config
+            features = chunks.learn(rows, config.padding, guess=guess, skips=config.skips)
             if features is not None:
                 measures.check_counted(features, self._config)
             self._features = features
 
     def _take(self, step: Step, begin: int, batches: list[MicroBatch], report: plan.Report) -> None:
         """Check and measure the next step of the window that begins at step ``begin``."""
-        indices = step.indices
-        columns, lost = [], np.zeros(0, np.int64)
-        if len(indices):
-            assert self._features is not None, "learned from the examples"
-            columns = chunks.columns_of(self._features, step.rows, indices)
-            columns, lost = measures.truncated(self._features, columns, indices)
+        try:
+            made = self._measured(step)
+        except MemoryError:
+            raise
+        except Exception:
+            if not self._config.skips:
+                raise
+            step = step.without(self._misfits(step))
+            made = self._measured(step)
+        columns, indices, at = made.rows.columns, step.indices, len(batches)
         if step.is_check:
             self.prints.add(columns, indices, compares=False)
             self._compared = self.prints.begins[-1]
             return
+        self.prints.add(columns, indices, compares=begin + at < self._config.lookahead)
+        report.longest[at] = measures.longest(made.rows.sizes)
+        report.tokens[at], report.sequences[at] = made.rows.local.sum(axis=0).T
+        report.rows[at], report.skipped[at] = len(indices), len(step.skipped)
+        batches.append(made)
+
+    def _measured(self, step: Step) -> MicroBatch:
+        """The step's examples, checked and measured. Raises: ValueError, TypeError: an example that does not fit."""
+        indices, columns, lost = step.indices, list[Column](), np.zeros(0, np.int64)
+        if len(indices):
+            assert self._features is not None, "learned from the examples"
+            columns = chunks.columns_of(self._features, step.rows, indices)
+            columns, lost = measures.truncated(self._features, columns, indices)
         named = dict(zip(self._features.names if self._features else (), columns))
         sizes = measures.sizes_of(self._config, named, indices)
         ends = [*itertools.accumulate(step.counts)]
         bounds = [*zip([0, *ends], ends)]
         local = measures.counts_of(self._config, named, sizes, indices, bounds)
-        at = len(batches)
-        self.prints.add(columns, indices, compares=begin + at < self._config.lookahead)
-        report.longest[at] = measures.longest(sizes)
-        report.tokens[at], report.sequences[at] = local.sum(axis=0).T
-        report.rows[at] = len(indices)
-        batches.append(MicroBatch(step.batch_size, ReplicaRows(columns, indices, sizes, local), bounds, lost))
+        rows = ReplicaRows(columns, indices, sizes, local)
+        return MicroBatch(step.batch_size, rows, bounds, lost, step.skipped)
+
+    def _misfits(self, step: Step) -> dict[int, Exception]:
+        """The rows of a step that do not fit, and why."""
+        found: dict[int, Exception] = {}
+        for row in range(len(step.indices)):
+            try:
+                self._measured(step.only([row]))
+            except Exception as error:
+                found[row] = error
+        return found
 
 
 _OPEN: weakref.WeakSet[Reader] = weakref.WeakSet()

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import array
 import collections
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from multiprocessing.pool import ThreadPool
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from distpad import errors
-from distpad.data.chunks import Rows
+from distpad.data import threads
+from distpad.data.chunks import Chunk, Rows
 from distpad.data.columns import Columns
 from distpad.data.sampler import LengthSampler
 
 _NAME = "PaddedBatches"
+_REASON = 256  # characters of an error that are kept with a skipped example
+
+
+class Unread(NamedTuple):
+    """Stands for an example that could not be read, where examples are skipped."""
+
+    error: Exception
 
 
 class Step(NamedTuple):
@@ -29,6 +37,7 @@ class Step(NamedTuple):
       rows: the examples.
       is_check: whether the step lies before the loaded position, and only its fingerprint is compared.
       is_last: whether the source is known to have no further step.
+      skipped: the examples that were left out: the index of each, and the reason.
     """
 
     batch_size: int
@@ -37,6 +46,27 @@ class Step(NamedTuple):
     rows: Rows = ()
     is_check: bool = False
     is_last: bool = False
+    skipped: tuple[tuple[int, str], ...] = ()
+
+    def only(self, kept: Sequence[int]) -> Step:
+        """The step with some of its examples, in their order."""
+        counts = np.diff(np.searchsorted(kept, [0, *itertools.accumulate(self.counts)])).tolist()
+        rows = self.rows.take(kept) if isinstance(self.rows, Chunk) else [self.rows[row] for row in kept]
+        return self._replace(indices=self.indices[[*kept]], counts=counts, rows=rows)
+
+    def without(self, failed: Mapping[int, Exception]) -> Step:
+        """The step without the rows that failed, which it has skipped."""
+        if not failed:
+            return self
+        texts = {row: f"{type(error).__name__}: {error}"[:_REASON] for row, error in failed.items()}
+        skipped = [(int(self.indices[row]), text) for row, text in texts.items()]
+        rest = self.only([row for row in range(len(self.indices)) if row not in failed])
+        return rest._replace(skipped=(*self.skipped, *skipped))
+
+    def without_unread(self) -> Step:
+        """The step without the examples that could not be read."""
+        rows = () if isinstance(self.rows, Chunk) else self.rows
+        return self.without({row: each.error for row, each in enumerate(rows) if isinstance(each, Unread)})
 
 
 def in_order(batch_size: int, replicas: int, checks: int, step: int, count: int | None = None) -> Iterator[Step]:
@@ -78,35 +108,37 @@ def sampled(
         yield Step(len(batches[0]), np.concatenate(indices), [*map(len, indices)], is_check=is_check, is_last=is_last)
 
 
-def read_indexed(source: Any, steps: Iterable[Step], num_parallel_reads: int) -> Iterator[Step]:
-    """Yield steps with the examples of their indices, in order.
+def read_indexed(source: Any, steps: Iterable[Step], num_parallel_reads: int, *, skips: bool) -> Iterator[Step]:
+    """Yield steps with the examples of their indices, in order; ``skips``: with Unread for errors.
 
     Several threads read parts of a step, and the steps after it, so that all threads have work.
     """
-    read = fetch(source)
+    read = fetch(source, skips=skips)
     if num_parallel_reads == 1 or isinstance(source, Columns):
         for step in steps:
             yield step._replace(rows=read(step.indices))
         return
     whole = hasattr(source, "__getitems__")  # asked once a step
-    pool = ThreadPool(num_parallel_reads)
-    pending: collections.deque[tuple[Step, list[Any]]] = collections.deque()
+    pool = threads.Pool(num_parallel_reads)
+    pending: collections.deque[tuple[Step, list[Callable[[], Any]]]] = collections.deque()
     try:
         for step in steps:
             parts = np.array_split(step.indices, 1 if whole else max(1, min(num_parallel_reads, len(step.indices))))
-            pending.append((step, [pool.apply_async(_or_error, (read, part)) for part in parts]))
+            pending.append((step, [pool.call(read, part) for part in parts]))
             if sum(len(results) for _, results in pending) > 2 * num_parallel_reads:
                 yield _with_rows(*pending.popleft())
         while pending:
             yield _with_rows(*pending.popleft())
     finally:
-        pool.terminate()
+        pool.close()
 
 
-def fetch(source: Any) -> Callable[[np.ndarray], Rows]:
-    """A function from indices to their examples."""
+def fetch(source: Any, *, skips: bool = False) -> Callable[[np.ndarray], Rows]:
+    """A function from indices to their examples; ``skips``: with Unread in place of an error."""
     if isinstance(source, Columns):
         return source.take
+    if skips:
+        return functools.partial(_or_unread, fetch(source))
     if hasattr(source, "__getitems__"):
         return lambda indices: _of_indices(source.__getitems__(indices.tolist()), indices)
     if isinstance(source, list):
@@ -133,36 +165,43 @@ def _of_indices(rows: Any, indices: np.ndarray) -> list[Any]:
     return [_own(row) for row in rows]
 
 
-def _or_error(read: Callable[[np.ndarray], Rows], indices: np.ndarray) -> Any:
+def _or_unread(read: Callable[[np.ndarray], Any], indices: np.ndarray) -> list[Any]:
+    """The examples, read one by one if reading all fails."""
     try:
-        return read(indices)
-    except BaseException as error:  # also SystemExit, which would end a thread of the pool without a result
-        return error
+        return [*read(indices)]
+    except MemoryError:
+        raise
+    except Exception as error:
+        if len(indices) == 1:
+            return [Unread(error)]
+    return [row for at in range(len(indices)) for row in _or_unread(read, indices[at : at + 1])]
 
 
-def _with_rows(step: Step, results: list[Any]) -> Step:
+def _with_rows(step: Step, results: list[Callable[[], Any]]) -> Step:
     rows: list[Any] = []
     for result in results:
-        read = result.get()
-        if isinstance(read, BaseException):
-            raise read
-        rows += read
+        rows += result()
     return step._replace(rows=rows)
 
 
-def read_iterable(source: Any, steps: Iterable[Step], size: int, opened: int) -> Iterator[Step]:
+def read_iterable(
+    source: Any, steps: Iterable[Step], size: int, opened: int, *, skips: bool, count: int | None
+) -> Iterator[Step]:
     """Yield steps with the next examples of one iteration; examples that lie between two steps are left out.
 
     Args:
       size: the examples of a step.
       opened: how often the source was iterated, this time included.
+      skips: whether Unread stands for an example whose reading raises.
+      count: the examples of the source, if they are known.
     """
     examples = iter(source)
     if examples is source and opened > 1:
         remedy = "Give a list, a tf.data.Dataset, or an object whose __iter__ begins again."
         found = f"an iterator ({type(source).__name__}), used up by the first epoch"
         raise ValueError(errors.sentence(_NAME, "source", found, "a source that can be iterated again", remedy))
-    yield from paired(((rows, len(rows), last) for rows, last in grouped(_owned(examples), size)), steps, size)
+    owned = _owned(examples, skips, count)
+    yield from paired(((rows, len(rows), last) for rows, last in grouped(owned, size)), steps, size)
 
 
 def grouped(items: Iterator[Any], size: int) -> Iterator[tuple[list[Any], bool]]:
@@ -204,14 +243,31 @@ def paired(groups: Iterator[tuple[Rows, int, bool]], steps: Iterable[Step], size
             return
 
 
-def _owned(examples: Iterator[Any]) -> Iterator[Any]:
-    """Yield the examples of an iterator, without another call of its ``__iter__``, which may restart it."""
-    while True:
+def _owned(examples: Iterator[Any], skips: bool, count: int | None) -> Iterator[Any]:
+    """Yield the examples of an iterator, without another call of its ``__iter__``, which may restart it.
+
+    With ``skips``, an error gives Unread. An iterator that ends after an error, as a generator does, may have lost the
+    examples after it: that is an error, unless the error was that of the last of ``count`` examples.
+    """
+    failed: Exception | None = None
+    for at in itertools.count():
+        error, example = None, None
         try:
             example = next(examples)
         except StopIteration:
-            return
-        yield _own(example)
+            if failed is None or at == count:
+                return
+            remedy = "Give an object with __getitem__ and __len__, or handle the error in the source."
+            found, rule = f"an iterator that ended with the error of example {at - 1}", "one that continues"
+            raise ValueError(errors.sentence(_NAME, "source", found, rule, remedy)) from failed
+        except MemoryError:
+            raise
+        except Exception as raised:
+            if not skips:
+                raise
+            error = raised
+        failed = error
+        yield Unread(error) if error else _own(example)
 
 
 def _own(example: Any) -> Any:

@@ -93,27 +93,32 @@ class Source:
         if isinstance(self.given, tf.data.Dataset):
             return datasets.features_of(self.given, self.config.padding)
         count = min(_HEAD, self.count or 0) if hasattr(self.given, "__getitem__") else 0
-        rows = readers.fetch(self.given)(np.arange(count)) if count else []
-        return chunks.learn([rows], self.config.padding, guess=True)
+        indices, skips = np.arange(count), self.config.skips
+        rows = readers.fetch(self.given, skips=skips)(indices) if count else []
+        rows = readers.Step(count, indices, [count], rows).without_unread().rows
+        return chunks.learn([rows], self.config.padding, guess=True, skips=skips)
 
     def steps(self, epoch: int, step: int, checks: int) -> Callable[[], Iterator[Step]]:
         """A function to this worker's steps of an epoch, beginning at ``step``, after the first ``checks`` steps, which
         are compared. The thread of the reader calls it.
         """
         given, reads, here = self.given, self.config.num_parallel_reads, self.backend.replicas_here
+        skips = self.config.skips
         if self.sampler is not None:
             replicas = range(self.backend.worker_index * here, (self.backend.worker_index + 1) * here)
             planned = readers.sampled(self.sampler, replicas, self.backend.num_replicas, epoch, step)
-            return lambda: readers.read_indexed(given, planned, reads)
+            return lambda: readers.read_indexed(given, planned, reads, skips=skips)
         in_order = functools.partial(readers.in_order, self.config.batch_size or 1, here, checks, step)
         if self.is_indexed:
-            return lambda: readers.read_indexed(given, in_order(len(given)), reads)
+            return lambda: readers.read_indexed(given, in_order(len(given)), reads, skips=skips)
         if isinstance(given, tf.data.Dataset):
             tokens = [*self.config.tokens.values()]
-            return lambda: datasets.read(given, self._batched, in_order(self.count), self._size, tokens)
+            # the batch of an element that fails would be lost with it
+            batches = None if skips else self._batched
+            return lambda: datasets.read(given, batches, in_order(self.count), self._size, tokens, skips=skips)
         self._opened += 1
         opened = self._opened
-        return lambda: readers.read_iterable(given, in_order(None), self._size, opened)
+        return lambda: readers.read_iterable(given, in_order(None), self._size, opened, skips=skips, count=self.count)
 
     @functools.cached_property
     def _batched(self) -> tf.data.Dataset | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 _CAUSES = ("own_batch", "global_maximum", "buckets", "filler_rows")
-_ATTRIBUTES = ("truncated_examples", "truncated_positions", "count_variation")
+_ATTRIBUTES = ("skipped_examples", "truncated_examples", "truncated_positions", "count_variation")
 _WAITS = ("plan_seconds", "source_seconds", "padding_seconds")
 _TABLE = {  # of each figure: what it is, and its format
     "real": ("real positions", ">14,"),
@@ -18,6 +18,7 @@ _TABLE = {  # of each figure: what it is, and its format
     "filler_rows": ("filler rows", ">14,"),
     "steps": ("steps", ">14,"),
     "shapes": ("distinct shapes", ">14,"),
+    "skipped_examples": ("skipped examples, of all workers", ">14,"),
     "truncated_examples": ("truncated examples", ">14,"),
     "truncated_positions": ("positions that they lost", ">14,"),
     "count_variation": ("variation of the global count", ">14.1%"),
@@ -27,6 +28,20 @@ _TABLE = {  # of each figure: what it is, and its format
 }
 
 
+class Skipped(NamedTuple):
+    """An example that ``PaddedBatches(on_error="skip")`` left out.
+
+    Attributes:
+      worker: the worker that read it.
+      example: its index in the source, which without a sampler is the worker's own.
+      reason: the class and the message of the error, at most 256 characters.
+    """
+
+    worker: int
+    example: int
+    reason: str
+
+
 class PaddingStats:
     """Counts the real and padded positions of this worker's batches, over all ragged features.
 
@@ -34,6 +49,10 @@ class PaddingStats:
     ``own_batch``, up to the longest row of the replica; ``global_maximum``, from there to the longest row of all
     replicas; ``buckets``, from there to the boundary; ``filler_rows``, at the end of an epoch. Positions that
     ``Pad(max_length=...)`` cuts are no positions of the batch: they count as ``truncated_positions``.
+
+    Attributes:
+      skipped: the examples that ``on_error="skip"`` left out of the consumed steps, by ``worker``, ``example``
+        and ``reason``: the same on all workers.
 
     >>> import numpy as np
     >>> stats = PaddingStats()
@@ -46,6 +65,7 @@ class PaddingStats:
         self.real = 0
         self.padding = dict.fromkeys(_CAUSES, 0)
         self.steps = self.truncated_examples = self.truncated_positions = 0
+        self.skipped: list[Skipped] = []
         self.shapes: set[tuple[int, ...]] = set()
         self.plan_seconds = self.source_seconds = self.padding_seconds = 0.0
         self._counts = [0.0, 0.0, 0.0]  # number of groups, mean of their counts, sum of squared distances from the mean
@@ -81,6 +101,15 @@ class PaddingStats:
         self.truncated_positions += other.truncated_positions
         self.shapes |= other.shapes
 
+    def add_skipped(self, skipped: Iterable[Skipped]) -> None:
+        """Add the examples that a step of all workers left out."""
+        self.skipped += skipped
+
+    @property
+    def skipped_examples(self) -> int:
+        """The number of skipped examples, over all workers."""
+        return len(self.skipped)
+
     def add_truncated(self, lost: Any) -> None:
         """Add a step's examples, by the positions that each lost to the ``max_length`` of its features."""
         self.truncated_examples += int((lost > 0).sum())
@@ -115,6 +144,7 @@ class PaddingStats:
         is_same = len(saved) == num_workers
         for name, held in saved[worker_index if is_same else 0].items():
             setattr(self, name, set(held) if isinstance(getattr(self, name), set) else copy.copy(held))
+        self.skipped = [Skipped(*each) for each in self.skipped]
         if is_same:
             return
         total = PaddingStats()
@@ -137,7 +167,7 @@ class PaddingStats:
         figures, total, lines = self.as_dict(), max(1, self.real + sum(self.padding.values())), []
         for name, (text, shown) in _TABLE.items():
             unit = f"{figures[name] / total:>8.1%}" if name in ("real", *_CAUSES) else " s" if name in _WAITS else ""
-            if self.truncated_examples or not name.startswith("truncated"):
+            if figures[name] or not name.startswith(("skipped", "truncated")):
                 lines.append(f"{text:<46}{figures[name]:{shown}}{unit}")
         return "\n".join(lines)
 

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from distpad import backends
+from distpad.backends import messages
 from distpad.data import plan
 from distpad.data.config import Config
 from distpad.errors import DistpadError, PeerError
 
+_MOST = 2**26  # bytes of a text
 _TEXT = 1024  # bytes of an error message that other workers receive
 _LOG = logging.getLogger("distpad")
 Vectors = tuple[np.ndarray, np.ndarray]
@@ -103,13 +105,22 @@ class WindowSync:
         if text is not None:
             sent[:] = np.frombuffer(text.encode()[:size].ljust(size, b"\0"), np.uint8)
         received = self._reduced(np.zeros(1), sent, "a message", lambda *_: is_last)[1]
+        with messages.checked("a text"):
+            if not np.array_equal(received, received.astype(np.uint8)):
+                raise ValueError("numbers that are no bytes")
         return received.astype(np.uint8).tobytes().rstrip(b"\0").decode(errors="replace")
 
-    def gather_texts(self, text: str) -> list[str]:
+    def gather_texts(self, text: str, *, is_last: bool = False) -> list[str]:
         """Return each worker's text, in worker order. For errors: the cost grows with the number of workers."""
         size = int(self._reduced(np.array([float(len(text.encode()))]), np.zeros(1), "a message")[0][0])
+        with messages.checked("a text"):
+            if not 0 <= size <= _MOST:
+                raise ValueError(f"{size} bytes")
         mine, workers = self.backend.worker_index, range(self.backend.num_workers)
-        return [self.broadcast_text(text if worker == mine else None, size) for worker in workers]
+        return [
+            self.broadcast_text(text if worker == mine else None, size, is_last=is_last and worker == workers[-1])
+            for worker in workers
+        ]
 
     def leave(self) -> None:
         """Announce to the other workers that this one leaves, unless another worker left first.
@@ -119,7 +130,11 @@ class WindowSync:
         """
         if self._claim(self._patience_s):
             self._leaving = threading.Thread(target=self._announce, args=(math.inf,), daemon=True, name="distpad-leave")
-            self._leaving.start()
+            try:
+                self._leaving.start()
+            except (RuntimeError, MemoryError):  # no further thread: the channel must not stay locked
+                self._leaving = None
+                self._announce(self._patience_s)
 
     def exit(self, until: float) -> None:
         """Leave because the process ends: wait for the other workers until ``until``, by the monotonic clock."""
@@ -171,7 +186,12 @@ class WindowSync:
     def _merged(self, maxima: np.ndarray, sums: np.ndarray, what: str) -> Vectors:
         began = time.monotonic()
         try:
-            return self.backend.host_merge(maxima, sums, self._patience_s, self.channel.number)
+            merged = self.backend.host_merge(maxima, sums, self._patience_s, self.channel.number)
+            with messages.checked(what):
+                sizes = [len(each) for each in merged]
+                if sizes != [len(maxima), len(sums)] or not np.isfinite(np.concatenate(merged)).all():
+                    raise ValueError(f"{sizes} numbers for {[len(maxima), len(sums)]}, or numbers that are not finite")
+            return merged
         except TimeoutError as error:
             self._left = True  # no worker waits for this one
             raise self._timed_out(what, time.monotonic() - began, error) from error
@@ -207,7 +227,9 @@ class WindowSync:
 
 def raise_differences(window_sync: WindowSync, text: str, what: str) -> None:
     """Gather the JSON of all workers, and raise ValueError that names the differences. Collective."""
-    found = plan.differences(window_sync.gather_texts(text))
+    texts = window_sync.gather_texts(text)
+    with messages.checked(f"the {what}"):
+        found = plan.differences(texts)
     raise ValueError(f"PaddedBatches: the workers' {what} differ, expected the same: {'; '.join(found)}.")
 
 

@@ -42,15 +42,15 @@ class CountedWeights(tf.experimental.BatchableExtensionType):
 
     Attributes:
       values: ``[rows, *positions]`` float32, the weights.
-      counts: ``[rows, 5]`` float64: the tokens and sequences of all replicas, and the tokens, sequences and rows of
-        this replica. All rows of a replica hold the same numbers, since strategies split a batch by rows.
+      counts: ``[rows, 6]`` float64: the tokens and sequences of all replicas, and the tokens, sequences and rows of
+        this replica, the same numbers in all its rows, since strategies split a batch by rows; and the example index.
       lengths: of each padded feature ``[rows]`` int32, 0 in filler rows.
       labels: features that the loss gets as its ``y_true``, by key or place; empty: it gets Keras's.
       replicas: the number of replicas that were counted; 0 for counts of other rows, which the loss does not use.
       dtype: the dtype in which operations see the weights.
       tokens, inputs, weighs, nest, pre: see ``Facts``.
 
-    >>> counts = tf.constant([[1.0, 1, 1, 1, 1]], tf.float64)
+    >>> counts = tf.constant([[1.0, 1, 1, 1, 1, 0]], tf.float64)
     >>> weights = CountedWeights([[1.0, 0.0]], counts, {"y": [1]}, {}, 1, tf.float32)
     >>> float(tf.reduce_sum(weights)), (weights * 2).numpy().tolist()
     (1.0, [[2.0, 0.0]])
@@ -115,6 +115,11 @@ class CountedWeights(tf.experimental.BatchableExtensionType):
     def __iter__(self) -> Iterator[tf.Tensor]:
         return iter(tf.convert_to_tensor(self))
 
+    @property
+    def indices(self) -> tf.Tensor:
+        """The example index of each row, ``[rows]`` int64, -1 in filler rows."""
+        return tf.cast(self.counts[:, 5], tf.int64)
+
     def count_of(self, average: str | float) -> tf.Tensor:
         """Return the number that this average divides by, a float64 scalar."""
         if not isinstance(average, str):
@@ -128,8 +133,9 @@ class CountedWeights(tf.experimental.BatchableExtensionType):
             "for_keras. Filter examples before PaddedBatches, and leave batches whole; or pass weights * 1.0, which "
             "are counted in the step (found: tokens and rows that were counted, and those of this call)"
         )
-        lowest, highest = tf.reduce_min(self.counts, axis=0), tf.reduce_max(self.counts, axis=0)
-        rows = tf.cast(tf.shape(self.counts)[0], tf.float64)
+        counts = self.counts[:, :5]
+        lowest, highest = tf.reduce_min(counts, axis=0), tf.reduce_max(counts, axis=0)
+        rows = tf.cast(tf.shape(counts)[0], tf.float64)
         counted, here = highest[2:], tf.stack([sums.tokens, sums.sequences, rows])
         is_close = tf.abs(counted - here) <= _TOLERANCE * tf.maximum(tf.abs(counted), tf.abs(here))
         is_whole = tf.reduce_all(lowest == highest)

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from distpad import backends, errors, gradients, precision
-from distpad.backends import keras_masks
+from distpad.backends import finite, keras_masks
 from distpad.collectives import checked
 from distpad.losses import arguments, averages, counted, counts, no_rows, weights
 
@@ -43,6 +43,9 @@ class DistributedLoss(tf.keras.losses.Loss):
         "token" divides by the global sum of ``lengths``, the sequence averages by the number of valid sequences.
       padding_value: a scalar; labels equal to it are invalid. A label vector is invalid if all its components are.
       backend: see ``distpad.backends.resolve``; None: detected at each call.
+      check_finite: raise on all workers if the loss of an example is NaN or infinite, and name the replica and the
+        examples: as ``distpad.check_finite``, in loops with ``batch=batch`` and in ``fit`` with ``for_keras``, there at
+        the next window sync or the end of the epoch.
       name: as in Keras.
 
     Raises:
@@ -66,6 +69,7 @@ class DistributedLoss(tf.keras.losses.Loss):
         per: str = "position",
         padding_value: Any = None,
         backend: Any = None,
+        check_finite: bool = False,
         name: str = "distributed_loss",
     ) -> None:
         # Keras divides neither a loss of reduction "sum" nor its history by the number of replicas.
@@ -86,6 +90,7 @@ class DistributedLoss(tf.keras.losses.Loss):
         self.average = average if isinstance(average, str) else float(average)  # Keras cannot save NumPy's numbers
         self.per = per
         self.padding_value = padding_value
+        self.check_finite = bool(check_finite)
         self._backend = backend
         self._ran_on: backends.Backend | None = None
         self._traces_of_no_rows: dict[Any, Any] = {}
@@ -151,15 +156,16 @@ class DistributedLoss(tf.keras.losses.Loss):
             y_true = carrier.labels_of(y_true, y_pred, self.loss)
             given = carrier.sources(self.per)
             sources.update({name: value for name, value in given.items() if sources[name] is None})
+        gate = weights.Gate(getattr(batch, "indices", None) if carrier is None else carrier.indices)
         if denominator is not None:
-            return self._average_locally(backend, y_true, y_pred, sources, denominator)
+            return self._average_locally(backend, y_true, y_pred, sources, gate, denominator)
         if not backend.in_replica() and not tf.executing_eagerly():
             return self._rehearse(y_pred)
         if carrier is None or not is_counted:
-            return self._average_globally(backend, y_true, y_pred, sources)
+            return self._average_globally(backend, y_true, y_pred, sources, gate)
         if backend.num_workers > 1:  # errors reach the other workers, and each rank of Horovod has its own history
-            return self._average_globally(backend, y_true, y_pred, sources, carrier)
-        return self._average_in_fit(backend, y_true, y_pred, sources, carrier)
+            return self._average_globally(backend, y_true, y_pred, sources, gate, carrier)
+        return self._average_in_fit(backend, y_true, y_pred, sources, gate, carrier)
 
     @property
     def backend(self) -> Any:
@@ -185,13 +191,19 @@ class DistributedLoss(tf.keras.losses.Loss):
         return gradients.global_value(loss, backend=self._ran_on or self._backend)
 
     def _average_globally(
-        self, backend: backends.Backend, y_true: Any, y_pred: Any, sources: dict, carrier: Any = None
+        self,
+        backend: backends.Backend,
+        y_true: Any,
+        y_pred: Any,
+        sources: dict,
+        gate: weights.Gate,
+        carrier: Any = None,
     ) -> tf.Tensor:
         """Divide by the count of all replicas, over one checked all-gather.
 
         With a ``carrier`` of counts, only the value needs the all-gather: the gradients do not wait for it.
         """
-        gate, argument_error = weights.Gate(), None
+        argument_error = None
         checks: list[checked.Check] = []
         try:
             sums, checks = self._sums(y_true, y_pred, sources, gate)
@@ -221,14 +233,19 @@ class DistributedLoss(tf.keras.losses.Loss):
         return averages.value_with_gradient(tf.cast(value, sums.dtype), contribution)
 
     def _average_in_fit(
-        self, backend: backends.Backend, y_true: Any, y_pred: Any, sources: dict, carrier: counted.CountedWeights
+        self,
+        backend: backends.Backend,
+        y_true: Any,
+        y_pred: Any,
+        sources: dict,
+        gate: weights.Gate,
+        carrier: counted.CountedWeights,
     ) -> tf.Tensor:
         """Divide by the count that the weights carry, without a collective.
 
         The value is the local contribution. Keras multiplies it by the number of replicas and averages it over them, so
         that its history shows the sum over the replicas: the global mean.
         """
-        gate = weights.Gate()
         sums, checks = self._sums(y_true, y_pred, sources, gate)
         gate.ok = checked.check_locally(backend, _NAME, [*checks, carrier.check(sums)])
         count = carrier.count_of(self.average)
@@ -236,14 +253,13 @@ class DistributedLoss(tf.keras.losses.Loss):
         return averages.local_contribution(backend, sums, count)
 
     def _average_locally(
-        self, backend: backends.Backend, y_true: Any, y_pred: Any, sources: dict, denominator: Any
+        self, backend: backends.Backend, y_true: Any, y_pred: Any, sources: dict, gate: weights.Gate, denominator: Any
     ) -> tf.Tensor:
         """Divide by a denominator that was counted before the step, without a collective."""
         count = counts.as_scalar(denominator, self.average)
         is_counts = isinstance(denominator, counts.Counts)
         if is_counts:
             counts.check_sources(denominator, sources, getattr(self.loss, "drops_invalid", False))
-        gate = weights.Gate()
         sums, checks = self._sums(y_true, y_pred, sources, gate)
         has_tokens = self.per == "position" or sources["lengths"] is not None or self.padding_value is not None
         checks += counts.checks_of(denominator, count, backend, sums, has_tokens=has_tokens)
@@ -293,6 +309,11 @@ class DistributedLoss(tf.keras.losses.Loss):
         if self.per == "sequence" and (sources["lengths"] is not None or self.padding_value is not None):
             arguments.refuse_positions(self.loss, y_true, y_pred)
         w, check = weights.broadcast_to(_NAME, losses, w)
+        if self.check_finite and gate.indices is not None:
+            mask = True if w.effective_mask is None else w.effective_mask
+            bad = tf.reshape(~tf.math.is_finite(losses) & mask, [tf.shape(losses)[0], -1])
+            rows = tf.reduce_any(bad, axis=1)
+            finite.note(tf.reduce_any(rows), gate.indices, rows, "loss", backends.resolve_step(self._backend))
         average = self.average if self.per == "position" else "sequence_sum"
         return averages.sum_up(losses, w, average, gate), [*checks, check]
 
@@ -347,6 +368,7 @@ class DistributedLoss(tf.keras.losses.Loss):
             "average": self.average,
             "per": self.per,
             "padding_value": self.padding_value,
+            "check_finite": self.check_finite,
             "backend": self._backend if isinstance(self._backend, str) else None,
         }
 

@@ -192,14 +192,16 @@ class Gate:
 
     Attributes:
       ok: whether the checks hold, True or a bool scalar. It may be set after the calls, before gradients are traced.
+      indices: the example indices of the rows, if they are known.
 
     >>> gate, x = Gate(), tf.constant([1.0, 2.0])
     >>> gate.where(tf.constant([True, False]), x, 0.5).numpy().tolist()
     [1.0, 0.5]
     """
 
-    def __init__(self) -> None:
+    def __init__(self, indices: Any = None) -> None:
         self.ok: Any = True
+        self.indices = indices
 
     def where(self, mask: tf.Tensor, tensor: tf.Tensor, neutral: Any) -> tf.Tensor:
         """``tensor`` where ``mask`` is True, else ``neutral``; the mask broadcasts to the tensor's shape."""

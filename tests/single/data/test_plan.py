@@ -122,7 +122,7 @@ def test_steps_that_complete_a_group_add_no_shape():
 
 def test_the_size_of_a_message_does_not_depend_on_the_number_of_workers():
     sizes = {tuple(map(len, plan.pack(report(8, [3], None, 0), 0, workers))) for workers in (1, 2, 1000)}
-    assert sizes == {(4 + 8 * AXES, 1 + 2 * 8 + 2 * 8)}
+    assert sizes == {(4 + 8 * AXES, 1 + 3 * 8 + 2 * 8)}
 
 
 def test_differences_name_key_values_and_workers():

@@ -440,8 +440,7 @@ def test_single_examples_of_a_few_equal_lengths_are_no_batches():
 
 
 def test_a_batch_that_does_not_come_is_an_error(monkeypatch):
-    """A process that is forked in the middle of an epoch has no padder either."""
-    monkeypatch.setattr(collate.Padder, "_run", lambda self: None)
+    monkeypatch.setattr(collate.Padder, "_run", lambda self: self._stopped.wait(10))
     with pytest.raises(
         distpad.DistpadError, match=r"waited 2 s for a batch to be padded, expected less than timeout_s"
     ):

@@ -1,0 +1,69 @@
+"""Messages between workers: JSON with arrays. What arrives is data, checked, and never code: nothing is unpickled."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from distpad import errors
+
+_KINDS = "biufc"  # of dtypes
+
+
+@contextlib.contextmanager
+def checked(what: str) -> Iterator[None]:
+    """Raise PeerError if a message of another worker is not one of this version."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, EOFError) as error:
+        raise errors.PeerError(
+            f"distpad: {what} of another worker is malformed ({type(error).__name__}: {error}), expected a message of "
+            "this version. Install the same distpad everywhere, and let no other program use the job's network."
+        ) from error
+
+
+def pack(value: Any, what: str) -> bytes:
+    """Encode numbers, strings, None, NumPy arrays, and lists, tuples and dicts of them. TypeError for others."""
+
+    def plain(item: Any) -> Any:
+        if item is None or isinstance(item, (bool, int, float, str)):
+            return item
+        if isinstance(item, (np.generic, np.ndarray)) and item.dtype.kind in _KINDS:
+            return {"array": [item.dtype.str, item.shape, base64.b64encode(item.tobytes()).decode()]}
+        if isinstance(item, (list, tuple)):
+            items = [*map(plain, item)]
+            return items if isinstance(item, list) else {"tuple": items}
+        if isinstance(item, dict) and all(isinstance(key, str) for key in item):
+            return {"dict": {key: plain(each) for key, each in item.items()}}
+        rule = "numbers, strings, None, NumPy arrays of numbers, or lists, tuples and dicts by string of them"
+        raise TypeError(errors.sentence(what, "objects", f"with a {type(item).__name__}", rule))
+
+    return json.dumps(plain(value)).encode()
+
+
+def unpack(data: bytes, what: str) -> Any:
+    """Decode the bytes of ``pack``. Raises: PeerError: other bytes."""
+
+    def value(item: Any) -> Any:
+        if isinstance(item, list):
+            return [*map(value, item)]
+        if not isinstance(item, dict):
+            return item
+        ((kind, content),) = item.items()
+        if kind == "array":
+            dtype = np.dtype(content[0])
+            if dtype.kind not in _KINDS:
+                raise ValueError(f"an array of {dtype}")
+            array = np.frombuffer(base64.b64decode(content[2], validate=True), dtype).reshape(content[1]).copy()
+            return array if content[1] else array[()]
+        if kind == "tuple":
+            return tuple(map(value, content))
+        return {key: value(each) for key, each in {"dict": content}[kind].items()}
+
+    with checked(what):
+        return value(json.loads(data))
