@@ -69,9 +69,6 @@ class Padder:
 
     Args:
       element_of: makes an element for fit from the replicas' batches in NumPy; None: batches go to the devices.
-
-    Attributes:
-      error: the error that ended the thread, or why it could not be started; None while it runs.
     """
 
     def __init__(
@@ -90,7 +87,7 @@ class Padder:
         for _ in range(_AHEAD):
             self._free.put(None)
         self._stopped = threading.Event()
-        self.error: BaseException | None = None
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name="distpad-padder")
         try:
             self._thread.start()
@@ -126,9 +123,14 @@ class Padder:
         # A thread of tf.data may wait for a batch of a loop that another loop has replaced.
         self._made.put(errors.DistpadError("PaddedBatches: this loop was left, and another has begun"))
 
+    @property
+    def error(self) -> BaseException | None:
+        """The error that ended the thread, or why it could not be started; None while it runs."""
+        return self._error or (None if self._thread.is_alive() else threads.died(self._thread))
+
     def _fail(self, error: BaseException) -> None:
         """Let take raise the error in the thread of the training, and the next window sync on the other workers."""
-        self.error = error
+        self._error = error
         self._made.put(error)
 
     def _run(self) -> None:

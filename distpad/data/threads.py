@@ -24,15 +24,20 @@ def get(items: queue.SimpleQueue[_Item], threads: Sequence[threading.Thread], li
     """
     until = time.monotonic() + limit_s
     while True:
-        dead = [thread.name for thread in threads if not thread.is_alive()]
+        dead = [thread for thread in threads if not thread.is_alive()]
         try:
             return items.get(timeout=min(_POLL_S, max(0.0, until - time.monotonic())))
         except queue.Empty:
             if dead:
-                text = f"PaddedBatches: the thread {dead[0]} has died, expected it to live as long as its epoch."
-                raise errors.DistpadError(text) from None
+                raise died(dead[0]) from None
             if time.monotonic() >= until:
                 raise
+
+
+def died(thread: threading.Thread) -> errors.DistpadError:
+    """The error for a thread that has died."""
+    text = f"PaddedBatches: the thread {thread.name} has died, expected it to live as long as its epoch."
+    return errors.DistpadError(text)
 
 
 class Pool:
