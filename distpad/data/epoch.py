@@ -141,7 +141,7 @@ class Epoch:
                 following = self._plan()
         if self._checks and self._elements is None:
             found, _ = self._sync.merge((np.zeros(4), np.zeros(1)), lambda _: (self._state(), np.zeros(1)), "the end")
-            self._compare_state(found, self._consumed)
+            self._compare_state(found)
 
     def _compare(self) -> None:
         """Check that all workers have the same configuration and features, and different examples. One exchange."""
@@ -232,7 +232,7 @@ class Epoch:
         maxima, sums = plan.pack(plan.Report.blank(config, size), 0, 1)
         blank = np.concatenate([np.zeros(4), maxima]), sums
         maxima, _ = self._sync.merge(blank, report, f"steps {begin} to {begin + size - 1}", is_last)
-        self._compare_state(maxima[:4], self._consumed)
+        self._compare_state(maxima[:4])
         assert merged is not None, "is_last sets it"
         self._stats.plan_seconds, self._sync.seconds = self._stats.plan_seconds + self._sync.seconds, 0.0
         read, self._read = self._read, None
@@ -259,7 +259,7 @@ class Epoch:
         failed = backend.num_workers - backend.worker_index if finite.found() else 0
         return np.array([bool(self._watch) or finite.is_used(), failed, *sums])
 
-    def _compare_state(self, maxima: np.ndarray, step: int) -> None:
+    def _compare_state(self, maxima: np.ndarray) -> None:
         """Raise DistpadError on all workers if a value is not finite, or watched variables differ. Collective if so."""
         backend = self._backend
         self._checks, failed, highest, lowest = bool(maxima[0]), int(maxima[1]), maxima[2], -maxima[3]
@@ -273,9 +273,10 @@ class Epoch:
             texts = self._sync.gather_texts(self._watch.describe())
             with messages.checked("the checksums"):
                 found = watch.differences(texts)
+            step = self.cursor.step + self._consumed
             remedy = "Let all workers begin with distpad.broadcast_variables, and reduce all gradients."
             raise errors.DistpadError(
-                f"watch: variables differ between replicas after {self.cursor.step + step} steps of epoch "
+                f"watch: variables differ between replicas after {step} steps of epoch "
                 f"{self.cursor.epoch}, expected equal ones: {found}. {remedy}"
             )
 
