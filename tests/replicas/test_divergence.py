@@ -12,6 +12,7 @@ import distpad
 from distpad import backends
 
 COUNT = 24
+EPOCH = {"steps_per_epoch": COUNT // 2, "verbose": 0}
 
 
 def made(world, **options):
@@ -168,7 +169,7 @@ def test_fit_names_the_replica_and_the_example_of_a_nan(world, step):
     built, batches = fed(world, 100 * worker + index)
     wanted = rf"loss is not finite on replica {last} \(worker {worker}\), for examples \[{index}\]"
     with pytest.raises((distpad.DistpadError, tf.errors.OpError), match=wanted):
-        built.fit(batches.for_keras(x="x", y="y"), verbose=0)
+        built.fit(batches.for_keras(x="x", y="y", repeat=True), **EPOCH)
 
 
 def test_fit_names_a_copy_that_differs_at_the_end_of_the_epoch(world):
@@ -181,6 +182,6 @@ def test_fit_names_a_copy_that_differs_at_the_end_of_the_epoch(world):
             if batch == 4 and world.backend.worker_index == world.backend.num_workers - 1:
                 copies(world, self.model.trainable_variables[0])[-1].assign([[7.0]])
 
-    built.fit(batches.for_keras(x="x", y="y"), epochs=2, verbose=0)
+    built.fit(batches.for_keras(x="x", y="y", repeat=True), epochs=2, **EPOCH)
     with pytest.raises(ValueError, match=f"differ between the ranks after epoch 0 .*on rank {world.num_replicas - 1}"):
-        built.fit(batches.for_keras(x="x", y="y"), epochs=2, verbose=0, callbacks=[Spoils()])
+        built.fit(batches.for_keras(x="x", y="y", repeat=True), epochs=2, **EPOCH, callbacks=[Spoils()])
