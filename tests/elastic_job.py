@@ -31,25 +31,28 @@ class Job:
       hosts: at the start.
       arguments: what Python runs.
       on: the host of a test's cluster to start it on; None: here.
+      options: further flags of ``distpad launch``.
     """
 
     def __init__(
-        self, folder: pathlib.Path, hosts: tuple[str, ...], *arguments: Any, on: Any = None, **settings: str
+        self,
+        folder: pathlib.Path,
+        hosts: tuple[str, ...],
+        *arguments: Any,
+        on: Any = None,
+        options: tuple[str, ...] = (),
+        **settings: str,
     ) -> None:
         self.folder = folder
+        self._begin, self._events = 0, []  # how far the file of events was read, and those
         self.list_hosts(*hosts)
         needs.program("horovodrun")
-        argv = [ROOT / "launch" / "elastic.sh", "--hosts-file", folder / "hosts", "--min-np", "1", "--max-np", "2"]
-        argv += [
-            "-np",
-            len(hosts),
-            "--network-interface",
-            "eth0" if on else "lo",
-            "--launcher-arg=--blacklist-cooldown-range",
-        ]
-        argv += [*(f"--launcher-arg={seconds}" for seconds in COOLDOWN_S), "--", sys.executable]
+        argv = [ROOT / "launch" / "elastic.sh", "--hosts-file", folder / "hosts", "--min-np", "1"]
+        argv += ["--max-np", max(2, len(hosts)), "-np", len(hosts), "--network-interface", "eth0" if on else "lo"]
+        argv += ["--launcher-arg=--blacklist-cooldown-range", *(f"--launcher-arg={seconds}" for seconds in COOLDOWN_S)]
+        argv += [*options, "--", sys.executable]
         environment = {**os.environ, "DISTPAD_PYTHON": sys.executable, "TF_CPP_MIN_LOG_LEVEL": "3"}
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        environment["PYTHONPATH"] = os.pathsep.join([worlds.CODE, os.environ.get("PYTHONPATH", "")])
         with (folder / "output").open("w") as output:
             self._process = (on.popen if on else subprocess.Popen)(
                 [*map(str, argv), *map(str, arguments)],
@@ -80,9 +83,12 @@ class Job:
         return (self.folder / "output").read_text(errors="replace")
 
     def events(self) -> list[dict[str, Any]]:
-        path = self.folder / "events"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        with contextlib.suppress(FileNotFoundError), (self.folder / "events").open() as file:
+            file.seek(self._begin)  # of what was not read before, since jobs may be long
+            whole, newline, _ = file.read().rpartition("\n")
+            self._begin += len(whole) + len(newline)  # the file is ASCII
+            self._events += map(json.loads, whole.splitlines())
+        return self._events
 
     def wait_for(self, wanted: Callable[[dict[str, Any]], bool], limit_s: float, after: float = 0.0) -> dict[str, Any]:
         """The first event of this kind that came later than ``after``; as ``wait_until``."""

@@ -72,7 +72,7 @@ SUITES = [
     Suite("nightly", "current", 1, 20, 10, NIGHTLY, f"{NIGHTLY} tests/single/backends/test_keras_masks.py"),
     Suite("launch", "current", 1.5, 80, 20, f"{together(2)} {LAUNCH}"),
     Suite("launcher", "current", 1, 90, 20, f"{together(4)} tests/launch/test_launcher.py"),
-    Suite("faults", "current", 1, 60, 60, f"{together(2)} tests/faults"),
+    Suite("faults", "current", 1, 240, 120, f"{together(2)} tests/faults"),
     Suite(
         *("cluster", "current", 1.5, 240, 35, f"{together(3)} tests/cluster"),
         under_all=f"{OPENMPI5.format('current')} && {together(3)} tests/cluster",
@@ -99,7 +99,7 @@ SUITES = [
     Suite("local", "classic", 1, 0, 30, "", world("local")),
     Suite("mirrored:4", "classic", 1, 0, 30, "", world("mirrored:4")),
     Suite("examples", "classic", 1, 15, 40, f"{PYTEST} -m 'not one_stack' tests/examples", f"{PYTEST} tests/examples"),
-    Suite("faults", "classic", 1, 0, 60, "", f"{together(2)} tests/faults"),
+    Suite("faults", "classic", 1, 0, 120, "", f"{together(2)} tests/faults"),
     Suite("launch", "classic", 1.5, 0, 20, "", f"{together(2)} {LAUNCH}"),
     Suite(
         *("smoke", "classic", 1, 0, 30, ""),

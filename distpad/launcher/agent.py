@@ -46,6 +46,7 @@ class Agent:
         self.rank_envs: dict[str, dict[str, str]] = {}  # rank: its own variables, if an engine starts the workers
         self.daemons: set[psutil.Process] = set()
         self.seen: set[psutil.Process] = set()  # the workers' descendants, in case that a worker is killed
+        self.stopped: dict[psutil.Process, float] = {}  # the descendants that are stopped, and since when
         self.connected: dict[int, int | None] = {}  # the ids and ranks of all workers that have connected so far
         self.watchers: list[asyncio.Future[None]] = []  # tasks
         self.launcher: asyncio.StreamWriter
@@ -123,11 +124,28 @@ class Agent:
             await asyncio.sleep(times.sign_of_life_s(self.orders["lost_after_s"]))
             self.send(is_="alive")
             self._look()
+            self._kill_stopped()
 
     def _look(self) -> None:
         workers = [hello["pid"] for hello in self.workers.values()]
         found = processes.descendants([os.getpid(), *workers])
         self.seen |= {each for each in found if each.pid not in self.connected}  # workers end by themselves
+
+    def _kill_stopped(self) -> None:
+        """Kill processes of workers that have been stopped (SIGSTOP) for --lost-after-s: the other workers wait for
+        them, over MPI without a time limit, and an elastic job waits for the end of their processes."""
+        now = asyncio.get_running_loop().time()
+        stopped = {}
+        for hello in self.workers.values():
+            for process in processes.descendants([hello["pid"]], with_roots=True):
+                with contextlib.suppress(psutil.Error):
+                    if process.status() != psutil.STATUS_STOPPED:
+                        continue
+                    stopped[process] = self.stopped.get(process, now)
+                    if now > stopped[process] + self.orders["lost_after_s"]:
+                        self.send(is_="stopped", rank=hello["rank"], seconds=now - stopped[process])
+                        process.kill()
+        self.stopped = stopped
 
     async def _report_writes(self) -> None:
         """Report that workers write to files, perhaps a checkpoint, so that the launcher leaves them time."""

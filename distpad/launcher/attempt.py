@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from distpad.launcher import checks, crew, discovery, outcomes, output, render, spec, times
+from distpad.launcher import checks, crew, discovery, outcomes, output, processes, render, spec, times
 from distpad.launcher.outcomes import HOST, LOST, TIME, Ended, log
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # by workers
@@ -53,6 +53,7 @@ class Attempt:
         self.slots = 0  # of an elastic job's hosts that are ready
         self.facts: dict[str, dict[str, Any]] = {}  # of each host whose agent is ready
         self.lost: dict[str, str] = {}  # host: the reason
+        self.joined: set[str] = set()  # hosts that were ready, and that an elastic job has not dropped since
         self.busy: set[str] = set()  # hosts on which an earlier job still runs
         self.started: dict[int, str] = {}  # rank: host
         self.ends: dict[int, int] = {}  # rank: exit code
@@ -309,9 +310,12 @@ class Attempt:
             self.output.write(rank, message["stream"], message["text"].encode("utf-8", "surrogateescape"))
         elif what == "ready":
             self.facts[host] = message["facts"]
+            self.joined.add(host)
         elif what == "busy" and host not in self.busy:
             self.busy.add(host)
             log(f"waiting for {message['text']} to end on {host}")
+        elif what == "stopped":
+            log(f"worker {rank} on {host} has been stopped (SIGSTOP) for {message['seconds']:.0f} s: killing it")
         elif what == "hello":
             self.take_hello(host, rank, message["size"])
         elif what in ("exit", "gone") and rank is not None and rank not in self.ends:
@@ -336,8 +340,10 @@ class Attempt:
 
     def take_close(self, host: str, message: Mapping[str, Any]) -> None:
         """Handle the end of an agent, which is an error before the job ends."""
-        if self.ending or self.job.elastic or (self.job.waits and host not in self.facts):
-            return  # a host may leave an elastic job, or may not have started yet
+        if self.ending or (self.job.waits and host not in self.facts and host not in self.joined):
+            return  # it may not have started yet
+        if self.job.elastic:
+            return self.drop(host)
         if message["is"] == "broken":
             raise self.refused(f"{host} cannot be used: {message['text']}", again=True)
         if host not in self.facts:
@@ -348,6 +354,21 @@ class Attempt:
         self.lost[host] = why
         if not self.job.elastic:
             raise self.host_lost(host)
+        self.agents[host].kill(signal.SIGKILL)  # the event "closed" follows
+
+    def drop(self, host: str) -> None:
+        """Let an elastic job go on without a host whose agent has ended, until a new agent is ready there.
+
+        horovodrun waits for the end of its workers, of which their connections would tell nothing for hours.
+        """
+        if host in self.joined:
+            self.joined.discard(host)
+            self.lost.setdefault(host, "the connection to its agent ended")
+            log(self.host_lost(host).why)
+            if self.agents[host].process.poll() is not None:  # else a new agent has been started already
+                self.facts.pop(host, None)
+            if self.engine is not None:
+                processes.kill(processes.connections(self.engine.process.pid, host))
 
     def host_lost(self, host: str) -> Ended:
         ranks = ", ".join(str(rank) for rank, where in sorted(self.started.items()) if where == host)

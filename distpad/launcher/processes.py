@@ -29,7 +29,7 @@ def adopt_orphans() -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def descendants(roots: Iterable[int]) -> set[psutil.Process]:
+def descendants(roots: Iterable[int], *, with_roots: bool = False) -> set[psutil.Process]:
     """The children of the processes with these ids, their children, and so on."""
     import psutil
 
@@ -38,7 +38,19 @@ def descendants(roots: Iterable[int]) -> set[psutil.Process]:
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(root)
             if process not in found:
-                found.update(process.children(recursive=True))
+                found.update(process.children(recursive=True), [process] if with_roots else [])
+    return found
+
+
+def connections(root: int, host: str) -> list[psutil.Process]:
+    """The descendants of a process that are an ssh to a host."""
+    import psutil
+
+    found = []
+    for process in descendants([root]):
+        with contextlib.suppress(psutil.Error):
+            if process.name() == "ssh" and host in process.cmdline():
+                found.append(process)
     return found
 
 
