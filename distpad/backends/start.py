@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from distpad import errors
 from distpad.backends import base, expected_gpus, horovod, local, strategy
-from distpad.launcher import times, topology
+from distpad.launcher import topology
 
 KINDS = ("auto", "local", "mirrored", "multiworker", "horovod")
 _LAUNCHED = ("mirrored", "multiworker", "horovod")  # by distpad launch --backend
@@ -69,8 +69,6 @@ def _make(kind: str, replicas: int | None) -> base.Backend:
         import horovod.tensorflow as hvd
     except ImportError as error:
         raise ImportError("start: Horovod is not installed. Build it with launch/install_horovod.sh.") from error
-    for name, value in times.HOROVOD_STALL.items():
-        os.environ.setdefault(name, value)  # under another launcher too
     hvd.init()
     gpus = tf.config.list_physical_devices("GPU")
     if gpus:

@@ -38,6 +38,7 @@ MEMBERSHIP = re.compile(
     r"DISTPAD_(BACKEND|WORKERS|HOSTS|REPLICAS|GPUS|ATTEMPT|JOB|RANK|LOCAL_RANK)"
 )
 SECRET_NAME = re.compile(r"SECRET|TOKEN|PASS|CREDENTIAL|AUTH(?!_SOCK)|APIKEY|_PWD|(^|_)KEY(_|$)", re.IGNORECASE)
+STALL = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "60", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "300"}
 # For elastic jobs. By default, horovodrun never uses a host again after a failure, and a joining worker has less time
 # than it needs to import TensorFlow.
 ELASTIC_ARGS = ("--blacklist-cooldown-range", "5", "300", "--gloo-timeout-seconds", "120")
@@ -184,7 +185,7 @@ def worker_env(
         env[name] = value if equals else environ[name]
     env.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     if job.backend == "horovod":
-        env = {**times.HOROVOD_STALL, **env}
+        env = {**STALL, **env}
     if job.network_interface:
         env["NCCL_SOCKET_IFNAME"] = job.network_interface
     topology = {

@@ -27,9 +27,6 @@ ENGINE_EXIT_S = 3.0  # for an engine's launcher to clean up after its workers
 ENGINE_TERM_S = 6.0  # for an engine's launcher to end after SIGTERM
 LONGEST_BACKOFF_S = 60.0  # maximum pause between two attempts
 
-# By default Horovod warns of a rank that does not come to a collective, and waits forever.
-HOROVOD_STALL = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "60", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "300"}
-
 
 @dataclasses.dataclass(frozen=True)
 class Times:
