@@ -216,7 +216,8 @@ class Checkpoints(preemption.Preemption):
 
     def _save_all(self) -> None:
         """Save a checkpoint of this step, unless there is one. Collective among workers."""
-        if self._done == self._saved_step:
+        # a worker that has joined an elastic job does not know what was saved
+        if not any(self._gather(lambda: self._done != self._saved_step)):
             return
         described = self._gather(self._describe)
         differ = self._compare(described)
@@ -325,7 +326,7 @@ class Checkpoints(preemption.Preemption):
             count, expected = len(self._variables_of({name: each})), content["counts"].get(name)
             if expected is None or count != expected:
                 saved = "that is not in the checkpoint" if expected is None else f"with {count} variables"
-                remedy = "Build it before restore(): optimizer.build(model.trainable_variables)."
+                remedy = "Build it before restore(), in the scope: optimizer.build(model.trainable_variables)."
                 rule = f"one of {sorted(content['counts'])}" if expected is None else f"{expected}, as it was saved"
                 raise errors.DistpadError(errors.sentence(_NAME, name, saved, rule, remedy))
         self._checkpoint("").read(str(path / _PREFIX)).assert_existing_objects_matched().expect_partial()
@@ -359,10 +360,19 @@ class Checkpoints(preemption.Preemption):
         found: dict[int, _Variable] = {}
         for name, given in objects.items():
             root = tf.train.Checkpoint(given=given)  # of which the view keeps no reference
-            for each in tf.train.TrackableView(root).descendants():
+            tracked = tf.train.TrackableView(root).descendants()
+            # fit makes metrics in its first step, and begins each epoch with empty ones
+            layers = [each for each in tracked if isinstance(each, tf.keras.layers.Layer)]
+            metrics = [metric for layer in layers for metric in layer.metrics]
+            of_metrics = {id(backends.tensorflow_variable(item, _NAME)) for each in metrics for item in _held(each)}
+            for each in tracked:
                 is_optimizer = hasattr(each, "apply_gradients")
-                for item in [each] if is_variable(each) else _held(each):
+                # the variables of other objects are tracked themselves
+                held = _held(each) if is_optimizer or isinstance(each, tf.keras.layers.Layer) else []
+                for item in [each] if is_variable(each) else held:
                     value = backends.tensorflow_variable(item, _NAME)
+                    if id(value) in of_metrics:
+                        continue
                     label = f"{name}: {getattr(item, 'path', item.name)}"
                     is_trained = is_optimizer or bool(item.trainable)
                     before = found.setdefault(id(value), _Variable(label, value, is_trained))
@@ -406,6 +416,6 @@ def _tracked_by(checkpoint: tf.train.Checkpoint) -> list[tf.Variable]:
 
 
 def _held(given: Any) -> list[Any]:
-    """The variables that an object lists in its attribute ``variables``."""
-    listed = getattr(given, "variables", ())
+    """The variables that a layer, an optimiser or a metric lists: in Keras 2 optimisers have a method for them."""
+    listed = given.variables
     return [each for each in (listed() if callable(listed) else listed) if is_variable(each)]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import checkpointed
 import distpad
 import oracle
 from checkpointed import Training
@@ -76,6 +77,37 @@ def test_workers_without_the_folder_get_the_files(world, tmp_path):
     Training(world.backend, tmp_path).run(2)
     assert files.steps(tmp_path) == ([2] if world.backend.worker_index == 0 else [])
     assert Training(world.backend, tmp_path).run(3)[0] == 2
+
+
+@pytest.mark.worlds("mirrored:2")
+def test_fit_goes_on_with_the_next_epoch(world, folder):
+    """fit makes the metric of the loss in its first step: it is no part of what must be there before."""
+
+    def fit(epochs, where):
+        with world.scope():
+            layers = tf.keras.Input([None, 2]), tf.keras.layers.Dense(1, kernel_initializer="ones")
+            model = tf.keras.Sequential(layers)
+            squared = lambda t, p: tf.square(p[..., 0] - tf.cast(t, tf.float32))
+            loss = distpad.DistributedLoss(squared, backend=world.backend)
+            optimizer = distpad.DistributedOptimizer(tf.keras.optimizers.Adam(0.1), backend=world.backend)
+            model.compile(loss=loss, optimizer=optimizer)
+            model.optimizer.build(model.trainable_variables)
+        data = checkpointed.EXAMPLES, distpad.LengthSampler(checkpointed.LENGTHS, global_batch_size=4)
+        padding = {"x": distpad.Pad(), "y": distpad.Pad()}
+        batches = distpad.PaddedBatches(data, padding=padding, tokens="y", backend=world.backend)
+        objects = {"model": model, "batches": batches, "backend": world.backend}
+        with distpad.Checkpoints(folder / where, every_steps=1, **objects) as checkpoints:
+            first = checkpoints.restore()
+            save = tf.keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: checkpoints.step(epoch + 1))
+            dataset = batches.for_keras(x="x", y="y")
+            model.fit(dataset, initial_epoch=first, epochs=epochs, callbacks=[save], verbose=0)
+        return first, model.get_weights()
+
+    undisturbed = fit(3, "whole")[1]
+    fit(2, "parts")
+    first, resumed = fit(3, "parts")
+    assert first == 2
+    assert all((a == b).all() for a, b in zip(resumed, undisturbed))
 
 
 @pytest.mark.worlds("mirrored:2")
