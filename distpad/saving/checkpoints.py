@@ -299,7 +299,7 @@ class Checkpoints(preemption.Preemption):
 
     def _found(self) -> dict[str, Any]:
         step, broken = files.newest_whole(self._folder)
-        content = None if step is None else files.check(files.path_of(self._folder, step))
+        content = None if step is None else files.manifest(files.path_of(self._folder, step))
         return {"step": -1 if step is None else step, "content": content, "broken": broken}
 
     def _send(self, source: pathlib.Path, target: pathlib.Path, content: dict[str, Any], *, is_root: bool) -> None:

@@ -81,11 +81,10 @@ def commit(unfinished: pathlib.Path, step: int, keep: int) -> None:
         _remove(path_of(folder, old))
 
 
-def check(path: pathlib.Path) -> dict[str, Any]:
-    """Return the manifest of a checkpoint. Raises NotWhole unless all files have their sizes and checksums."""
+def manifest(path: pathlib.Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint. Raises NotWhole unless it has its own checksum."""
     try:
-        given = (path / MANIFEST).read_text()
-        content = json.loads(given)
+        content = json.loads((path / MANIFEST).read_text())
         expected = content.pop("sha256")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise NotWhole(f"{MANIFEST} cannot be read ({type(error).__name__})") from error
@@ -93,6 +92,12 @@ def check(path: pathlib.Path) -> dict[str, Any]:
         raise NotWhole(f"{MANIFEST} does not have its checksum")
     if content["version"] != _VERSION:
         raise NotWhole(f"{MANIFEST} is of version {content['version']}, expected {_VERSION}")
+    return content
+
+
+def check(path: pathlib.Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint. Raises NotWhole unless all files have their sizes and checksums."""
+    content = manifest(path)
     check_files(path, content)
     return content
 
