@@ -65,6 +65,8 @@ def _checking(original: Any) -> Any:
             if cause is None:
                 raise
             raise cause from error
+        finally:
+            finite.clear()
 
     fit.checks = True  # type: ignore[attr-defined]
     return fit
@@ -173,7 +175,6 @@ class _Workers(tf.keras.callbacks.Callback):
         self.model.stop_training = bool(found[0])
         if found[1]:
             texts = backend.host_all_gather_bytes((finite.found() or "").encode())
-            finite.clear()
             raise errors.DistpadError(texts[backend.num_workers - int(found[1])].decode())
         if found[2] != -found[3]:
             self._compare(f"after epoch {epoch}", _APART)

@@ -267,7 +267,8 @@ class Epoch:
             text = self._sync.broadcast_text(
                 finite.found() if failed == backend.num_workers - backend.worker_index else None
             )
-            finite.clear()
+            if self._elements is None:  # fit may have read ahead, and end before it comes to this error
+                finite.clear()
             raise errors.DistpadError(text)
         if highest != lowest:
             texts = self._sync.gather_texts(self._watch.describe())
