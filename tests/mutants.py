@@ -36,7 +36,12 @@ COPIED = ("distpad", "tests", "launch", "pyproject.toml")
 LIMIT_S = 200  # of one world, below the time limit of a single test, so that a hang is never taken for a failed test
 ALL_LIMIT_S = 900  # of all that a world's mutants are attacked with
 JOBS = 2
-BY_DEFAULT = {"mirrored:2": "", "multiworker:2": f"core or {suites.SEVERAL}", "horovod:2": ""}  # elsewhere the core
+BY_DEFAULT = {
+    "faults": "",
+    "mirrored:2": "",
+    "multiworker:2": f"core or {suites.SEVERAL}",
+    "horovod:2": "",
+}  # elsewhere the core
 # the last lines of pytest's output; "Failed: Timeout" or an exception of the product is no assertion
 ASSERTED = re.compile(r"^FAILED \S+::(.+?) - (?:AssertionError|assert\b|Failed: DID NOT RAISE)", re.MULTILINE)
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "2", "COLUMNS": "400", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -145,10 +150,13 @@ def run(folder: pathlib.Path, world: str, selection: str, limit_s: float = LIMIT
     """The selected tests of a copy in a world: exit code and output of all its ranks."""
     default = BY_DEFAULT.get(world, "core")
     arguments = ["-k", f"({selection}) and ({default})" if default else selection, "-m", "not wide"]
-    if worlds.parse(world)[0] not in worlds.STARTERS:
+    if worlds.parse(world)[0] not in (*worlds.STARTERS, "faults"):
         return forked(folder, world, arguments, limit_s)
+    argv = [sys.executable, "-c", START, str(limit_s), world, *arguments]
+    if world == "faults":  # whose tests start their own jobs
+        argv = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "faults", *arguments]
     done = subprocess.run(
-        [sys.executable, "-c", START, str(limit_s), world, *arguments],
+        argv,
         cwd=folder / "tests",
         env={**os.environ, **QUIET},
         stdin=subprocess.DEVNULL,

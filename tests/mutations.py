@@ -867,4 +867,28 @@ MUTANTS = (
         selection="test_a_dead_thread_of_one_worker and reader",
         world="horovod:2",
     ),
+    Mutant(
+        name="faults-a-stopped-worker-is-waited-for",
+        file="launcher/agent.py",
+        old="            self._look()\n            self._kill_stopped()\n",
+        new="            self._look()\n",
+        selection="name_it and MPI",
+        world="faults",
+    ),
+    Mutant(
+        name="faults-a-worker-that-stops-briefly-is-killed",
+        file="launcher/agent.py",
+        old='if now > stopped[process] + self.orders["lost_after_s"]:',
+        new="if now >= stopped[process]:",
+        selection="name_it and MPI",
+        world="faults",
+    ),
+    Mutant(
+        name="faults-a-thread-of-each-epoch-stays",
+        file="data/collate.py",
+        old='        """End the thread."""\n',
+        new='        """End the thread."""\n        return\n',
+        selection="nothing_grows",
+        world="faults",
+    ),
 )

@@ -363,8 +363,8 @@ class Attempt:
         """
         if host in self.joined:
             self.joined.discard(host)
-            self.lost.setdefault(host, "the connection to its agent ended")
-            log(self.host_lost(host).why)
+            why = self.lost.setdefault(host, "the connection to its agent ended")
+            log(f"{host} was lost: {why}. The job goes on without it")
             if self.agents[host].process.poll() is not None:  # else a new agent has been started already
                 self.facts.pop(host, None)
             if self.engine is not None:

@@ -56,11 +56,16 @@ def test_the_others_end_and_name_it(engine, fault, phase, tmp_path, record_fault
             machines[1].cut()
         else:
             os.kill(pid, signal.Signals[fault])
-        done = job.finish()
+        try:
+            done = job.finish(2 * ENDS_S[fault])
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"the job goes on, {2 * ENDS_S[fault]} s after the fault") from None
         seconds = time.monotonic() - began
         said = [line for line in done.stderr.splitlines() if line.startswith("distpad launch:")]
         record_fault(f"{fault}, {phase}", engine, said[1] if len(said) > 1 else "nothing said", seconds)
         assert done.code not in (0, 124) and seconds < ENDS_S[fault], done.stderr
+        # a shorter stop is no fault; TensorFlow's own limit may come first
+        assert fault != "SIGSTOP" or engine == "multi-worker" or seconds > LOST_S, done.stderr
         named = "host2 was lost, with worker 1" if machines else r"worker 1 on \S+ failed first \(signal SIGKILL"
         assert any(re.search(named, line) for line in said), done.stderr
         end = time.monotonic() + LOST_S + 10

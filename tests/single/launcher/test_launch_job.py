@@ -7,12 +7,15 @@ import json
 import math
 import os
 import pathlib
+import queue
 import shlex
+import signal
 import subprocess
 import sys
 import time
 import types
 
+import psutil
 import pytest
 import yaml
 from hypothesis import given
@@ -392,6 +395,25 @@ def test_an_elastic_job_fails_though_a_worker_was_replaced(end, code):
     tried.engine_code = 1
     assert tried.watch().code == code
     tried.summarise(outcomes.Ended(130, "ended"), 1.0)
+
+
+def test_an_elastic_job_drops_a_host_whose_agent_has_ended(tmp_path, capfd):
+    """horovodrun sees the end of its workers there, since its connections to the host, and no others, are ended."""
+    ssh, events = script(tmp_path / "ssh", "sleep 60"), queue.Queue()
+    tried = attempt.Attempt(make(backend="horovod", min_np=1), 0, ENVIRON, {}, "", [])
+    horovodrun = f"{ssh} host1 & echo $!; {ssh} host2 & echo $!; wait"
+    tried.engine = crew.Member("", ["sh", "-c", horovodrun], os.environ, events)
+    tried.agents["host2"] = crew.Member("host2", ["true"], os.environ, events)
+    pids = [int(events.get(timeout=20).message["text"]) for _ in range(2)]
+    tried.agents["host2"].process.wait(20)
+    try:
+        for message in ({"is": "ready", "facts": {}}, {"is": "closed", "code": 255}):
+            tried.take(crew.Event("host2", message))
+        running = [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
+        assert running == pids[:1]
+        assert "host2" not in tried.facts and "host2 was lost" in capfd.readouterr().err
+    finally:
+        tried.engine.kill(signal.SIGKILL)
 
 
 def discovered_by(path, text: str) -> tuple[spec.Host, ...]:
