@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ import numpy as np
 
 from distpad import backends, errors
 
+_LOG = logging.getLogger("distpad")
 EXIT_CODE = 128 + signal.SIGTERM
 _ONE_S = 5.0  # signals within this time count as one, because Slurm and launchers may send SIGTERM twice
 
@@ -125,6 +127,8 @@ class Preemption:
         if not anyone:
             return int(wish)
         self._save()
+        if self._backend.worker_index == 0:
+            _LOG.warning("%s: SIGTERM: saved after step %d.", self._name, self._done)
         if self._backend.is_elastic and not noted:
             return 0  # this worker continues, as after any loss of a worker
         self._noted_at = None

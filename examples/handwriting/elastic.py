@@ -4,36 +4,23 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
 import distpad
-from handwriting import checkpoints, engines
+from handwriting import engines
 from handwriting.learner import Learner
 
 
 def run(
-    train_and_test: Callable[..., None],
-    learner: Learner,
-    batches: distpad.PaddedBatches,
-    folder: Path,
-    options: argparse.Namespace,
+    train_and_test: Callable[..., None], learner: Learner, batches: distpad.PaddedBatches, options: argparse.Namespace
 ) -> None:
-    """Call ``train_and_test(checkpoints, commit=...)``, and again from the last commit when workers are lost or join.
+    """Call ``train_and_test(commit=...)``, and again from the last commit when workers are lost or join.
 
     The optimiser's step counter sets the step to continue from. No worker runs a collective before ``begin``: a worker
     that joins meets the other workers at the sync of the state.
-
-    Raises:
-        ValueError: worker 0 finds no checkpoint to resume from.
     """
     backend = learner.engine.backend
-    if options.resume:
-        saved = checkpoints.Checkpoints(learner, batches, folder)
-        must = backend.worker_index == 0 and options.resume != "auto"
-        if must or checkpoints.found(folder):
-            saved.load()
     state = distpad.ElasticState([learner.model, learner.optimizer], batches=batches, backend=backend)
 
     def commit(done: int) -> None:
@@ -44,8 +31,7 @@ def run(
     def begin(_: distpad.ElasticState) -> None:
         if options.certify:  # after each resize
             engines.certify(learner.engine)
-        # worker 0 may be another process after a resize, so the checkpoints are created again
-        train_and_test(checkpoints.Checkpoints(learner, batches, folder), commit=commit)
+        train_and_test(commit=commit)
         backend.host_sum(np.zeros(1))  # all wait for worker 0 to write; if it is lost, another worker writes
 
     begin(state)

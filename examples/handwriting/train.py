@@ -14,6 +14,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import time
@@ -28,19 +29,7 @@ import tensorflow as tf  # TensorFlow reads its log level on import
 from tqdm import tqdm
 
 import distpad
-from handwriting import (
-    checkpoints,
-    decode,
-    drift,
-    elastic,
-    engines,
-    folder,
-    learner,
-    model,
-    reading,
-    report,
-    rows,
-)
+from handwriting import decode, drift, elastic, engines, folder, learner, model, reading, report, rows
 from handwriting.strings import DigitStrings, Example
 
 EXAMPLES = """\
@@ -56,6 +45,7 @@ examples:
   horovodrun -np 2 --min-np 1 --host-discovery-script launch/discover_hosts.sh \\
       python train.py --backend horovod --elastic       # continue when processes leave or join
 """
+KEEP = 2  # checkpoints
 LOG_EVERY = 10
 LOOK_EVERY = 100  # steps between two tests on held-out strings
 LOOK_AT = 48
@@ -161,14 +151,41 @@ def make_batches(engine: engines.Engine, data: rows.Rows, options: argparse.Name
     return rows.batches(engine, data, boundaries=options.boundaries, **sampling)
 
 
+def checkpoints_of(
+    learning: learner.Learner, batches: distpad.PaddedBatches, options: argparse.Namespace
+) -> distpad.Checkpoints:
+    """Create the checkpoints of a training, and restore the newest one with ``--resume``. Collective.
+
+    Raises:
+        ValueError: there is no checkpoint to resume from.
+    """
+    where, backend = options.out / "checkpoints", learning.engine.backend
+    objects = {"model": learning.model, "optimizer": learning.optimizer, "batches": batches}
+    often = {"every_steps": options.checkpoint_every, "sync_every": LOG_EVERY}
+    checkpoints = distpad.Checkpoints(where, keep=KEEP, backend=backend, **often, **objects)
+    if steps_of(learning):
+        return checkpoints  # after a change of workers
+    if not options.resume:
+        if learning.engine.worker == 0:
+            shutil.rmtree(where, ignore_errors=True)  # of another training
+    elif not checkpoints.restore() and options.resume == "must":
+        raise ValueError(f"--resume: {where} holds no checkpoint. Leave --resume out to start again.")
+    return checkpoints
+
+
+def steps_of(learning: learner.Learner) -> int:
+    """Return the number of steps that the model was trained."""
+    return int(learning.optimizer.iterations.numpy())
+
+
 def train(
     learning: learner.Learner,
     batches: distpad.PaddedBatches,
     reader: reading.TextReader,
     test: list[Example],
     options: argparse.Namespace,
-    saved: checkpoints.Checkpoints,
-    commit: Callable[[int], None] = lambda done: None,
+    checkpoints: distpad.Checkpoints,
+    commit: Callable[[int], None],
 ) -> None:
     """Train from the current step of model and batches to the last step, or to ``--stop-at``.
 
@@ -176,32 +193,21 @@ def train(
     number of steps done. After SIGTERM to any worker, all workers save and exit.
     """
     engine = learning.engine
-    first, last = int(learning.optimizer.iterations.numpy()), min(options.steps, options.stop_at or options.steps)
+    first, last = steps_of(learning), min(options.steps, options.stop_at or options.steps)
     look_at = test[:LOOK_AT]
     shown = {"loss": "?", "CER": "?"}
     often = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file needs few lines
     progress = {"initial": first, "total": last, "unit": "step", "ncols": 88, "mininterval": often}
-    done = first
-
-    def save() -> None:
-        saved.save(done)
-        if engine.worker == 0:
-            print(f"train.py: SIGTERM: step {done} is saved. --resume continues from this step.", flush=True)
-
-    preemption = distpad.Preemption(save, every=LOG_EVERY, backend=engine.backend)
-    with preemption, tqdm(range(first, last), disable=engine.worker > 0, **progress) as bar:
-        for step, batch in zip(bar, batches.repeat()):
+    with checkpoints, tqdm(range(first + 1, last + 1), disable=engine.worker > 0, **progress) as bar:
+        for done, batch in zip(bar, batches.repeat()):
             loss = learning.step(batch)
-            done = step + 1
             if done % LOG_EVERY == 0 or done == last:
                 shown["loss"] = f"{learning.global_loss(loss):.3f}"
             if done % LOOK_EVERY == 0 and engine.worker == 0:
                 reader.model.set_weights(learning.model.get_weights())
                 shown["CER"] = f"{error_rate(reader, look_at):.1%}"
             bar.set_postfix(shown, refresh=False)
-            if done % options.checkpoint_every == 0 or done == last:
-                saved.save(done)
-            preemption.step(done)
+            checkpoints.step(done)
             commit(done)
     reader.model.set_weights(learning.model.get_weights())
 
@@ -251,34 +257,28 @@ def run(options: argparse.Namespace) -> None:
     if engine.worker == 0:
         options.out.mkdir(parents=True, exist_ok=True)
         report.announce(engine, data, options, len(test))
-    where = options.out / "checkpoints"
     if options.certify and not options.elastic:
         engines.certify(engine)
-    resumes = False
-    if not options.elastic:  # a worker that joins an elastic job runs no collective before the others' sync
-        resumes = options.resume == "must" or (options.resume == "auto" and checkpoints.exist(engine, where))
-    if options.drift and engine.replicas > 1 and not (resumes or options.elastic):
-        measured = drift.measure(engine, data, config, options.batch // engine.replicas * engine.replicas)
-        if engine.worker == 0:
-            drift.save(measured, options.out)
     tf.keras.utils.set_random_seed(options.seed)
     learning = learner.Learner(engine, config, lambda: make_optimizer(options), average=options.average)
     batches = make_batches(engine, data, options)
     reader = reading.TextReader(config)  # a copy on one device: no worker waits while worker 0 evaluates
 
-    def train_and_test(saved: checkpoints.Checkpoints, **more: Callable[[int], None]) -> None:
-        train(learning, batches, reader, test, options, saved, **more)
+    def train_and_test(commit: Callable[[int], None] = lambda done: None) -> None:
+        checkpoints = checkpoints_of(learning, batches, options)
+        if options.drift and engine.replicas > 1 and not (steps_of(learning) or options.elastic):
+            measured = drift.measure(engine, data, config, options.batch // engine.replicas * engine.replicas)
+            if engine.worker == 0:
+                drift.save(measured, options.out)
+        learning.broadcast()
+        train(learning, batches, reader, test, options, checkpoints, commit)
         if engine.worker == 0:
             conclude(engine, batches, reader, test, options, began)
 
     if options.elastic:
-        elastic.run(train_and_test, learning, batches, where, options)
+        elastic.run(train_and_test, learning, batches, options)
     else:
-        saved = checkpoints.Checkpoints(learning, batches, where)
-        if resumes:
-            saved.restore()
-        learning.broadcast()
-        train_and_test(saved)
+        train_and_test()
     engine.backend.close()
 
 

@@ -368,7 +368,7 @@ def test_elastic_training_goes_on_after_a_worker_was_killed(tmp_path):
     often = ("--commit-every", 5, "--checkpoint-every", 10)
     arguments = ("--backend", "horovod", "--elastic", "--steps", steps, "--out", out, *small, *often)
     with elastic_job.Job(tmp_path, elastic_job.BOTH, EXAMPLE / "train.py", *arguments) as job:
-        job.wait_until(lambda: list(out.glob("checkpoints/*-10.index")), LIMIT_S)
+        job.wait_until(lambda: list(out.glob("checkpoints/step-*10")), LIMIT_S)
         first = job.workers()
         assert sorted(first.values()) == [0, 1]
         job.kill(next(pid for pid, rank in first.items() if rank == 0))  # who writes
@@ -376,7 +376,7 @@ def test_elastic_training_goes_on_after_a_worker_was_killed(tmp_path):
         assert job.finish(LIMIT_S) == 0, job.told()
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["steps"], summary["replicas"]) == (steps, 2)  # the last of them with another worker again
-    assert list(out.glob(f"checkpoints/*-{steps}.index"))
+    assert list(out.glob(f"checkpoints/step-*{steps}"))
     assert len(re.findall(r"character error rate", job.output)) == 1, job.output
 
 

@@ -71,7 +71,7 @@ class Training(launched.Launched):
 
 def saved(out: pathlib.Path) -> list[int]:
     """The steps of the checkpoints that there are."""
-    return sorted(int(path.stem.rpartition("-")[2]) for path in out.glob("checkpoints/*.index"))
+    return sorted(int(path.name.rpartition("-")[2]) for path in out.glob("checkpoints/step-*"))
 
 
 def weights(out: pathlib.Path) -> dict[str, np.ndarray]:
@@ -97,7 +97,7 @@ def test_sigterm_to_one_worker_costs_no_step(tmp_path, engine):
         assert re.search(r"then failed: worker \d \(exit code 143\)\n", training.told), training.told
     step = saved(parts)[-1]
     assert step % 10 == 0 and step % EVERY and EVERY < step < STEPS
-    assert f"SIGTERM: step {step} is saved" in training.told
+    assert f"SIGTERM: saved after step {step}." in training.told
     assert not (parts / "summary.json").exists()
 
     done = Training(engine, parts, "--resume=auto").finish()
@@ -177,7 +177,7 @@ def test_elastic_training_under_sigterm(tmp_path):
         job.terminate()
         assert job.finish(LIMIT_S) == 143, job.told()
         assert certified(job) == [2, 1, 2], job.told()
-        assert len(re.findall(r"SIGTERM: step \d+ is saved", job.output)) >= 2, job.told()
+        assert len(re.findall(r"SIGTERM: saved after step \d+", job.output)) >= 2, job.told()
     step = saved(out)[-1]
     assert last < step < steps and step % 10 == 0
     with elastic_job.Job(tmp_path, elastic_job.BOTH, TRAIN, *arguments, "--resume=auto") as job:
