@@ -60,7 +60,8 @@ def check(job: Job) -> None:
     np.testing.assert_allclose(result["weights"], expected_weights(), rtol=1e-9)
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.wide)])
+@pytest.mark.wide  # tests/faults/test_chaos.py kills workers by default
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_worker_that_is_killed_is_replaced(tmp_path, victim):
     with made(tmp_path) as job:
         killed = job.wait_for(lambda event: trained_by(2, 6)(event) and event["worker"] == victim, START_S)

@@ -64,7 +64,9 @@ def test_equal_variables_are_watched_without_an_error(world):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("at", [0, 5, COUNT // 2])  # before the first step, in the middle, in the last step
+@pytest.mark.parametrize(  # before the first step, in the middle, in the last step
+    "at", [0, pytest.param(5, marks=pytest.mark.wide), COUNT // 2]
+)
 def test_a_copy_that_differs_is_named_on_all_workers(world, at):
     if world.num_replicas == 1:
         pytest.skip("one copy")
@@ -112,8 +114,15 @@ def test_watched_variables_are_checked(world):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("at", [2, COUNT // 2 - 1])
-@pytest.mark.parametrize("what", ["rows", "gradient"])
+@pytest.mark.parametrize(
+    ("what", "at"),
+    [
+        ("rows", 2),
+        ("gradient", COUNT // 2 - 1),
+        pytest.param("rows", COUNT // 2 - 1, marks=pytest.mark.wide),
+        pytest.param("gradient", 2, marks=pytest.mark.wide),
+    ],
+)
 def test_the_replica_and_the_examples_of_a_nan_are_named_on_all_workers(world, at, what):
     batches, last = made(world), world.num_replicas - 1
     worker, here = world.backend.num_workers - 1, world.backend.replicas_here
@@ -162,7 +171,7 @@ def fed(world, bad=None):
     return built, batches
 
 
-@pytest.mark.parametrize("step", [1, COUNT // 2 - 1])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.wide), COUNT // 2 - 1])
 def test_fit_names_the_replica_and_the_example_of_a_nan(world, step):
     worker, here, last = world.backend.num_workers - 1, world.backend.replicas_here, world.num_replicas - 1
     index = 2 * here * step + 2 * (here - 1) + 1
