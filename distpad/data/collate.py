@@ -125,8 +125,10 @@ class Padder:
 
     @property
     def error(self) -> BaseException | None:
-        """The error that ended the thread, or why it could not be started; None while it runs."""
-        return self._error or (None if self._thread.is_alive() else threads.died(self._thread))
+        """The error that ended the thread, or why it could not be started; None while it runs, and after ``close``."""
+        if self._error or self._thread.is_alive() or self._stopped.is_set():
+            return self._error
+        return threads.died(self._thread)
 
     def _fail(self, error: BaseException) -> None:
         """Let take raise the error in the thread of the training, and the next window sync on the other workers."""

@@ -27,6 +27,7 @@ WORKER = pathlib.Path(__file__).with_name("chaos_worker.py")
 LIMIT_S = 420  # for the training to go on, on a busy machine, also by a new start of the job
 GLOO_S = 45  # how long a worker waits for one that joins, and for one behind a cut link
 STOPPED_S = 6  # --lost-after-s
+EPOCHS = 3  # that the job trains at least
 FAULTS = ("kill", "stop", "add", "remove", "cut")
 OPTIONS = (
     *("--max-np", "3", "--max-restarts", "100"),
@@ -122,10 +123,16 @@ def loss_of(weights: np.ndarray) -> float:
     return float(np.mean(np.square(x @ weights - y)))
 
 
+def read_books(folder: pathlib.Path) -> dict[int, list[int]]:
+    """The examples of each epoch that has ended; of one that was done again, the last."""
+    path = folder / "books"
+    return dict(map(json.loads, path.read_text().splitlines())) if path.exists() else {}
+
+
 def check(folder: pathlib.Path) -> dict:
     """Check the books and the loss of a job that has ended. Returns its result."""
     (result,) = (json.loads(path.read_text()) for path in folder.glob("result-*"))
-    books = dict(map(json.loads, (folder / "books").read_text().splitlines()))  # of an epoch that was done again: last
+    books = read_books(folder)
     assert sorted(books) == list(range(result["epochs"]))
     every = list(range(chaos_worker.EXAMPLES))
     wrong = {epoch: collections.Counter(seen) for epoch, seen in books.items() if sorted(seen) != every}
@@ -155,6 +162,7 @@ def test_chaos(tmp_path, request, record_fault):
             for number, fault in enumerate(drawn(rounds, seed)):
                 done, happened, seconds = chaos.round(fault)
                 record_fault(f"round {number + 1:3}: {done}", "Horovod elastic", happened, seconds)
+            job.wait_until(lambda: len(read_books(tmp_path)) >= EPOCHS, LIMIT_S)  # on a busy machine, also after it
             (tmp_path / "go").touch()
             assert job.finish(LIMIT_S) == 0, job.told()
         assert {machine.name: machine.processes() for machine in machines} == {"host1": [], "host2": [], "host3": []}
