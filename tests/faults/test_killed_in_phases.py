@@ -19,8 +19,9 @@ STEPS, PER_EPOCH = 8, 3
 PHASES = ("before the first exchange", "exchange", "step", "checkpoint", "between epochs")
 
 
+@pytest.mark.wide  # by default test_checkpoints.py kills a training that saves, and worlds resume
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("phases", [("checkpoint",), pytest.param(PHASES, marks=pytest.mark.wide)], ids=len)
+@pytest.mark.parametrize("phases", [("checkpoint",), PHASES], ids=len)
 def test_killed_and_started_again(tmp_path, record_fault, phases):
     command = [sys.executable, PROGRAM, tmp_path, *phases]
     env = {"PYTHONPATH": os.pathsep.join([worlds.CODE, str(worlds.TESTS)])}
