@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import tensorflow as tf
 
+from distpad import precision
 from distpad.backends import tensors
 
 _Result = TypeVar("_Result")
@@ -202,7 +203,7 @@ class Backend(abc.ABC):
                 f"global_value: loss is a {type(value).__name__}, but no strategy is in scope. Write backend=strategy, "
                 "or use the loss's own global_value."
             )
-        total = self.all_reduce(tf.convert_to_tensor(value))
+        total = self.all_reduce(precision.to_tensor(value, "global_value: loss"))
         return total / tf.cast(self.gradient_scale, total.dtype)
 
 

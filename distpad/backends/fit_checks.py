@@ -106,7 +106,9 @@ def _check_arguments(model: Any, backend: Backend | None, class_weight: Any, cal
     """Raise ValueError for what fails later with an obscure error, on all workers alike."""
     if class_weight is not None and is_fed:
         remedy = "Make class_weights[tags] a feature of each example, and write PaddedBatches(weights=NAME)."
-        raise ValueError(errors.sentence("fit", "class_weight", repr(class_weight), "None with for_keras", remedy))
+        raise ValueError(
+            errors.sentence("fit", "class_weight", errors.shown(class_weight), "None with for_keras", remedy)
+        )
     if backend is not None and getattr(model, "jit_compile", None) and not _compiles(backend):
         remedy = "Write compile(jit_compile=False)."
         raise ValueError(errors.sentence("fit", "jit_compile", True, f"False {_where(backend)}", remedy))

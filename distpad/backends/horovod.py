@@ -238,7 +238,9 @@ def _named(tensor: tf.Tensor, name: str) -> tf.Tensor:
 
 def _check_op(op: str) -> None:
     if str(op).lower() == "adasum":
-        raise ValueError(errors.sentence("HorovodBackend", "op", repr(op), "a mean or a sum; Adasum is neither"))
+        raise ValueError(
+            errors.sentence("HorovodBackend", "op", errors.shown(op), "a mean or a sum; Adasum is neither")
+        )
     errors.choice("HorovodBackend", "op", op, ("average", "sum"))
 
 

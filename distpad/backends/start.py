@@ -39,7 +39,7 @@ def start(kind: str = "auto", replicas: int | None = None) -> base.Backend:
     if launched and kind not in ("auto", launched):
         remedy = f"Launch it with --backend {kind}, or write 'auto'." if kind in _LAUNCHED else "Start it by itself."
         rule = f"{launched!r}, the --backend of distpad launch"
-        raise ValueError(errors.sentence("start", "kind", repr(kind), rule, remedy))
+        raise ValueError(errors.sentence("start", "kind", errors.shown(kind), rule, remedy))
     auto = kind == "auto"
     if auto:
         kind = launched or _kind_of_environment() or ("mirrored" if (replicas or 1) > 1 else "local")

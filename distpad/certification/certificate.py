@@ -170,6 +170,6 @@ def _check_own(model: Any, loss: Any, step: Any, batch: Any) -> None:
         raise ValueError(errors.sentence("certify", "model", "None", "one, since a loss and a batch are given"))
     for name, given in (("model", model), ("loss", loss), ("step", step)):
         if given is not None and (not callable(given) or isinstance(given, type)):
-            raise TypeError(errors.sentence("certify", name, repr(given), "a callable"))
+            raise TypeError(errors.sentence("certify", name, errors.shown(given), "a callable"))
     if model is not None and not hasattr(model, "trainable_variables"):
         raise TypeError(errors.sentence("certify", "model", type(model).__name__, "a Keras model"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import os
 import pathlib
 import shlex
@@ -14,8 +15,10 @@ from typing import Any, Optional, get_args, get_origin, get_type_hints
 import typer
 import yaml
 
+from distpad import errors
 from distpad.launcher import allocation, describe, kubernetes, kustomize, options, render, run, spec
 
+_MOST_BRACKETS = 20
 OF_KUBERNETES = {field.name for field, _, _ in options.stated(kubernetes.Job)}
 
 # Typer reads the annotations on Python 3.9, which does not know `X | None`.
@@ -27,8 +30,12 @@ def _read_config(context: typer.Context, path: Optional[pathlib.Path]) -> Option
     if path is None:
         return None
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = path.read_text(encoding="utf-8")
+        nested = itertools.accumulate((mark in "[{") - (mark in "]}") for mark in text)
+        if max(nested, default=0) > _MOST_BRACKETS:  # for which PyYAML would take seconds
+            raise ValueError(f"more than {_MOST_BRACKETS} brackets in each other")
+        given = yaml.safe_load(text) or {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: text, dates and numbers
         raise typer.BadParameter(f"{path} cannot be read: {error}") from error
     if not isinstance(given, dict):
         raise typer.BadParameter(f"{path} holds {type(given).__name__}, expected flags and their values")
@@ -46,6 +53,8 @@ def _read_config(context: typer.Context, path: Optional[pathlib.Path]) -> Option
 
 def _as_flag(parameter: Any, value: Any) -> Any:
     """Convert a YAML value to its command line form: a list for repeatable flags, else text."""
+    if errors.is_deep(value, most=2):  # a short file of aliases can be exponentially long
+        raise typer.BadParameter(f"{parameter.name}: a nest of lists, expected a value, a list or a mapping")
     if parameter.name == "hosts":
         return ",".join(_hosts(value))
     if isinstance(value, str) and parameter.nargs == -1:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from distpad import backends, errors
+from distpad import backends, errors, precision
 from distpad.collectives import checked, dataset, nests, shapes
 from distpad.padding import Padded, on_tensorflow
 from distpad.padding.buckets import Buckets
@@ -61,7 +61,7 @@ def pad_to_global_max(
     function = "pad_to_global_max"
     resolved = backends.resolve(backend, function=function)
     if not isinstance(buckets, (Buckets, type(None))):
-        raise TypeError(errors.sentence(function, "buckets", repr(buckets), "a distpad.Buckets"))
+        raise TypeError(errors.sentence(function, "buckets", errors.shown(buckets), "a distpad.Buckets"))
     leaves, argument_error = nests.leaves_of(function, tensors, axis, value, lengths)
     longest, *_ = _gather_shapes(resolved, function, leaves, argument_error, buckets, rows=None, gathers=False)
     return _packed(tensors, [_pad(leaf, to) for leaf, to in zip(leaves, longest)])
@@ -162,6 +162,10 @@ def _gather_shapes(
         checks.append(checked.Check(text, count, as_many))
         checks += shapes.length_checks(leaf.lengths, None if leaf.lengths is None else size)
     first = tf.shape(leaves[0].tensor)[0] if leaves[0].tensor.shape.rank else 0
+    for leaf in leaves[1:] if gathers else ():
+        count = tf.shape(leaf.tensor)[0] if leaf.tensor.shape.rank else first
+        text = f"tensors{leaf.where} have other numbers of rows than the first tensor, expected the same in all"
+        checks.append(checked.Check(text, (count, first), tf.equal(count, first)))
     try:
         rows = first if rows is None else _integer(function, rows)
     except TypeError as error:
@@ -198,7 +202,7 @@ def _count(leaf: nests.Leaf) -> tuple[Any, Any]:
 
 
 def _integer(function: str, rows: Any) -> tf.Tensor:
-    rows = tf.convert_to_tensor(rows)
+    rows = precision.to_tensor(rows, f"{function}: rows")
     if rows.shape.rank != 0 or not rows.dtype.is_integer:
         given = f"of shape {tuple(rows.shape)} and dtype {rows.dtype.name}"
         raise TypeError(errors.sentence(function, "rows", given, "one integer"))

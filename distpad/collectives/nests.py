@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from distpad import errors
+from distpad import errors, precision
 from distpad.collectives import shapes
 
 MOST_AXES = 8  # the highest rank that tf.pad takes
@@ -41,14 +41,23 @@ def leaves_of(
 
     Raises: ValueError: ``tensors`` is empty.
     """
+    if errors.is_deep(tensors):
+        raise ValueError(errors.sentence(function, "tensors", "nested more than 32 times", "a short nest of tensors"))
     flat = tf.nest.flatten(tensors)
     if not flat:
         raise ValueError(errors.sentence(function, "tensors", "empty", "at least one tensor"))
     argument_error: Exception | None = None
     columns = []
-    for name, given in (("axis", axis), ("value", value), ("lengths", _lists_as_arrays(lengths))):
+    for name, given in (
+        ("axis", axis),
+        ("value", value),
+        ("lengths", _lists_as_arrays(lengths)),
+    ):
         column = [given] * len(flat)
-        if tf.nest.is_nested(tensors) and tf.nest.is_nested(given):
+        if errors.is_deep(given):
+            argument_error = ValueError(errors.sentence(function, name, "nested more than 32 times", "a short nest"))
+            column = [{"axis": 1, "value": 0}.get(name)] * len(flat)
+        elif tf.nest.is_nested(tensors) and tf.nest.is_nested(given):
             try:
                 tf.nest.assert_same_structure(tensors, given)
                 column = tf.nest.flatten(given)
@@ -76,12 +85,14 @@ def _tensor(function: str, where: str, given: Any) -> tf.Tensor:
     """Return a leaf of ``tensors`` as a tensor of known rank. Raises: TypeError, ValueError."""
     if isinstance(given, (int, float, str)):  # lists are nests here, as everywhere in TensorFlow
         remedy = "distpad.pad pads nested lists of numbers."
-        raise TypeError(errors.sentence(function, f"tensors{where}", repr(given), "a tensor or an array", remedy))
+        raise TypeError(
+            errors.sentence(function, f"tensors{where}", errors.shown(given), "a tensor or an array", remedy)
+        )
     if isinstance(given, (tf.RaggedTensor, tf.SparseTensor)):
         kind, remedy = type(given).__name__, "Use distpad.pad first."
         raise TypeError(errors.sentence(function, f"tensors{where}", kind, "a padded tensor", remedy))
     try:
-        tensor = tf.convert_to_tensor(given)
+        tensor = precision.to_tensor(given, f"tensors{where}")
     except (ValueError, TypeError) as error:
         kind, remedy = type(given).__name__, "distpad.pad pads ragged arrays."
         raise TypeError(errors.sentence(function, f"tensors{where}", kind, "a tensor or an array", remedy)) from error
@@ -105,15 +116,15 @@ def _leaf(function: str, where: str, tensor: tf.Tensor, axis: Any, value: Any, l
     try:
         axis = operator.index(axis)
     except TypeError as error:
-        raise TypeError(errors.sentence(function, "axis", repr(axis), "an integer")) from error
+        raise TypeError(errors.sentence(function, "axis", errors.shown(axis), "an integer")) from error
     rank = tensor.shape.rank
     axis = axis % rank if -rank <= axis < rank else axis  # out of range: an error on all replicas
     try:
         padding = tf.constant(bool(value) if tensor.dtype == tf.bool else value, tensor.dtype)
     except (TypeError, ValueError) as error:
-        raise TypeError(errors.sentence(function, "value", repr(value), f"a {tensor.dtype.name}")) from error
+        raise TypeError(errors.sentence(function, "value", errors.shown(value), f"a {tensor.dtype.name}")) from error
     if padding.shape.rank:
-        raise ValueError(errors.sentence(function, "value", repr(value), "one number for each tensor"))
+        raise ValueError(errors.sentence(function, "value", errors.shown(value), "one number for each tensor"))
     if lengths is not None and axis == 0:
         raise ValueError(errors.sentence(function, f"lengths of tensors{where}", "given", "none where axis is 0"))
     if lengths is not None:
@@ -128,6 +139,8 @@ def _leaf(function: str, where: str, tensor: tf.Tensor, axis: Any, value: Any, l
 
 def _lists_as_arrays(lengths: Any) -> Any:
     """Convert lists of integers in a nest to arrays, since tf.nest would take each integer for a leaf."""
+    if errors.is_deep(lengths):
+        return lengths
     if isinstance(lengths, dict):
         return {key: _lists_as_arrays(item) for key, item in lengths.items()}
     if isinstance(lengths, (list, tuple)):

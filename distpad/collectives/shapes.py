@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from distpad import precision
 from distpad.collectives.checked import Check
 
 _MISUSED = (
@@ -173,7 +174,7 @@ def check_lengths(lengths: Any) -> tf.Tensor:
     """Return post-padded lengths as a tensor, ``[batch]`` integers. Raises: TypeError, ValueError."""
     if isinstance(lengths, (tf.RaggedTensor, tf.SparseTensor)):
         raise TypeError(f"lengths are a {type(lengths).__name__}, expected [batch] integers")
-    lengths = tf.convert_to_tensor(lengths, tf.int32 if is_empty(lengths) else None)
+    lengths = precision.to_tensor(lengths, "lengths", tf.int32 if is_empty(lengths) else None)
     if not lengths.dtype.is_integer:
         raise TypeError(f"lengths have dtype {lengths.dtype.name}, expected integers")
     if lengths.shape.rank != 1:

@@ -169,7 +169,7 @@ def _misfit(feature: Feature, column: Column, indices: np.ndarray) -> ValueError
         if not _matches(feature, shape):
             return shape_error(feature, shape, int(index))
     rule, remedy = "arrays, or positions along axis 0", "Write Pad(axis=(0, ...))."
-    return ValueError(errors.sentence(_NAME, repr(feature.name), "ragged within examples", rule, remedy))
+    return ValueError(errors.sentence(_NAME, errors.shown(feature.name), "ragged within examples", rule, remedy))
 
 
 def _matches(feature: Feature, shape: Sequence[int]) -> bool:

@@ -50,7 +50,7 @@ class Columns:
         self._skeleton = structure.skeleton_of(data)
         names = structure.names_of(self._skeleton)
         if not names:  # the text of all data takes long
-            raise ValueError(errors.sentence(_NAME, "data", repr(data), "at least one feature"))
+            raise ValueError(errors.sentence(_NAME, "data", errors.shown(data), "at least one feature"))
         self._columns = [_column(name, each) for name, each in zip(names, structure.leaves_of(data, self._skeleton))]
         counts = {name: column.num_examples for name, column in zip(names, self._columns)}
         are_equal = len({*counts.values()}) == 1
@@ -92,16 +92,16 @@ def _column(name: Any, given: Any) -> Column:
     if isinstance(given, tf.SparseTensor):
         given = tf.sparse.to_dense(given)
     rule = "one without masked elements"
-    errors.require(_NAME, not np.ma.is_masked(given), repr(name), "a masked array", rule)
+    errors.require(_NAME, not np.ma.is_masked(given), errors.shown(name), "a masked array", rule)
     if tf.is_tensor(given) or (isinstance(given, np.ndarray) and given.dtype != object):
         array = np.asarray(given)
         rule = "an array with an axis of examples"
-        errors.require(_NAME, array.ndim, repr(name), "a scalar", rule, error=TypeError)
+        errors.require(_NAME, array.ndim, errors.shown(name), "a scalar", rule, error=TypeError)
         return Column(array.astype(object) if array.dtype.kind in "US" else array)
     if hasattr(given, "to_numpy"):  # of pandas
         given = given.to_numpy()
     found, kinds = f"a {type(given).__name__}", "an array, a tensor, a RaggedTensor or a list"
-    errors.require(_NAME, isinstance(given, (list, np.ndarray)), repr(name), found, kinds, error=TypeError)
+    errors.require(_NAME, isinstance(given, (list, np.ndarray)), errors.shown(name), found, kinds, error=TypeError)
     return _of_list(name, [*given])
 
 
@@ -113,7 +113,7 @@ def _of_list(name: Any, items: list[Any]) -> Column:
     if wrong is not None:
         found, rule = f"a list with a {type(wrong).__name__}", "a list of arrays, lists, numbers or strings"
         remedy = "Columns takes a mapping from features to the values of all examples; PaddedBatches takes examples."
-        raise TypeError(errors.sentence(_NAME, repr(name), found, rule, remedy))
+        raise TypeError(errors.sentence(_NAME, errors.shown(name), found, rule, remedy))
     try:
         return _of_rows(name, items)
     except (ValueError, TypeError) as error:  # of an example of one feature, which has the name 0
@@ -146,7 +146,9 @@ def _of_arrow(name: Any, given: Any) -> Column:
 
     if given.null_count:
         at = given.is_null().to_pylist().index(True)
-        raise ValueError(errors.sentence(_NAME, repr(name), f"missing in example {at}", "a value in each example"))
+        raise ValueError(
+            errors.sentence(_NAME, errors.shown(name), f"missing in example {at}", "a value in each example")
+        )
     if isinstance(given, pa.ChunkedArray):
         if given.num_chunks > 1:
             return columns.concatenate([_of_arrow(name, chunk) for chunk in given.chunks])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distpad import errors
+from distpad.data import sampler
 from distpad.data.schema import Pad
 from distpad.data.structure import Name
 from distpad.padding.buckets import Buckets
@@ -15,6 +16,7 @@ from distpad.padding.buckets import Buckets
 _NAME = "PaddedBatches"
 _AUTO = Buckets.auto()
 _FEW = 10  # examples that an epoch may skip whatever the fraction
+_MOST = {"batch_size": sampler.MOST_ROWS, "accumulation_steps": 2**16, "num_parallel_reads": 2**10}
 _NEAR = 2  # axes share a boundary if theirs are at most this many apart
 
 
@@ -54,10 +56,10 @@ class Config:
         for name in ("batch_size", "accumulation_steps", "lookahead", "num_parallel_reads"):
             given = getattr(self, name)
             if name != "batch_size" or given is not None:
-                setattr(self, name, errors.integer(_NAME, name, given, least=1))
+                setattr(self, name, errors.integer(_NAME, name, given, least=1, most=_MOST.get(name, 2**62)))
         for name in ("warn_after_s", "timeout_s"):
             seconds = errors.number(_NAME, name, getattr(self, name))
-            errors.require(_NAME, seconds > 0, name, seconds, "above 0 seconds")
+            errors.require(_NAME, 0 < seconds <= 1e9, name, seconds, "above 0 seconds, and at most 1e9")
             setattr(self, name, seconds)
         errors.choice(_NAME, "on_error", self.on_error, ("raise", "skip"))
         self.max_skipped = errors.number(_NAME, "max_skipped", self.max_skipped)
@@ -153,9 +155,12 @@ class Config:
 def _checked_padding(padding: Any) -> dict[Name, Pad]:
     is_mapping = isinstance(padding, Mapping) and padding
     rule = "a mapping from features to distpad.Pad"
-    errors.require(_NAME, is_mapping, "padding", repr(padding), rule, error=TypeError)
+    errors.require(_NAME, is_mapping, "padding", errors.shown(padding), rule, error=TypeError)
     for name, pad in padding.items():
-        errors.require(_NAME, isinstance(pad, Pad), f"padding[{name!r}]", repr(pad), "a distpad.Pad", error=TypeError)
+        _check_name("padding", name)
+        errors.require(
+            _NAME, isinstance(pad, Pad), f"padding[{name!r}]", errors.shown(pad), "a distpad.Pad", error=TypeError
+        )
     return {name: padding[name] for name in sorted(padding, key=str)}
 
 
@@ -163,10 +168,10 @@ def _checked_tokens(tokens: Any, padding: Mapping[Name, Pad]) -> dict[Any, Name]
     losses = dict(tokens) if isinstance(tokens, Mapping) else {None: tokens}
     errors.require(_NAME, losses, "tokens", "empty", "at least one loss")
     are_named = not isinstance(tokens, Mapping) or None not in losses
-    errors.require(_NAME, are_named, "tokens", repr(tokens), "names of losses; for a single one, a feature")
+    errors.require(_NAME, are_named, "tokens", errors.shown(tokens), "names of losses; for a single one, a feature")
     for name in losses.values():
         _check_name("tokens", name)
-        errors.require(_NAME, name in padding, "tokens", repr(name), f"a padded feature: {list(padding)}")
+        errors.require(_NAME, name in padding, "tokens", errors.shown(name), f"a padded feature: {list(padding)}")
         axes = sorted(padding[name].axes)
         found = f"{name!r}, with ragged axes {axes}"
         are_leading = len(axes) == 1 or axes == [*range(len(axes))]
@@ -185,14 +190,14 @@ def _checked_weights(weights: Any, tokens: Mapping[Any, Name], padding: Mapping[
         for option in same if name in padding else ():
             given, wanted = getattr(padding[name], option), getattr(counted, option)
             rule = f"{wanted!r}, as of {tokens[loss]!r}"
-            errors.require(_NAME, given == wanted, f"{option} of weights {name!r}", repr(given), rule)
+            errors.require(_NAME, given == wanted, f"{option} of weights {name!r}", errors.shown(given), rule)
     return dict(weights)
 
 
 def _check_name(argument: str, name: Any) -> None:
     is_name = isinstance(name, (str, int)) and not isinstance(name, bool)
     rule = "a feature's name, or a mapping from losses to features"
-    errors.require(_NAME, is_name, argument, repr(name), rule, error=TypeError)
+    errors.require(_NAME, is_name, argument, errors.shown(name), rule, error=TypeError)
 
 
 def _checked_buckets(buckets: Any, padding: Mapping[Name, Pad]) -> dict[Name, Buckets] | str | None:
@@ -204,7 +209,7 @@ def _checked_buckets(buckets: Any, padding: Mapping[Name, Pad]) -> dict[Name, Bu
     buckets = dict(buckets) if isinstance(buckets, Mapping) else dict.fromkeys(padding, buckets)
     kinds = "a distpad.Buckets, a mapping to them, 'auto' or None"
     for name, given in buckets.items():
-        errors.require(_NAME, isinstance(given, Buckets), "buckets", repr(given), kinds, error=TypeError)
+        errors.require(_NAME, isinstance(given, Buckets), "buckets", errors.shown(given), kinds, error=TypeError)
         errors.require(_NAME, name in padding, "buckets", f"for {name!r}", f"padded features: {list(padding)}")
     missing = [name for name in padding if name not in buckets]
     errors.require(_NAME, not missing, "buckets", f"without {missing}", "one for each padded feature")

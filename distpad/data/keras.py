@@ -72,14 +72,14 @@ class Elements:
         losses = [*self._config.tokens]
         if y_true is None:
             return dict.fromkeys(losses)
-        errors.require(_NAME, not self.predicts, "y_true", repr(y_true), "None where y is None, for predict")
+        errors.require(_NAME, not self.predicts, "y_true", errors.shown(y_true), "None where y is None, for predict")
         of_losses = {None: y_true} if None in losses else y_true
         is_by_loss = isinstance(of_losses, Mapping) and not {*of_losses} - {*losses}
-        errors.require(_NAME, is_by_loss, "y_true", repr(y_true), f"a mapping from losses: {losses}")
+        errors.require(_NAME, is_by_loss, "y_true", errors.shown(y_true), f"a mapping from losses: {losses}")
         found = {loss: _as_nest("y_true", of_losses[loss]) if loss in of_losses else None for loss in losses}
         for nest in found.values():
             is_flat = not any(map(tf.nest.is_nested, _parts(nest).values()))
-            errors.require(_NAME, is_flat, "y_true", repr(nest), "a name, or one tuple or dict of names")
+            errors.require(_NAME, is_flat, "y_true", errors.shown(nest), "a name, or one tuple or dict of names")
         return found
 
     def __str__(self) -> str:
@@ -98,7 +98,7 @@ class Elements:
         }
         for loss, named in self._labels.items():
             are_single, rule = not any(map(tf.nest.is_nested, named.values())), "names of single features"
-            errors.require(_NAME, are_single, "y_true", repr(self._y_true[loss]), rule)
+            errors.require(_NAME, are_single, "y_true", errors.shown(self._y_true[loss]), rule)
         self._ranks = {loss: self._rank_of_weights(loss) for loss in self._config.tokens if not self.predicts}
 
     def _feature(self, argument: str, name: Any) -> Any:
@@ -108,16 +108,16 @@ class Elements:
         if isinstance(name, (Lengths, Mask)):
             padding = self._config.padding
             rule = f"a feature of padding: {[*padding]}"
-            errors.require(_NAME, name.feature in padding, argument, repr(name), rule)
+            errors.require(_NAME, name.feature in padding, argument, errors.shown(name), rule)
             is_right = isinstance(name, Mask) or padding[name.feature].side == "post"
             remedy = f"Write distpad.Mask({name.feature!r})."
-            errors.require(_NAME, is_right, argument, repr(name), "a post-padded feature", remedy)
+            errors.require(_NAME, is_right, argument, errors.shown(name), "a post-padded feature", remedy)
             return name
         try:
             return self._features.named(name)
         except KeyError:
             rule = f"a feature of an example: {self._features.names}, distpad.Lengths(...), Mask(...) or Indices()"
-            raise ValueError(errors.sentence(_NAME, argument, repr(name), rule)) from None
+            raise ValueError(errors.sentence(_NAME, argument, errors.shown(name), rule)) from None
 
     def _rank_of_weights(self, loss: Any) -> int:
         """The number of axes of a loss's weights after the axis of rows: 0 with one label per row."""
@@ -332,12 +332,15 @@ def _frames() -> Iterator[list[types.FrameType]]:
 def _as_nest(argument: str, given: Any) -> Any:
     """The nest with tuples for lists, since tf.data converts lists to arrays."""
     if isinstance(given, (Mapping, list, tuple)):
-        errors.require(_NAME, given, argument, repr(given), "at least one feature")
+        errors.require(_NAME, not errors.is_deep(given), argument, "nested more than 32 times", "a short nest of names")
+        errors.require(_NAME, given, argument, errors.shown(given), "at least one feature")
         if isinstance(given, Mapping):
             return {key: _as_nest(argument, item) for key, item in given.items()}
         return tuple(_as_nest(argument, item) for item in given)
     is_name = isinstance(given, (str, int, Lengths, Mask, Indices)) and not isinstance(given, bool)
-    errors.require(_NAME, is_name, argument, repr(given), "the name of a feature, or a nest of names", error=TypeError)
+    errors.require(
+        _NAME, is_name, argument, errors.shown(given), "the name of a feature, or a nest of names", error=TypeError
+    )
     return given
 
 

@@ -140,7 +140,9 @@ def check_counted(features: Features, config: Config) -> None:
     """Check that weights are features of numbers, with one value per position or per example."""
     known = {feature.name: feature for feature in features.features}
     for loss, name in config.weights.items():
-        errors.require(_NAME, name in known, "weights", repr(name), f"a feature of an example: {features.names}")
+        errors.require(
+            _NAME, name in known, "weights", errors.shown(name), f"a feature of an example: {features.names}"
+        )
         feature, axes = known[name], config.counted_axes[config.tokens[loss]]
         fits = len(feature.shape) in (0, len(axes)) and feature.dtype.kind in "fiub"
         found, rule = f"of shape {feature.shape} and {feature.dtype}", "numbers, one per position or one per example"

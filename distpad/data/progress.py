@@ -110,9 +110,10 @@ class Progress:
         """Let the next iteration begin at a position that ``state`` returned. Raises: TypeError, ValueError."""
         check_state(_NAME, state, {"epoch", "step", "begins", "source"})
         source, group, sampler = self._source.identity(), self._source.config.accumulation_steps, self._source.sampler
-        errors.require(_NAME, state["source"] == source, "state", f"of {state['source']}", f"one of {source}")
+        is_same = isinstance(state["source"], type(source)) and state["source"] == source
+        errors.require(_NAME, is_same, "state", f"of {state['source']}", f"one of {source}")
         number = errors.integer(_NAME, "state's epoch", state["epoch"], least=0)
-        step, begins = errors.integer(_NAME, "state's step", state["step"], least=0), state["begins"]
+        step, begins = errors.integer(_NAME, "state's step", state["step"], least=0, most=2**31), state["begins"]
         rule = f"a multiple of accumulation_steps, which is {group}"
         errors.require(_NAME, step % group == 0, "state's step", step, rule)
         if sampler is not None:
@@ -121,7 +122,7 @@ class Progress:
             errors.require(_NAME, step <= -(-steps // group) * group, "state's step", step, rule)
         are_given = isinstance(begins, (list, tuple)) and (begins or not step)
         rule = "the fingerprints of the epoch's first steps, as state_dict returned them"
-        errors.require(_NAME, are_given, "state's begins", f"{begins!r} at step {step}", rule)
+        errors.require(_NAME, are_given, "state's begins", f"{errors.shown(begins)} at step {step}", rule)
         begins = tuple(errors.integer(_NAME, "state's begins", each, least=0) for each in begins)
         self.stop()
         self.move_to(Cursor(number, step, begins if step else ()))

@@ -284,6 +284,8 @@ def _own(example: Any) -> Any:
         return [*example] if {*map(type, example)} <= _IMMUTABLE else [*map(_own, example)]
     if isinstance(example, np.ma.MaskedArray):
         return example.copy()
+    if isinstance(example, np.ndarray):  # of broadcast arrays a copy may be larger than the memory
+        errors.check_memory("an example", example.shape, example.dtype)
     if hasattr(example, "__array__") or isinstance(example, (array.array, bytearray, memoryview)):
         return np.array(example)
     return example

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from distpad import errors
-from distpad.padding.buckets import Buckets
+from distpad.padding.buckets import Buckets, read_lengths
 
 _NAME = "LengthSampler"
 _require = functools.partial(errors.require, "LengthSampler")
+MOST_ROWS = 2**24  # of a batch, so that its indices and shapes are cheap before its data are known
 _PLANS = 2  # kept plans: of the running epoch, and of the epoch that is read ahead
 
 
@@ -88,15 +89,22 @@ class LengthSampler:
         seed: int = 0,
         randomness: float = 0.05,
     ) -> None:
-        self.lengths = _checked_lengths(lengths)
+        self.lengths = read_lengths(_NAME, lengths)
+        _require(self.lengths.ndim == 1, "lengths", f"of shape {self.lengths.shape}", "[examples]")
+        self.lengths.setflags(write=False)  # plans and saved positions depend on them
         found, is_one = "neither" if max_tokens is None else "both", (global_batch_size is None) != (max_tokens is None)
         _require(is_one, "global_batch_size, max_tokens", found, "one of them")
         given = {"global_batch_size": global_batch_size, "max_tokens": max_tokens}
-        sizes = {name: errors.integer(_NAME, name, size, least=1) for name, size in given.items() if size is not None}
+        limits = {"global_batch_size": MOST_ROWS, "max_tokens": 2**62}
+        sizes = {
+            name: errors.integer(_NAME, name, size, least=1, most=limits[name])
+            for name, size in given.items()
+            if size is not None
+        }
         self.global_batch_size, self.max_tokens = sizes.get("global_batch_size"), sizes.get("max_tokens")
         self.seed = errors.integer(_NAME, "seed", seed, least=0)
         is_buckets = isinstance(buckets, (Buckets, type(None)))
-        _require(is_buckets, "buckets", repr(buckets), "a distpad.Buckets", error=TypeError)
+        _require(is_buckets, "buckets", errors.shown(buckets), "a distpad.Buckets", error=TypeError)
         self.randomness = errors.number(_NAME, "randomness", randomness)
         _require(0 <= self.randomness <= 1, "randomness", randomness, "from 0 to 1")
         self.buckets = buckets
@@ -144,7 +152,7 @@ class LengthSampler:
         """The number of examples in a global step of this padded length."""
         if self.max_tokens is None:
             return self.global_batch_size or 0  # one of the two is set
-        return self.max_tokens // max(boundary, 1)
+        return min(self.max_tokens // max(boundary, 1), MOST_ROWS)
 
     def _make_plan(self, epoch: int) -> Plan:
         random = np.random.default_rng((self.seed, epoch))
@@ -248,20 +256,8 @@ class Shard:
             self.set_epoch(self._epoch + 1)
 
 
-def _checked_lengths(lengths: Any) -> np.ndarray:
-    given = np.asarray(lengths)
-    _require(given.ndim == 1, "lengths", f"of shape {given.shape}", "[examples]")
-    is_integer = given.dtype.kind in "iu" or not given.size
-    _require(is_integer, "lengths", f"of {given.dtype}", "integers", error=TypeError)
-    for length in [given.min(), given.max()] if given.size else []:
-        _require(0 <= int(length) < 2**62, "lengths", int(length), "at least 0, and below 2**62")
-    lengths = given.astype(np.int64)  # a copy
-    lengths.setflags(write=False)  # plans and saved positions depend on them
-    return lengths
-
-
 def check_state(function: str, state: Any, keys: set[str]) -> None:
     """Raise TypeError or ValueError for what is not a saved state with these keys."""
     rule = "a result of state_dict"
-    errors.require(function, isinstance(state, Mapping), "state", repr(state), rule, error=TypeError)
+    errors.require(function, isinstance(state, Mapping), "state", errors.shown(state), rule, error=TypeError)
     errors.require(function, keys <= {*state}, "state", f"without {sorted(keys - {*state})}", rule)

@@ -58,8 +58,8 @@ class Pad:
             errors.integer("Pad", "axis", axis, least=0)
         are_different = len(self.axes) == len(set(self.axes)) > 0
         errors.require("Pad", are_different, "axis", self.axis, "one axis or several different ones")
-        is_scalar, shown = np.isscalar(self.value), repr(self.value)
-        errors.require("Pad", is_scalar, "value", shown, "one number or string", error=TypeError)
+        is_scalar = np.isscalar(self.value)
+        errors.require("Pad", is_scalar, "value", errors.shown(self.value), "one number or string", error=TypeError)
         errors.choice("Pad", "side", self.side, ("pre", "post"))
         errors.choice("Pad", "truncating", self.truncating, ("error", "pre", "post"))
         if self.max_length is not None or self.truncating != "error":
@@ -131,7 +131,7 @@ class Features:
             typed = next((item for item in items if not is_untyped(item)), None)
             if typed is None and not guess:
                 return None
-            dtype, shape = _shown(items[0] if typed is None else typed, padding.get(name), repr(name))
+            dtype, shape = _shown(items[0] if typed is None else typed, padding.get(name), errors.shown(name))
             if dtype == np.int64 and is_python(typed) and any(map(_is_float, items)):
                 dtype = np.dtype(np.float64)
             arrays.append((dtype, shape))
@@ -270,7 +270,7 @@ def _check_dtype(feature: Feature) -> None:
         tf.as_dtype(dtype)
     except TypeError:
         rule = "a dtype of TensorFlow"
-        raise TypeError(errors.sentence(_NAME, repr(name), f"of dtype {dtype}", rule)) from None
+        raise TypeError(errors.sentence(_NAME, errors.shown(name), f"of dtype {dtype}", rule)) from None
     can_hold = (dtype.kind == "O") == (value.dtype.kind in "US") and arguments.exact_cast(value, dtype) is not None
     if feature.pad and not can_hold:
         found = f"Pad(value={feature.pad.value!r})"

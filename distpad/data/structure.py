@@ -37,6 +37,8 @@ _NAMED_TUPLES: dict[str, type] = {}  # classes of examples, by module and name
 
 def skeleton_of(example: Any, path: tuple[Name, ...] = ()) -> Any:
     """The structure of an example as JSON, with names as leaves. A list, as of labels, is a leaf."""
+    if not path and errors.is_deep(example):
+        raise ValueError(errors.sentence(_NAME, "an example", "nested more than 32 times", "arrays, or short nests"))
     if isinstance(example, Mapping):
         are_names = any(all(isinstance(key, kind) for key in example) for kind in (str, int))
         found = f"a mapping with keys {[*example]}"

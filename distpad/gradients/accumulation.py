@@ -73,8 +73,8 @@ class GradientAccumulator:
         if self._counted not in (None, counted):
             given = "given" if counted else "missing"
             raise ValueError(errors.sentence(function, "count", given, "with all micro-batches, or with none"))
-        if counted and tf.convert_to_tensor(count).shape.rank != 0:
-            raise ValueError(errors.sentence(function, "count", repr(count), "a scalar", "Give its sum."))
+        if counted and precision.to_tensor(count, f"{function}: count").shape.rank != 0:
+            raise ValueError(errors.sentence(function, "count", errors.shown(count), "a scalar", "Give its sum."))
         found = compute.differentiate(function, tape, loss, self._variables)
         for i, (gradient, variable) in enumerate(zip(found, self._variables)):
             if gradient is None:

@@ -57,6 +57,10 @@ def clip_by_global_norm(
     """
     if not isinstance(gradients, (list, tuple)):
         raise TypeError(errors.sentence(_NAME, "gradients", type(gradients).__name__, "a list of gradients"))
+    for gradient in gradients:
+        is_known = gradient is None or tf.is_tensor(gradient) or isinstance(gradient, tf.IndexedSlices)
+        rule = "a list of tensors, IndexedSlices or None"
+        errors.require(_NAME, is_known, "gradients", errors.shown(gradient), rule, error=TypeError)
     resolved = backends.resolve_step(backend, function=_NAME)
     clip_norm = clip_norm if tf.is_tensor(clip_norm) else errors.number(_NAME, "clip_norm", clip_norm)
     positive = checked.Check("clip_norm is expected to be above 0", clip_norm, clip_norm > 0)

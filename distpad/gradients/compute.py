@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from distpad import backends, errors
+from distpad import backends, errors, precision
 
 
 @tf.autograph.experimental.do_not_convert
@@ -45,7 +45,7 @@ def gradient(tape: tf.GradientTape, loss: tf.Tensor, variables: Sequence[Any], *
 def differentiate(function: str, tape: tf.GradientTape, loss: tf.Tensor, variables: Sequence[Any]) -> list[Any]:
     """Return the local gradients. Raises: TypeError, in the name of the public ``function``."""
     if not hasattr(tape, "gradient"):
-        raise TypeError(errors.sentence(function, "tape", repr(tape), "a tf.GradientTape"))
+        raise TypeError(errors.sentence(function, "tape", errors.shown(tape), "a tf.GradientTape"))
     if not isinstance(variables, (list, tuple)):
         raise TypeError(errors.sentence(function, "variables", type(variables).__name__, "a list of variables"))
     if hasattr(tape, "register_local_source"):
@@ -53,6 +53,11 @@ def differentiate(function: str, tape: tf.GradientTape, loss: tf.Tensor, variabl
             f"{function}: tape is Horovod's DistributedGradientTape, expected a plain tf.GradientTape: gradients would "
             "be reduced twice. Drop hvd.DistributedGradientTape, or call tape.gradient."
         )
+    for variable in variables:
+        is_known = tf.is_tensor(variable) or hasattr(variable, "assign")
+        errors.require(function, is_known, "variables", errors.shown(variable), "a list of variables", error=TypeError)
+    if not (tf.is_tensor(loss) or hasattr(loss, "dtype")):
+        raise TypeError(errors.sentence(function, "loss", errors.shown(loss), "a tensor"))
     return tape.gradient(loss, list(variables))
 
 
@@ -106,7 +111,7 @@ def scale_regularization(losses: Iterable[Any], *, backend: Any = None) -> tf.Te
     3.0
     """
     resolved = backends.resolve_step(backend, function="scale_regularization")
-    penalties = [tf.convert_to_tensor(loss) for loss in losses] or [tf.constant(0.0)]
+    penalties = [precision.to_tensor(loss, "scale_regularization: a loss") for loss in losses] or [tf.constant(0.0)]
     if any(penalty.shape.rank for penalty in penalties):
         shapes = [tuple(penalty.shape) for penalty in penalties]
         raise ValueError(errors.sentence("scale_regularization", "losses", f"of shapes {shapes}", "scalars"))

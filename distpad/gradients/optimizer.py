@@ -131,7 +131,9 @@ class DistributedOptimizer(tf.keras.optimizers.Optimizer):
 def _check(optimizer: Any) -> None:
     if not hasattr(optimizer, "apply_gradients") or isinstance(optimizer, (type, DistributedOptimizer)):
         raise TypeError(
-            errors.sentence(_NAME, "optimizer", repr(optimizer), "a Keras optimiser that is not distributed yet")
+            errors.sentence(
+                _NAME, "optimizer", errors.shown(optimizer), "a Keras optimiser that is not distributed yet"
+            )
         )
     base = getattr(optimizer, "inner_optimizer", optimizer)
     steps = getattr(base, "gradient_accumulation_steps", None)

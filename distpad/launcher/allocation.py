@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 from collections.abc import Mapping
@@ -38,8 +39,9 @@ def hosts(environ: Mapping[str, str], slots_per_host: int | None = None) -> tupl
     """
     nodes, tasks = environ.get("SLURM_JOB_NODELIST", ""), environ.get("SLURM_TASKS_PER_NODE", "1")
     names = _expand(nodes)
-    runs = [(int(count), int(times or 1)) for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks)]
-    slots = [slots_per_host] * len(names) if slots_per_host else [count for count, times in runs for _ in range(times)]
+    runs = [(int(count), int(times or 1)) for count, times in re.findall(r"(\d{1,9})(?:\(x(\d{1,9})\))?", tasks)]
+    counts = (count for count, times in runs for _ in range(times))
+    slots = [slots_per_host] * len(names) if slots_per_host else [*itertools.islice(counts, len(names) + 1)]
     if len(slots) != len(names):
         raise ValueError(
             f"launch: SLURM_TASKS_PER_NODE is {tasks!r}, expected numbers for {len(names)} nodes ({nodes})."

@@ -238,8 +238,8 @@ def read_hostfile(path: str | pathlib.Path, slots_per_host: int | None = None) -
     """Read a file with one host per line: ``name``, ``name slots=2`` or ``name:2``. ``#`` begins a comment."""
     try:
         text = pathlib.Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"launch: --hostfile {path} cannot be read: {error.strerror}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"launch: --hostfile {path} cannot be read: {error}.") from error
     lines = [re.sub(r"#.*|\smax[_-]slots=\d+", "", line).strip() for line in text.splitlines()]
     found = [_host(line, slots_per_host, f"line {i} of {path}") for i, line in enumerate(lines, 1) if line]
     if not found:
@@ -248,7 +248,7 @@ def read_hostfile(path: str | pathlib.Path, slots_per_host: int | None = None) -
 
 
 def _host(text: str, slots_per_host: int | None, where: str) -> Host:
-    match = re.fullmatch(r"([^\s:]*)(?:(?::|\s+slots=)(\d+))?", text)
+    match = re.fullmatch(r"([^\s:]*)(?:(?::|\s+slots=)(\d{1,9}))?", text)
     if not match:
         rule = "HOST, HOST:SLOTS or HOST slots=SLOTS with a number of slots"
         raise ValueError(f"launch: {where} holds {text!r}, expected {rule}.")
@@ -275,7 +275,7 @@ def parse_ranks(text: str) -> tuple[int, ...]:
     """
     found: list[int] = []
     for part in filter(None, (part.strip() for part in text.split(","))):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
         if not match:
             raise ValueError(f"launch: --ranks holds {part!r}, expected numbers and ranges such as 0,4-6.")
         first, last = int(match[1]), int(match[2] or match[1])

@@ -105,7 +105,7 @@ def number(environ: Mapping[str, str], name: str) -> int:
       DistpadError: a variable of distpad's own launcher is not a number.
     """
     text = environ.get(name, "").strip()
-    if text.isdecimal():
+    if text.isdecimal() and len(text) < 10:
         return int(text)
     if text and name.startswith("DISTPAD_"):
         raise errors.DistpadError(errors.sentence("distpad", name, repr(text), "an integer"))
@@ -197,7 +197,7 @@ def _tf_config_workers(environ: Mapping[str, str]) -> int:
     try:
         cluster = json.loads(environ.get("TF_CONFIG") or "{}").get("cluster", {})
         return len(cluster.get("worker", [])) + len(cluster.get("chief", []))
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         return 0  # TensorFlow itself reports a malformed TF_CONFIG
 
 

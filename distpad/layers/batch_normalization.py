@@ -61,6 +61,9 @@ class BatchNormalization(tf.keras.layers.BatchNormalization):
             if options.get(name):
                 rule = "no such moments, which are not those of the global batch"
                 raise ValueError(errors.sentence(_NAME, name, options[name], rule))
+        momentum, epsilon = errors.number(_NAME, "momentum", momentum), errors.number(_NAME, "epsilon", epsilon)
+        axes = axis if isinstance(axis, (list, tuple)) and len(axis) == 1 else [axis]  # Keras 2 saves a list
+        axis = errors.integer(_NAME, "axis", axes[0], least=-precision.MOST_AXES, most=precision.MOST_AXES)
         if options.get("fused"):
             options.pop("fused")  # Keras 2's kernel, which takes no mask
         # Keras would round gamma and beta to half precision
@@ -155,7 +158,7 @@ def _valid(x: tf.Tensor, mask: Any, lengths: Any) -> tuple[tf.Tensor | None, lis
         checks = shapes.length_checks(lengths, tf.shape(x)[1])
         sources.append(shapes.Source("lengths", mask_of(tf.shape(x)[1])))
     if mask is not None:
-        mask = tf.convert_to_tensor(mask)
+        mask = precision.to_tensor(mask, f"{_NAME}: mask")
         if mask.dtype != tf.bool or not 0 < (mask.shape.rank or 0) < x.shape.rank:
             found = f"of shape {tuple(mask.shape)} and dtype {mask.dtype.name}"
             rule = f"bool, of the leading axes of inputs {tuple(x.shape)} without channels"

@@ -53,7 +53,7 @@ class _KeyedDropout(tf.keras.layers.Layer):
         if isinstance(training, (tf.Tensor, tf.Variable)) and not tf.executing_eagerly():
             raise TypeError(errors.sentence(name, "training", "a tensor", "True, False or None"))
         x = tf.convert_to_tensor(tf.cast(inputs, self.compute_dtype))
-        indices = tf.range(tf.shape(x)[0]) if indices is None else tf.convert_to_tensor(indices)
+        indices = tf.range(tf.shape(x)[0]) if indices is None else precision.to_tensor(indices, f"{name}: indices")
         if indices.shape.rank != 1 or not indices.dtype.is_integer:
             found = f"of shape {tuple(indices.shape)} and dtype {indices.dtype.name}"
             raise ValueError(errors.sentence(name, "indices", found, "[batch] integers"))

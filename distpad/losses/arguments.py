@@ -34,7 +34,7 @@ def unreduced(loss: Any, user: str = _NAME) -> Any:
         loss = _named(loss)
     if hasattr(loss, "average") or not callable(loss):
         kinds = "a Keras loss, its name, or a callable (y_true, y_pred)"
-        raise TypeError(errors.sentence(user, "loss", repr(loss), kinds))
+        raise TypeError(errors.sentence(user, "loss", errors.shown(loss), kinds))
     if isinstance(loss, type):
         found = f"the class {loss.__name__}"
         raise TypeError(errors.sentence(user, "loss", found, "an instance", f"Write {loss.__name__}()."))
@@ -60,7 +60,7 @@ def _named(name: str) -> Any:
     except ValueError:
         found = None
     if found is None:
-        raise ValueError(errors.sentence(_NAME, "loss", repr(name), "Keras's name of a loss, such as 'mse'"))
+        raise ValueError(errors.sentence(_NAME, "loss", errors.shown(name), "Keras's name of a loss, such as 'mse'"))
     plain = getattr(found, "__name__", "").replace("_", "").lower()
     classes = (getattr(tf.keras.losses, word) for word in dir(tf.keras.losses) if word.lower() == plain)
     return next((each() for each in classes if isinstance(each, type)), found)

@@ -101,7 +101,7 @@ def as_scalar(denominator: Any, average: str | float) -> tf.Tensor:
             f"{_NAME}: denominator is a mapping with {list(denominator)}, expected one loss's counts. Write "
             "denominator=counts[NAME]."
         )
-    count = tf.convert_to_tensor(denominator)
+    count = precision.to_tensor(denominator, f"{_NAME}: denominator")
     if count.shape.rank != 0 or not (count.dtype.is_floating or count.dtype.is_integer):
         raise ValueError(
             f"{_NAME}: denominator has shape {tuple(count.shape)} and dtype {count.dtype.name}, expected one "

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from distpad import backends, errors
+from distpad import backends, errors, precision
 from distpad.backends import keras_masks
 from distpad.backends.variables import replica_variable
 from distpad.collectives import shapes
@@ -183,7 +183,7 @@ def frames_in_fit(
         return tf.fill([tf.shape(y_pred)[0]], tf.shape(y_pred)[1])
     if name not in lengths:
         remedy = f"Write inputs=, one of {sorted(lengths)}." if lengths else "Give the weights of for_keras."
-        found = f"{frames_per_step} without the lengths of {'the inputs' if inputs is None else repr(inputs)}"
+        found = f"{frames_per_step} without the lengths of {'the inputs' if inputs is None else errors.shown(inputs)}"
         raise ValueError(errors.sentence(function, "frames_per_step", found, "those of one padded feature", remedy))
     return -(-lengths[name] // frames_per_step)
 
@@ -274,7 +274,7 @@ def _parts(y_true: Any, y_pred: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, t
         if isinstance(part, (tf.RaggedTensor, tf.SparseTensor)):
             kind, remedy = f"a {type(part).__name__}", "Use distpad.pad."
             raise TypeError(errors.sentence(_NAME, name, kind, "a padded tensor", remedy))
-        part = tf.convert_to_tensor(part)
+        part = precision.to_tensor(part, f"{_NAME}: {name}")
         kind = "floats" if rank == 3 else "integers"
         if part.shape.rank != rank or not (part.dtype.is_floating if rank == 3 else part.dtype.is_integer):
             found = f"of shape {part.shape} and dtype {part.dtype.name}"

@@ -78,14 +78,16 @@ class DistributedLoss(tf.keras.losses.Loss):
         loss = arguments.unreduced(loss)
         arguments.check_ignored(loss, padding_value)
         if isinstance(average, bool) or not isinstance(average, (str, numbers.Real)):
-            raise TypeError(errors.sentence(_NAME, "average", repr(average), "a string or a positive number"))
+            raise TypeError(errors.sentence(_NAME, "average", errors.shown(average), "a string or a positive number"))
         if isinstance(average, str):
             errors.choice(_NAME, "average", average, ("token", "sequence_sum", "sequence_mean"))
         elif not 0 < average < float("inf"):
             raise ValueError(errors.sentence(_NAME, "average", average, "a positive number"))
         errors.choice(_NAME, "per", per, ("position", "sequence"))
         if padding_value is not None and not np.isscalar(padding_value):
-            raise TypeError(errors.sentence(_NAME, "padding_value", repr(padding_value), "one number or string"))
+            raise TypeError(
+                errors.sentence(_NAME, "padding_value", errors.shown(padding_value), "one number or string")
+            )
         self.loss = loss
         self.average = average if isinstance(average, str) else float(average)  # Keras cannot save NumPy's numbers
         self.per = per

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from distpad import precision
 from distpad.collectives import shapes
 from distpad.collectives.checked import Check
 
@@ -252,7 +253,7 @@ def check_mask(mask: Any) -> tf.Tensor:
     """Return the mask as a bool tensor of rank 1 at least. Raises: TypeError, ValueError."""
     if isinstance(mask, (tf.RaggedTensor, tf.SparseTensor)):
         raise TypeError(f"mask is a {type(mask).__name__}, expected a bool tensor")
-    mask = tf.convert_to_tensor(mask, tf.bool if shapes.is_empty(mask) else None)
+    mask = precision.to_tensor(mask, "mask", tf.bool if shapes.is_empty(mask) else None)
     if mask.dtype.is_floating:
         raise TypeError(f"mask has dtype {mask.dtype.name}, expected bool. Weights go to sample_weight")
     if not mask.shape.rank:
@@ -264,7 +265,7 @@ def check_weight(sample_weight: Any) -> tf.Tensor:
     """Return the weights as a float32 or float64 tensor of rank 1 at least. Raises: TypeError, ValueError."""
     if isinstance(sample_weight, (tf.RaggedTensor, tf.SparseTensor)):
         raise TypeError(f"sample_weight is a {type(sample_weight).__name__}, expected a tensor of numbers")
-    weight = tf.convert_to_tensor(sample_weight)
+    weight = precision.to_tensor(sample_weight, "sample_weight")
     if not weight.shape.rank:
         raise ValueError(f"sample_weight has rank {weight.shape.rank}, expected [batch, ...]")
     return weight if weight.dtype == tf.float64 else tf.cast(weight, tf.float32)

@@ -28,7 +28,7 @@ class ErrorRate(ratio.Ratio):
     ) -> None:
         super().__init__(**options)
         if not (decode is None or decode == "ctc" or callable(decode)):
-            raise TypeError(errors.sentence(self._kind, "decode", repr(decode), "'ctc' or a callable (y_pred)"))
+            raise TypeError(errors.sentence(self._kind, "decode", errors.shown(decode), "'ctc' or a callable (y_pred)"))
         self.decode = decode
         self.blank_index = errors.integer(self._kind, "blank_index", blank_index, least=-1)
         self.frames_per_step = (

@@ -64,7 +64,9 @@ class MaskedMean(PositionMean):
     def __init__(self, function: Callable[[Any, Any], Any] | None = None, **options: Any) -> None:
         super().__init__(**options)
         if function is not None and not callable(function):
-            raise TypeError(errors.sentence(self._kind, "function", repr(function), "a callable (y_true, y_pred)"))
+            raise TypeError(
+                errors.sentence(self._kind, "function", errors.shown(function), "a callable (y_true, y_pred)")
+            )
         is_loss = isinstance(function, tf.keras.losses.Loss)
         self.function = arguments.unreduced(function, self._kind) if is_loss else function
 

@@ -28,8 +28,10 @@ class Ratio(tf.keras.metrics.Metric):
 
     def __init__(self, *, padding_value: Any = None, backend: Any = None, name: str | None = None) -> None:
         super().__init__(name=name, dtype="float64")
-        if padding_value is not None and tf.nest.is_nested(padding_value):
-            raise TypeError(errors.sentence(self._kind, "padding_value", repr(padding_value), "one number or string"))
+        if padding_value is not None and not (np.isscalar(padding_value) or tf.is_tensor(padding_value)):
+            raise TypeError(
+                errors.sentence(self._kind, "padding_value", errors.shown(padding_value), "one number or string")
+            )
         self.padding_value = padding_value
         self._given = backend
         self._engine = backends.resolve(backend, function=self._kind)
@@ -73,7 +75,12 @@ class Ratio(tf.keras.metrics.Metric):
         if not here.in_replica() and not tf.executing_eagerly():
             return self._rehearse()
         sources["sample_weight"] = keras_masks.unmasked_weights(sources["sample_weight"])
-        sums, checks = self._sums(y_true, y_pred, sources)
+        try:
+            sums, checks = self._sums(y_true, y_pred, sources)
+        except tf.errors.InvalidArgumentError as error:  # of an operation that runs eagerly
+            raise ValueError(
+                f"{self._kind}: labels, predictions and masks do not fit together: {error.message}"
+            ) from error
         ok = checked.check_locally(here, self._kind, checks)
         parts = tf.stack([tf.cast(part, tf.float64) for part in (sums.total, sums.tokens)])
         if ok is not True:  # XLA drops assertions

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import reprlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -61,10 +60,12 @@ def uneven_lengths(axis: int, evidence: str) -> ValueError:
 
 def as_value(value: Any) -> np.ndarray:
     """The ``value`` argument as an array."""
+    if isinstance(value, np.ndarray):
+        errors.check_memory("pad: value", value.shape, value.dtype)
     try:
         return np.asarray(value)
-    except (TypeError, ValueError):
-        raise ValueError(errors.sentence("pad", "value", reprlib.repr(value), "a scalar or an array")) from None
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(errors.sentence("pad", "value", errors.shown(value), "a scalar or an array")) from None
 
 
 def padding_value(wanted: np.ndarray, dtype: np.dtype, inner: tuple[int, ...] | None) -> np.ndarray:
@@ -73,13 +74,14 @@ def padding_value(wanted: np.ndarray, dtype: np.dtype, inner: tuple[int, ...] | 
     Raises ValueError if the cast changes the value, or if it does not broadcast to the ``inner`` shape.
     """
     value = exact_cast(wanted, dtype)
-    if value is None:
+    if not isinstance(value, np.ndarray):  # None, or an element of a record
         remedy = "Write value=''." if dtype.kind in "US" else "Give another value, or a dtype that can hold this one."
-        shown = reprlib.repr(wanted.tolist())
-        raise ValueError(errors.sentence("pad", "value", shown, f"a value that {dtype} can hold", remedy))
+        raise ValueError(
+            errors.sentence("pad", "value", errors.shown(wanted.tolist()), f"a value that {dtype} can hold", remedy)
+        )
     while inner is not None and value.ndim > len(inner) and value.shape[0] == 1:
         value = value[0]  # the user wrote the ragged axes too, with size 1
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RuntimeError):  # RuntimeError: of more than 32 axes
         if inner is None or np.broadcast_shapes(value.shape, inner) == inner:
             return value
     rule = f"a scalar, or an array that broadcasts to the shape of one position, {inner}"
@@ -119,7 +121,7 @@ def numpy_dtype(dtype: Any) -> np.dtype:
     try:
         return np.dtype(getattr(dtype, "as_numpy_dtype", dtype))
     except TypeError:
-        raise TypeError(errors.sentence("pad", "dtype", repr(dtype), "a dtype")) from None
+        raise TypeError(errors.sentence("pad", "dtype", errors.shown(dtype), "a dtype")) from None
 
 
 def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:

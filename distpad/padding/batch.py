@@ -164,8 +164,8 @@ def _check_length(length: Any) -> int | None:
     if length is None:
         return None
     rule = "an integer known before the graph runs, or None"  # else the padded shape would not be static
-    errors.require("pad", errors.is_integer(length), "length", repr(length), rule, error=TypeError)
-    return errors.integer("pad", "length", length, least=0)
+    errors.require("pad", errors.is_integer(length), "length", errors.shown(length), rule, error=TypeError)
+    return errors.integer("pad", "length", length, least=0, most=2**31 - 1)  # lengths are int32
 
 
 def _check_axes(ragged_axes: Any) -> list[int] | None:
@@ -174,7 +174,7 @@ def _check_axes(ragged_axes: Any) -> list[int] | None:
     several = isinstance(ragged_axes, Iterable) and not errors.is_integer(ragged_axes)
     axes = list(ragged_axes) if several else [ragged_axes]
     are_integers, rule = all(map(errors.is_integer, axes)), "an integer or several"
-    errors.require("pad", are_integers, "ragged_axes", repr(ragged_axes), rule, error=TypeError)
+    errors.require("pad", are_integers, "ragged_axes", errors.shown(ragged_axes), rule, error=TypeError)
     return [operator.index(axis) for axis in axes]
 
 
@@ -182,6 +182,10 @@ def _check_sequences(sequences: Any) -> None:
     unordered = isinstance(sequences, (str, bytes, Mapping, AbstractSet))
     scalar = isinstance(sequences, np.ndarray) and sequences.ndim == 0
     is_sized = hasattr(sequences, "__len__") and hasattr(sequences, "__iter__") and not (unordered or scalar)
+    try:
+        is_sized = is_sized and len(sequences) >= 0
+    except (OverflowError, ValueError):  # Python's errors for a length above 2**63 and below 0
+        is_sized = False
     what, remedy = f"a {type(sequences).__name__}", "Write pad([...])."
     errors.require("pad", is_sized, "sequences", what, "a list of sequences", remedy, error=TypeError)
 
@@ -199,9 +203,9 @@ def _tensorflow_for(batch: Any) -> Any:
     return tensorflow if found else None
 
 
-def _first_leaf(item: Any) -> Any:
-    """The first item in nested lists that is not a list; None if all are empty."""
+def _first_leaf(item: Any, depth: int = 32) -> Any:
+    """The first item in nested lists that is not a list; None if all are empty, or nested deeper."""
     if not isinstance(item, (list, tuple)):
         return item
-    leaves = (_first_leaf(child) for child in item)
+    leaves = (_first_leaf(child, depth - 1) for child in item if depth)
     return next((leaf for leaf in leaves if leaf is not None), None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 from distpad import errors
 
 _LONGEST = 2**63  # no length is larger
+_MOST = 2**16  # boundaries
 
 
 class Buckets:
@@ -33,10 +33,9 @@ class Buckets:
     """
 
     def __init__(self, boundaries: Iterable[int], *, beyond: str = "raise") -> None:
-        given = list(boundaries)
-        are_integers = all(map(errors.is_integer, given))
-        errors.require("Buckets", are_integers, "boundaries", given, "integers", error=TypeError)
-        self.boundaries = tuple(operator.index(boundary) for boundary in given)
+        is_listed = isinstance(boundaries, Iterable)
+        errors.require("Buckets", is_listed, "boundaries", errors.shown(boundaries), "a list", error=TypeError)
+        self.boundaries = tuple(errors.integer("Buckets", "boundaries", each, -(2**62)) for each in boundaries)
         increasing = all(a < b for a, b in zip(self.boundaries, self.boundaries[1:]))
         is_valid = increasing and self.boundaries and self.boundaries[0] >= 1
         errors.require("Buckets", is_valid, "boundaries", list(self.boundaries), "increasing integers from 1 on")
@@ -73,11 +72,18 @@ class Buckets:
         >>> Buckets.geometric(4, 64, 2.0).boundaries
         (4, 8, 16, 32, 64)
         """
-        errors.require("Buckets.geometric", 1 <= low <= high, "low", low, f"between 1 and high ({high})")
-        errors.require("Buckets.geometric", factor > 1, "factor", factor, "above 1")
+        name = "Buckets.geometric"
+        high = errors.integer(name, "high", high, least=1)
+        low, ratio = errors.integer(name, "low", low, -(2**62)), errors.number(name, "factor", factor)
+        errors.require(name, 1 <= low <= high, "low", low, f"between 1 and high ({high})")
+        errors.require(name, ratio > 1, "factor", factor, "above 1")
         boundaries, exact = [low], float(low)
         while boundaries[-1] < high:
-            exact *= factor
+            remedy = "Give a larger factor."
+            errors.require(
+                name, len(boundaries) < _MOST, "factor", factor, f"one for at most {_MOST} boundaries", remedy
+            )
+            exact = min(exact * ratio, high)
             boundaries.append(min(high, max(boundaries[-1] + 1, round(exact))))
         return cls(boundaries)
 
@@ -103,13 +109,14 @@ class Buckets:
         >>> Buckets.from_lengths([2, 2, 2, 3, 9, 10], count=2).boundaries
         (3, 10)
         """
-        given, name = np.asarray(lengths), "Buckets.from_lengths"
+        name = "Buckets.from_lengths"
+        given = read_lengths(name, lengths)
         errors.require(name, given.size, "lengths", "empty", "at least one")
-        errors.require(name, given.dtype.kind in "iu", "lengths", f"of {given.dtype}", "integers", error=TypeError)
-        errors.require(name, given.min() >= 0, "lengths", int(given.min()), "at least 0")
+        is_small = int(given.max()) * given.size < _LONGEST
+        errors.require(name, is_small, "lengths", int(given.max()), f"below 2**63 / {given.size}, their number")
         count = errors.integer(name, "count", count, least=1)
         # a boundary is at least 1, so that lengths 0 and 1 need the same boundary
-        sizes, counts = np.unique(np.maximum(given.ravel().astype(np.int64), 1), return_counts=True)
+        sizes, counts = np.unique(np.maximum(given.ravel(), 1), return_counts=True)
         return cls((int(size) for size in _least_padding(sizes, counts, count)), beyond=beyond)
 
     def __call__(self, n: int) -> int:
@@ -144,6 +151,21 @@ class Buckets:
 
     def __hash__(self) -> int:
         return hash((self.boundaries, self.beyond))
+
+
+def read_lengths(function: str, lengths: Any) -> np.ndarray:
+    """A copy of the ``lengths`` argument as int64. Raises: TypeError, ValueError."""
+    if isinstance(lengths, np.ndarray):
+        errors.check_memory(f"{function}: lengths", lengths.shape, lengths.dtype)
+    try:
+        given = np.asarray(lengths)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise TypeError(errors.sentence(function, "lengths", errors.shown(lengths), "integers")) from error
+    is_integer = given.dtype.kind in "iu" or (not given.size and given.dtype == np.float64)  # as of an empty list
+    errors.require(function, is_integer, "lengths", f"of {given.dtype}", "integers", error=TypeError)
+    for length in [given.min(), given.max()] if given.size else []:
+        errors.require(function, 0 <= int(length) < 2**62, "lengths", int(length), "at least 0, and below 2**62")
+    return given.astype(np.int64)
 
 
 def _least_padding(sizes: np.ndarray, counts: np.ndarray, count: int) -> list[int]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from distpad import errors
 from distpad.padding import memory
 
 _SHORT = 192  # rows of at most this padded length are placed by their mask, longer rows one by one
@@ -133,6 +134,7 @@ def split(values: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
 
 def of_arrays(arrays: Sequence[np.ndarray], axes: int) -> Column:
     """Concatenate arrays whose first ``axes`` axes are ragged. ValueError for other axes that differ."""
+    errors.check_memory("the examples", [sum(each.size for each in arrays)], arrays[0].dtype)  # broadcast arrays
     if not axes:
         return Column(np.stack(arrays))
     flat = arrays

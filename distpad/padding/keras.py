@@ -58,11 +58,13 @@ def pad_sequences(
     lengths, inner = _measure(sequences)
     length = np.max(lengths) if maxlen is None else maxlen
     _check_text(value, dtype)
-    if type(value) in (int, float) and value == 0 and errors.is_integer(length) and length >= 0 and dtype is not None:
+    is_size = errors.is_integer(length) and 0 <= length < 2**31 and dtype is not None
+    if type(value) in (int, float) and value == 0 and is_size:
         padded = columns.blank(count, (int(length), *inner), value, np.dtype(dtype))
     else:
         padded = np.full((count, length, *inner), value, dtype=dtype)
-    if padding in ("pre", "post") and truncating in ("pre", "post") and length:
+    are_known = {str} == {type(padding), type(truncating)} and {padding, truncating} <= {"pre", "post"}
+    if are_known and length:
         rows = _rows(sequences, inner, padded.dtype)
         if rows is not None:
             kept = rows if maxlen is None else [_cut(row, length, truncating) for row in rows]

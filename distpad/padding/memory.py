@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from distpad import errors
+
 # Arrays of this size and above are zeroed by the kernel, in huge pages, faster than by NumPy. NumPy 1 has small pages.
 _ZEROED_BYTES = 2**22 if int(np.__version__.split(".")[0]) >= 2 else None
 ALIGNMENT = 64  # bytes, as distpad/backends/tensors.py requires
@@ -15,6 +17,7 @@ ALIGNMENT = 64  # bytes, as distpad/backends/tensors.py requires
 
 def empty(shape: Sequence[int], dtype: np.dtype, *, zeros: bool = False) -> np.ndarray:
     """An aligned array, with ``zeros`` or with any values."""
+    errors.check_memory("a padded batch", shape, dtype)
     if dtype.hasobject or not dtype.itemsize:
         return np.zeros(shape, dtype) if zeros else np.empty(shape, dtype)
     size = math.prod(shape) * dtype.itemsize

@@ -24,6 +24,7 @@ def pad(tf: Any, sequences: Any, options: arguments.Options) -> tuple[Any, Any, 
     first, last = axes[0] + 1, axes[-1] + 1  # among the axes of the batch
     lengths = _lengths(tf, ragged, first)
     if options.length is not None:
+        errors.check_memory("pad: length", [lengths.shape[0] or 1, options.length], ragged.dtype.as_numpy_dtype())
         if options.truncating == "error":
             _check_lengths(tf, lengths, options.length)
         begin = -options.length if options.truncating == "pre" and options.length else 0
@@ -193,9 +194,12 @@ def _require(tf: Any, condition: Any, error: ValueError, *evidence: Any) -> None
 
 
 def _cast(tf: Any, ragged: Any, wanted: Any) -> Any:
-    if wanted is None or tf.as_dtype(wanted) == ragged.dtype:
+    try:
+        dtype, flat = ragged.dtype if wanted is None else tf.as_dtype(wanted), ragged.flat_values
+    except (TypeError, ValueError, RecursionError) as wrong:
+        raise TypeError(errors.sentence("pad", "dtype", errors.shown(wanted), "a dtype of TensorFlow")) from wrong
+    if dtype == ragged.dtype:
         return ragged
-    dtype, flat = tf.as_dtype(wanted), ragged.flat_values
     remedy = "Give a dtype that can hold them, or convert them first."
     error = ValueError(errors.sentence("pad", "dtype", dtype.name, f"one for all {ragged.dtype.name} elements", remedy))
     if tf.string in (dtype, ragged.dtype):
@@ -228,7 +232,7 @@ def _padding_value(tf: Any, value: Any, dtype: Any, inner: tuple[int, ...] | Non
     if dtype != tf.string:
         return tf.constant(arguments.padding_value(array, np.dtype(dtype.as_numpy_dtype), inner))
     is_text = all(isinstance(leaf, (str, bytes)) for leaf in array.astype(object).flat)
-    _check(is_text, "value", repr(value), "a string, as the elements are", "Write value=''.")
+    _check(is_text, "value", errors.shown(value), "a string, as the elements are", "Write value=''.")
     return tf.constant(arguments.padding_value(array.astype(object), np.dtype(object), inner), tf.string)
 
 

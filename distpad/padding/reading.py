@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import marshal
-import reprlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Union
 
@@ -44,7 +43,7 @@ class Piece(NamedTuple):
         return not self.array.size and self.shape[-1:] == (0,)
 
 
-def read(sequences: Any, options: arguments.Options) -> tuple[Rows, np.dtype]:
+def read(sequences: list[Any], options: arguments.Options) -> tuple[Rows, np.dtype]:
     """Return sequences of one rank, and the dtype of the batch, which may be wider than that of the sequences.
 
     Returns: one array a sequence; or, for lists that are not rectangular, a column of scalars whose splits are all axes
@@ -52,7 +51,6 @@ def read(sequences: Any, options: arguments.Options) -> tuple[Rows, np.dtype]:
 
     Raises: TypeError, ValueError, as ``distpad.pad`` describes them.
     """
-    sequences = [*sequences]
     regular = None if arguments.is_object(options.dtype) else read_regular(sequences)
     dtype = None if regular is None else _regular_dtype(*regular, options)
     return _read_any(sequences, options) if regular is None or dtype is None else (regular[0], dtype)
@@ -142,7 +140,7 @@ def _read_any(sequences: list[Any], options: arguments.Options) -> tuple[Rows, n
     for index, sequence in enumerate(sequences):
         pieces += _pieces(sequence, (index,), object if arguments.is_object(options.dtype) else None)
         if not pieces[-1].rank:
-            found, rule = reprlib.repr(sequence), "a sequence, with at least one axis"
+            found, rule = errors.shown(sequence), "a sequence, with at least one axis"
             remedy = "Write pad([[1, 2, 3]]) for one sequence, pad([[1], [2], [3]]) for three of length 1."
             raise ValueError(errors.sentence("pad", f"sequences[{index}]", found, rule, remedy))
     blocks = [piece for piece in pieces if piece.array is not None]
@@ -174,6 +172,9 @@ def _pieces(item: Any, path: tuple[int, ...], dtype: Any) -> Iterator[Piece]:
         typed = array.size > 0 or array.dtype != np.float64 or not isinstance(item, (list, tuple))
         yield Piece(path, array, array.shape, typed)
         return
+    rule, remedy = f"at most {_MOST_AXES} axes", "Lists that contain themselves have no end."
+    errors.require("pad", len(path) <= _MOST_AXES, f"sequences[{path[0]}]", "nested deeper", rule, remedy)
+    item = [*item]  # whose length a class of its own cannot misstate
     yield Piece(path, None, (len(item),))
     for index, child in enumerate(item):
         yield from _pieces(child, (*path, index), dtype)
@@ -208,7 +209,7 @@ def _check_leaves(item: Any, array: np.ndarray, index: int) -> None:
     """Raise ValueError for a list that NumPy would convert to objects, or whose integers it would round to floats."""
     if array.dtype == object and not any(isinstance(part, np.ndarray) for part in item):
         leaf = next((x for x in array.flat if not isinstance(x, (bool, int, float, complex, str, bytes))), None)
-        found = f"with {reprlib.repr(leaf)} in sequences[{index}]"
+        found = f"with {errors.shown(leaf)} in sequences[{index}]"
         if leaf is None and None not in array:
             found = f"with integers of more than 64 bits or of other kinds in sequences[{index}]"
         raise ValueError(errors.sentence("pad", "sequences", found, "numbers or text", "Or give dtype=object."))

@@ -54,7 +54,7 @@ class Preemption:
 
     def __init__(self, save: Callable[[], Any], *, every: int = 10, backend: Any = None) -> None:
         if not callable(save):
-            raise TypeError(errors.sentence("Preemption", "save", repr(save), "a function without arguments"))
+            raise TypeError(errors.sentence("Preemption", "save", errors.shown(save), "a function without arguments"))
         self._begin(save, "every", every, backend)
 
     def _begin(self, save: Callable[[], Any], argument: str, every: int, backend: Any) -> None:

@@ -27,4 +27,4 @@ write tests.txt tests "${known[@]}"
 mapfile -t known < <(names current.txt tests.txt)
 write tests-current.txt tests-current "${known[@]}"
 write keras-nightly.txt keras-nightly "${known[@]}"
-for group in openmpi5 uv; do write $group.txt $group; done
+for group in openmpi5 uv fuzz; do write $group.txt $group; done

@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# Installs or reuses the next Keras, for tests/nightly, and prints its folder. The wheel holds a package named keras: first
-# on PYTHONPATH, it takes the place of the environment's. Usage: tests/nightly/install.sh
+# Installs or reuses packages that no environment holds, and prints their folder, which goes first on PYTHONPATH: the next
+# Keras, for tests/nightly, in the place of the environment's; or fuzz, for tests/faults/fuzz.py.
+# Usage: tests/nightly/install.sh [keras-nightly|fuzz]
 set -euo pipefail
 
 say() { printf 'nightly: %s\n' "$*" >&2; }
 
 # shellcheck source=launch/packages.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../../launch/packages.sh"
-file=$REQUIREMENTS/keras-nightly.txt
-folder=$CACHE/keras-nightly-$(sha256sum <"$file" | cut -c 1-16)
+name=${1:-keras-nightly}
+file=$REQUIREMENTS/$name.txt
+folder=$CACHE/$name-$(sha256sum <"$file" | cut -c 1-16)
 lock "$folder"
 if [[ ! -d $folder ]]; then
   say "making $folder"
