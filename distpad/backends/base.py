@@ -203,7 +203,10 @@ class Backend(abc.ABC):
                 f"global_value: loss is a {type(value).__name__}, but no strategy is in scope. Write backend=strategy, "
                 "or use the loss's own global_value."
             )
-        total = self.all_reduce(precision.to_tensor(value, "global_value: loss"))
+        value = precision.to_tensor(value, "global_value: loss")
+        if not value.dtype.is_floating:
+            raise TypeError(f"global_value: loss has dtype {value.dtype.name}, expected the floats of a loss.")
+        total = self.all_reduce(value)
         return total / tf.cast(self.gradient_scale, total.dtype)
 
 

@@ -333,7 +333,12 @@ class DistributedLoss(tf.keras.losses.Loss):
 
     def _unreduced(self, y_true: Any, y_pred: Any) -> tf.Tensor:
         """The losses as a tensor, float32 at least."""
-        losses = self.call(y_true, y_pred)
+        try:
+            losses = self.call(y_true, y_pred)
+        except tf.errors.UnimplementedError as error:  # of an operation that runs eagerly
+            raise TypeError(
+                f"{_NAME}: the loss does not take labels or predictions of these dtypes: {error}"
+            ) from error
         if losses is None:
             remedy = (
                 "Call it yourself: for tfa.seq2seq.SequenceLoss without averages and sums, "

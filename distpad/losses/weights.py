@@ -230,11 +230,8 @@ def clean(tensor: Any, mask: tf.Tensor | None, *, prediction: bool, gate: Gate |
     if mask is None:
         return tensor
     if not isinstance(tensor, tf.Tensor):
-        return (
-            tf.nest.map_structure(lambda leaf: clean(leaf, mask, prediction=True, gate=gate), tensor)
-            if prediction
-            else tensor
-        )
+        of_leaf = lambda leaf: clean(leaf, mask, prediction=True, gate=gate)
+        return tf.nest.map_structure(of_leaf, tensor) if prediction and tf.nest.is_nested(tensor) else tensor
     if tensor.dtype == tf.string or tensor.shape.rank is None or tensor.shape.rank < mask.shape.rank:
         return tensor
     try:

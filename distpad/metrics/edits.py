@@ -79,6 +79,8 @@ class ErrorRate(ratio.Ratio):
         prediction_lengths = sources.pop("prediction_lengths")
         sources["keras_mask"] = keras_masks.of(y_pred)
         y_true = self._tensor("y_true", y_true)
+        if not tf.is_tensor(y_true):
+            raise TypeError(errors.sentence(self._kind, "y_true", errors.shown(y_true), "a tensor"))
         carrier = sources["sample_weight"] if isinstance(sources["sample_weight"], CountedWeights) else None
         decoded, own_checks = self._decoded(y_pred, carrier)
         y_pred = precision.as_tensor(decoded, widen=False)
