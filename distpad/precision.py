@@ -26,6 +26,8 @@ def to_tensor(given: Any, name: str, dtype: Any = None) -> tf.Tensor:
         raise ValueError(f"{name} is nested more than 32 times, expected {rule}")
     for leaf in [] if tf.is_tensor(given) else tf.nest.flatten(given):
         if isinstance(leaf, np.ndarray):
+            if leaf.dtype.kind in "mM" or leaf.dtype.names:  # TensorFlow crashes on a list of arrays of times
+                raise TypeError(f"{name} is an array of dtype {leaf.dtype}, expected {rule}")
             errors.check_memory(name, leaf.shape, leaf.dtype)
             if max(leaf.shape, default=0) >= 2**31:
                 raise ValueError(f"{name} is an array of shape {leaf.shape}, expected sizes below 2**31")
