@@ -140,8 +140,8 @@ def integer(function: str, argument: str, value: object, least: int, most: int =
     return number
 
 
-def number(function: str, argument: str, value: object) -> float:
-    """``value`` as a float; TypeError if it is not a real number, ValueError if it is NaN or infinite.
+def number(function: str, argument: str, value: object, *, finite: bool = True) -> float:
+    """``value`` as a float; TypeError if it is not a real number, ValueError if it has to be ``finite`` and is not.
 
     >>> number("PaddedBatches", "limit_s", 5)
     5.0
@@ -152,5 +152,5 @@ def number(function: str, argument: str, value: object) -> float:
         found = float(value)
     except OverflowError:  # an integer or a fraction above all floats
         found = math.inf
-    require(function, math.isfinite(found), argument, shown(value), "a finite number")
+    require(function, math.isfinite(found) or not finite, argument, shown(value), "a finite number")
     return found

@@ -62,7 +62,8 @@ def clip_by_global_norm(
         rule = "a list of tensors, IndexedSlices or None"
         errors.require(_NAME, is_known, "gradients", errors.shown(gradient), rule, error=TypeError)
     resolved = backends.resolve_step(backend, function=_NAME)
-    clip_norm = clip_norm if tf.is_tensor(clip_norm) else errors.number(_NAME, "clip_norm", clip_norm)
+    if not tf.is_tensor(clip_norm):
+        clip_norm = errors.number(_NAME, "clip_norm", clip_norm, finite=False)  # checked below, on all replicas
     positive = checked.Check("clip_norm is expected to be above 0", clip_norm, clip_norm > 0)
     ok = checked.check_locally(resolved, _NAME, [positive])
     held = [i for i, gradient in enumerate(gradients) if gradient is not None]
