@@ -56,7 +56,7 @@ def differentiate(function: str, tape: tf.GradientTape, loss: tf.Tensor, variabl
     for variable in variables:
         is_known = tf.is_tensor(variable) or hasattr(variable, "assign")
         errors.require(function, is_known, "variables", errors.shown(variable), "a list of variables", error=TypeError)
-    if not (tf.is_tensor(loss) or hasattr(loss, "dtype")):
+    if not tf.is_tensor(loss):
         raise TypeError(errors.sentence(function, "loss", errors.shown(loss), "a tensor"))
     return tape.gradient(loss, list(variables))
 

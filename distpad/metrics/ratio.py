@@ -33,8 +33,8 @@ class Ratio(tf.keras.metrics.Metric):
                 errors.sentence(self._kind, "padding_value", errors.shown(padding_value), "one number or string")
             )
         self.padding_value = padding_value
-        self._given = backend
         self._engine = backends.resolve(backend, function=self._kind)
+        self._given = backend
         with self._engine.scope():  # one variable, so that a result costs one all-reduce
             self._parts = self.add_weight(name="parts", shape=(2,), initializer="zeros", dtype="float64")
 

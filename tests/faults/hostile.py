@@ -45,8 +45,13 @@ OTHERS = {
 }
 TARGETS = {**CORE, **OTHERS}
 # Own: of a hostile object itself. InvalidArgumentError: of the operations of a loss or function that the user gives.
+# RecursionError: of Keras, which reads the arguments of a layer before its __init__ does.
 DOCUMENTED = (ValueError, TypeError, distpad.DistpadError, Own, *typer.BadParameter.__mro__[:2])
-OF_FUNCTIONS = {"loss": tf.errors.InvalidArgumentError, "metrics": tf.errors.InvalidArgumentError}
+OF_FUNCTIONS = {
+    "loss": tf.errors.InvalidArgumentError,
+    "metrics": tf.errors.InvalidArgumentError,
+    "layers": RecursionError,
+}
 MOST_S = 1.0
 MOST_BYTES = 2**29  # that a case may allocate
 
