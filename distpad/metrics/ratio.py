@@ -77,7 +77,10 @@ class Ratio(tf.keras.metrics.Metric):
         sources["sample_weight"] = keras_masks.unmasked_weights(sources["sample_weight"])
         try:
             sums, checks = self._sums(y_true, y_pred, sources)
-        except tf.errors.InvalidArgumentError as error:  # of an operation that runs eagerly
+        except (
+            tf.errors.InvalidArgumentError,
+            tf.errors.UnimplementedError,
+        ) as error:  # of an operation that runs eagerly
             raise ValueError(
                 f"{self._kind}: labels, predictions and masks do not fit together: {error.message}"
             ) from error

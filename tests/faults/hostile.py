@@ -53,7 +53,7 @@ OF_FUNCTIONS = {
     "layers": RecursionError,
 }
 MOST_S = 1.0
-MOST_BYTES = 2**29  # that a case may allocate
+MOST_BYTES = 2**33  # that a case may allocate, with the address space that each new thread of TensorFlow reserves
 
 
 class Case(NamedTuple):
