@@ -40,7 +40,7 @@ BY_DEFAULT = {
     "faults": "",
     "mirrored:2": "",
     "multiworker:2": f"core or {suites.SEVERAL}",
-    "horovod:2": "",
+    "horovod:2": f"core or not ({suites.SHARED})",
 }  # elsewhere the core
 # the last lines of pytest's output; "Failed: Timeout" or an exception of the product is no assertion
 ASSERTED = re.compile(r"^FAILED \S+::(.+?) - (?:AssertionError|assert\b|Failed: DID NOT RAISE)", re.MULTILINE)

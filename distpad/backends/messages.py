@@ -38,9 +38,9 @@ def pack(value: Any, what: str) -> bytes:
         if isinstance(item, (list, tuple)):
             items = [*map(plain, item)]
             return items if isinstance(item, list) else {"tuple": items}
-        if isinstance(item, dict) and all(isinstance(key, str) for key in item):
-            return {"dict": {key: plain(each) for key, each in item.items()}}
-        rule = "numbers, strings, None, NumPy arrays of numbers, or lists, tuples and dicts by string of them"
+        if isinstance(item, dict):
+            return {"dict": [[plain(key), plain(each)] for key, each in item.items()]}
+        rule = "numbers, strings, None, NumPy arrays of numbers, or lists, tuples and dicts of them"
         raise TypeError(errors.sentence(what, "objects", f"with a {type(item).__name__}", rule))
 
     return json.dumps(plain(value)).encode()
@@ -63,7 +63,7 @@ def unpack(data: bytes, what: str) -> Any:
             return array if content[1] else array[()]
         if kind == "tuple":
             return tuple(map(value, content))
-        return {key: value(each) for key, each in {"dict": content}[kind].items()}
+        return {value(key): value(each) for key, each in {"dict": content}[kind]}
 
     with checked(what):
         return value(json.loads(data))

@@ -158,7 +158,8 @@ class DistributedLoss(tf.keras.losses.Loss):
             y_true = carrier.labels_of(y_true, y_pred, self.loss)
             given = carrier.sources(self.per)
             sources.update({name: value for name, value in given.items() if sources[name] is None})
-        gate = weights.Gate(getattr(batch, "indices", None) if carrier is None else carrier.indices)
+        indices = getattr(batch if carrier is None else carrier, "indices", None) if self.check_finite else None
+        gate = weights.Gate(indices)
         if denominator is not None:
             return self._average_locally(backend, y_true, y_pred, sources, gate, denominator)
         if not backend.in_replica() and not tf.executing_eagerly():
@@ -311,7 +312,7 @@ class DistributedLoss(tf.keras.losses.Loss):
         if self.per == "sequence" and (sources["lengths"] is not None or self.padding_value is not None):
             arguments.refuse_positions(self.loss, y_true, y_pred)
         w, check = weights.broadcast_to(_NAME, losses, w)
-        if self.check_finite and gate.indices is not None:
+        if gate.indices is not None:
             mask = True if w.effective_mask is None else w.effective_mask
             bad = tf.reshape(~tf.math.is_finite(losses) & mask, [tf.shape(losses)[0], -1])
             rows = tf.reduce_any(bad, axis=1)

@@ -22,11 +22,8 @@ def pad(sequences: Any, options: arguments.Options) -> _Arrays:
         one: Any = np.zeros((1, *sequences.shape[1:]), sequences.dtype) if known else [[]]
         values, lengths, mask = pad(one, options._replace(truncating="post"))
         return values[:0], lengths[:0], None if mask is None else mask[:0]
-    options, sequences = options._replace(value=arguments.as_value(options.value)), [*sequences]
-    for index, sequence in enumerate(sequences):  # broadcast arrays may be larger than the memory
-        if isinstance(sequence, np.ndarray):
-            errors.check_memory(f"pad: sequences[{index}]", sequence.shape, sequence.dtype)
-    rows, dtype = reading.read(sequences, options)
+    options = options._replace(value=arguments.as_value(options.value))
+    rows, dtype = reading.read([*sequences], options)
     sizes = _sizes(rows)
     wanted = None if options.ragged_axes is None else arguments.resolve_axes(options.ragged_axes, len(sizes))
     first = wanted[0] if wanted else 0

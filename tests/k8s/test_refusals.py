@@ -287,6 +287,7 @@ def written(folder: pathlib.Path, name: str, resources: list) -> None:
     (folder / f"{name}.yaml").write_text(yaml.safe_dump_all([*built_in, *apart]))
 
 
+@pytest.mark.wide
 def test_checkov_finds_nothing(reports):
     files = {f"/{overlay}.yaml" for overlay in manifests.OVERLAYS}
     failed = [each for each in reports["failed_checks"] if each["file_path"] in files]
@@ -296,6 +297,7 @@ def test_checkov_finds_nothing(reports):
     assert len(passed) > 60 * len(manifests.OVERLAYS)
 
 
+@pytest.mark.wide
 def test_checkov_bites(reports):
     failed = {(each["file_path"], each["check_id"]) for each in reports["failed_checks"]}
     assert failed >= {(f"/{check}.yaml", check) for check, _, _ in CARELESS}

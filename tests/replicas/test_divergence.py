@@ -113,7 +113,6 @@ def test_watched_variables_are_checked(world):
             batches.watch([own])
 
 
-@pytest.mark.core
 @pytest.mark.parametrize(
     ("what", "at"),
     [
@@ -171,6 +170,7 @@ def fed(world, bad=None):
     return built, batches
 
 
+@pytest.mark.worlds("mirrored:2", "horovod:2")
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.wide), COUNT // 2 - 1])
 def test_fit_names_the_replica_and_the_example_of_a_nan(world, step):
     worker, here, last = world.backend.num_workers - 1, world.backend.replicas_here, world.num_replicas - 1
@@ -181,6 +181,7 @@ def test_fit_names_the_replica_and_the_example_of_a_nan(world, step):
         built.fit(batches.for_keras(x="x", y="y", repeat=True), **EPOCH)
 
 
+@pytest.mark.worlds("mirrored:2", "horovod:2")
 def test_fit_names_a_copy_that_differs_at_the_end_of_the_epoch(world):
     if world.num_replicas == 1:
         pytest.skip("one copy")
