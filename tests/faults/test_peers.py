@@ -108,11 +108,17 @@ def test_a_state_arrives_as_it_was():
         "t": (1, (2, [True])),
         "a": np.arange(6.0).reshape(2, 3),
     }
-    given |= {"n": np.float32(0.5), "dict": {"array": {"tuple": [1]}}, "big": 2**70, "inf": float("inf")}
+    given |= {
+        "n": np.float32(0.5),
+        "dict": {"array": {"tuple": [1]}},
+        "big": 2**70,
+        "inf": float("inf"),
+        "keys": {1: 2, (3, "b"): 4},
+    }
     found = messages.unpack(messages.pack(given, "state"), "state")
     np.testing.assert_array_equal(found.pop("a"), given.pop("a"))
     assert found == given and type(found["n"]) is np.float32
-    for other in ({1: 2}, {3}, object(), np.array([None]), Evil()):
+    for other in ({3}, {object(): 1}, object(), np.array([None]), Evil()):
         with pytest.raises(TypeError, match="numbers, strings, None"):
             messages.pack(other, "state")
 
