@@ -53,7 +53,10 @@ def core(name: str, stack: str, cores: float, seconds: int, also: str = "") -> S
 
 KERAS = "keras or optimizer or test_fit or predicting"  # what runs fit: Keras 2 and 3 go ways of their own there
 # what takes long to trace, and is in Keras 2 as in Keras 3, or the same under each engine
-LONG = "any_nest or do_not_wait or weights_are_a_tensor or fit_with_batch_normalization or fit_names or next_epoch"
+LONG = (
+    "any_nest or do_not_wait or weights_are_a_tensor or fit_with_batch_normalization or fit_names or next_epoch or "
+    "each_output or collectives_of_a_plain"
+)
 ALIKE = "test_fit_counts or workers_continue"  # on several workers in both
 # what replicas of one worker show for the workers of other engines too, but for its core
 SHARED = "test_ctc or every_loss or test_fit_ctc or minimal or layers_certified or predicting or metrics"
