@@ -629,8 +629,8 @@ MUTANTS = (
     Mutant(
         name="layers-dropout-by-row",
         file="layers/dropout.py",
-        old="indices = tf.range(tf.shape(x)[0]) if indices is None else tf.convert_to_tensor(indices)",
-        new="indices = tf.range(tf.shape(x)[0])",
+        old=' if indices is None else precision.to_tensor(indices, f"{name}: indices")',
+        new="",
         selection="test_an_example_is_dropped_alike",
     ),
     Mutant(
