@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from distpad import backends, errors
+from distpad.backends import messages
 from distpad.saving import files, preemption, states
 
 _NAME = "Checkpoints"
@@ -240,7 +241,7 @@ class Checkpoints(preemption.Preemption):
                     stack.callback(shutil.rmtree, path, ignore_errors=True)
 
             self._gather(prepare)
-            self._gather(lambda: self._write(where, states.to_json(content)))
+            self._gather(lambda: self._write(where, messages.pack(content, _NAME).decode()))
         self._saved_step, self._saved_at = self._done, time.monotonic()
 
     def _write(self, where: Sequence[pathlib.Path], text: str) -> None:
@@ -321,7 +322,7 @@ class Checkpoints(preemption.Preemption):
         """Read the checkpoint at ``path``. The manifest's checksums say that it is whole."""
         held, text = self._variables(), states.Text()
         tf.train.Checkpoint(distpad=text).read(str(path / _PREFIX)).expect_partial()
-        content = states.from_json(text.text)
+        content = messages.decode(text.text)
         for name, each in self._tracked.items():
             count, expected = len(self._variables_of({name: each})), content["counts"].get(name)
             if expected is None or count != expected:
@@ -382,12 +383,12 @@ class Checkpoints(preemption.Preemption):
 
     def _gather(self, local: Callable[[], Any]) -> list[Any]:
         """The results of ``local()`` on all workers, as JSON. An error on one worker is raised on all. Collective."""
-        error, told = None, {}
+        error = None
         try:
-            told = {"given": local()}
+            told = messages.pack({"given": local()}, _NAME)
         except Exception as caught:
-            error, told = caught, {"error": f"{type(caught).__name__}: {caught}"}
-        found = [states.from_json(each) for each in self._backend.host_all_gather_bytes(states.to_json(told).encode())]
+            error, told = caught, messages.pack({"error": f"{type(caught).__name__}: {caught}"}, _NAME)
+        found = [messages.unpack(each, "a report") for each in self._backend.host_all_gather_bytes(told)]
         if error is not None:
             raise error
         for worker, each in enumerate(found):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -41,38 +39,6 @@ def access(function: str, name: str, given: Any) -> tuple[Callable[[], Any], Cal
             return getattr(given, get), getattr(given, load)
     rule = "an object of TensorFlow or Keras, a random generator, or an object with state_dict and load_state_dict"
     raise TypeError(errors.sentence(function, name, f"a {type(given).__name__}", rule))
-
-
-def to_json(value: Any) -> str:
-    return json.dumps(_encoded(value))
-
-
-def from_json(text: str | bytes) -> Any:
-    return json.loads(text, object_hook=_decoded)
-
-
-def _encoded(value: Any) -> Any:
-    if isinstance(value, (np.ndarray, np.generic)):
-        array = np.ascontiguousarray(value)
-        if array.dtype.hasobject:
-            raise TypeError(f"an array of {array.dtype} has no bytes")
-        data = base64.b64encode(array.tobytes()).decode()
-        return {"array": [array.dtype.name, [*np.shape(value)], data]}
-    if isinstance(value, tuple):
-        return {"tuple": [_encoded(each) for each in value]}
-    if isinstance(value, Mapping):
-        return {"dict": [[_encoded(key), _encoded(each)] for key, each in value.items()]}
-    if isinstance(value, list):
-        return [_encoded(each) for each in value]
-    return value
-
-
-def _decoded(tagged: dict[str, Any]) -> Any:
-    ((tag, content),) = tagged.items()
-    if tag == "array":
-        dtype, shape, data = content
-        return np.frombuffer(base64.b64decode(data), np.dtype(dtype)).reshape(shape).copy()
-    return tuple(content) if tag == "tuple" else dict(content)
 
 
 def checksum(array: Any) -> int:

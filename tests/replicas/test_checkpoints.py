@@ -209,6 +209,22 @@ def test_a_worker_that_cannot_write_is_an_error_on_all(world, folder):
             checkpoints.step(1)
 
 
+def test_a_state_that_cannot_be_saved_is_an_error_on_all(world, folder):
+    class Own:
+        def state_dict(self):
+            return {"taken": object()} if world.backend.worker_index == 0 else {}
+
+        def load_state_dict(self, state):
+            pass
+
+    error, text = TypeError, "Checkpoints: objects is with a object"
+    if world.backend.worker_index:
+        error, text = distpad.PeerError, "worker 0 failed at step 1: TypeError"
+    with pytest.raises(error, match=text):  # noqa: SIM117
+        with distpad.Checkpoints(folder, backend=world.backend, weight=variable(world), own=Own()) as checkpoints:
+            checkpoints.step(1)
+
+
 @pytest.mark.worlds("mirrored:2")
 def test_a_folder_of_another_training_is_refused(world, folder):
     weight = variable(world)
