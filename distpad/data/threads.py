@@ -1,4 +1,4 @@
-"""Threads of the pipeline: whoever waits for a thread learns at once that it has died."""
+"""Threads of the pipeline: waiting for a thread that has died is an error at once."""
 
 from __future__ import annotations
 
