@@ -66,7 +66,7 @@ class Checkpoints(preemption.Preemption):
       every_s: seconds after which the next ``sync_every`` steps end with a checkpoint; None: see ``every_steps``.
         With neither, only SIGTERM and the end of the block save.
       keep: number of checkpoints that are kept; the oldest are removed.
-      sync_every: steps between two collectives of four numbers, at least 1.
+      sync_every: steps between two collectives of a few numbers, at least 1.
       backend: see ``distpad.backends.resolve``.
       objects: by name: models, optimisers, ``PaddedBatches``, ``tf.random.Generator`` and all that
         ``tf.train.Checkpoint`` takes, and Keras's seed generators; ``numpy.random.Generator``, ``random.Random``, the
@@ -98,9 +98,8 @@ class Checkpoints(preemption.Preemption):
         backend: Any = None,
         **objects: Any,
     ) -> None:
-        self._begin(self._save_all, "sync_every", sync_every, backend)
+        self._begin(self._save_all, backend, sync_every=sync_every, every_steps=every_steps)
         self._folder = pathlib.Path(folder)
-        self._every_steps = None if every_steps is None else errors.integer(_NAME, "every_steps", every_steps, least=1)
         self._every_s = None if every_s is None else errors.number(_NAME, "every_s", every_s)
         errors.require(_NAME, every_s is None or every_s > 0, "every_s", every_s, "above 0")
         self._keep = errors.integer(_NAME, "keep", keep, least=1)
@@ -136,21 +135,21 @@ class Checkpoints(preemption.Preemption):
           DistpadError: on all workers: weights differ between replicas. They are not saved.
           PeerError: another worker could not save.
           OSError, tf.errors.OpError: this worker could not save, for example on a full disk.
-          ValueError: on all workers: ``done`` differs between workers; ``folder`` has checkpoints, and ``restore`` was
-            not called.
+          ValueError: on all workers: ``done``, ``sync_every`` or ``every_steps`` differs between workers; ``folder``
+            has checkpoints, and ``restore`` was not called.
           TypeError: ``done`` is not an integer.
 
-        Collective at the first step, at each multiple of ``sync_every`` and of ``every_steps``, and at the end of the
-        block.
+        Collective at the first step, unless the job is elastic, at each multiple of ``sync_every`` and of
+        ``every_steps``, and at the end of the block.
         """
         self._done = errors.integer(_NAME, "done", done, least=0)
-        is_time = self._every_steps is not None and done % self._every_steps == 0
-        if not (is_time or done % self._every == 0 or not self._may_begin):
+        if not self._is_time():
             return
-        if self._every_s is not None and time.monotonic() > self._saved_at + self._every_s:
-            is_time = True
+        every = self._steps["every_steps"]
+        saves = every is not None and done % every == 0
+        saves |= self._every_s is not None and time.monotonic() > self._saved_at + self._every_s
         has_others = not self._may_begin and not self._backend.is_elastic and self._writes and files.steps(self._folder)
-        wish = self._sync(2 if has_others else int(is_time))
+        wish = self._sync(2 if has_others else int(saves))
         if wish == 2:
             found = f"{self._folder}, which has checkpoints already"
             remedy = "Call restore() before the first step, or give a folder for each training."
@@ -269,10 +268,11 @@ class Checkpoints(preemption.Preemption):
     def _compare(self, described: Sequence[dict[str, Any]]) -> list[int]:
         """The variables that differ between replicas. Raises DistpadError if one of them must not differ."""
         names, trained = described[0]["names"], described[0]["trained"]
-        if any(len(each["names"]) != len(names) for each in described):
-            numbers = [len(each["names"]) for each in described]
-            remedy = "Build the model and the optimiser on all workers first."
-            raise errors.DistpadError(f"{_NAME}: the workers have {numbers} variables, expected the same. {remedy}")
+        if any(each["counts"] != described[0]["counts"] for each in described):
+            found = [each["counts"] for each in described]
+            remedy = "Give all workers the same objects, and build the model and the optimiser first."
+            rule = "the same on all workers"
+            raise errors.DistpadError(errors.sentence(_NAME, "the number of variables", found, rule, remedy))
         differ = []
         for i, name in enumerate(names):
             sums = [part for each in described for part in each["sums"][i]]

@@ -35,7 +35,7 @@ class Preemption:
 
     Args:
       save: ``save()``, called on all workers at the same step; it may be collective.
-      every: steps between two collectives of four numbers, at least 1.
+      every: steps between two collectives of a few numbers, at least 1.
       backend: see ``distpad.backends.resolve``.
 
     Raises:
@@ -55,13 +55,18 @@ class Preemption:
     def __init__(self, save: Callable[[], Any], *, every: int = 10, backend: Any = None) -> None:
         if not callable(save):
             raise TypeError(errors.sentence("Preemption", "save", errors.shown(save), "a function without arguments"))
-        self._begin(save, "every", every, backend)
+        self._begin(save, backend, every=every)
 
-    def _begin(self, save: Callable[[], Any], argument: str, every: int, backend: Any) -> None:
-        self._name = type(self).__name__
-        self._save, self._every = save, errors.integer(self._name, argument, every, least=1)
+    def _begin(self, save: Callable[[], Any], backend: Any, **steps: int | None) -> None:
+        """Begin with the steps between two collectives: the first number is required, the others may be None."""
+        self._name, self._save, self._steps = type(self).__name__, save, steps
+        for argument, given in steps.items():
+            if argument == next(iter(steps)) or given is not None:
+                steps[argument] = errors.integer(self._name, argument, given, least=1)
         self._backend = backends.resolve(backend, function=self._name)
         self._done = 0
+        # a worker that joins an elastic job takes its first step alone
+        self._is_compared = self._backend.is_elastic
         self._noted_at: float | None = None
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -102,14 +107,19 @@ class Preemption:
 
         Raises:
           SystemExit: with code 143, after ``save``.
-          ValueError: ``done`` differs between workers. All workers raise.
+          ValueError: ``done`` or ``every`` differs between workers. All workers raise.
           TypeError: ``done`` is not an integer.
 
-        Collective at each multiple of ``every``, and at the end of the block.
+        Collective at the first step, unless the job is elastic, at each multiple of ``every``, and at the end of the
+        block.
         """
         self._done = errors.integer(self._name, "done", done, least=0)
-        if self._done % self._every == 0:
+        if self._is_time():
             self._sync()
+
+    def _is_time(self) -> bool:
+        """Whether this step has a collective. All workers must agree, so the first one compares ``every``."""
+        return not self._is_compared or any(number and self._done % number == 0 for number in self._steps.values())
 
     def _end(self) -> None:
         self._sync()
@@ -117,12 +127,19 @@ class Preemption:
     def _sync(self, wish: int = 0) -> int:
         """Return the largest wish of all workers, unless any worker received SIGTERM: then save and exit."""
         noted = self._noted_at is not None
-        anyone, wish, most, least = self._backend.host_max(np.array([int(noted), wish, self._done, -self._done]))
-        if most != -least:
+        mine = np.array([self._done, *(number or 0 for number in self._steps.values())])
+        anyone, wish, *found = self._backend.host_max(np.array([int(noted), wish, *mine, *-mine])).tolist()
+        (most, *highest), (least, *lowest) = found[: len(mine)], (-each for each in found[len(mine) :])
+        self._is_compared = True
+        for name, high, low in zip(self._steps, highest, lowest):
+            if high != low:
+                here, range_ = f"{self._steps[name]} on worker {self._backend.worker_index}", f"{low or None} to {high}"
+                raise ValueError(errors.sentence(self._name, name, here, f"the same on all workers ({range_})"))
+        if most != least:
             # Workers whose loops end at different steps would later wait for each other, or save different states.
             remedy = "End the loop at the same step on all workers."
             found = f"{self._done} on worker {self._backend.worker_index}"
-            rule = f"the same on all workers (they are at {-least} to {most})"
+            rule = f"the same on all workers (they are at {least} to {most})"
             raise ValueError(errors.sentence(self._name, "done", found, rule, remedy))
         if not anyone:
             return int(wish)

@@ -11,7 +11,8 @@ HEAD = ("fault", "engine", "what happened", "seconds")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("faults")
-    group.addoption("--chaos-rounds", type=int, default=5, help="faults of test_chaos.py, one after the other")
+    group.addoption("--chaos-rounds", type=int, default=5, help="faults of test_chaos.py")
+    group.addoption("--chaos-jobs", type=int, default=1, help="jobs of test_chaos.py, which share the rounds")
     group.addoption("--chaos-seed", type=int, default=0, help="which faults test_chaos.py draws, and when")
     group.addoption("--soak-minutes", type=float, default=1.0, help="how long test_soak.py trains")
 

@@ -1,9 +1,10 @@
 """An elastic job on three hosts to which faults happen at random times: it ends, and no example is lost or repeated.
 
-    pytest tests/faults/test_chaos.py --chaos-rounds 200 --chaos-seed 1
+    pytest tests/faults/test_chaos.py --chaos-rounds 200 --chaos-jobs 4 -n 4 --chaos-seed 1
 
 A round is one fault, after which the training must go on. Of five rounds each fault has one, in a drawn order. When
-all workers that hold the state are lost, the launcher starts the job again, from its last checkpoint.
+all workers that hold the state are lost, the launcher starts the job again, from its last checkpoint. The jobs share
+the rounds, and draw from consecutive seeds; with ``-n`` they run side by side, each on hosts of its own.
 """
 
 from __future__ import annotations
@@ -158,16 +159,21 @@ def drawn(rounds: int, seed: int) -> list[str]:
     return found[:rounds]
 
 
+def pytest_generate_tests(metafunc):
+    rounds, jobs, seed = (metafunc.config.getoption(f"--chaos-{name}") for name in ("rounds", "jobs", "seed"))
+    shares = [(rounds * (job + 1) // jobs - rounds * job // jobs, seed + job) for job in range(jobs)]
+    metafunc.parametrize(("rounds", "seed"), shares)
+
+
 @pytest.mark.timeout(0)  # each wait has a limit
-def test_chaos(tmp_path, request, record_fault):
-    rounds, seed = (request.config.getoption(f"--chaos-{name}") for name in ("rounds", "seed"))
+def test_chaos(tmp_path, rounds, seed, record_fault):
     with hosts.cluster(3) as machines:
         first = tuple(f"{machine.name}:1" for machine in machines[:2])
         with Job(tmp_path, first, WORKER, tmp_path, on=machines[0], options=OPTIONS) as job:
             chaos = Chaos(job, machines, seed, calm=rounds <= len(FAULTS))
             for number, fault in enumerate(drawn(rounds, seed)):
                 done, happened, seconds = chaos.round(fault)
-                record_fault(f"round {number + 1:3}: {done}", "Horovod elastic", happened, seconds)
+                record_fault(f"seed {seed}, round {number + 1:3}: {done}", "Horovod elastic", happened, seconds)
             job.wait_until(lambda: len(read_books(tmp_path)) >= EPOCHS, LIMIT_S)  # on a busy machine, also after it
             (tmp_path / "go").touch()
             assert job.finish(LIMIT_S) == 0, job.told()

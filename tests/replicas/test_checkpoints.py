@@ -225,6 +225,17 @@ def test_a_state_that_cannot_be_saved_is_an_error_on_all(world, folder):
             checkpoints.step(1)
 
 
+def test_objects_that_differ_between_workers_are_refused(world, folder):
+    if not world.several_workers:
+        pytest.skip("one worker has all objects")
+    objects = {f"weight{world.backend.worker_index}": variable(world)}
+    text = r"Checkpoints: the number of variables is \[\{'weight0': 1\}, \{'weight1': 1\}\], expected the same"
+    with pytest.raises(distpad.DistpadError, match=text):  # noqa: SIM117
+        with distpad.Checkpoints(folder, backend=world.backend, **objects) as checkpoints:
+            checkpoints.step(1)
+    assert not files.steps(folder)
+
+
 @pytest.mark.worlds("mirrored:2")
 def test_a_folder_of_another_training_is_refused(world, folder):
     weight = variable(world)

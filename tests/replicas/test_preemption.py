@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+import tensorflow as tf
 
 import distpad
 
@@ -61,7 +62,22 @@ def test_workers_that_meet_at_different_steps_are_refused(world, at_the_end):
     mine = 3 if at_the_end and world.backend.worker_index == 0 else 4 + 4 * world.backend.worker_index
     text = r"Preemption: done is \d on worker \d, expected the same on all workers \(they are at [34] to 8\)"
     with pytest.raises(ValueError, match=text), distpad.Preemption(print, every=4, backend=world.backend) as preemption:
-        preemption.step(mine)
+        [*map(preemption.step, (0, mine))]
+
+
+@pytest.mark.parametrize("argument", ["every", "sync_every", "every_steps"])
+def test_workers_that_would_meet_at_different_steps_are_refused(world, argument, tmp_path):
+    """Before the first step at which one worker would wait for the other, which makes another collective."""
+    if not world.several_workers:
+        pytest.skip("one worker meets no other")
+    numbers = {argument: 7 + world.backend.worker_index, "backend": world.backend}
+    if argument == "every":
+        saving = distpad.Preemption(print, **numbers)
+    else:
+        saving = distpad.Checkpoints(tmp_path, **numbers, weight=tf.Variable(1.0))
+    text = rf"{argument} is \d on worker \d, expected the same on all workers \(7 to 8\)"
+    with pytest.raises(ValueError, match=text), saving:
+        saving.step(1)
 
 
 def test_a_step_that_is_no_number(world):
