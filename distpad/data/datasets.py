@@ -30,11 +30,15 @@ def batched(dataset: tf.data.Dataset, size: int) -> tf.data.Dataset | None:
     if any(isinstance(spec, tf.SparseTensorSpec) for spec in specs):
         structure_of = dataset.element_spec
         dataset = dataset.map(lambda *element: tf.nest.pack_sequence_as(structure_of, [*map(_dense, _flat(element))]))
-    options = tf.data.Options()
-    if dataset.options().autotune.enabled is None:
+    given, options = dataset.options(), tf.data.Options()
+    if given.autotune.enabled is None:
         # The tuning thread may sleep for a minute after an iterator was dropped, while the garbage collector, which
         # destroys the iterator, waits for it and holds the interpreter lock. AUTOTUNE then means one call per core.
         options.autotune.enabled = False
+    # ragged_batch maps each element. Scheduling that in parallel costs more than the map; a map of the user may join it.
+    for name, value in {"map_and_batch_fusion": False, "map_fusion": True}.items():
+        if getattr(given.experimental_optimization, name) is None:
+            setattr(options.experimental_optimization, name, value)
     return dataset.ragged_batch(size).with_options(options)
 
 

@@ -123,12 +123,14 @@ def test_the_training_gets_its_topology_variables_and_secrets(kind, tmp_path):
 def test_a_pod_that_is_not_there_is_named():
     with job("indexed-job", 3) as (_, start):
         began = time.monotonic()
-        flags = ("--wait-s", "12")  # enough for both other pods to start on a busy machine
-        codes, outputs = finish(*(start(i, *scripted("all=sleep:600"), flags=flags) for i in (0, 2)), limit_s=120)
+        limits = {0: 12, 2: 15}  # pod 2 starts in time and ends later, also on a busy machine
+        script = scripted("all=sleep:600")
+        started = [start(i, *script, flags=("--wait-s", str(limit))) for i, limit in limits.items()]
+        codes, outputs = finish(*started, limit_s=120)
     assert codes == [3, 3] and time.monotonic() < began + 100
     for words in ("waiting for", "missing after 12 s:"):
         assert f"{words} train-1.workers.default.svc\n" in outputs[0], outputs
-    assert re.search(r"missing after 12 s: (the pods that )?train-0\.workers", outputs[1]), outputs
+    assert re.search(r"missing after 15 s: (the pods that )?train-0\.workers", outputs[1]), outputs
 
 
 # -- ends -------------------------------------------------------------------------------------------------------------
