@@ -35,7 +35,7 @@ def batched(dataset: tf.data.Dataset, size: int) -> tf.data.Dataset | None:
         # The tuning thread may sleep for a minute after an iterator was dropped, while the garbage collector, which
         # destroys the iterator, waits for it and holds the interpreter lock. AUTOTUNE then means one call per core.
         options.autotune.enabled = False
-    # ragged_batch maps each element. Scheduling that in parallel costs more than the map; a map of the user may join it.
+    # ragged_batch maps each element: scheduling that in parallel takes longer, and a map of the user may join it.
     for name, value in {"map_and_batch_fusion": False, "map_fusion": True}.items():
         if getattr(given.experimental_optimization, name) is None:
             setattr(options.experimental_optimization, name, value)

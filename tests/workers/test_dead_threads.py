@@ -23,7 +23,7 @@ def test_a_dead_thread_of_one_worker_reaches_all(world, monkeypatch, name, start
         __getitem__ = lambda self, index: rows[index]
 
     given = {"padding": {"y": distpad.Pad()}, "tokens": "y", "backend": world.backend, "num_parallel_reads": 2}
-    batches = distpad.PaddedBatches(Source(), 2, **given)
+    batches = distpad.PaddedBatches(Source(), 2, timeout_s=30, **given)  # whose error has another text
     method = "run" if starts else "start"
     original = getattr(threading.Thread, method)
 
