@@ -70,9 +70,18 @@ def main(folder: pathlib.Path) -> None:
     position = lambda: batches.state_dict()["epoch"]
     state = distpad.ElasticState([weights, velocity], batches=batches, backend=engine, seen={}, step=0)
 
+    def enter(state: distpad.ElasticState) -> None:
+        """Write the epochs that are done to the books."""
+        for done in sorted({*state.seen} - {position()}):
+            seen = state.seen.pop(done)
+            if engine.worker_index == 0:
+                with (folder / "books").open("a") as books:
+                    books.write(json.dumps([done, seen]) + "\n")
+
     @distpad.ElasticState.run
     def train(state: distpad.ElasticState) -> str:
         record("began", step=state.step)
+        enter(state)  # an epoch at whose last step the workers changed
         while not engine.host_max(np.array([float((folder / "go").exists())]))[0]:
             epoch = position()
             for batch in state.batches:
@@ -84,12 +93,7 @@ def main(folder: pathlib.Path) -> None:
                 time.sleep(SECONDS)
                 if state.step % COMMIT_EVERY == 0:
                     state.commit()
-            # After a change of workers at the last step of an epoch, the loop has gone on with the next one.
-            for done in sorted({*state.seen} - {position()}):
-                seen = state.seen.pop(done)
-                if engine.worker_index == 0:
-                    with (folder / "books").open("a") as books:
-                        books.write(json.dumps([done, seen]) + "\n")
+            enter(state)
             if engine.worker_index == 0:
                 manager.save(checkpoint_number=position())
             state.commit()

@@ -152,7 +152,7 @@ def check(folder: pathlib.Path) -> dict:
 
 
 def left_processes(machines: tuple[hosts.Host, ...]) -> dict[str, list[str]]:
-    """The processes that stay on each host. A session of sshd behind a cut link ends when TCP sends its packet again."""
+    """The processes that stay on each host. Sessions of sshd behind a cut link end when TCP repeats its packet."""
     end = time.monotonic() + RESENT_S
     while True:
         lines = hosts.command_lines()
