@@ -140,6 +140,17 @@ def integer(function: str, argument: str, value: object, least: int, most: int =
     return number
 
 
+def flag(function: str, argument: str, value: object) -> bool:
+    """``value`` as a bool; TypeError if it is neither a bool of Python or NumPy nor 0 or 1.
+
+    >>> flag("PaddedBatches", "replicated", 1)
+    True
+    """
+    is_flag = type(value).__name__ in ("bool", "bool_") or (is_integer(value) and operator.index(value) in (0, 1))  # type: ignore[arg-type]
+    require(function, is_flag, argument, shown(value), "True or False", error=TypeError)
+    return bool(value)
+
+
 def number(function: str, argument: str, value: object, *, finite: bool = True) -> float:
     """``value`` as a float; TypeError if it is not a real number, ValueError if it has to be ``finite`` and is not.
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from distpad import errors
+from distpad import errors, precision
 from distpad.backends import detection
 from distpad.backends.base import Backend
 
@@ -40,7 +40,8 @@ def check_finite(values: Any, batch: Any, *, name: str = "loss", backend: Any = 
       backend: see ``distpad.backends.resolve``.
 
     Raises:
-      TypeError: ``batch`` is not a batch of PaddedBatches, or ``name`` not a string.
+      TypeError, ValueError: ``values`` are no tensors, ``batch`` is not a batch of PaddedBatches, or ``name`` not a
+        string.
       DistpadError: in the loop over the batches, on all workers: a value is not finite.
 
     >>> from distpad import Pad, PaddedBatches
@@ -53,11 +54,13 @@ def check_finite(values: Any, batch: Any, *, name: str = "loss", backend: Any = 
     indices: Any = getattr(batch, "indices", None)
     kind, rule = type(batch).__name__, "a batch of PaddedBatches"
     errors.require(_NAME, indices is not None, "batch", kind, rule, error=TypeError)
-    errors.require(_NAME, isinstance(name, str), "name", repr(name), "a string", error=TypeError)
+    errors.require(_NAME, isinstance(name, str), "name", errors.shown(name), "a string", error=TypeError)
     engine = detection.resolve_step(backend, function=_NAME)
+    errors.require(_NAME, not errors.is_deep(values), "values", "nested more than 32 times", "a list of tensors")
     is_single = not isinstance(values, (list, tuple))
     tensors = [getattr(value, "values", value) for value in ([values] if is_single else values) if value is not None]
-    finite = [tf.math.is_finite(tensor) for tensor in map(tf.convert_to_tensor, tensors) if tensor.dtype.is_floating]
+    tensors = [precision.to_tensor(tensor, f"{_NAME}: values") for tensor in tensors]
+    finite = [tf.math.is_finite(tensor) for tensor in tensors if tensor.dtype.is_floating]
     if not finite:
         return
     rows = tf.ones_like(indices, tf.bool)

@@ -14,6 +14,7 @@ from distpad.launcher import topology
 
 KINDS = ("auto", "local", "mirrored", "multiworker", "horovod")
 _LAUNCHED = ("mirrored", "multiworker", "horovod")  # by distpad launch --backend
+_MOST = 2**12  # replicas
 
 
 def start(kind: str = "auto", replicas: int | None = None) -> base.Backend:
@@ -26,6 +27,7 @@ def start(kind: str = "auto", replicas: int | None = None) -> base.Backend:
       replicas: the required number of replicas; default: the launcher's expected number, or all devices.
 
     Raises:
+      TypeError: ``replicas`` is not an integer.
       ValueError: an unknown kind, another kind than the launcher's, another number of replicas than required, or one
         of several processes that would train alone, unless kind is "local".
       DistpadError: the engine differs from the launcher's expected topology, or TensorFlow does not see the expected
@@ -40,6 +42,8 @@ def start(kind: str = "auto", replicas: int | None = None) -> base.Backend:
         remedy = f"Launch it with --backend {kind}, or write 'auto'." if kind in _LAUNCHED else "Start it by itself."
         rule = f"{launched!r}, the --backend of distpad launch"
         raise ValueError(errors.sentence("start", "kind", errors.shown(kind), rule, remedy))
+    if replicas is not None:
+        replicas = errors.integer("start", "replicas", replicas, least=1, most=_MOST)
     auto = kind == "auto"
     if auto:
         kind = launched or _kind_of_environment() or ("mirrored" if (replicas or 1) > 1 else "local")

@@ -35,7 +35,7 @@ def _read_config(context: typer.Context, path: Optional[pathlib.Path]) -> Option
         if max(nested, default=0) > _MOST_BRACKETS:  # for which PyYAML would take seconds
             raise ValueError(f"more than {_MOST_BRACKETS} brackets in each other")
         given = yaml.safe_load(text) or {}
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: text, dates and numbers
+    except Exception as error:  # PyYAML's of a wrong date or number are of any kind
         raise typer.BadParameter(f"{path} cannot be read: {error}") from error
     if not isinstance(given, dict):
         raise typer.BadParameter(f"{path} holds {type(given).__name__}, expected flags and their values")

@@ -72,6 +72,10 @@ def _rows(
     found, pieces = [], []
     leaves: list[nests.Leaf] = []
     for each in zip(steps, lengths, indices):
+        if errors.is_deep(each):
+            raise ValueError(
+                errors.sentence(function, "an item", "nested more than 32 times", "a short nest of tensors")
+            )
         tensors, lengths_here, indices_here = (_on_replicas(backend, item) for item in each)
         lengths_here = lengths_here or [None] * len(tensors)
         if not len(tensors) == len(lengths_here) == len(indices_here):

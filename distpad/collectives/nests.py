@@ -120,7 +120,7 @@ def _leaf(function: str, where: str, tensor: tf.Tensor, axis: Any, value: Any, l
     rank = tensor.shape.rank
     axis = axis % rank if -rank <= axis < rank else axis  # out of range: an error on all replicas
     try:
-        padding = tf.constant(bool(value) if tensor.dtype == tf.bool else value, tensor.dtype)
+        padding = precision.to_tensor(bool(value) if tensor.dtype == tf.bool else value, "value", tensor.dtype)
     except (TypeError, ValueError) as error:
         raise TypeError(errors.sentence(function, "value", errors.shown(value), f"a {tensor.dtype.name}")) from error
     if padding.shape.rank:
@@ -144,7 +144,7 @@ def _lists_as_arrays(lengths: Any) -> Any:
     if isinstance(lengths, dict):
         return {key: _lists_as_arrays(item) for key, item in lengths.items()}
     if isinstance(lengths, (list, tuple)):
-        if all(isinstance(item, (int, np.integer)) for item in lengths):
+        if all(isinstance(item, (int, np.integer)) and -(2**63) <= item < 2**63 for item in lengths):
             return np.array(lengths, np.int64)
         items = [_lists_as_arrays(item) for item in lengths]
         return type(lengths)(*items) if hasattr(lengths, "_fields") else type(lengths)(items)

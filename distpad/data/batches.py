@@ -270,6 +270,7 @@ class PaddedBatches(tf.train.experimental.PythonState):
         can_predict = y is not None or not behaviour.leaves_apart
         errors.require("for_keras", can_predict, "y", f"None {workers}", "a feature", remedy)
         found, remedy = f"False {workers} in Keras 2", "Then write fit(dataset, steps_per_epoch=...)."
+        repeat = errors.flag("for_keras", "repeat", repeat)
         errors.require("for_keras", repeat or not behaviour.must_repeat, "repeat", found, "True", remedy)
         self._check_engine(of_workers=True)
         elements = keras.Elements(self._config, x, y, y_true, repeat, behaviour.leaves_apart)

@@ -181,6 +181,8 @@ def last_row(features: Features, batch: Batch) -> LastRow:
 def blank_row(features: Features) -> LastRow:
     """Ones (or empty strings) of length 1, for a replica that never had an example: zeros may be a model's padding."""
     shapes = [[1, *(1 if size is None else size for size in feature.shape)] for feature in features.features]
+    for shape, feature in zip(shapes, features.features):
+        errors.check_memory("an example", shape, feature.dtype)
     fillings = [b"" if feature.dtype == object else 1 for feature in features.features]
     return [(np.full(s, filling, f.dtype), 1) for s, filling, f in zip(shapes, fillings, features.features)]
 

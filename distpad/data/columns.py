@@ -73,6 +73,9 @@ class Columns:
     def take(self, indices: np.ndarray) -> chunks.Chunk:
         """The examples of these indices by columns."""
         begin, count = int(indices[0]) if len(indices) else 0, len(indices)
+        for column in self._columns:
+            if not column.splits:  # a broadcast array may be larger than the memory
+                errors.check_memory("a batch of a feature", [count, *column.values.shape[1:]], column.values.dtype)
         if (indices == np.arange(begin, begin + count)).all():
             found = [column.between(begin, begin + count) for column in self._columns]
             # a batch may hold the values of dense features themselves

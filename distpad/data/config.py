@@ -65,7 +65,8 @@ class Config:
         self.max_skipped = errors.number(_NAME, "max_skipped", self.max_skipped)
         rule = "a number of examples, or a fraction below 1"
         errors.require(_NAME, self.max_skipped >= 0, "max_skipped", self.max_skipped, rule)
-        self.drop_remainder, self.replicated = bool(self.drop_remainder), bool(self.replicated)
+        for name in ("drop_remainder", "replicated"):
+            setattr(self, name, errors.flag(_NAME, name, getattr(self, name)))
         self.lookahead = -(-self.lookahead // self.accumulation_steps) * self.accumulation_steps
         self.padding = _checked_padding(self.padding)
         self.tokens = _checked_tokens(self.tokens, self.padding)

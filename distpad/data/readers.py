@@ -141,7 +141,7 @@ def fetch(source: Any, *, skips: bool = False) -> Callable[[np.ndarray], Rows]:
         return functools.partial(_or_unread, fetch(source))
     if hasattr(source, "__getitems__"):
         return lambda indices: _of_indices(source.__getitems__(indices.tolist()), indices)
-    if isinstance(source, list):
+    if type(source) is list:
         return lambda indices: [source[index] for index in indices.tolist()]
     return lambda indices: [_item(source, index) for index in indices.tolist()]
 
@@ -149,6 +149,9 @@ def fetch(source: Any, *, skips: bool = False) -> Callable[[np.ndarray], Rows]:
 def _item(source: Any, index: int) -> Any:
     try:
         return _own(source[index])
+    except IndexError as error:
+        found, rule = f"of length {len(source)}, but source[{index}] raised {error!r}", "an example at each index"
+        raise ValueError(errors.sentence(_NAME, "source", found, rule)) from error
     except StopIteration as error:  # which would end the generator that calls this
         raise RuntimeError(f"{_NAME}: source[{index}] raised StopIteration, expected an example.") from error
 
@@ -271,17 +274,28 @@ def _owned(examples: Iterator[Any], skips: bool, count: int | None) -> Iterator[
 
 
 def _own(example: Any) -> Any:
-    """The example with copies of what may change or is memory-mapped, since a source may use its buffers again."""
+    """The example with copies of what may change or is memory-mapped, since a source may use its buffers again.
+
+    Raises: ValueError: an example that is nested too deep, or larger than the memory.
+    """
+    try:
+        return _copied(example)
+    except RecursionError:
+        found = "nested deeper than Python can follow"
+        raise ValueError(errors.sentence(_NAME, "an example", found, "a short nest of features")) from None
+
+
+def _copied(example: Any) -> Any:
     kind = type(example)
     if kind in _IMMUTABLE or isinstance(example, np.generic):
         return example
     if isinstance(example, Mapping):
-        return {key: _own(item) for key, item in example.items()}
+        return {key: _copied(item) for key, item in example.items()}
     if isinstance(example, tuple):
-        items = map(_own, example)
+        items = map(_copied, example)
         return kind(*items) if hasattr(example, "_fields") else tuple(items)
     if kind is list:
-        return [*example] if {*map(type, example)} <= _IMMUTABLE else [*map(_own, example)]
+        return [*example] if {*map(type, example)} <= _IMMUTABLE else [*map(_copied, example)]
     if isinstance(example, np.ma.MaskedArray):
         return example.copy()
     if isinstance(example, np.ndarray):  # of broadcast arrays a copy may be larger than the memory

@@ -108,7 +108,7 @@ class LengthSampler:
         self.randomness = errors.number(_NAME, "randomness", randomness)
         _require(0 <= self.randomness <= 1, "randomness", randomness, "from 0 to 1")
         self.buckets = buckets
-        self.shuffle = bool(shuffle)
+        self.shuffle = errors.flag(_NAME, "shuffle", shuffle)
         distinct, where = np.unique(self.lengths, return_inverse=True)
         boundaries = [buckets(int(length)) if buckets else int(length) for length in distinct]
         self._boundaries = np.array(boundaries, np.int64)[where.reshape(-1)]  # of each example

@@ -252,6 +252,8 @@ def as_array(item: Any, where: str) -> np.ndarray:
         array = np.asarray(item)
         if array.dtype.kind in "US":  # objects, since NumPy's strings have a fixed length and lose trailing zeros
             array = array.astype(object) if isinstance(item, np.ndarray) else np.array(item, object)
+    except MemoryError as error:
+        raise ValueError(errors.sentence(_NAME, where, "larger than the memory", "an array")) from error
     except ValueError as error:
         remedy = "Ragged? Write Pad(axis=(0, 1)), or make it an array of equal rows."
         found = f"a list with rows of different sizes ({error})"

@@ -83,7 +83,10 @@ class Source:
         if isinstance(self.given, tf.data.Dataset):
             count = int(self.given.cardinality())
             return count if count >= 0 else None
-        return len(self.given) if hasattr(self.given, "__len__") else None
+        try:
+            return len(self.given) if hasattr(self.given, "__len__") else None
+        except OverflowError as error:
+            raise ValueError(errors.sentence(_NAME, "the length of source", "above 2**63", "one of int64")) from error
 
     def features(self) -> Features | None:
         """The features of the examples; None if the source does not show them without an iteration, or has none.

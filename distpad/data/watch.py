@@ -39,7 +39,8 @@ class Watch:
         rule = "variables that are equal on all replicas"
         errors.require(_NAME, not own, "variables", f"with {own}, of which each replica has its own part", rule)
         self._variables = held
-        self._names = [getattr(variable, "path", variable.name) for variable in variables]
+        names = [getattr(variable, "path", variable.name) for variable in variables]
+        self._names = [each if names.count(each) == 1 else f"{each} (variable {i})" for i, each in enumerate(names)]
 
     def __bool__(self) -> bool:
         return bool(self._variables)

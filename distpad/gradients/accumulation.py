@@ -73,8 +73,11 @@ class GradientAccumulator:
         if self._counted not in (None, counted):
             given = "given" if counted else "missing"
             raise ValueError(errors.sentence(function, "count", given, "with all micro-batches, or with none"))
-        if counted and precision.to_tensor(count, f"{function}: count").shape.rank != 0:
-            raise ValueError(errors.sentence(function, "count", errors.shown(count), "a scalar", "Give its sum."))
+        if counted:
+            count = precision.to_tensor(count, f"{function}: count")
+            errors.require(function, count.shape.rank == 0, "count", errors.shown(count), "a scalar", "Give its sum.")
+            is_number, dtype = count.dtype.is_floating or count.dtype.is_integer, f"of dtype {count.dtype.name}"
+            errors.require(function, is_number, "count", dtype, "a number", error=TypeError)
         found = compute.differentiate(function, tape, loss, self._variables)
         for i, (gradient, variable) in enumerate(zip(found, self._variables)):
             if gradient is None:

@@ -58,8 +58,9 @@ def clip_by_global_norm(
     if not isinstance(gradients, (list, tuple)):
         raise TypeError(errors.sentence(_NAME, "gradients", type(gradients).__name__, "a list of gradients"))
     for gradient in gradients:
-        is_known = gradient is None or tf.is_tensor(gradient) or isinstance(gradient, tf.IndexedSlices)
-        rule = "a list of tensors, IndexedSlices or None"
+        is_tensor = tf.is_tensor(gradient) or isinstance(gradient, tf.IndexedSlices)
+        is_known = gradient is None or (is_tensor and gradient.dtype.is_floating)
+        rule = "a list of floating tensors, IndexedSlices or None"
         errors.require(_NAME, is_known, "gradients", errors.shown(gradient), rule, error=TypeError)
     resolved = backends.resolve_step(backend, function=_NAME)
     if not tf.is_tensor(clip_norm):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from distpad import backends, errors, precision
@@ -80,8 +79,8 @@ def broadcast_variables(variables: Iterable[Any], *, root: int = 0, backend: Any
     >>> broadcast_variables([tf.Variable(1.0)])
     """
     resolved = backends.resolve(backend, function="broadcast_variables")
-    if not isinstance(root, (int, np.integer)) or not 0 <= root < resolved.num_workers:
-        raise ValueError(f"broadcast_variables: root is {root!r}, expected a worker, 0 to {resolved.num_workers - 1}.")
+    is_worker, last = errors.is_integer(root) and 0 <= root < resolved.num_workers, resolved.num_workers - 1
+    errors.require("broadcast_variables", is_worker, "root", errors.shown(root), f"a worker, 0 to {last}")
     held = [backends.tensorflow_variable(variable, "broadcast_variables") for variable in variables]
     if resolved.num_workers > 1:
         backends.check_alike(held, resolved, "broadcast_variables")
@@ -106,6 +105,7 @@ def scale_regularization(losses: Iterable[Any], *, backend: Any = None) -> tf.Te
 
     Raises:
       ValueError: a penalty is no scalar.
+      TypeError: a penalty is not floating.
 
     >>> float(scale_regularization([tf.constant(1.0), tf.constant(2.0)]))
     3.0
@@ -115,6 +115,9 @@ def scale_regularization(losses: Iterable[Any], *, backend: Any = None) -> tf.Te
     if any(penalty.shape.rank for penalty in penalties):
         shapes = [tuple(penalty.shape) for penalty in penalties]
         raise ValueError(errors.sentence("scale_regularization", "losses", f"of shapes {shapes}", "scalars"))
+    dtypes = [penalty.dtype.name for penalty in penalties]
+    is_floating, rule = all(penalty.dtype.is_floating for penalty in penalties), "floating scalars"
+    errors.require("scale_regularization", is_floating, "losses", f"of dtypes {dtypes}", rule, error=TypeError)
     widest = max((penalty.dtype for penalty in penalties), key=lambda dtype: dtype.size)
     total = tf.add_n([tf.cast(penalty, widest) for penalty in penalties])
     gradient_scale, replicas = (tf.cast(n, total.dtype) for n in (resolved.gradient_scale, resolved.replica_count()))

@@ -69,6 +69,12 @@ class BatchNormalization(tf.keras.layers.BatchNormalization):
         # Keras would round gamma and beta to half precision
         super().__init__(axis=axis, momentum=momentum, epsilon=epsilon, **{"autocast": False, **options})
 
+    def build(self, input_shape: Any) -> None:
+        """As in Keras. Raises: ValueError: inputs without the axis of channels."""
+        rank, axis = len(input_shape), self.axis[0] if isinstance(self.axis, list) else self.axis
+        errors.require(_NAME, -rank <= axis < rank, "axis", axis, f"an axis of inputs of rank {rank}")
+        super().build(input_shape)
+
     @tf.autograph.experimental.do_not_convert
     def call(self, inputs: Any, training: Any = None, mask: Any = None, lengths: Any = None) -> tf.Tensor:
         """Normalize the inputs.

@@ -72,6 +72,8 @@ class DistributedLoss(tf.keras.losses.Loss):
         check_finite: bool = False,
         name: str = "distributed_loss",
     ) -> None:
+        is_name = name is None or isinstance(name, str)  # None: Keras makes one
+        errors.require(_NAME, is_name, "name", errors.shown(name), "a string", error=TypeError)
         # Keras divides neither a loss of reduction "sum" nor its history by the number of replicas.
         super().__init__(reduction="sum", name=name)
         backends.enable_keras_fit()  # the loss's own backend is detected in the step, which Keras would not reach
@@ -81,7 +83,7 @@ class DistributedLoss(tf.keras.losses.Loss):
             raise TypeError(errors.sentence(_NAME, "average", errors.shown(average), "a string or a positive number"))
         if isinstance(average, str):
             errors.choice(_NAME, "average", average, ("token", "sequence_sum", "sequence_mean"))
-        elif not 0 < average < float("inf"):
+        elif not 0 < errors.number(_NAME, "average", average, finite=False) < float("inf"):
             raise ValueError(errors.sentence(_NAME, "average", average, "a positive number"))
         errors.choice(_NAME, "per", per, ("position", "sequence"))
         if padding_value is not None and not np.isscalar(padding_value):
@@ -92,7 +94,7 @@ class DistributedLoss(tf.keras.losses.Loss):
         self.average = average if isinstance(average, str) else float(average)  # Keras cannot save NumPy's numbers
         self.per = per
         self.padding_value = padding_value
-        self.check_finite = bool(check_finite)
+        self.check_finite = errors.flag(_NAME, "check_finite", check_finite)
         self._backend = backend
         self._ran_on: backends.Backend | None = None
         self._traces_of_no_rows: dict[Any, Any] = {}

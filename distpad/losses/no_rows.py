@@ -16,7 +16,8 @@ def losses_of(loss: Callable[[Any, Any], tf.Tensor], y_true: Any, y_pred: Any, t
       y_true, y_pred: labels and predictions.
       traces: the traces of earlier calls without rows, kept by the caller.
     """
-    first = next((leaf for leaf in tf.nest.flatten(y_pred) if leaf.dtype.is_floating), None)
+    leaves = filter(tf.is_tensor, tf.nest.flatten(y_pred))
+    first = next((leaf for leaf in leaves if leaf.dtype.is_floating), None)
     if first is None or not first.shape.rank or (first.shape[0] or 0) > 0:
         return loss(y_true, y_pred)
     if first.shape[0] == 0:

@@ -251,7 +251,7 @@ def check_mask(mask: Any) -> tf.Tensor:
     if isinstance(mask, (tf.RaggedTensor, tf.SparseTensor)):
         raise TypeError(f"mask is a {type(mask).__name__}, expected a bool tensor")
     mask = precision.to_tensor(mask, "mask", tf.bool if shapes.is_empty(mask) else None)
-    if mask.dtype.is_floating:
+    if not (mask.dtype.is_bool or mask.dtype.is_integer):
         raise TypeError(f"mask has dtype {mask.dtype.name}, expected bool. Weights go to sample_weight")
     if not mask.shape.rank:
         raise ValueError(f"mask has rank {mask.shape.rank}, expected [batch, ...]")
@@ -265,6 +265,8 @@ def check_weight(sample_weight: Any) -> tf.Tensor:
     weight = precision.to_tensor(sample_weight, "sample_weight")
     if not weight.shape.rank:
         raise ValueError(f"sample_weight has rank {weight.shape.rank}, expected [batch, ...]")
+    if not (weight.dtype.is_floating or weight.dtype.is_integer or weight.dtype.is_bool):
+        raise TypeError(f"sample_weight has dtype {weight.dtype.name}, expected numbers")
     return weight if weight.dtype == tf.float64 else tf.cast(weight, tf.float32)
 
 

@@ -21,7 +21,7 @@ def is_binary(y_true: tf.Tensor, y_pred: tf.Tensor) -> bool:
     both = y_true.shape.rank, y_pred.shape.rank
     if both == (2, 2):
         return y_true.shape[-1] != 1 or y_pred.shape[-1] in (1, None)
-    return None not in both and y_pred.shape[-1] == 1 and both[1] - both[0] in (0, 1)
+    return None not in both and both[1] > 0 and y_pred.shape[-1] == 1 and both[1] - both[0] in (0, 1)
 
 
 def binary_check(threshold: float | None, y_true: tf.Tensor, y_pred: tf.Tensor) -> checked.Check:
@@ -40,7 +40,7 @@ def vector_check(y_true: tf.Tensor, y_pred: tf.Tensor) -> checked.Check:
     which pass."""
     text = "y_true holds vectors with several largest components, expected one-hot vectors (found: their number)"
     tensors = isinstance(y_true, tf.Tensor) and isinstance(y_pred, tf.Tensor) and y_pred.dtype.is_floating
-    of_vectors = tensors and y_true.shape.rank == y_pred.shape.rank and y_true.shape[-1] != 1
+    of_vectors = tensors and y_true.shape.rank == y_pred.shape.rank != 0 and y_true.shape[-1] != 1
     if not of_vectors or is_binary(y_true, y_pred) or not (y_true.dtype.is_floating or y_true.dtype.is_integer):
         return checked.Check(text, 0, True)
     largest = tf.reduce_max(y_true, axis=-1, keepdims=True)
@@ -83,10 +83,9 @@ def ids_of(function: str, y_true: tf.Tensor, y_pred: tf.Tensor) -> tuple[tf.Tens
 def labels_of(function: str, y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
     """Labels as ids: the largest component of vectors where predictions are scores. An axis of size one is dropped."""
     for name, given in (("y_true", y_true), ("y_pred", y_pred)):
-        if not isinstance(given, tf.Tensor):
-            raise TypeError(
-                errors.sentence(function, name, f"a {type(given).__name__}", "a tensor [batch, length, ...]")
-            )
+        is_scalar = isinstance(given, tf.Tensor) and given.shape.rank == 0
+        kind, rule = "a scalar" if is_scalar else f"a {type(given).__name__}", "a tensor [batch, length, ...]"
+        errors.require(function, isinstance(given, tf.Tensor) and not is_scalar, name, kind, rule, error=TypeError)
     if not y_pred.dtype.is_floating or y_true.shape.rank != y_pred.shape.rank:
         return y_true
     return tf.squeeze(y_true, -1) if y_true.shape[-1] == 1 else tf.argmax(y_true, axis=-1)

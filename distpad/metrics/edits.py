@@ -93,6 +93,9 @@ class ErrorRate(ratio.Ratio):
             reference = self._units("y_true", y_true) if y_true.shape.rank == 1 else None
         except (ValueError, TypeError) as error:
             raise type(error)(f"{self._kind}: {error}.") from error
+        if reference is not None and predicted is None:
+            found = f"of shape {tuple(y_pred.shape)} and dtype {y_pred.dtype.name}"
+            raise ValueError(errors.sentence(self._kind, "y_pred", found, "strings, as y_true, or decoded ids"))
         if reference is None:
             classes.refuse_binary(self._kind, y_true, y_pred, "Write decode= with a function that returns ids.")
             labels, guesses = classes.ids_of(self._kind, y_true, y_pred) if predicted is None else (y_true, None)

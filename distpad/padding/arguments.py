@@ -10,6 +10,7 @@ import numpy as np
 
 from distpad import errors
 
+MOST_AXES = 32  # NumPy's limit
 EXACT = 2**53  # float64 holds integers exactly up to here
 
 

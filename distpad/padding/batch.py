@@ -108,7 +108,13 @@ def pad(
     is_bool = isinstance(mask, (bool, np.bool_))
     errors.require("pad", is_bool, "mask", f"a {type(mask).__name__}", "True or False", error=TypeError)
     options = arguments.Options(
-        _check_length(length), value, padding, truncating, dtype, _check_axes(ragged_axes), bool(mask)
+        _check_length(length),
+        value,
+        padding,
+        truncating,
+        dtype,
+        _check_axes(ragged_axes),
+        errors.flag("pad", "mask", mask),
     )
     tensorflow = _tensorflow_for(sequences)
     if tensorflow is None:
@@ -175,7 +181,11 @@ def _check_axes(ragged_axes: Any) -> list[int] | None:
     axes = list(ragged_axes) if several else [ragged_axes]
     are_integers, rule = all(map(errors.is_integer, axes)), "an integer or several"
     errors.require("pad", are_integers, "ragged_axes", errors.shown(ragged_axes), rule, error=TypeError)
-    return [operator.index(axis) for axis in axes]
+    found = [operator.index(axis) for axis in axes]
+    most = arguments.MOST_AXES
+    is_low = max(found, default=0) < most
+    errors.require("pad", is_low, "ragged_axes", errors.shown(ragged_axes), f"below {most}, NumPy's limit")
+    return found
 
 
 def _check_sequences(sequences: Any) -> None:

@@ -159,8 +159,9 @@ def read_lengths(function: str, lengths: Any) -> np.ndarray:
         errors.check_memory(f"{function}: lengths", lengths.shape, lengths.dtype)
     try:
         given = np.asarray(lengths)
-    except (ValueError, TypeError, OverflowError) as error:
+    except (ValueError, TypeError, OverflowError, MemoryError) as error:
         raise TypeError(errors.sentence(function, "lengths", errors.shown(lengths), "integers")) from error
+    errors.require(function, not np.ma.is_masked(lengths), "lengths", "a masked array", "one without masked elements")
     is_integer = given.dtype.kind in "iu" or (not given.size and given.dtype == np.float64)  # as of an empty list
     errors.require(function, is_integer, "lengths", f"of {given.dtype}", "integers", error=TypeError)
     for length in [given.min(), given.max()] if given.size else []:

@@ -121,9 +121,12 @@ def _rank(tensor: Any) -> int:
 
 
 def _as_tensors(tf: Any, given: Any) -> list[Any]:
+    from distpad import precision  # imports TensorFlow
+
     dtype = next(item.dtype for item in given if tf.is_tensor(item))
     try:
-        tensors = [item if isinstance(item, tf.RaggedTensor) else tf.convert_to_tensor(item, dtype) for item in given]
+        convert = functools.partial(precision.to_tensor, name="an item", dtype=dtype)
+        tensors = [item if isinstance(item, tf.RaggedTensor) else convert(item) for item in given]
     except (TypeError, ValueError) as error:
         rule, remedy = f"tensors of one dtype, here {dtype.name}", "Convert them first."
         raise ValueError(errors.sentence("pad", "sequences", "a list", rule, str(error), remedy)) from None
@@ -245,16 +248,18 @@ def _move_back(tf: Any, padded: Any, lengths: Any, axis: int) -> Any:
 
 def unpad(tf: Any, values: Any, lengths: Any, mask: Any) -> Any:
     """The sequences of a padded batch as a RaggedTensor."""
+    from distpad import precision  # imports TensorFlow
+
     is_dense, kind = not isinstance(values, (tf.RaggedTensor, tf.SparseTensor)), type(values).__name__
     evidence = f"A {kind} has no padding."
     errors.require("unpad", is_dense, "values", f"a {kind}", "a dense tensor", evidence, error=TypeError)
-    values = tf.convert_to_tensor(values)
+    values = precision.to_tensor(values, "unpad: values")
     if tf.executing_eagerly():
         on_numpy.check_padded(tuple(values.shape), lengths, mask)
     lengths = None if lengths is None else tf.cast(lengths, tf.int64)
     if mask is None:
         return tf.RaggedTensor.from_tensor(values, lengths=lengths)
-    mask = tf.convert_to_tensor(mask, tf.bool)
+    mask = precision.to_tensor(mask, "unpad: mask", tf.bool)
     _rank(mask)
     parts = on_numpy.windows(tf.experimental.numpy, mask, lengths)
     sizes = [tf.reduce_sum(tf.cast(window, tf.int64), axis=-1) for window in parts]

@@ -12,7 +12,6 @@ import numpy as np
 from distpad import errors
 from distpad.padding import arguments, columns
 
-_MOST_AXES = 32  # NumPy's limit
 _LISTS = {list, tuple}
 Rows = Union[list[np.ndarray], columns.Column]
 
@@ -67,7 +66,7 @@ def read_regular(sequences: list[Any]) -> tuple[Rows, np.dtype] | None:
     rows: list[Any] = sequences
     splits: list[np.ndarray] = []
     kinds = set(map(type, rows))
-    while len(splits) < _MOST_AXES and kinds <= _LISTS:
+    while len(splits) < arguments.MOST_AXES and kinds <= _LISTS:
         splits.append(columns.offsets([*map(len, rows)]))
         first = next((row[0] for row in rows if row), None)
         if type(first) in (bool, int, float):
@@ -176,8 +175,8 @@ def _pieces(item: Any, path: tuple[int, ...], dtype: Any) -> Iterator[Piece]:
         typed = array.size > 0 or array.dtype != np.float64 or not isinstance(item, (list, tuple))
         yield Piece(path, array, array.shape, typed)
         return
-    rule, remedy = f"at most {_MOST_AXES} axes", "Lists that contain themselves have no end."
-    errors.require("pad", len(path) <= _MOST_AXES, f"sequences[{path[0]}]", "nested deeper", rule, remedy)
+    rule, remedy = f"at most {arguments.MOST_AXES} axes", "Lists that contain themselves have no end."
+    errors.require("pad", len(path) <= arguments.MOST_AXES, f"sequences[{path[0]}]", "nested deeper", rule, remedy)
     item = [*item]  # whose length a class of its own cannot misstate
     yield Piece(path, None, (len(item),))
     for index, child in enumerate(item):

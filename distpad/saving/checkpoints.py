@@ -338,6 +338,10 @@ class Checkpoints(preemption.Preemption):
                 for at, part in enumerate(self._backend.local_results(held[i].value)):
                     part.assign(parts[(first + at) % len(parts)])
         workers = content["workers"]
+        unknown = [name for name in self._in_python if name not in workers[0]]
+        if unknown:
+            rule = f"among those that were saved, {sorted({*content['counts'], *workers[0]})}"
+            raise errors.DistpadError(errors.sentence(_NAME, "objects", f"with {unknown}", rule))
         for name, (_, load) in self._in_python.items():
             load(workers[self._backend.worker_index % len(workers)][name])
         for name, stats in self._stats.items():
@@ -399,6 +403,8 @@ class Checkpoints(preemption.Preemption):
 
 def is_trackable(given: Any) -> bool:
     """Whether ``tf.train.Checkpoint`` takes the object."""
+    if errors.is_deep(given):
+        return False
     try:
         tf.train.Checkpoint(given=given)
     except ValueError:

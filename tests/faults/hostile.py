@@ -42,15 +42,18 @@ OTHERS = {
     "batches": tensors.batches,
     "features": tensors.features,
     "certify": tensors.certify,
+    "saving": tensors.saving,
+    "checks": tensors.checks,
 }
 TARGETS = {**CORE, **OTHERS}
-# Own: of a hostile object itself. InvalidArgumentError: of the operations of a loss or function that the user gives.
-# RecursionError: of Keras, which reads the arguments of a layer before its __init__ does.
+# Own: of a hostile object itself. InvalidArgumentError, AttributeError: of a loss or function that the user gives.
+# RecursionError, MemoryError: of Keras, which reads the arguments of a layer before the layer does. OSError: of folders.
 DOCUMENTED = (ValueError, TypeError, distpad.DistpadError, Own, *typer.BadParameter.__mro__[:2])
 OF_FUNCTIONS = {
-    "loss": tf.errors.InvalidArgumentError,
-    "metrics": tf.errors.InvalidArgumentError,
-    "layers": RecursionError,
+    "loss": (tf.errors.InvalidArgumentError, AttributeError),
+    "metrics": (tf.errors.InvalidArgumentError,),
+    "layers": (RecursionError, MemoryError),
+    "saving": (OSError,),
 }
 MOST_S = 1.0
 MOST_BYTES = 2**33  # that a case may allocate, with the address space that each new thread of TensorFlow reserves
@@ -70,7 +73,7 @@ def run(target: str, data: bytes) -> Case:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             TARGETS[target](Choices(data))
-    except (*DOCUMENTED, OF_FUNCTIONS.get(target, Own)):
+    except (*DOCUMENTED, *OF_FUNCTIONS.get(target, ())):
         pass
     except BaseException as other:
         if isinstance(other, KeyboardInterrupt):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import random
+import tempfile
 from typing import Any
 
 import numpy as np
@@ -46,6 +48,7 @@ def loss(choose: Choices) -> None:
             per=just("position", "sequence"),
             padding_value=small,
             backend=just("local", None),
+            check_finite=just(True, False),
             name=just("a"),
         ),
     )
@@ -218,6 +221,8 @@ def batches(choose: Choices) -> None:
                 drop_remainder=just(True, False),
                 replicated=just(True, False),
                 backend=just("local"),
+                on_error=just("raise", "skip"),
+                max_skipped=just(3, 0.5),
                 warn_after_s=just(5.0),
                 timeout_s=just(9.0),
             ),
@@ -227,11 +232,36 @@ def batches(choose: Choices) -> None:
         made.load_state_dict(
             nearly(lambda c: {**made.state_dict(), **options(c, epoch=small, step=small, begins=integers)})(choose)
         )
+    if choose(2):
+        made.watch(nearly(just([tf.Variable(1.0)]))(choose))
     iterator = iter(made)
     with contextlib.closing(iterator):
         for _ in range(3):
             if next(iterator, None) is None:
                 break
+
+
+def saving(choose: Choices) -> None:
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        checkpoints = distpad.Checkpoints(
+            nearly(just(folder))(choose),
+            **options(choose, every_steps=lambda c: 1 + c(4), every_s=just(0.5), keep=small, sync_every=small),
+            **options(choose, weight=just(tf.Variable([1.0])), random=just(random), own=just(np.random.default_rng())),
+            backend="local",
+        )
+        if choose(2):
+            checkpoints.restore()
+        for _ in range(3):
+            checkpoints.step(nearly(small)(choose))
+
+
+def checks(choose: Choices) -> None:
+    (batch,) = distpad.PaddedBatches([{"y": [1]}], 1, padding={"y": distpad.Pad()}, tokens="y")
+    distpad.check_finite(
+        nearly(_tensors)(choose),
+        nearly(just(batch))(choose),
+        **options(choose, name=just("gradient"), backend=just("local")),
+    )
 
 
 def features(choose: Choices) -> None:

@@ -117,7 +117,7 @@ OBJECTS: tuple[Callable[[], Any], ...] = (
     ),
     *(_Frame, _class(__len__=_raise), _class(__len__=lambda _: -1), _class(__len__=lambda _: 2**63, __iter__=_raise)),
     _class(__len__=lambda _: 10**6, __iter__=lambda _: iter([[1], [2]])),
-    _class(__len__=lambda _: 10**6, __getitem__=lambda _, i: i if i < 2 else {}[i]),
+    _class(__len__=lambda _: 10**6, __getitem__=lambda _, i: i if i < 2 else _raise()),
     _class(list, __len__=lambda _: 5),
     _class(dict, __len__=lambda _: 5),
     *(_class(__iter__=_raise), _class(__iter__=lambda _: 3), _class(__array__=_raise)),
