@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import numbers
 import operator
 import os
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 
@@ -122,6 +123,19 @@ def check_memory(name: str, shape: Sequence[int], dtype: Any) -> None:
     if size > _MOST_BYTES:
         found, rule = f"{name} is an array of shape {tuple(shape)}, of {size:.1e} bytes", f"{_MOST_BYTES:.1e} bytes"
         raise ValueError(f"{found}, expected one within the {rule} of memory.")
+
+
+@contextlib.contextmanager
+def within_memory(name: str) -> Iterator[None]:
+    """Raise ValueError for NumPy's MemoryError, which precedes the allocation.
+
+    >>> with within_memory("pad: the batch"):
+    ...     pass
+    """
+    try:
+        yield
+    except MemoryError as error:
+        raise ValueError(f"{name} needs more memory than is free. {error}") from error
 
 
 def integer(function: str, argument: str, value: object, least: int, most: int = _MOST) -> int:

@@ -65,7 +65,7 @@ def as_value(value: Any) -> np.ndarray:
         errors.check_memory("pad: value", value.shape, value.dtype)
     try:
         return np.asarray(value)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, RecursionError):
         raise ValueError(errors.sentence("pad", "value", errors.shown(value), "a scalar or an array")) from None
 
 
@@ -81,7 +81,7 @@ def padding_value(wanted: np.ndarray, dtype: np.dtype, inner: tuple[int, ...] | 
             errors.sentence("pad", "value", errors.shown(wanted.tolist()), f"a value that {dtype} can hold", remedy)
         )
     while inner is not None and value.ndim > len(inner) and value.shape[0] == 1:
-        value = value[0]  # the user wrote the ragged axes too, with size 1
+        value = value.reshape(value.shape[1:])  # the user wrote the ragged axes too, with size 1
     with contextlib.suppress(ValueError, RuntimeError):  # RuntimeError: of more than 32 axes
         if inner is None or np.broadcast_shapes(value.shape, inner) == inner:
             return value
@@ -103,7 +103,7 @@ def exact_cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray | None:
             rounded = _has_fractions(dtype) and array.dtype.kind != "O"
             same = np.isfinite(cast) == np.isfinite(array) if rounded else cast == array
         return cast if np.all(same) else None
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, RecursionError):
         return None
 
 
@@ -121,7 +121,7 @@ def numpy_dtype(dtype: Any) -> np.dtype:
     """Return the NumPy dtype of a name, or of a dtype of NumPy or TensorFlow."""
     try:
         return np.dtype(getattr(dtype, "as_numpy_dtype", dtype))
-    except TypeError:
+    except (TypeError, RecursionError):
         raise TypeError(errors.sentence("pad", "dtype", errors.shown(dtype), "a dtype")) from None
 
 

@@ -107,22 +107,16 @@ def pad(
     errors.choice("pad", "truncating", truncating, ("error", "pre", "post"))
     is_bool = isinstance(mask, (bool, np.bool_))
     errors.require("pad", is_bool, "mask", f"a {type(mask).__name__}", "True or False", error=TypeError)
-    options = arguments.Options(
-        _check_length(length),
-        value,
-        padding,
-        truncating,
-        dtype,
-        _check_axes(ragged_axes),
-        errors.flag("pad", "mask", mask),
-    )
+    axes = _check_axes(ragged_axes)
+    options = arguments.Options(_check_length(length), value, padding, truncating, dtype, axes, bool(mask))
     tensorflow = _tensorflow_for(sequences)
-    if tensorflow is None:
-        _check_sequences(sequences)
-        return Padded(*on_numpy.pad(sequences, options))
-    from distpad.padding import on_tensorflow
+    with errors.within_memory("pad: the batch"):
+        if tensorflow is None:
+            _check_sequences(sequences)
+            return Padded(*on_numpy.pad(sequences, options))
+        from distpad.padding import on_tensorflow
 
-    return Padded(*on_tensorflow.pad(tensorflow, sequences, options))
+        return Padded(*on_tensorflow.pad(tensorflow, sequences, options))
 
 
 def unpad(values: Any, lengths: Any = None, mask: Any = None) -> Any:

@@ -196,6 +196,8 @@ def _rectangle(item: Any, index: int, dtype: Any) -> np.ndarray | None:
         if is_list:
             return None
         raise
+    found, rule = f"nested deeper than {arguments.MOST_AXES} axes", "at most so many"
+    errors.require("pad", array.ndim <= arguments.MOST_AXES, f"sequences[{index}]", found, rule)
     if array.dtype == object and array.ndim and any(isinstance(x, (list, tuple, np.ndarray)) for x in array.flat):
         return None
     if is_list and dtype is None:
