@@ -88,6 +88,19 @@ def test_a_copy_that_differs_is_named_on_all_workers(world, at):
     assert at <= seen <= at + 4
 
 
+def test_variables_of_one_name_are_told_apart(world):
+    if world.num_replicas == 1:
+        pytest.skip("one copy")
+    batches = made(world)
+    with world.backend.scope():
+        pair = [tf.Variable(1.0, name="same"), tf.Variable(2.0, name="same")]
+    batches.watch(pair)
+    if world.backend.worker_index == world.backend.num_workers - 1:
+        copies(world, pair[0])[-1].assign(5.0)
+    with pytest.raises(distpad.DistpadError, match=r"expected equal ones: same:0 \(variable 0\) on replica"):
+        list(batches)
+
+
 def test_what_not_all_workers_watch(world):
     if not world.several_workers:
         pytest.skip("one worker")
