@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,8 +34,7 @@ class StrategyBackend(base.Backend):
     """The replicas of a ``tf.distribute.Strategy``; its optimisers sum their gradients.
 
     Args:
-      strategy: a synchronous strategy. One thread of a worker calls all collectives, except for ``host_merge`` on
-        channels above 0.
+      strategy: a synchronous strategy. One thread of a worker calls all collectives, except for ``host_merge``.
 
     Raises:
       TypeError: not a strategy.
@@ -59,7 +59,6 @@ class StrategyBackend(base.Backend):
         self.num_workers, self.worker_index, hosts = _workers(strategy)
         _check_topology(strategy, self.num_workers, hosts)
         keras_fit.enable()
-        self._sums: dict[float | None, Callable[[Any], Any]] = {}  # by time limit
 
     def in_replica(self) -> bool:
         """Whether the caller is inside this strategy's ``run``, not in the context of the default strategy."""
@@ -159,19 +158,9 @@ class StrategyBackend(base.Backend):
     def host_merge(
         self, maxima: np.ndarray, sums: np.ndarray, limit_s: float, channel: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
-        if channel and self.num_workers > 1:
-            return self._merge_in_channel(maxima, sums, limit_s, channel)
-        # strategies have no maximum: one all-gather serves both vectors
-        try:
-            table = self.host_all_gather(np.concatenate([maxima, sums]), limit_s)
-        except tf.errors.OpError as error:
-            raise TimeoutError(str(error)) from error
-        return table[:, : len(maxima)].max(axis=0), table[:, len(maxima) :].sum(axis=0)
-
-    def _merge_in_channel(
-        self, maxima: np.ndarray, sums: np.ndarray, limit_s: float, channel: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """``host_merge`` from any thread, while steps run: in a collective group that the strategy does not use."""
+        """From any thread, while steps run: each channel is a collective group that the strategy does not use."""
+        if self.num_workers == 1:
+            return maxima, sums
         host = tf.DeviceSpec.from_string(self.strategy.extended.worker_devices[0])
 
         def reduced(array: np.ndarray, operation: str) -> np.ndarray:
@@ -194,10 +183,10 @@ class StrategyBackend(base.Backend):
 
     def close(self) -> None:
         # A worker that exits after its last result resets connections, over which other workers still receive this
-        # result. No worker completes this all-gather before all workers have all earlier results. An error means only
+        # result. No worker completes this exchange before all workers have all earlier results. An error means only
         # that another worker has already exited.
-        with contextlib.suppress(tf.errors.OpError):
-            self.host_all_gather(np.zeros(1), LEAVE_WITHIN_S)
+        with contextlib.suppress(TimeoutError):
+            self.host_merge(np.zeros(1), np.zeros(1), LEAVE_WITHIN_S)
 
     def to_device(self, values: Sequence[Any]) -> Any:
         devices, local = self.strategy.extended.worker_devices, iter(range(len(values)))
@@ -209,7 +198,7 @@ class StrategyBackend(base.Backend):
 
         return self.strategy.experimental_distribute_values_from_function(of_next)
 
-    def host_all_gather(self, array: np.ndarray, limit_s: float | None = None) -> np.ndarray:
+    def host_all_gather(self, array: np.ndarray) -> np.ndarray:
         array = np.asarray(array)
         if self.num_workers == 1:
             return array[np.newaxis]
@@ -220,19 +209,16 @@ class StrategyBackend(base.Backend):
         given = self.strategy.experimental_distribute_values_from_function(
             lambda _: tf.constant(next(local, np.zeros_like(slots)))
         )
-        return self.strategy.experimental_local_results(self._sum_within(limit_s)(given))[0].numpy()
+        return self.strategy.experimental_local_results(self._sum(given))[0].numpy()
 
-    def _sum_within(self, limit_s: float | None) -> Callable[[Any], Any]:
+    @functools.cached_property
+    def _sum(self) -> Callable[[Any], Any]:
         """The sum over all replicas, as a graph: an eager sum takes over twice as long, and TensorFlow warns of it."""
-        if limit_s in self._sums:
-            return self._sums[limit_s]
-        options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=limit_s)
 
         def add(mine: tf.Tensor) -> tf.Tensor:
-            return self._context().all_reduce(tf.distribute.ReduceOp.SUM, tf.identity(mine), options=options)
+            return self._context().all_reduce(tf.distribute.ReduceOp.SUM, tf.identity(mine))
 
-        self._sums[limit_s] = tf.function(lambda given: self.strategy.run(add, args=(given,)), autograph=False)
-        return self._sums[limit_s]
+        return tf.function(lambda given: self.strategy.run(add, args=(given,)), autograph=False)
 
 
 def _workers(strategy: tf.distribute.Strategy) -> tuple[int, int, int]:
