@@ -121,7 +121,7 @@ def numpy_dtype(dtype: Any) -> np.dtype:
     """Return the NumPy dtype of a name, or of a dtype of NumPy or TensorFlow."""
     try:
         return np.dtype(getattr(dtype, "as_numpy_dtype", dtype))
-    except (TypeError, RecursionError):
+    except Exception:  # of any kind, for example of a dict's objects
         raise TypeError(errors.sentence("pad", "dtype", errors.shown(dtype), "a dtype")) from None
 
 

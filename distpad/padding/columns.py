@@ -169,7 +169,7 @@ def blank(rows: int, shape: Iterable[int], value: Any, dtype: np.dtype) -> np.nd
     is_zero = not np.ndim(value) and dtype.kind in "biuf" and value == 0 and not np.signbit(value)
     batch = memory.empty(shape, dtype, zeros=is_zero)
     if not is_zero:
-        batch[...] = value
+        np.copyto(batch, value, casting="unsafe")  # as np.full, which Keras uses
     return batch
 
 
