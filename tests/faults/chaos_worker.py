@@ -82,7 +82,8 @@ def main(folder: pathlib.Path) -> None:
     def train(state: distpad.ElasticState) -> str:
         record("began", step=state.step)
         enter(state)  # an epoch at whose last step the workers changed
-        while not engine.host_max(np.array([float((folder / "go").exists())]))[0]:
+        # a job ends after whole epochs, also where its workers changed within one
+        while batches.state_dict()["step"] or not engine.host_max(np.array([float((folder / "go").exists())]))[0]:
             epoch = position()
             for batch in state.batches:
                 step(batch.data["x"], batch.data["y"], batch.lengths["y"], batch.counts.tokens)
