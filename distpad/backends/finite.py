@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,9 @@ from distpad.backends.base import Backend
 
 _NAME = "check_finite"
 _SHOWN = 16  # example indices in a message
-_found: list[str] = []  # what this process found, until a window sync takes it to all workers
+_found: list[tuple[list[int], str]] = []  # examples and texts, until a window sync takes the first to all workers
+_planned: collections.deque[tuple[int, np.ndarray]] = collections.deque(maxlen=2**12)  # steps, and their examples here
+_LATEST = 2**44  # a step, as a number
 _is_used = False
 
 
@@ -57,16 +61,25 @@ def check_finite(values: Any, batch: Any, *, name: str = "loss", backend: Any = 
     errors.require(_NAME, isinstance(name, str), "name", errors.shown(name), "a string", error=TypeError)
     engine = detection.resolve_step(backend, function=_NAME)
     errors.require(_NAME, not errors.is_deep(values), "values", "nested more than 32 times", "a list of tensors")
-    is_single = not isinstance(values, (list, tuple))
-    tensors = [getattr(value, "values", value) for value in ([values] if is_single else values) if value is not None]
-    tensors = [precision.to_tensor(tensor, f"{_NAME}: values") for tensor in tensors]
-    finite = [tf.math.is_finite(tensor) for tensor in tensors if tensor.dtype.is_floating]
+    kind, rule = type(values).__name__, "a tensor or a list of tensors"
+    errors.require(_NAME, not isinstance(values, Mapping), "values", f"a {kind}", rule, error=TypeError)
+    is_single = not isinstance(values, (list, tuple)) and not hasattr(values, "values")
+    given = values if isinstance(values, (list, tuple)) else [values]
+    parts = [getattr(value, "values", value) for value in given if value is not None]
+    tensors = [precision.to_tensor(part, f"{_NAME}: values") for part in parts]
+    finite = [_is_finite(tensor) for tensor in tensors if tensor.dtype.is_floating or tensor.dtype.is_complex]
     if not finite:
         return
     rows = tf.ones_like(indices, tf.bool)
     if is_single and finite[0].shape.rank and finite[0].shape[0] == indices.shape[0]:
         rows = ~tf.reduce_all(finite[0], axis=[*range(1, finite[0].shape.rank)])
     note(~tf.reduce_all(tf.stack([*map(tf.reduce_all, finite)])), indices, rows, name, engine)
+
+
+def _is_finite(tensor: tf.Tensor) -> tf.Tensor:
+    if tensor.dtype.is_complex:
+        return tf.math.is_finite(tf.math.real(tensor)) & tf.math.is_finite(tf.math.imag(tensor))
+    return tf.math.is_finite(tensor)
 
 
 def note(is_bad: tf.Tensor, indices: tf.Tensor, rows: tf.Tensor, name: str, backend: Backend) -> None:
@@ -85,9 +98,8 @@ def _note(name: str, worker: int, replica: np.ndarray, indices: np.ndarray) -> n
     real = [index for index in indices.tolist() if index >= 0]
     shown = str(real[:_SHOWN]) if len(real) <= _SHOWN else f"{str(real[:_SHOWN])[:-1]}, ...]"
     where = f"replica {replica} (worker {worker})"
-    _found.append(
-        f"{_NAME}: {name} is not finite on {where}, for examples {shown if real else 'of filler rows alone'}."
-    )
+    text = f"{_NAME}: {name} is not finite on {where}, for examples {shown if real else 'of filler rows alone'}."
+    _found.append((real, text))
     return np.int32(0)
 
 
@@ -96,9 +108,33 @@ def is_used() -> bool:
     return _is_used
 
 
+def planned(epoch: int, step: int, indices: np.ndarray) -> None:
+    """Note the examples of a step of this worker: a bad step makes all replicas bad in the next, by the weights."""
+    _planned.append((min(epoch << 24 | step, _LATEST - 1), indices))
+
+
 def found() -> str | None:
-    """What this process found first, or None."""
-    return _found[0] if _found else None
+    """What this process found in the earliest step, or None."""
+    return min(_found, key=_step_of)[1] if _found else None
+
+
+def _step_of(each: tuple[list[int], str]) -> int:
+    real = each[0]
+    if not real:  # filler rows are bad only after a bad step
+        return _LATEST
+    return next((at for at, indices in reversed(_planned) if real[0] in indices), 0)
+
+
+def urgency(backend: Backend) -> int:
+    """A number that is highest on the worker that found something in the earliest step; 0: nothing was found."""
+    if not _found:
+        return 0
+    return (_LATEST - min(map(_step_of, _found))) * backend.num_workers + backend.num_workers - backend.worker_index
+
+
+def worker_of(urgency: float, backend: Backend) -> int:
+    """The worker with this urgency."""
+    return backend.num_workers - 1 - (int(urgency) - 1) % backend.num_workers
 
 
 def clear() -> None:

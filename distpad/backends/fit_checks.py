@@ -165,8 +165,7 @@ class _Workers(tf.keras.callbacks.Callback):
         if self._steps == 2 and self._backend.strategy is None:
             self._compare()
         backend, trained = self._backend, [tensorflow_variable(v, "fit") for v in self.model.trainable_variables]
-        failed = backend.num_workers - backend.worker_index if finite.found() else 0
-        mine = [self.model.stop_training, failed, *extremes(checksums(trained, backend))]
+        mine = [self.model.stop_training, finite.urgency(backend), *extremes(checksums(trained, backend))]
         try:
             found, _ = backend.host_merge(np.array(mine, np.float64), np.zeros(1), _LIMIT_S, _CHANNEL)
         except TimeoutError as error:
@@ -177,7 +176,7 @@ class _Workers(tf.keras.callbacks.Callback):
         self.model.stop_training = bool(found[0])
         if found[1]:
             texts = backend.host_all_gather_bytes((finite.found() or "").encode())
-            raise errors.DistpadError(texts[backend.num_workers - int(found[1])].decode())
+            raise errors.DistpadError(texts[finite.worker_of(found[1], backend)].decode())
         if found[2] != -found[3]:
             self._compare(f"after epoch {epoch}", _APART)
 

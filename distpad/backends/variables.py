@@ -13,6 +13,9 @@ import tensorflow as tf
 from distpad import errors
 from distpad.backends import base
 
+# odd constants of splitmix64, as int64
+_ODD, _OTHER_ODD = 0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64
+
 
 def tensorflow_variable(variable: Any, function: str) -> tf.Variable:
     """The ``tf.Variable`` of a variable of Keras or TensorFlow. TypeError for other objects."""
@@ -38,28 +41,44 @@ def check_alike(variables: Sequence[tf.Variable], backend: base.Backend, functio
 
 
 def checksums(variables: Sequence[tf.Variable], backend: base.Backend) -> list[np.ndarray]:
-    """The checksums of variables, ``[variables]`` int64, of each replica of this worker: sums of their 64-bit words."""
-    parts = zip(*map(backend.local_results, variables))
-    return [_checksums([*map(tf.convert_to_tensor, part)]).numpy() for part in parts]
+    """The checksums of variables, ``[variables]`` int64, of each replica of this worker."""
+    found = [local_parts(variable, backend) for variable in variables]
+    return [_checksums([*map(tf.convert_to_tensor, part)]).numpy() for part in zip(*found)]
+
+
+def local_parts(variable: tf.Variable, backend: base.Backend) -> list[Any]:
+    """A variable on each replica of this worker; one outside the strategy's scope is the same on all."""
+    found = backend.local_results(variable)
+    return found if len(found) == backend.replicas_here else found[:1] * backend.replicas_here
 
 
 @tf.function(autograph=False)
 def _checksums(values: Sequence[tf.Tensor]) -> tf.Tensor:
-    return tf.stack([_sum_of_words(value) for value in values])
+    return tf.stack([_checksum(value) for value in values])
 
 
-def _sum_of_words(value: tf.Tensor) -> tf.Tensor:
-    """The sum of a tensor's words, modulo 2**64. A GPU sums int64, but no smaller integers."""
+def _checksum(value: tf.Tensor) -> tf.Tensor:
+    """The sum of a tensor's 64-bit words and its size, each mixed with its position, modulo 2**64.
+
+    A GPU sums int64, but no smaller integers.
+    """
     if value.dtype == tf.bool:
         value = tf.cast(value, tf.uint8)
     in_word, flat = 8 // value.dtype.size, tf.reshape(value, [-1])
+    size = tf.size(flat, tf.int64)
     if in_word < 2:
-        return tf.reduce_sum(tf.bitcast(flat, tf.int64))
-    whole = tf.size(flat) // in_word * in_word
-    rest = tf.pad(flat[whole:], [[0, whole + in_word - tf.size(flat)]])
-    return tf.add_n(
-        [tf.reduce_sum(tf.bitcast(tf.reshape(part, [-1, in_word]), tf.int64)) for part in (flat[:whole], rest)]
-    )
+        return _mixed(tf.bitcast(flat, tf.int64), 0) + _mixed(size[tf.newaxis], -1)
+    whole = size // in_word * in_word
+    rest = tf.pad(flat[whole:], [[0, whole + in_word - size]])
+    words = [tf.bitcast(tf.reshape(part, [-1, in_word]), tf.int64) for part in (flat[:whole], rest)]
+    return _mixed(words[0], 0) + _mixed(words[1], whole) + _mixed(size[tf.newaxis], -1)
+
+
+def _mixed(words: tf.Tensor, begin: Any) -> tf.Tensor:
+    """The sum of words, each mixed with its position, as in splitmix64: the order of the words matters."""
+    words = tf.reshape(words, [-1])
+    words = (words + (tf.range(tf.size(words, tf.int64)) + begin) * _ODD) * _OTHER_ODD
+    return tf.reduce_sum(tf.bitwise.bitwise_xor(words, tf.bitwise.right_shift(words, tf.constant(29, tf.int64))))
 
 
 def extremes(sums: Sequence[np.ndarray]) -> list[float]:

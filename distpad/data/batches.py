@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -141,7 +142,7 @@ class PaddedBatches(tf.train.experimental.PythonState):
             ``model.trainable_variables``. It replaces the list of an earlier call; an empty list ends watching.
 
         Raises:
-          TypeError: not a list of variables.
+          TypeError: not a list of variables of numbers.
           ValueError: variables of which each replica has its own part.
           DistpadError: in the loop over the batches, on all workers: a variable differs, or not all workers watch it.
 
@@ -286,6 +287,14 @@ class PaddedBatches(tf.train.experimental.PythonState):
         except BaseException:
             first.close()
             raise
+        if self._progress.at.step and not repeat and y is not None:
+            at = self._progress.at
+            warnings.warn(
+                f"for_keras: the position is step {at.step} of epoch {at.epoch}, and Keras "
+                "gives all epochs of one fit the steps of the first, which are the rest of this one. Write "
+                "fit(..., epochs=1) for it, or repeat=True and steps_per_epoch=.",
+                stacklevel=2,
+            )
         # predict gets no batch that only completes a group, or that follows this worker's last example
         every = None if self._progress.at.step else self._source.length(None)
         is_whole = self._config.accumulation_steps == self._backend.num_workers == 1

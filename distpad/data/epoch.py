@@ -179,11 +179,12 @@ class Epoch:
         """Compare the fingerprint of a saved position with the examples that are read now."""
         checked = min(self.cursor.step, len(self.begins))
         if self.cursor.step and not is_unknown and found != self.begins[checked - 1]:
+            skips = " Or an example was skipped then and is not now, or the reverse." * self._config.skips
             raise ValueError(
                 f"{_NAME}: source begins with other examples than when the position was saved (its first {checked} "
                 "steps, over all workers), expected the same: continuing at that step would repeat some examples and "
                 "leave others out. Make every iteration yield one order (tf.data's shuffle(seed=..., "
-                "reshuffle_each_iteration=False)), shuffle by a LengthSampler, or save at the end of an epoch."
+                f"reshuffle_each_iteration=False)), shuffle by a LengthSampler, or save at the end of an epoch.{skips}"
             )
 
     def _check_different(self, merged: plan.Merged) -> None:
@@ -247,6 +248,8 @@ class Epoch:
             self._source.read_ahead(self.cursor.epoch + 1, self.features)
         for i, step in enumerate(merged.steps):
             micro = read.batches[i] if i < len(read.batches) else None
+            if micro:
+                finite.planned(self.cursor.epoch, begin + i, micro.rows.indices)
             self._rows = micro.batch_size if micro else self._rows
             assert self.features is not None, "a step has rows, so that a worker knows the features"
             self._padder.order(collate.Order(micro, step, self.features, self._rows))
@@ -256,8 +259,7 @@ class Epoch:
         """What a worker tells of its training: whether it checks it, what is not finite, and the checksums."""
         backend, is_loop = self._backend, self._elements is None
         sums = self._watch.checksum() if is_loop else [0.0, 0.0]
-        failed = backend.num_workers - backend.worker_index if finite.found() else 0
-        return np.array([bool(self._watch) or finite.is_used(), failed, *sums])
+        return np.array([bool(self._watch) or finite.is_used(), finite.urgency(backend), *sums])
 
     def _compare_state(self, maxima: np.ndarray) -> None:
         """Raise DistpadError on all workers if a value is not finite, or watched variables differ. Collective if so."""
@@ -265,7 +267,7 @@ class Epoch:
         self._checks, failed, highest, lowest = bool(maxima[0]), int(maxima[1]), maxima[2], -maxima[3]
         if failed:
             text = self._sync.broadcast_text(
-                finite.found() if failed == backend.num_workers - backend.worker_index else None
+                finite.found() if finite.worker_of(failed, backend) == backend.worker_index else None
             )
             if self._elements is None:  # fit may have read ahead, and end before it comes to this error
                 finite.clear()

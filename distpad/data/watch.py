@@ -36,6 +36,10 @@ class Watch:
             raise TypeError(errors.sentence(_NAME, "variables", type(variables).__name__, "a list", remedy))
         held = [tensorflow_variable(variable, _NAME) for variable in variables]
         own = [each.name for each in held if each.synchronization == tf.VariableSynchronization.ON_READ]
+        text = [each.name for each in held if each.dtype == tf.string]
+        errors.require(
+            _NAME, not text, "variables", f"with {text}, of strings", "variables of numbers", error=TypeError
+        )
         rule = "variables that are equal on all replicas"
         errors.require(_NAME, not own, "variables", f"with {own}, of which each replica has its own part", rule)
         self._variables = held

@@ -73,6 +73,8 @@ def pad_sequences(
     for index, sequence in enumerate(sequences):
         if not len(sequence):
             continue  # as in Keras, options are checked only if there is an element to place
+        if isinstance(sequence, np.ndarray):  # broadcast arrays may be larger than the memory
+            errors.check_memory("pad_sequences: a sequence", sequence.shape, sequence.dtype)
         elements = np.asarray(_cut(sequence, length, truncating), dtype=dtype)
         if elements.shape[1:] != inner:
             raise ValueError(

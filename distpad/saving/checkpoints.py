@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from distpad import backends, errors
 from distpad.backends import messages
+from distpad.backends.variables import local_parts
 from distpad.saving import files, preemption, states
 
 _NAME = "Checkpoints"
@@ -49,7 +50,7 @@ class Checkpoints(preemption.Preemption):
 
     Worker 0 writes. Before it writes, all workers compare checksums of their weights and optimiser slots, on each
     replica: weights that differ between replicas are an error, and are not saved. What may differ is saved for each
-    replica and worker: moving averages, the state of Keras's and TensorFlow's random generators, NumPy's and Python's
+    replica and worker: moving averages, the state of TensorFlow's and Keras 3's random generators, NumPy's and Python's
     generators, ``batches.stats``. On the same number of replicas and workers each gets its own back, and training goes
     on as if nothing had happened, bit for bit under MultiWorkerMirroredStrategy and MirroredStrategy on CPUs. On
     another number, replica r takes the random state of saved replica r modulo their number, moving averages are those
@@ -104,8 +105,11 @@ class Checkpoints(preemption.Preemption):
         errors.require(_NAME, every_s is None or every_s > 0, "every_s", every_s, "above 0")
         self._keep = errors.integer(_NAME, "keep", keep, least=1)
         errors.require(_NAME, objects, "objects", "none", "model=model, optimizer=optimizer, batches=batches")
-        taken = [name for name in objects if name.startswith("distpad")]
-        errors.require(_NAME, not taken, "objects", f"with {taken}", "names that do not begin with distpad")
+        taken = [name for name in objects if name.startswith("distpad") or name in ("root", "save_counter")]
+        rule = "names other than root and save_counter, which do not begin with distpad"
+        errors.require(_NAME, not taken, "objects", f"with {taken}", rule)
+        is_local = "://" not in os.fspath(folder)
+        errors.require(_NAME, is_local, "folder", errors.shown(folder), "a local or mounted folder")
         self._tracked: dict[str, Any] = {}
         self._in_python: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {}
         for name, given in objects.items():
@@ -116,7 +120,7 @@ class Checkpoints(preemption.Preemption):
                 self._tracked[name] = backends.tensorflow_variable(held, _NAME)
             else:
                 self._in_python[name] = states.access(_NAME, name, given)
-        self._stats = {name: each.stats for name, each in self._tracked.items() if hasattr(each, "stats")}
+        self._stats = {name: each.stats for name, each in self._tracked.items() if _has_stats(each)}
         self._saved_at, self._saved_step, self._may_begin = time.monotonic(), 0, False
 
     def __enter__(self) -> Checkpoints:
@@ -135,14 +139,15 @@ class Checkpoints(preemption.Preemption):
           DistpadError: on all workers: weights differ between replicas. They are not saved.
           PeerError: another worker could not save.
           OSError, tf.errors.OpError: this worker could not save, for example on a full disk.
-          ValueError: on all workers: ``done``, ``sync_every`` or ``every_steps`` differs between workers; ``folder``
+          ValueError: ``done`` is below that of the last call, or of ``restore``, in a job that is not elastic. On all
+            workers: ``done``, ``sync_every`` or ``every_steps`` differs between workers; ``folder``
             has checkpoints, and ``restore`` was not called.
           TypeError: ``done`` is not an integer.
 
         Collective at the first step, unless the job is elastic, at each multiple of ``sync_every`` and of
         ``every_steps``, and at the end of the block.
         """
-        self._done = errors.integer(_NAME, "done", done, least=0)
+        self._count(done)
         if not self._is_time():
             return
         every = self._steps["every_steps"]
@@ -293,12 +298,13 @@ class Checkpoints(preemption.Preemption):
 
     def _parts_of(self, variable: _Variable) -> list[np.ndarray]:
         """The values of a variable on the replicas of this worker."""
-        found = [np.asarray(part.numpy()) for part in self._backend.local_results(variable.value)]
-        return found if len(found) == self._backend.replicas_here else found[:1] * self._backend.replicas_here
+        return [np.asarray(part.numpy()) for part in local_parts(variable.value, self._backend)]
 
     # -- restoring ----------------------------------------------------------------------------------------------------
 
     def _found(self) -> dict[str, Any]:
+        if self._folder.exists() and not self._folder.is_dir():
+            raise NotADirectoryError(errors.sentence(_NAME, "folder", f"{self._folder}, a file", "a folder"))
         step, broken = files.newest_whole(self._folder)
         content = None if step is None else files.manifest(files.path_of(self._folder, step))
         return {"step": -1 if step is None else step, "content": content, "broken": broken}
@@ -326,11 +332,15 @@ class Checkpoints(preemption.Preemption):
         for name, each in self._tracked.items():
             count, expected = len(self._variables_of({name: each})), content["counts"].get(name)
             if expected is None or count != expected:
-                saved = "that is not in the checkpoint" if expected is None else f"with {count} variables"
+                saved = "not in the checkpoint" if expected is None else f"with {count} variables"
                 remedy = "Build it before restore(), in the scope: optimizer.build(model.trainable_variables)."
                 rule = f"one of {sorted(content['counts'])}" if expected is None else f"{expected}, as it was saved"
-                raise errors.DistpadError(errors.sentence(_NAME, name, saved, rule, remedy))
-        self._checkpoint("").read(str(path / _PREFIX)).assert_existing_objects_matched().expect_partial()
+                raise errors.DistpadError(errors.sentence(_NAME, name, saved, rule, remedy * (expected is not None)))
+        try:
+            self._checkpoint("").read(str(path / _PREFIX)).assert_existing_objects_matched().expect_partial()
+        except tf.errors.InvalidArgumentError as error:
+            found = f"of variables of other shapes or dtypes ({error.message})"
+            raise errors.DistpadError(errors.sentence(_NAME, "objects", found, "those that were saved")) from error
         first = self._backend.worker_index * self._backend.replicas_here
         for i, parts in content["replicas"].items():
             # on another number of replicas, averages stay as TensorFlow restored them
@@ -410,6 +420,11 @@ def is_trackable(given: Any) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _has_stats(given: Any) -> bool:
+    """Whether the object is a PaddedBatches; a model may have an attribute of this name too."""
+    return hasattr(getattr(given, "stats", None), "continue_from")
 
 
 def is_variable(given: Any) -> bool:

@@ -18,6 +18,7 @@ from distpad import backends, errors
 _LOG = logging.getLogger("distpad")
 EXIT_CODE = 128 + signal.SIGTERM
 _ONE_S = 5.0  # signals within this time count as one, because Slurm and launchers may send SIGTERM twice
+_ACTIVE: list[Preemption] = []  # the one whose block runs: a process has one handler of SIGTERM
 
 
 class Preemption:
@@ -68,13 +69,16 @@ class Preemption:
         # a worker that joins an elastic job takes its first step alone
         self._is_compared = self._backend.is_elastic
         self._noted_at: float | None = None
-        if threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread() and not _ACTIVE:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def __enter__(self) -> Preemption:
         if threading.current_thread() is not threading.main_thread():
             remedy = "Python handles signals only in the main thread."
             raise ValueError(errors.sentence(self._name, "the thread", "another one", "the main thread", remedy))
+        remedy = "Save all objects in one block."
+        errors.require(self._name, not _ACTIVE, "the block", "within another one", "the only one", remedy)
+        _ACTIVE.append(self)
         # A Python handler runs in the main thread, and is delayed while that thread waits, as for a lost worker.
         reads, self._pipe = os.pipe()
         os.set_blocking(self._pipe, False)
@@ -91,6 +95,7 @@ class Preemption:
             if kind is None:
                 self._end()
         finally:
+            _ACTIVE.clear()
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.set_wakeup_fd(-1)
             os.close(self._pipe)
@@ -107,15 +112,23 @@ class Preemption:
 
         Raises:
           SystemExit: with code 143, after ``save``.
-          ValueError: ``done`` or ``every`` differs between workers. All workers raise.
+          ValueError: ``done`` is below that of the last call, in a job that is not elastic. On all workers: ``done`` or
+            ``every`` differs between workers.
           TypeError: ``done`` is not an integer.
 
         Collective at the first step, unless the job is elastic, at each multiple of ``every``, and at the end of the
         block.
         """
-        self._done = errors.integer(self._name, "done", done, least=0)
+        self._count(done)
         if self._is_time():
             self._sync()
+
+    def _count(self, done: int) -> None:
+        """Note the completed steps. An elastic job that lost a worker counts again from its last commit."""
+        done, least = errors.integer(self._name, "done", done, least=0), 0 if self._backend.is_elastic else self._done
+        remedy = "Count on from the result of restore()." if hasattr(self, "restore") else "Count all steps."
+        errors.require(self._name, done >= least, "done", done, f"at least {least}, as before", remedy)
+        self._done = done
 
     def _is_time(self) -> bool:
         """Whether this step has a collective. All workers must agree, so the first one compares ``every``."""

@@ -237,6 +237,33 @@ def test_objects_that_differ_between_workers_are_refused(world, folder):
 
 
 @pytest.mark.worlds("mirrored:2")
+def test_what_is_told_of_objects_and_folders(world, folder):
+    given = {"every_steps": 1, "backend": world.backend}
+    module = tf.Module()
+    module.weight, module.stats = variable(world), [1, 2]  # no stats of PaddedBatches
+    with distpad.Checkpoints(folder, **given, module=module) as checkpoints:
+        checkpoints.step(4)
+    with pytest.raises(
+        distpad.DistpadError, match=r"Checkpoints: other is not in the checkpoint, expected one of \['module'\]"
+    ):
+        distpad.Checkpoints(folder, **given, other=module).restore()
+    with pytest.raises(distpad.DistpadError, match=r"objects is with \['draw'\], expected among those"):
+        distpad.Checkpoints(folder, **given, module=module, draw=np.random.default_rng()).restore()
+    resumed = distpad.Checkpoints(folder, **given, module=module)
+    assert resumed.restore() == 4
+    with pytest.raises(
+        ValueError, match=r"done is 1, expected at least 4, as before\. Count on from the result of restore"
+    ):
+        resumed.step(1)
+    (folder / "file").touch()
+    with pytest.raises(NotADirectoryError, match="a file, expected a folder"):
+        distpad.Checkpoints(folder / "file", **given, module=module).restore()
+    for wrong, name in (("gs://bucket/saved", "module"), (folder, "save_counter")):
+        with pytest.raises(ValueError, match=r"Checkpoints: (folder|objects) is"):
+            distpad.Checkpoints(wrong, **given, **{name: module})
+
+
+@pytest.mark.worlds("mirrored:2")
 def test_a_folder_of_another_training_is_refused(world, folder):
     weight = variable(world)
     with distpad.Checkpoints(folder, every_steps=1, backend=world.backend, weight=weight) as checkpoints:

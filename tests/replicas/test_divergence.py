@@ -93,10 +93,10 @@ def test_variables_of_one_name_are_told_apart(world):
         pytest.skip("one copy")
     batches = made(world)
     with world.backend.scope():
-        pair = [tf.Variable(1.0, name="same"), tf.Variable(2.0, name="same")]
-    batches.watch(pair)
+        pair = [tf.Variable([1.0, 2.0, 3.0, 4.0], name="same"), tf.Variable(2.0, name="same")]
+    batches.watch([*pair, tf.Variable(3.0)])  # the last one has no copy for each replica of a strategy
     if world.backend.worker_index == world.backend.num_workers - 1:
-        copies(world, pair[0])[-1].assign(5.0)
+        copies(world, pair[0])[-1].assign([3.0, 4.0, 1.0, 2.0])  # whose words have the same sum
     with pytest.raises(distpad.DistpadError, match=r"expected equal ones: same:0 \(variable 0\) on replica"):
         list(batches)
 
@@ -141,10 +141,10 @@ def test_the_replica_and_the_examples_of_a_nan_are_named_on_all_workers(world, a
     bad = 100 * worker + 2 * here * at + 2 * (here - 1) + 1  # the second row of the last replica in this step
 
     @tf.function
-    def step(batch):
+    def step(batch, is_later):
         def of_replica(batch):
             y = batch.data["y"]
-            values = tf.where(y == bad, np.nan, y)
+            values = tf.where((y == bad) | is_later, np.nan, y)  # by then all weights are NaN
             if what == "rows":
                 distpad.check_finite(values, batch, backend=world.backend)
             else:
@@ -158,8 +158,20 @@ def test_the_replica_and_the_examples_of_a_nan_are_named_on_all_workers(world, a
     named = rf"\[{index}\]" if what == "rows" else rf"\[{index - 1}, {index}\]"
     name = "loss" if what == "rows" else "gradient"
     wanted = rf"{name} is not finite on replica {last} \(worker {worker}\), for examples {named}"
-    seen, text = loop(batches, lambda _, batch: step(batch))
+    seen, text = loop(batches, lambda seen, batch: step(batch, tf.constant(seen > at + 1)))
     assert re.search(wanted, text) and at < seen <= at + 5
+
+
+@pytest.mark.worlds("mirrored:2")
+def test_what_check_finite_takes(world):
+    batches = distpad.PaddedBatches([{"y": [i]} for i in range(2)], 2, padding={"y": distpad.Pad()}, tokens="y")
+    with pytest.raises(TypeError, match="check_finite: values is a dict"):
+        distpad.check_finite({"a": tf.ones([2])}, next(iter(batches)))
+    for values in (tf.constant(np.array([1, np.nan + 1j], "complex64")), tf.ragged.constant([[1.0, np.nan], []])):
+        named = r"\[1\]" if values.dtype.is_complex else r"\[0, 1\]"  # the rows of flat values are no examples
+        assert re.search(
+            f"for examples {named}", loop(batches, lambda _, batch, v=values: distpad.check_finite(v, batch))[1]
+        )
 
 
 def fed(world, bad=None):

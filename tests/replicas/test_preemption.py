@@ -80,6 +80,25 @@ def test_workers_that_would_meet_at_different_steps_are_refused(world, argument,
         saving.step(1)
 
 
+def test_steps_that_count_backwards_are_refused(world):
+    preemption = distpad.Preemption(print, every=4, backend=world.backend)
+    preemption.step(3)
+    with pytest.raises(ValueError, match="Preemption: done is 2, expected at least 3, as before"):
+        preemption.step(2)
+
+
+def test_one_block_at_a_time(world):
+    """Another object leaves the handler of SIGTERM as it is, and a block within a block is refused."""
+    with distpad.Preemption(print, backend=world.backend):
+        handler = signal.getsignal(signal.SIGTERM)
+        other = distpad.Preemption(print, backend=world.backend)
+        with pytest.raises(ValueError, match="the block is within another one"), other:
+            pass
+        assert signal.getsignal(signal.SIGTERM) == handler != signal.SIG_DFL
+    with other:
+        pass
+
+
 def test_a_step_that_is_no_number(world):
     with pytest.raises(TypeError, match=r"Preemption: done is 1\.5, expected an integer"):  # noqa: SIM117
         with distpad.Preemption(print, backend=world.backend) as preemption:
