@@ -167,7 +167,7 @@ def test_no_room(full, record_fault, request):
 def test_a_checkpoint_of_other_objects(tmp_path):
     saved(tmp_path, 1)
     for objects, text in (
-        ({"bias": tf.Variable([0.0, 0.0])}, r"bias is that is not in the checkpoint, expected one of \['weight'\]"),
+        ({"bias": tf.Variable([0.0, 0.0])}, r"bias is not in the checkpoint, expected one of \['weight'\]"),
         ({"weight": [tf.Variable(0.0), tf.Variable(0.0)]}, "weight is with 2 variables, expected 1, as it was saved"),
     ):
         with pytest.raises(distpad.DistpadError, match=text):
@@ -215,7 +215,7 @@ def test_random_generators_of_all_kinds(tmp_path):
     ("arguments", "error", "message"),
     [
         ({}, ValueError, "objects is none, expected model=model"),
-        ({"distpad_x": 1}, ValueError, r"objects is with \['distpad_x'\], expected names that do not begin"),
+        ({"distpad_x": 1}, ValueError, r"objects is with \['distpad_x'\], expected names other than root"),
         ({"lock": object()}, TypeError, "lock is a object, expected an object of TensorFlow or Keras, a random"),
         ({"x": tf.Module(), "every_steps": 0}, ValueError, "every_steps is 0, expected at least 1"),
         ({"x": tf.Module(), "every_s": 0}, ValueError, "every_s is 0, expected above 0"),
