@@ -64,6 +64,16 @@ class Progress:
         self.requested = self.requested if self._begun else 0
         self._begun = [*self._begun[:1], *self._begun[1:][-_KEPT:], (self.requested, cursor)]
 
+    def end_epoch(self, running: Epoch, *, is_peek: bool, repeats: bool) -> bool:
+        """Fit, or a peek, requested the whole epoch; whether no other loop has begun."""
+        with self._lock:
+            if running is not self.running:
+                return False
+            is_short = self.requested < self.behaviour.peeks  # a peek consumes the whole epoch
+            if not repeats and not (is_peek and is_short):
+                self.clear()
+            return True
+
     def clear(self) -> None:
         """Every requested batch was trained on, or is dropped."""
         self._begun = []
@@ -141,6 +151,7 @@ class Progress:
                         remedy = "Give each loop a PaddedBatches of its own."
                         raise errors.DistpadError(f"{_NAME}: this loop was left, and another has begun. {remedy}")
                     self.features = running.features
+                    self.requested += 1  # not after stop, when workers have agreed on the number
                     # The batch counts before it is yielded: state saved while training on it includes it.
                     self.at = Cursor(self.at.epoch, self.at.step + 1, tuple(running.begins))
                     if running.is_at_end:
@@ -201,12 +212,6 @@ class Feeder:
         running = self._first if is_open else progress.open(elements)
         progress.begin_epoch(running.cursor)
         for element in progress.consume(running):
-            progress.requested += 1
             if not (elements.predicts and not len(tf.nest.flatten(element)[0])):
                 yield element
-        if running is not progress.running:
-            return False
-        is_short = progress.requested < progress.behaviour.peeks  # a peek consumes the whole epoch
-        if not elements.repeats and not (is_peek and is_short):
-            progress.clear()
-        return not running.was_left
+        return progress.end_epoch(running, is_peek=is_peek, repeats=elements.repeats) and not running.was_left
