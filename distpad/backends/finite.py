@@ -16,7 +16,7 @@ from distpad.backends.base import Backend
 
 _NAME = "check_finite"
 _SHOWN = 16  # example indices in a message
-_found: list[tuple[list[int], str]] = []  # examples and texts, until a window sync takes the first to all workers
+_found: list[tuple[int, str]] = []  # steps and texts, until a window sync takes the first to all workers
 _planned: collections.deque[tuple[int, np.ndarray]] = collections.deque(maxlen=2**12)  # steps, and their examples here
 _LATEST = 2**44  # a step, as a number
 _is_used = False
@@ -99,7 +99,9 @@ def _note(name: str, worker: int, replica: np.ndarray, indices: np.ndarray) -> n
     shown = str(real[:_SHOWN]) if len(real) <= _SHOWN else f"{str(real[:_SHOWN])[:-1]}, ...]"
     where = f"replica {replica} (worker {worker})"
     text = f"{_NAME}: {name} is not finite on {where}, for examples {shown if real else 'of filler rows alone'}."
-    _found.append((real, text))
+    # a thread of tf.data may plan steps meanwhile; filler rows are bad only after a bad step
+    steps = (at for at, planned in reversed([*_planned]) if real[0] in planned) if real else iter([_LATEST])
+    _found.append((next(steps, 0), text))
     return np.int32(0)
 
 
@@ -115,21 +117,14 @@ def planned(epoch: int, step: int, indices: np.ndarray) -> None:
 
 def found() -> str | None:
     """What this process found in the earliest step, or None."""
-    return min(_found, key=_step_of)[1] if _found else None
-
-
-def _step_of(each: tuple[list[int], str]) -> int:
-    real = each[0]
-    if not real:  # filler rows are bad only after a bad step
-        return _LATEST
-    return next((at for at, indices in reversed(_planned) if real[0] in indices), 0)
+    return min(_found)[1] if _found else None
 
 
 def urgency(backend: Backend) -> int:
     """A number that is highest on the worker that found something in the earliest step; 0: nothing was found."""
     if not _found:
         return 0
-    return (_LATEST - min(map(_step_of, _found))) * backend.num_workers + backend.num_workers - backend.worker_index
+    return (_LATEST - min(_found)[0]) * backend.num_workers + backend.num_workers - backend.worker_index
 
 
 def worker_of(urgency: float, backend: Backend) -> int:

@@ -290,9 +290,9 @@ class PaddedBatches(tf.train.experimental.PythonState):
         if self._progress.at.step and not repeat and y is not None:
             at = self._progress.at
             warnings.warn(
-                f"for_keras: the position is step {at.step} of epoch {at.epoch}, and Keras "
-                "gives all epochs of one fit the steps of the first, which are the rest of this one. Write "
-                "fit(..., epochs=1) for it, or repeat=True and steps_per_epoch=.",
+                f"for_keras: the position is step {at.step} of epoch {at.epoch}, and Keras gives all epochs of one fit "
+                "the steps of the first, which are the rest of this one. Write fit(..., epochs=1) for it, or "
+                "repeat=True and steps_per_epoch=.",
                 stacklevel=2,
             )
         # predict gets no batch that only completes a group, or that follows this worker's last example

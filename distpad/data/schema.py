@@ -127,15 +127,14 @@ class Features:
             structure.leaves_of(example, skeleton) for example in examples if structure.skeleton_of(example) == skeleton
         ]
         arrays = []
-        with errors.within_memory(f"{_NAME}: an example"):
-            for name, items in zip(structure.names_of(skeleton), zip(*rows)):
-                typed = next((item for item in items if not is_untyped(item)), None)
-                if typed is None and not guess:
-                    return None
-                dtype, shape = _shown(items[0] if typed is None else typed, padding.get(name), errors.shown(name))
-                if dtype == np.int64 and is_python(typed) and any(map(_is_float, items)):
-                    dtype = np.dtype(np.float64)
-                arrays.append((dtype, shape))
+        for name, items in zip(structure.names_of(skeleton), zip(*rows)):
+            typed = next((item for item in items if not is_untyped(item)), None)
+            if typed is None and not guess:
+                return None
+            dtype, shape = _shown(items[0] if typed is None else typed, padding.get(name), errors.shown(name))
+            if dtype == np.int64 and is_python(typed) and any(map(_is_float, items)):
+                dtype = np.dtype(np.float64)
+            arrays.append((dtype, shape))
         return cls.of_shapes(skeleton, arrays, padding)
 
     @classmethod
@@ -213,6 +212,8 @@ def is_uneven(item: Any, pad: Pad | None) -> bool:
         np.asarray(item)
     except ValueError:
         return True
+    except MemoryError:  # as_array refuses it
+        pass
     return False
 
 

@@ -22,10 +22,8 @@ def empty(shape: Sequence[int], dtype: np.dtype, *, zeros: bool = False) -> np.n
         return np.zeros(shape, dtype) if zeros else np.empty(shape, dtype)
     size = math.prod(shape) * dtype.itemsize
     by_kernel = zeros and _ZEROED_BYTES is not None and size >= _ZEROED_BYTES
-    try:
+    with errors.within_memory("a padded batch"):
         memory = (np.zeros if by_kernel else np.empty)(size + ALIGNMENT, np.uint8)
-    except MemoryError as error:
-        raise ValueError(f"a padded batch is an array of shape {tuple(shape)}, for which no memory is free.") from error
     begin = -memory.__array_interface__["data"][0] % ALIGNMENT
     memory = memory[begin : begin + size]
     if zeros and not by_kernel:

@@ -126,7 +126,7 @@ class Preemption:
     def _count(self, done: int) -> None:
         """Note the completed steps. An elastic job that lost a worker counts again from its last commit."""
         done, least = errors.integer(self._name, "done", done, least=0), 0 if self._backend.is_elastic else self._done
-        remedy = "Count on from the result of restore()." if hasattr(self, "restore") else "Count all steps."
+        remedy = "Count on, also from the steps that were restored."
         errors.require(self._name, done >= least, "done", done, f"at least {least}, as before", remedy)
         self._done = done
 

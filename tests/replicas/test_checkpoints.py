@@ -252,7 +252,7 @@ def test_what_is_told_of_objects_and_folders(world, folder):
     resumed = distpad.Checkpoints(folder, **given, module=module)
     assert resumed.restore() == 4
     with pytest.raises(
-        ValueError, match=r"done is 1, expected at least 4, as before\. Count on from the result of restore"
+        ValueError, match=r"done is 1, expected at least 4, as before\. Count on, also from the steps that were rest"
     ):
         resumed.step(1)
     (folder / "file").touch()

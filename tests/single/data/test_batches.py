@@ -368,3 +368,16 @@ def test_filler_rows_repeat_inputs_but_not_labels():
     assert tf.convert_to_tensor(weights).numpy().tolist() == [[1, 1], [0, 0]]
     *_, batch = batches
     assert batch.data["y"].numpy().tolist() == [[4, 5], [9, 9]] and batch.lengths["y"].numpy().tolist() == [2, 0]
+
+
+def test_a_batch_counts_as_requested_before_fit_gets_it():
+    """Else a thread of tf.data could count one after fit was left, when workers have agreed on the number."""
+    batches = distpad.PaddedBatches([{"y": [1]}, {"y": [2]}], 1, padding={"y": distpad.Pad()}, tokens="y")
+    progress = batches._progress
+    element = progress.consume(progress.open())
+    next(element)
+    assert progress.requested == 1
+    progress.stop()
+    with pytest.raises(distpad.DistpadError, match="another has begun"):
+        next(element)
+    assert progress.requested == 1
