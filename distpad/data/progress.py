@@ -65,9 +65,10 @@ class Progress:
         self._begun = [*self._begun[:1], *self._begun[1:][-_KEPT:], (self.requested, cursor)]
 
     def end_epoch(self, running: Epoch, *, is_peek: bool, repeats: bool) -> bool:
-        """Fit, or a peek, requested the whole epoch; whether no other loop has begun."""
+        """Fit, or a peek, has no further batch of the epoch. Returns whether it requested the whole epoch."""
         with self._lock:
-            if running is not self.running:
+            # an epoch that another worker left may begin again on all
+            if running is not self.running or running.was_left:
                 return False
             is_short = self.requested < self.behaviour.peeks  # a peek consumes the whole epoch
             if not repeats and not (is_peek and is_short):
@@ -214,4 +215,4 @@ class Feeder:
         for element in progress.consume(running):
             if not (elements.predicts and not len(tf.nest.flatten(element)[0])):
                 yield element
-        return progress.end_epoch(running, is_peek=is_peek, repeats=elements.repeats) and not running.was_left
+        return progress.end_epoch(running, is_peek=is_peek, repeats=elements.repeats)

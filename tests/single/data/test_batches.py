@@ -381,3 +381,14 @@ def test_a_batch_counts_as_requested_before_fit_gets_it():
     with pytest.raises(distpad.DistpadError, match="another has begun"):
         next(element)
     assert progress.requested == 1
+
+
+@pytest.mark.parametrize("was_left", [False, True])
+def test_an_epoch_that_another_worker_left_may_begin_again(was_left):
+    progress = distpad.PaddedBatches([{"y": [1]}], 1, padding={"y": distpad.Pad()}, tokens="y")._progress
+    running = progress.open()
+    progress.begin_epoch(running.cursor)
+    running.was_left = was_left
+    assert progress.end_epoch(running, is_peek=False, repeats=False) != was_left
+    assert (progress.untrained() == running.cursor) == was_left
+    progress.stop()
